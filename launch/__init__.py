@@ -1,0 +1,1 @@
+"""Plans, launchers and the command line. May import pipeline and shards."""

@@ -1,0 +1,1 @@
+"""Models, objectives, engines, the training loop, checkpoints, conversion, evaluation. May import shards."""

@@ -1,0 +1,1 @@
+"""Engines own backward, step, clipping, precision and sharding."""
