@@ -1,0 +1,278 @@
+"""Settings of a training stage: read from TOML with ``key=value`` overrides; an unknown key names the nearest one."""
+
+import difflib
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from shards.errors import UserError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class Settings(BaseModel):
+    """Base of every settings table: immutable, and unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Duration(str):
+    """A length of training as users say it: ``"90 epochs"``, ``"10_000 steps"``, ``"1.5 epochs"``, ``"3_000_000 samples"``."""
+
+    PATTERN = re.compile(r"^\s*([\d_]+(?:\.\d+)?)\s*(epoch|step|sample)s?\s*$")
+
+    def samples(self, epoch: int, global_batch: int) -> int:
+        """Return the length in samples, given the samples of an epoch and of a global batch."""
+        number, unit = self.PATTERN.match(self).groups()
+        return round(float(number) * {"epoch": epoch, "step": global_batch, "sample": 1}[unit])
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        """Teach pydantic to check and build durations from strings."""
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_after_validator_function(cls._checked, core_schema.str_schema())
+
+    @classmethod
+    def _checked(cls, text: str) -> "Duration":
+        if not cls.PATTERN.match(text):
+            raise ValueError('give a number and a unit, such as "30 epochs", "500 steps" or "100_000 samples"')
+        return cls(text)
+
+
+class DataSettings(Settings):
+    """Where the samples come from, and what happens to their pixels."""
+
+    train: str
+    val: str | None = None
+    exclude: str | None = Field(None, description="version of the drop list that this run pins")
+    resolution: int = Field(224, gt=0)
+    augment: Literal["inception", "resize", "resize_crop"] = "inception"
+    crop_area: tuple[float, float] = (0.05, 1.0)
+    threads: int = Field(2, gt=0, description="decode threads of each rank")
+    window_bytes: int = Field(16_000_000_000, gt=0, description="shuffle window over the whole cluster")
+
+
+class ModelSettings(Settings):
+    """A model by name; every other key overrides what the name stands for. Unset keys keep the name's value."""
+
+    name: str | None = Field(None, description="taken from the weights of `init` when unset")
+    patch_size: int | None = None
+    embed_dim: int | None = None
+    depth: int | None = None
+    num_heads: int | None = None
+    mlp_dim: int | None = None
+    representation: bool | None = None
+    gelu: Literal["tanh", "exact"] | None = None
+    dropout: float | None = None
+    head_bias: float | None = None
+
+    def overrides(self) -> dict[str, Any]:
+        """Return the keys that are set, without the name."""
+        return self.model_dump(exclude_none=True, exclude={"name"})
+
+
+class OptimSettings(Settings):
+    """The optimizer (vit-paper 2.4: decay is decoupled and multiplied by the learning rate)."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    momentum: float = 0.9
+    weight_decay: float = Field(0.0, ge=0)
+    decay: Literal["all", "kernels"] = "all"
+    clip: float | None = Field(None, gt=0, description="global gradient norm")
+
+
+class ScheduleSettings(Settings):
+    """Linear warm-up, then linear or cosine decay, as functions of samples seen."""
+
+    shape: Literal["linear", "cosine"] = "cosine"
+    warmup: Duration = Duration("0 samples")
+    end_lr: float = Field(0.0, ge=0)
+
+
+class EngineSettings(Settings):
+    """Who owns backward, step, precision and sharding."""
+
+    kind: Literal["deepspeed", "accelerate"] = "deepspeed"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+
+class CheckpointSettings(Settings):
+    """When a checkpoint is written, and how many are kept (the best and the newest always are)."""
+
+    every: Duration = Duration("1 epoch")
+    keep: int = Field(2, ge=2, description="at least 2, so that a broken newest one never ends a run")
+
+
+class EvaluateSettings(Settings):
+    """When the held-out set is evaluated, and its batch a rank."""
+
+    every: Duration = Duration("1 epoch")
+    batch: int = Field(64, gt=0)
+
+
+class TrainSettings(Settings):
+    """One training stage."""
+
+    kind: Literal["supervised", "finetune"] = "supervised"
+    seed: int = 0
+    duration: Duration
+    global_batch: int = Field(gt=0)
+    micro_batch: int | None = Field(None, gt=0, description="samples a rank takes through the model at once; unset: all")
+    init: str | None = Field(None, description="safetensors file to start from; the run's own checkpoint goes first")
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    log_every: Duration = Duration("10 steps")
+    data: DataSettings
+    model: ModelSettings = ModelSettings()
+    optim: OptimSettings = OptimSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    engine: EngineSettings = EngineSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+
+    @field_validator("duration")
+    @classmethod
+    def _some(cls, value: Duration) -> Duration:
+        if value.samples(1_000_000, 1_000) <= 0:
+            raise ValueError("must be longer than nothing")
+        return value
+
+    @model_validator(mode="after")
+    def _model_or_init(self) -> "TrainSettings":
+        if self.model.name is None and self.init is None:
+            raise ValueError('model.name is not set and there is no init to take it from; set model.name, e.g. "vit_b16"')
+        return self
+
+    def accumulation(self, world_size: int) -> int:
+        """Return the number of micro-batches a rank takes per step, or raise a UserError that names what would fit."""
+        if self.global_batch % world_size:
+            below = self.global_batch - self.global_batch % world_size
+            near = " or ".join(str(b) for b in (below, below + world_size) if b)
+            raise UserError(f"global_batch {self.global_batch} does not divide over {world_size} ranks; set it to {near}")
+        local = self.global_batch // world_size
+        micro = self.micro_batch or local
+        if local % micro:
+            fits = [m for m in range(1, local + 1) if local % m == 0]
+            raise UserError(
+                f"micro_batch {micro} does not divide the {local} samples of a rank "
+                f"(global_batch {self.global_batch} over {world_size} ranks); set it to one of {fits}"
+            )
+        return local // micro
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Read a TOML file; a missing file or a syntax error is a UserError."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"there is no settings file {path}; give the path of a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}; mend that line") from None
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """Return a recipe that ships with Patchmill, by name."""
+    names = sorted(path.stem for path in RECIPES.glob("*.toml"))
+    if name not in names:
+        raise UserError(f"there is no recipe {name!r}{nearest(name, names)}; there are: {', '.join(names)}")
+    return read_toml(RECIPES / f"{name}.toml")
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Return ``base`` with the tables of ``over`` laid over it, key by key."""
+    merged = dict(base)
+    for key, value in over.items():
+        both_tables = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both_tables else value
+    return merged
+
+
+def override(table: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """Lay ``key.sub=value`` assignments over a table; values are TOML, and a bare word is a string."""
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UserError(f"{text!r} is not a setting; write key=value, such as optim.lr=1e-3")
+        try:
+            parsed = tomllib.loads(f"x = {value}")["x"]
+        except tomllib.TOMLDecodeError:
+            parsed = value
+        for part in reversed(key.split(".")):
+            parsed = {part: parsed}
+        table = merge(table, parsed)
+    return table
+
+
+def check(kind: type[S], table: dict[str, Any], where: str) -> S:
+    """Build settings of type ``kind`` from a table, or raise a UserError of one line that names key, value and remedy."""
+    try:
+        return kind.model_validate(table)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = list(_table_of(kind, first["loc"][:-1]).model_fields)
+            hint = nearest(str(first["loc"][-1]), known)
+            raise UserError(
+                f"unknown setting {key} in {where}{hint}; the settings there are: {', '.join(known)}"
+            ) from None
+        if first["type"] == "missing":
+            raise UserError(f"setting {key} is missing in {where}; add it") from None
+        reason = first["msg"].removeprefix("Value error, ")
+        value = "" if isinstance(first["input"], dict) else f" = {first['input']!r}"
+        raise UserError(f"setting {key}{value} in {where} does not fit: {reason}") from None
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """Return ``" (did you mean X?)"`` for the known word nearest to ``word``, or nothing."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def dump_toml(table: dict[str, Any]) -> str:
+    """Write a nested table of plain values as TOML; ``None`` is left out, since TOML has no null."""
+    lines: list[str] = []
+    for key, value in table.items():
+        if value is not None and not isinstance(value, dict):
+            lines.append(f"{_toml_key(key)} = {_toml_value(value)}")
+
+    def sub(prefix: str, inner: dict[str, Any]) -> None:
+        lines.append(f"\n[{prefix}]")
+        for key, value in inner.items():
+            if value is not None and not isinstance(value, dict):
+                lines.append(f"{_toml_key(key)} = {_toml_value(value)}")
+        for key, value in inner.items():
+            if isinstance(value, dict):
+                sub(f"{prefix}.{_toml_key(key)}", value)
+
+    for key, value in table.items():
+        if isinstance(value, dict):
+            sub(_toml_key(key), value)
+    return "\n".join(lines) + "\n"
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    return json.dumps(value, ensure_ascii=False)  # TOML's strings, numbers and booleans read as JSON's
+
+
+def _table_of(kind: type[Settings], path: tuple) -> type[Settings]:
+    for part in path:
+        kind = kind.model_fields[part].annotation
+    return kind

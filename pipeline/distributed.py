@@ -1,0 +1,73 @@
+"""The process group: who am I, and how do all ranks agree. Ranks come from RANK, WORLD_SIZE and LOCAL_RANK."""
+
+import datetime
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = datetime.timedelta(minutes=10)
+
+
+def rank() -> int:
+    """Return this process's rank; 0 when it runs alone."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Return the number of ranks; 1 when this process runs alone."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def device() -> torch.device:
+    """Return the device of this rank: its CUDA device where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def start() -> None:
+    """Join the process group (gloo on CPU, NCCL on CUDA); a lone process makes a group of one."""
+    if dist.is_initialized():
+        return
+    where = device()
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    if "MASTER_ADDR" not in os.environ:
+        # A file or TCP store of one needs no port that another run could hold.
+        dist.init_process_group(
+            "nccl" if where.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1
+        )
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+        return
+    dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=TIMEOUT)
+
+
+def finish() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(values: list[float]) -> list[float]:
+    """Return the element-wise sum of ``values`` over all ranks, in float64."""
+    total = torch.tensor(values, dtype=torch.float64, device=device())
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def everyone(obj: Any) -> list[Any]:
+    """Return every rank's ``obj``, in rank order, on every rank."""
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, obj)
+    return gathered
+
+
+def raise_together(error: Exception | None) -> None:
+    """Raise on every rank if any rank has an error: a failure on one rank must never leave the others waiting."""
+    errors = [e for e in everyone(error) if e is not None]
+    if error is not None:
+        raise error
+    if errors:
+        raise errors[0]

@@ -1,0 +1,78 @@
+"""What a run says while it runs: JSON lines (the truth), TensorBoard (a mirror), and a progress line on stderr."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Telemetry:
+    """Rank 0 writes ``metrics.jsonl``, TensorBoard events where tensorboard is installed, and a progress line.
+
+    A resumed run cuts what was logged after its checkpoint, so the file holds every step once.
+    """
+
+    def __init__(self, out: Path, title: str, total: int, start: int):
+        self.path = out / "metrics.jsonl"
+        kept = [line for line in read_metrics(self.path) if line["samples"] <= start]
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+        self.board = _tensorboard(out / "tensorboard", start)
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[text]}"), TimeRemainingColumn(),
+            console=Console(stderr=True), disable=not sys.stderr.isatty(),
+        )  # fmt: skip
+        self.task = self.progress.add_task(title, total=total, completed=start, text="")
+        self.title, self.total, self.spoke = title, total, 0.0
+        self.progress.start()
+
+    def log(self, samples: int, values: dict[str, Any]) -> None:
+        """Write one line of metrics at ``samples`` consumed."""
+        self.file.write(json.dumps({"samples": samples, **values}) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for key, value in values.items():
+                if isinstance(value, (int, float)):
+                    self.board.add_scalar(key, value, samples)
+
+    def show(self, samples: int, text: str) -> None:
+        """Move the progress line; where stderr is no terminal, say it as a plain line every 15 seconds."""
+        self.progress.update(self.task, completed=samples, text=text)
+        if self.progress.disable and (time.monotonic() - self.spoke > 15 or samples >= self.total):
+            self.spoke = time.monotonic()
+            print(f"{self.title}: {100 * samples / self.total:.0f}% {text}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Flush everything."""
+        self.progress.stop()
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a metrics file; a last line that a kill cut short is left out."""
+    lines = []
+    if path.exists():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                break
+    return lines
+
+
+def _tensorboard(folder: Path, start: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=start + 1 if start else None)
