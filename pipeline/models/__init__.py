@@ -1,1 +1,45 @@
 """Models by name, with the parameter names of timm."""
+
+import difflib
+import inspect
+
+from pipeline.models import vit
+from shards.errors import UserError
+
+# name -> (class, its settings): one line a family.
+MODELS = {name: (vit.VisionTransformer, settings) for name, settings in vit.SETTINGS.items()}
+
+
+def model_names() -> list[str]:
+    """Return the names that ``create_model`` knows."""
+    return list(MODELS)
+
+
+def create_model(name: str, *, seed: int | None = 0, **settings) -> vit.VisionTransformer:
+    """Build a model by name.
+
+    Args:
+        name: one of ``model_names()``, such as "vit_b16".
+        seed: the first values are a function of it and of each parameter's name; None leaves the memory
+            unwritten, for a caller that loads a state or writes ``initial_value`` into sharded parameters.
+        **settings: override any argument of the model's class, such as ``num_classes=10`` or ``depth=6``.
+
+    Raises:
+        UserError: an unknown model or setting, or settings that do not fit each other.
+    """
+    if name not in MODELS:
+        raise UserError(f"unknown model: {name!r}; {_nearest(name, model_names())}")
+    model_class, defaults = MODELS[name]
+    known = list(inspect.signature(model_class).parameters)
+    for key in settings:
+        if key not in known:
+            raise UserError(f"unknown setting of {name}: {key!r}; {_nearest(key, known)}")
+    model = model_class(**(defaults | settings))
+    if seed is not None:
+        vit.init_parameters(model, seed)
+    return model
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=3)
+    return "did you mean " + " or ".join(near) + "?" if near else "known: " + ", ".join(known)

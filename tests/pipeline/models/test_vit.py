@@ -1,0 +1,345 @@
+"""The Vision Transformer against the paper's equations, transformers, and the official first values."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.models import create_model, model_names
+from pipeline.models.vit import interpolate_pos_embed
+from shards.errors import UserError
+
+TINY = {"image_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7}
+
+
+def randomized(**settings) -> torch.nn.Module:
+    """Return a tiny model in eval mode whose every parameter is random, so that none is without effect."""
+    model = create_model("vit_ti16", **(TINY | settings)).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.2, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+# Counts of the official JAX code for K = 0, 1000 and 21843 classes, each without and with pre_logits.
+COUNTS = {
+    "vit_b32": (87_455_232, 88_045_824, 88_224_232, 88_814_824, 104_252_499, 104_843_091),
+    "vit_b16": (85_798_656, 86_389_248, 86_567_656, 87_158_248, 102_595_923, 103_186_515),
+    "vit_l32": (305_510_400, 306_560_000, 306_535_400, 307_585_000, 327_899_475, 328_949_075),
+    "vit_l16": (303_301_632, 304_351_232, 304_326_632, 305_376_232, 325_690_707, 326_740_307),
+    "vit_h14": (630_764_800, 632_404_480, 632_045_800, 633_685_480, 658_745_683, 660_385_363),
+    "vit_ti16": (5_524_416, None, 5_717_416, 5_754_472, 9_740_115, None),
+    "vit_s16": (21_665_664, None, 22_050_664, 22_198_504, 30_075_219, None),
+    "vit_s32": (22_493_952, None, 22_878_952, 23_026_792, 30_903_507, None),
+    "vit_b8": (85_807_872, None, 86_576_872, None, 102_605_139, None),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameter_counts(name):
+    columns = [(k, representation) for k in (0, 1000, 21843) for representation in (False, True)]
+    for (num_classes, representation), expected in zip(columns, COUNTS[name], strict=True):
+        if expected is not None:
+            with torch.device("meta"):
+                model = create_model(name, seed=None, num_classes=num_classes, representation=representation)
+            assert sum(p.numel() for p in model.parameters()) == expected
+
+
+def test_parameter_count_at_another_resolution():
+    with torch.device("meta"):
+        model = create_model("vit_h14", seed=None, image_size=518)
+    assert sum(p.numel() for p in model.parameters()) == 633_470_440
+
+
+def test_parameter_names_are_timms():
+    model = create_model("vit_ti16", **(TINY | {"depth": 1, "representation": True}))
+    layers = [
+        "patch_embed.proj",
+        "blocks.0.norm1",
+        "blocks.0.attn.qkv",
+        "blocks.0.attn.proj",
+        "blocks.0.norm2",
+    ]
+    layers += ["blocks.0.mlp.fc1", "blocks.0.mlp.fc2", "norm", "pre_logits.fc", "head"]
+    expected = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+    assert set(model.state_dict()) == expected | {"cls_token", "pos_embed"}
+
+
+def numpy_forward(p: dict, images: np.ndarray, heads: int, gelu: str) -> np.ndarray:
+    """Logits by equations 1-4 of the paper in float64, patch by patch and head by head."""
+    patch = p["patch_embed.proj.weight"].shape[-1]
+    side, width = images.shape[-1] // patch, p["cls_token"].shape[-1]
+    d = width // heads
+
+    def norm(x, name):
+        x = x - x.mean(-1, keepdims=True)
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * p[f"{name}.weight"] + p[f"{name}.bias"]
+
+    def dense(x, name):
+        return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+
+    def activation(x):
+        if gelu == "exact":
+            return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+    logits = []
+    for image in images:
+        rows = [p["cls_token"][0, 0]]
+        for y in range(side):
+            for x in range(side):
+                pixels = image[:, y * patch : (y + 1) * patch, x * patch : (x + 1) * patch].reshape(-1)
+                kernel = p["patch_embed.proj.weight"].reshape(width, -1)
+                rows.append(kernel @ pixels + p["patch_embed.proj.bias"])
+        z = np.stack(rows) + p["pos_embed"][0]
+        for i in range(TINY["depth"]):
+            q, k, v = np.split(dense(norm(z, f"blocks.{i}.norm1"), f"blocks.{i}.attn.qkv"), 3, axis=1)
+            outputs = []
+            for head in range(heads):
+                part = slice(head * d, (head + 1) * d)
+                a = np.exp(q[:, part] @ k[:, part].T / math.sqrt(d))
+                outputs.append(a / a.sum(1, keepdims=True) @ v[:, part])
+            z = z + dense(np.concatenate(outputs, 1), f"blocks.{i}.attn.proj")
+            hidden = activation(dense(norm(z, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1"))
+            z = z + dense(hidden, f"blocks.{i}.mlp.fc2")
+        y = norm(z, "norm")[0]
+        if "pre_logits.fc.weight" in p:
+            y = np.tanh(dense(y, "pre_logits.fc"))
+        logits.append(dense(y, "head"))
+    return np.stack(logits)
+
+
+@pytest.mark.parametrize(("gelu", "representation"), [("tanh", True), ("exact", False)])
+def test_forward_equals_the_equations(images, gelu, representation):
+    model = randomized(gelu=gelu, representation=representation)
+    parameters = {name: value.double().numpy() for name, value in model.state_dict().items()}
+    expected = numpy_forward(parameters, images.double().numpy(), TINY["num_heads"], gelu)
+    with torch.no_grad():
+        np.testing.assert_allclose(model.double()(images.double()).numpy(), expected, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(model.float()(images).numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+def transformers_state(state: dict, depth: int) -> dict:
+    """Rename our parameters to those of transformers 5 in memory."""
+    renamed = {
+        "vit.embeddings.cls_token": state["cls_token"],
+        "vit.embeddings.position_embeddings": state["pos_embed"],
+    }
+    pairs = {"vit.embeddings.patch_embeddings.projection": "patch_embed.proj", "vit.layernorm": "norm"}
+    pairs["classifier"] = "head"
+    for i in range(depth):
+        theirs, ours = f"vit.layers.{i}", f"blocks.{i}"
+        pairs[f"{theirs}.layernorm_before"] = f"{ours}.norm1"
+        pairs[f"{theirs}.layernorm_after"] = f"{ours}.norm2"
+        pairs[f"{theirs}.attention.o_proj"] = f"{ours}.attn.proj"
+        pairs[f"{theirs}.mlp.fc1"] = f"{ours}.mlp.fc1"
+        pairs[f"{theirs}.mlp.fc2"] = f"{ours}.mlp.fc2"
+        for kind in ("weight", "bias"):
+            parts = state[f"{ours}.attn.qkv.{kind}"].chunk(3)
+            for letter, part in zip("qkv", parts, strict=True):
+                renamed[f"{theirs}.attention.{letter}_proj.{kind}"] = part
+    for theirs, ours in pairs.items():
+        for kind in ("weight", "bias"):
+            renamed[f"{theirs}.{kind}"] = state[f"{ours}.{kind}"]
+    return renamed
+
+
+@pytest.mark.parametrize(("gelu", "hidden_act"), [("tanh", "gelu_pytorch_tanh"), ("exact", "gelu")])
+def test_forward_equals_transformers(images, gelu, hidden_act):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        image_size=32,
+        patch_size=8,
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        intermediate_size=192,
+        hidden_act=hidden_act,
+        layer_norm_eps=1e-6,
+        num_labels=7,
+    )
+    theirs = transformers.ViTForImageClassification(config).eval()
+    model = randomized(gelu=gelu)
+    theirs.load_state_dict(transformers_state(model.state_dict(), TINY["depth"]), strict=True)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), theirs(images).logits, rtol=0, atol=1e-5)
+
+
+def test_features_are_what_the_head_sees(images):
+    model = randomized(representation=True)
+    with torch.no_grad():
+        features = model.features(images)
+        assert features.shape == (2, 48)
+        assert features.abs().max() <= 1
+        torch.testing.assert_close(model.head(features), model(images))
+    headless = randomized(num_classes=0)
+    with torch.no_grad():
+        torch.testing.assert_close(headless(images), headless.tokens(images)[:, 0])
+
+
+def test_initial_values_have_the_official_statistics():
+    model = create_model("vit_ti16", depth=2, num_classes=10, representation=True, head_bias=-10.0, seed=3)
+    values = model.state_dict()
+
+    kernel = values["patch_embed.proj.weight"]
+    std = 768**-0.5
+    assert kernel.std().item() == pytest.approx(std, rel=0.01)
+    assert kernel.abs().max().item() == pytest.approx(2 * std / 0.87962566, rel=0.01)
+    assert values["pre_logits.fc.weight"].std().item() == pytest.approx(192**-0.5, rel=0.02)
+
+    for weight, fans in (("attn.qkv", 2 * 192), ("attn.proj", 2 * 192), ("mlp.fc1", 960), ("mlp.fc2", 960)):
+        value, limit = values[f"blocks.1.{weight}.weight"], math.sqrt(6 / fans)
+        assert limit * 0.999 < value.abs().max().item() <= limit
+        assert value.std().item() == pytest.approx(limit / math.sqrt(3), rel=0.01)
+
+    pos_embed = values["pos_embed"]
+    assert pos_embed.std().item() == pytest.approx(0.02, rel=0.02)
+    assert pos_embed.abs().max() > 0.06  # not truncated
+    assert values["blocks.0.mlp.fc1.bias"].std().item() == pytest.approx(1e-6, rel=0.1)
+    for name in ("cls_token", "patch_embed.proj.bias", "blocks.0.attn.qkv.bias", "head.weight", "norm.bias"):
+        assert not values[name].any(), name
+    assert (values["head.bias"] == -10).all()
+    assert (values["blocks.1.norm2.weight"] == 1).all()
+
+
+def test_initial_values_depend_on_seed_and_name_alone():
+    before = torch.get_rng_state()
+    shallow = create_model("vit_ti16", **(TINY | {"depth": 2}), seed=5).state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    deep_model = create_model("vit_ti16", **(TINY | {"depth": 4}), seed=5)
+    deep = deep_model.state_dict()
+    for name, value in shallow.items():
+        assert torch.equal(value, deep[name]), name
+        assert torch.equal(value, deep_model.initial_value(name, tuple(value.shape), 5)), name
+    assert not torch.equal(deep["blocks.0.attn.qkv.weight"], deep["blocks.1.attn.qkv.weight"])
+    other = create_model("vit_ti16", **TINY, seed=6).state_dict()
+    assert not torch.equal(other["pos_embed"], deep["pos_embed"])
+
+
+def test_initial_value_of_a_foreign_parameter():
+    with pytest.raises(ValueError, match="mask_token"):
+        create_model("vit_ti16", **TINY, seed=None).initial_value("mask_token.weight", (1, 48), 0)
+
+
+def test_dropout_works_in_training_only(images):
+    model = randomized(dropout=0.3)
+    with torch.no_grad():
+        assert torch.equal(model(images), model(images))
+        model.train()
+        assert not torch.equal(model(images), model(images))
+
+
+def test_dropout_sits_where_the_paper_has_it():
+    """Once after the position embeddings, thrice a block (attention's output, MLP layers), not on q, k, v."""
+    model = create_model("vit_ti16", **TINY, dropout=0.5).train()
+    calls = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.register_forward_hook(
+                lambda _m, _i, output, name=name: calls.append((name, output.shape[-1]))
+            )
+    model(torch.zeros(1, 3, 32, 32))
+    block = [("attn.dropout", 48), ("mlp.dropout", 192), ("mlp.dropout", 48)]
+    expected = [("dropout", 48)] + [(f"blocks.{i}.{name}", width) for i in range(3) for name, width in block]
+    assert calls == expected
+
+
+def test_drop_path_skips_whole_branches_of_single_samples(images):
+    model = randomized(drop_path=0.5).train()
+    assert [block.drop_path for block in model.blocks] == [0, 0.25, 0.5]
+    with torch.no_grad():
+        kept = torch.full((2, 3, 2), 0.999)
+        one_skips = kept.clone()
+        one_skips[0, 2] = 0.499
+        all_kept, mixed = model(images, kept), model(images, one_skips)
+        torch.testing.assert_close(mixed[1], all_kept[1])
+        assert not torch.allclose(mixed[0], all_kept[0])
+
+        # With both branches of the last block skipped, the sample sees the model without that block.
+        del model.blocks[2]
+        torch.testing.assert_close(model(images, kept[:, :2])[0], mixed[0])
+
+
+def test_drop_path_keeps_the_expectation():
+    block = randomized(drop_path=0.5).blocks[2]
+    x, draws = torch.randn(1, 5, 48).expand(4000, 5, 48), torch.rand(4000, 2)
+    draws[:, 1] = 0  # always skip the MLP: what is left is x + attention, kept half of the time, doubled
+    with torch.no_grad():
+        branch = block(x, draws) - x
+        expected = block.attn(block.norm1(x[:1]))[0]
+        share = (draws[:, 0] >= 0.5).float().mean()
+    torch.testing.assert_close(branch.mean(0), expected * 2 * share, rtol=1e-3, atol=1e-4)
+    assert share.item() == pytest.approx(0.5, abs=0.05)
+
+
+def test_drop_path_is_off_in_evaluation(images):
+    model = randomized(drop_path=0.9)
+    with torch.no_grad():
+        assert torch.equal(model(images, torch.zeros(2, 3, 2)), model(images))
+        model.train()
+        assert not torch.equal(model(images), model(images))
+
+
+def numpy_zoom(grid: np.ndarray, new: int) -> np.ndarray:
+    """scipy.ndimage.zoom(grid, (new/g, new/g, 1), order=1): linear between the two neighbours, ends kept."""
+    at = np.linspace(0, len(grid) - 1, new)
+    low = np.minimum(at.astype(int), max(len(grid) - 2, 0))
+    high, part = np.minimum(low + 1, len(grid) - 1), (at - low)[:, None]
+    rows = grid[low] * (1 - part[..., None]) + grid[high] * part[..., None]
+    return rows[:, low] * (1 - part) + rows[:, high] * part
+
+
+@pytest.mark.parametrize(("old", "new"), [(6, 8), (14, 24), (8, 5), (7, 7)])
+def test_interpolate_pos_embed_is_the_official_zoom(old, new):
+    pos_embed = torch.randn(1, 1 + old * old, 16, generator=torch.Generator().manual_seed(old))
+    stretched = interpolate_pos_embed(pos_embed, new)
+    assert torch.equal(stretched[:, 0], pos_embed[:, 0])
+    grid = pos_embed[0, 1:].view(old, old, 16).double().numpy()
+    try:
+        from scipy.ndimage import zoom
+
+        expected = zoom(grid, (new / old, new / old, 1), order=1)
+    except ImportError:
+        expected = numpy_zoom(grid, new)
+    np.testing.assert_allclose(stretched[0, 1:].view(new, new, 16).numpy(), expected, rtol=0, atol=1e-5)
+    if old == new:
+        assert torch.equal(stretched, pos_embed)
+
+
+def test_interpolate_pos_embed_of_no_square():
+    with pytest.raises(UserError, match="12 patches"):
+        interpolate_pos_embed(torch.zeros(1, 13, 4), 4)
+
+
+def test_names_cover_sizes_and_patches():
+    assert {"vit_ti8", "vit_s14", "vit_b32", "vit_l16", "vit_h14"} <= set(model_names())
+    with torch.device("meta"):
+        models = [create_model(name, seed=None) for name in model_names()]
+    assert {model.patch_size for model in models} == {8, 14, 16, 32}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("vit_b17", {}, "unknown model: 'vit_b17'; did you mean .*vit_b16"),
+        ("zzz", {}, "known: vit_ti8, "),
+        ("vit_ti16", {"dpeth": 3}, "unknown setting of vit_ti16: 'dpeth'; did you mean depth"),
+        ("vit_ti16", {"image_size": 225}, "image_size 225 is not divisible by patch_size 16; take 224"),
+        ("vit_ti16", {"num_heads": 5}, "embed_dim 192 is not divisible by num_heads 5"),
+        ("vit_ti16", {"gelu": "relu"}, "unknown gelu: 'relu'"),
+        ("vit_ti16", {"depth": 0}, "depth is too small: 0"),
+        ("vit_ti16", {"drop_path": 1.0}, "drop_path is no rate: 1.0"),
+        ("vit_ti16", {"num_classes": -1}, "num_classes is negative: -1"),
+    ],
+)
+def test_mistakes_are_one_line(name, settings, message):
+    with pytest.raises(UserError, match=message) as error:
+        create_model(name, **settings)
+    assert "\n" not in str(error.value)
