@@ -41,8 +41,14 @@ class Telemetry:
                 if isinstance(value, (int, float)):
                     self.board.add_scalar(key, value, samples)
 
-    def show(self, samples: int, text: str) -> None:
+    def show(self, samples: int, values: dict[str, Any]) -> None:
         """Move the progress line; where stderr is no terminal, say it as a plain line every 15 seconds."""
+        text = (
+            f"loss {values['loss']:.3f}  {values['images_per_second']:.0f} images/s  "
+            f"waiting {100 * values['data_wait']:.0f}%"
+        )
+        if values["val_top1"] is not None:
+            text += f"  top-1 {100 * values['val_top1']:.1f}%"
         self.progress.update(self.task, completed=samples, text=text)
         if self.progress.disable and (time.monotonic() - self.spoke > 15 or samples >= self.total):
             self.spoke = time.monotonic()

@@ -1,0 +1,112 @@
+"""Ranks of one command on this machine: start them, watch them, end them together."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+GRACE = 20.0  # seconds that the other ranks get to end by themselves when one has failed
+PR_SET_PDEATHSIG = 1
+
+
+def run_ranks(arguments: list[str], ranks: int, logs: Path) -> tuple[int, str]:
+    """Run ``patchmill ARGUMENTS`` on ``ranks`` processes and wait for all of them.
+
+    Rank 0 speaks on this terminal's stderr; the others write ``logs/rank-N.log``. If one fails the others are ended.
+
+    Returns:
+        The exit code (that of the first rank to fail, else 0) and rank 0's stdout.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "launch.cli", *arguments]
+    processes: list[subprocess.Popen] = []
+    with contextlib.ExitStack() as stack:
+        stdout = stack.enter_context(open(logs / "stdout.log", "w+", encoding="utf-8"))
+        environments = _environments(ranks)
+        for rank, environment in enumerate(environments):
+            if rank == 0:
+                out, err = stdout, None
+            else:
+                out = err = stack.enter_context(open(logs / f"rank-{rank}.log", "a", encoding="utf-8"))
+            processes.append(
+                subprocess.Popen(command, env=environment, stdout=out, stderr=err, preexec_fn=_die_with_parent)
+            )
+        previous = {number: signal.signal(number, _forward(processes)) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            code = _wait(processes, logs)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            _end(processes, grace=0.0)
+        stdout.seek(0)
+        return code, stdout.read()
+
+
+def free_port() -> int:
+    """Return a TCP port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _environments(ranks: int) -> list[dict[str, str]]:
+    threads = str(max(1, (os.cpu_count() or 1) // ranks))
+    shared = {**os.environ}
+    shared.setdefault("OMP_NUM_THREADS", threads)
+    if ranks == 1:
+        return [shared]
+    shared |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def _wait(processes: list[subprocess.Popen], logs: Path) -> int:
+    while True:
+        codes = [process.poll() for process in processes]
+        failed = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
+        if failed:
+            _end(processes, GRACE)
+            codes = [processes[rank].returncode for rank in failed]
+            # A rank that says why (2, 75) knows more than one that only lost its peers.
+            rank, code = min(zip(failed, codes, strict=True), key=lambda pair: pair[1] not in (2, 75))
+            if rank > 0:
+                tail = (logs / f"rank-{rank}.log").read_text(errors="replace").strip().splitlines()[-1:]
+                print(f"rank {rank} ended with {_name(code)}: {' '.join(tail)}", file=sys.stderr)
+            elif code < 0:
+                print(f"rank 0 ended with {_name(code)}", file=sys.stderr)
+            return code if code > 0 else 1
+        if all(code == 0 for code in codes):
+            return 0
+        time.sleep(0.05)
+
+
+def _end(processes: list[subprocess.Popen], grace: float) -> None:
+    deadline = time.monotonic() + grace
+    while time.monotonic() < deadline and any(process.poll() is None for process in processes):
+        time.sleep(0.05)
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def _forward(processes: list[subprocess.Popen]):
+    def handler(number: int, frame: object) -> None:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+
+    return handler
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel to end this rank when its launcher is killed: SIGTERM saves and stops."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _name(code: int) -> str:
+    return f"exit code {code}" if code >= 0 else signal.Signals(-code).name

@@ -1,0 +1,171 @@
+"""Plans: data sets and stages in one TOML file, checked as a whole before anything starts."""
+
+import graphlib
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from launch.stages import KINDS
+from pipeline.config import Settings, TrainSettings, check, merge, nearest, read_recipe, read_toml
+from shards.errors import UserError
+
+PLACEHOLDER = re.compile(r"\{([A-Za-z0-9_-]+)\}")
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
+
+
+class StageTable(Settings):
+    """One ``[[stage]]`` table."""
+
+    name: str = Field(pattern=NAME)
+    kind: str
+    recipe: str | None = None
+    init: str | None = Field(None, description="stage, or safetensors file, whose weights this one starts from")
+    after: list[str] = []
+    ranks: int = Field(1, gt=0)
+    set: dict[str, Any] = {}
+
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, kind: str) -> str:
+        if kind not in KINDS:
+            raise ValueError(f"there is no such kind{nearest(kind, list(KINDS))}; the kinds are {', '.join(KINDS)}")
+        return kind
+
+
+class PlanTable(Settings):
+    """A plan file."""
+
+    name: str = Field(pattern=NAME)
+    stage: list[StageTable] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage ready to run.
+
+    Attributes:
+        table: As the plan has it.
+        settings: Checked, with every ``{stage}`` replaced by that stage's output.
+        needs: Names of the stages that must be finished first.
+        digest: Of its settings and its inputs; a finished stage with the same digest is skipped.
+        folder: Its folder in the run.
+        arguments: Its ``patchmill`` command line.
+    """
+
+    table: StageTable
+    settings: Settings
+    needs: list[str]
+    digest: str
+    folder: Path
+    arguments: list[str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked plan and where it runs."""
+
+    path: Path
+    name: str
+    run: Path
+    stages: list[Stage]
+
+
+def read_plan(path: str | Path, runs: str | Path = "runs") -> Plan:
+    """Read and check a plan.
+
+    Args:
+        path: The TOML file. Relative paths in it count from its folder.
+        runs: Folder that holds the run's folder, ``RUNS/NAME``.
+
+    Raises:
+        UserError: Anything wrong with any stage.
+    """
+    path = Path(path)
+    table = check(PlanTable, read_toml(path), str(path))
+    run = Path(runs).resolve() / table.name
+    by_name = {stage.name: stage for stage in table.stage}
+    if len(by_name) < len(table.stage):
+        names = [stage.name for stage in table.stage]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"two stages of {path} are named {twice!r}; rename one")
+
+    stages: dict[str, Stage] = {}
+    for name in _in_order(by_name, path):
+        stages[name] = _prepare(by_name[name], by_name, stages, run, path)
+    return Plan(path, table.name, run, list(stages.values()))
+
+
+def _in_order(by_name: dict[str, StageTable], path: Path) -> list[str]:
+    needs = {name: _needs(stage, by_name, path) for name, stage in by_name.items()}
+    try:
+        return list(graphlib.TopologicalSorter(needs).static_order())
+    except graphlib.CycleError as error:
+        raise UserError(f"the stages of {path} wait for each other: {' -> '.join(error.args[1])}; break the circle") from None
+
+
+def _needs(stage: StageTable, by_name: dict[str, StageTable], path: Path) -> list[str]:
+    named = list(stage.after) + [word for text in _strings(stage.set) for word in PLACEHOLDER.findall(text)]
+    if stage.init is not None and not stage.init.endswith(".safetensors"):
+        named.append(stage.init)
+    for name in named:
+        if name not in by_name:
+            hint = nearest(name, list(by_name))
+            raise UserError(f"stage {stage.name} of {path} needs stage {name!r}, which is not there{hint}; name one of {', '.join(by_name)}")
+    if stage.kind == "report":
+        named += [name for name, other in by_name.items() if other.kind != "report"]
+    return list(dict.fromkeys(named))
+
+
+def _prepare(stage: StageTable, by_name: dict[str, StageTable], ready: dict[str, Stage], run: Path, path: Path) -> Stage:
+    kind, folder = KINDS[stage.kind], run / "stages" / stage.name
+    where = f"stage {stage.name} of {path}"
+    table = merge(read_recipe(stage.recipe) if stage.recipe else {}, stage.set)
+    if kind.settings is TrainSettings:
+        table = {"kind": stage.kind, **table}
+        if stage.init is not None:
+            table["init"] = stage.init if stage.init.endswith(".safetensors") else f"{{{stage.init}}}"
+    elif stage.init is not None:
+        raise UserError(f"{where} has init, but a stage of kind {stage.kind} trains nothing; remove it")
+    needs = _needs(stage, by_name, path)
+    outputs = {name: str(run / "stages" / name / KINDS[by_name[name].kind].output) for name in needs}
+    settings = check(kind.settings, _filled(table, outputs), where)
+    inputs: dict[str, Any] = {name: ready[name].digest for name in needs}
+    if stage.kind == "shards":
+        source = path.parent / settings.source
+        settings = settings.model_copy(update={"source": str(source)})
+        inputs["source"] = _listing(source)
+    if isinstance(settings, TrainSettings):
+        settings.accumulation(stage.ranks)
+    digest = hashlib.sha256(json.dumps([stage.kind, table, inputs], sort_keys=True).encode()).hexdigest()
+    return Stage(stage, settings, needs, digest, folder, kind.command(settings, folder, run))
+
+
+def _strings(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [text for item in inner for text in _strings(item)]
+
+
+def _filled(value: Any, outputs: dict[str, str]) -> Any:
+    if isinstance(value, str):
+        return PLACEHOLDER.sub(lambda found: outputs[found[1]], value)
+    if isinstance(value, dict):
+        return {key: _filled(item, outputs) for key, item in value.items()}
+    return [_filled(item, outputs) for item in value] if isinstance(value, list) else value
+
+
+def _listing(source: Path) -> str:
+    """Digest of a folder's file names, sizes and times: cheap, and it changes when any image does."""
+    if not source.is_dir():
+        raise UserError(f"there is no folder of images {source}; give the path of a folder with one folder a class")
+    found = hashlib.sha256()
+    for file in sorted(p for p in source.rglob("*") if p.is_file()):
+        status = file.stat()
+        found.update(f"{file.relative_to(source)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    return found.hexdigest()

@@ -1,0 +1,75 @@
+"""Run a plan on this machine, stage by stage, skipping what is done."""
+
+import json
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+
+from launch.local import run_ranks
+from launch.plan import Plan, Stage
+from pipeline.config import TrainSettings, dump_toml
+from shards.atomic import write_text
+from shards.errors import PatchmillError, StoppedOnRequestError, UserError
+
+FAMILY = {2: UserError, 75: StoppedOnRequestError}
+
+
+def run_plan(plan: Plan) -> None:
+    """Run every stage that is not finished; one that was killed goes on from its last checkpoint.
+
+    Raises:
+        PatchmillError: A stage failed; its own message is already on stderr.
+    """
+    say = Console(stderr=True, highlight=False)
+    plan.run.mkdir(parents=True, exist_ok=True)
+    write_text(plan.run / "plan.toml", plan.path.read_text(encoding="utf-8"))
+    for number, stage in enumerate(plan.stages, start=1):
+        title = f"[{number}/{len(plan.stages)}] {stage.table.name}"
+        if is_done(stage):
+            say.print(f"{title}: done before, skipped", style="dim", markup=False)
+            continue
+        ranks = f", {stage.table.ranks} ranks" if stage.table.ranks > 1 else ""
+        say.print(f"{title} ({stage.table.kind}{ranks})", style="bold", markup=False)
+        began = time.monotonic()
+        _set_aside(stage)
+        _run(stage, began)
+        say.print(f"{title}: done in {time.monotonic() - began:.0f} s", style="green", markup=False)
+
+
+def is_done(stage: Stage) -> bool:
+    """Tell whether a stage finished with these settings and inputs."""
+    return _result(stage).get("digest") == stage.digest
+
+
+def _run(stage: Stage, began: float) -> None:
+    stage.folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(stage.settings, TrainSettings):
+        write_text(stage.folder / "config.toml", dump_toml(stage.settings.model_dump(mode="json", exclude_unset=True)))
+    code, stdout = run_ranks([*stage.arguments, "--json"], stage.table.ranks, stage.folder / "logs")
+    if code:
+        remedy = {2: "mend it", 75: "all is saved"}.get(code, f"see {stage.folder / 'logs'}")
+        raise FAMILY.get(code, PatchmillError)(
+            f"stage {stage.table.name} ended with exit code {code}; {remedy}, then run the same command again to go on"
+        )
+    result = {"digest": stage.digest, "kind": stage.table.kind, "seconds": time.monotonic() - began}
+    write_text(stage.folder / "result.json", json.dumps({**result, "result": json.loads(stdout)}, indent=1))
+
+
+def _set_aside(stage: Stage) -> None:
+    """Move a finished stage out of the way when its settings or inputs changed; an unfinished one goes on in place."""
+    if not _result(stage):
+        return
+    number = 1
+    while (aside := stage.folder.with_name(f"{stage.table.name}.before-{number}")).exists():
+        number += 1
+    stage.folder.rename(aside)
+    print(f"settings or inputs of {stage.table.name} changed: what it made before is kept in {aside}", file=sys.stderr)
+
+
+def _result(stage: Stage) -> dict[str, Any]:
+    try:
+        return json.loads((stage.folder / "result.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}

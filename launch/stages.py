@@ -1,0 +1,104 @@
+"""The kinds of stage a plan may hold. A stage is a ``patchmill`` command line: what it runs, anyone can run by hand."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from pipeline.config import Settings, TrainSettings
+
+
+class ShardsStage(Settings):
+    """Raw images into shards: ``patchmill shards build``."""
+
+    source: str
+    split: dict[str, float] = {}
+    shard_samples: int = Field(10_000, gt=0)
+    workers: int | None = Field(None, gt=0)
+    max_rejected: int = Field(0, ge=0)
+
+
+class ConvertStage(Settings):
+    """A checkpoint into weights: ``patchmill convert``."""
+
+    source: str
+    checkpoint: Literal["latest", "best"] = "latest"
+    to: Literal["safetensors"] = "safetensors"
+
+
+class EvaluateStage(Settings):
+    """Top-1 and top-5 on a data set: ``patchmill evaluate``."""
+
+    weights: str
+    data: str
+    batch: int = Field(64, gt=0)
+
+
+class FewshotStage(Settings):
+    """Closed-form linear accuracy of frozen features: ``patchmill fewshot``."""
+
+    weights: str
+    train: str
+    test: str
+    shots: list[int] = [1, 5, 10, 25]
+
+
+class ReportStage(Settings):
+    """The whole run on one page: ``patchmill report``."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of stage.
+
+    Attributes:
+        settings: What ``set`` may hold.
+        output: What ``{stage}`` stands for in other stages: this path inside the stage's folder.
+        command: ``command(settings, folder, run) -> arguments`` of ``patchmill``, without ``--json``.
+    """
+
+    settings: type[Settings]
+    output: str
+    command: Callable[[Settings, Path, Path], list[str]]
+
+
+def _shards(s: ShardsStage, folder: Path, run: Path) -> list[str]:
+    arguments = ["shards", "build", s.source, str(folder / "data"), "--shard-samples", str(s.shard_samples)]
+    arguments += ["--max-rejected", str(s.max_rejected)]
+    arguments += ["--workers", str(s.workers)] if s.workers else []
+    for part, share in s.split.items():
+        arguments += ["--split", f"{part}={share}"]
+    return arguments
+
+
+def _train(s: TrainSettings, folder: Path, run: Path) -> list[str]:
+    return ["train", str(folder / "config.toml"), "--out", str(folder)]
+
+
+def _convert(s: ConvertStage, folder: Path, run: Path) -> list[str]:
+    return ["convert", s.source, str(folder / "model.safetensors"), "--checkpoint", s.checkpoint, "--to", s.to]
+
+
+def _evaluate(s: EvaluateStage, folder: Path, run: Path) -> list[str]:
+    return ["evaluate", s.weights, s.data, "--batch", str(s.batch)]
+
+
+def _fewshot(s: FewshotStage, folder: Path, run: Path) -> list[str]:
+    return ["fewshot", s.weights, s.train, s.test, "--shots", ",".join(map(str, s.shots))]
+
+
+def _report(s: ReportStage, folder: Path, run: Path) -> list[str]:
+    return ["report", str(run)]
+
+
+KINDS = {
+    "shards": Kind(ShardsStage, "data", _shards),
+    "supervised": Kind(TrainSettings, "", _train),
+    "finetune": Kind(TrainSettings, "", _train),
+    "convert": Kind(ConvertStage, "model.safetensors", _convert),
+    "evaluate": Kind(EvaluateStage, "result.json", _evaluate),
+    "fewshot": Kind(FewshotStage, "result.json", _fewshot),
+    "report": Kind(ReportStage, "result.json", _report),
+}

@@ -1,0 +1,53 @@
+"""Any checkpoint of ours -> one safetensors file with timm's names, ready for fine-tuning."""
+
+from pathlib import Path
+
+from pipeline import checkpoint
+from pipeline.weights import write_weights
+from shards.errors import UserError
+
+
+def find_checkpoint(source: str | Path, which: str = "latest") -> checkpoint.Checkpoint:
+    """Return the verified checkpoint at ``source``: a checkpoint folder, or a training stage's folder.
+
+    Args:
+        source: The folder.
+        which: For a stage's folder, the pointer to follow: ``"latest"`` or ``"best"``.
+
+    Raises:
+        UserError: There is none.
+        BrokenCheckpointError: It does not pass verification.
+    """
+    source = Path(source)
+    path = source if (source / "checkpoint.json").is_file() else checkpoint.pointer(source / "checkpoints", which)
+    if path is None:
+        raise UserError(
+            f"there is no {which} checkpoint in {source}; give a checkpoint folder, or the folder of a training stage that saved one"
+        )
+    found = checkpoint.Checkpoint(path)
+    found.verify()
+    return found
+
+
+def to_safetensors(source: str | Path, destination: str | Path, which: str = "latest") -> dict:
+    """Convert a checkpoint, whatever engine, ZeRO stage and number of ranks wrote it.
+
+    Returns:
+        ``weights`` (path), ``samples``, ``parameters`` (their number).
+    """
+    found = find_checkpoint(source, which)
+    tensors = dict(found.weights())
+    note = {
+        "model": found.state["model"],
+        "classes": found.state["classes"],
+        "samples": found.samples,
+        "val": found.state["val"],
+        "commit": found.state["commit"],
+        "versions": found.state["versions"],
+    }
+    write_weights(Path(destination), tensors, note)
+    return {
+        "weights": str(destination),
+        "samples": found.samples,
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+    }

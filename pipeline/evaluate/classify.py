@@ -1,0 +1,42 @@
+"""Top-1, top-5 and loss over a whole data set: every image exactly once, on any number of ranks."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from pipeline import distributed
+from pipeline.images import to_model_input
+from shards.augment import Resize
+from shards.dataset import Dataset
+from shards.loader import evaluation_batches
+
+
+@torch.no_grad()
+def classify(model: Callable[[Tensor], Tensor], dataset: Dataset, resolution: int, batch: int, threads: int = 2) -> dict:
+    """Evaluate ``model(images [n,3,H,W]) -> logits [n,K]`` on every image of ``dataset``; collective over all ranks.
+
+    Args:
+        model: In evaluation mode.
+        dataset: Single-label images.
+        resolution: Side that images are resized to, straight (vit-paper 8).
+        batch: Images a rank takes at once; the padding of the last batch is left out of all sums.
+        threads: Decode threads.
+
+    Returns:
+        ``loss`` (softmax cross-entropy), ``top1``, ``top5`` in [0, 1], ``images`` counted over all ranks.
+    """
+    device = distributed.device()
+    sums = torch.zeros(4, dtype=torch.float64)
+    for part in evaluation_batches(
+        dataset, batch, distributed.rank(), distributed.world_size(), Resize(resolution), threads=threads
+    ):
+        logits = model(to_model_input(part.images, device)).float()  # [n, K]
+        valid = torch.from_numpy(part.valid).to(device)
+        labels = torch.from_numpy(part.labels).to(device)
+        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # [n, 5]
+        losses = F.cross_entropy(logits, labels, reduction="none").double()
+        sums += torch.stack([losses[valid].sum(), ranked[valid, 0].sum(), ranked[valid].sum(), valid.sum()]).double().cpu()
+    loss, top1, top5, images = distributed.sum_over_ranks(sums.tolist())
+    return {"loss": loss / images, "top1": top1 / images, "top5": top5 / images, "images": int(images)}

@@ -1,0 +1,11 @@
+"""From the loader's uint8 pixels to what a model sees."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def to_model_input(images: np.ndarray, device: torch.device) -> Tensor:
+    """Turn uint8 [n, H, W, 3] into float32 [n, 3, H, W] in [-1, 1] (vit-paper 8), on the device."""
+    pixels = torch.from_numpy(images).to(device, non_blocking=True)
+    return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)

@@ -1,0 +1,33 @@
+"""Which code and which libraries made a run."""
+
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+LIBRARIES = ("torch", "deepspeed", "accelerate", "numpy", "safetensors", "simplejpeg", "opencv-python-headless", "pillow")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python, Patchmill and the libraries that touch the numbers."""
+    return {"python": platform.python_version(), "patchmill": version("patchmill"), **{n: version(n) for n in LIBRARIES}}
+
+
+def commit() -> str | None:
+    """Return the commit of the code that runs, with ``+`` where the working tree differs; None outside a checkout."""
+    head = _git("rev-parse", "HEAD")
+    return head and head.strip() + ("+" if diff() else "")
+
+
+def diff() -> str:
+    """Return the working tree's difference from the commit."""
+    return _git("diff", "HEAD", "--", "*.py", "*.toml") or ""
+
+
+def _git(*arguments: str) -> str | None:
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None

@@ -1,0 +1,48 @@
+"""Which settings may change when a run goes on: free, allowed (and told), or refused. One table says which."""
+
+import sys
+from typing import Any
+
+from pipeline import distributed
+from pipeline.checkpoint import Checkpoint
+from pipeline.config import TrainSettings
+from shards.errors import UserError
+
+RULES = {
+    "kind": "refused", "seed": "refused", "loss": "refused", "label_smoothing": "refused",
+    "model": "refused", "optim.name": "refused", "data.resolution": "refused", "data.augment": "refused",
+    "data.crop_area": "refused", "data.exclude": "refused", "data.window_bytes": "refused",
+    "data": "free",  # the samples themselves are checked by digest, so a data set may move
+    "init": "free", "log_every": "free", "checkpoint": "free", "evaluate": "free",
+    "duration": "allowed", "global_batch": "allowed", "micro_batch": "allowed", "optim": "allowed",
+    "schedule": "allowed", "engine": "allowed",
+}  # fmt: skip
+"""The longest key that fits a setting decides."""
+
+
+def check_resume(settings: TrainSettings, loaded: Checkpoint) -> None:
+    """Compare a run's settings with those of its checkpoint.
+
+    Raises:
+        UserError: A refused setting changed: with it, the run would silently be another one.
+    """
+    before = _flat(loaded.state["settings"])
+    now = _flat(settings.model_dump(mode="json"))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) == now.get(key):
+            continue
+        change = f"{key} changed from {before.get(key)!r} to {now.get(key)!r}"
+        rule = RULES[max((r for r in RULES if key == r or key.startswith(f"{r}.")), key=len)]
+        if rule == "refused":
+            raise UserError(
+                f"cannot go on from {loaded.path}: {change}; set it back, or start another run in another folder"
+            )
+        if rule == "allowed" and distributed.rank() == 0:
+            print(f"going on from {loaded.path.name} with {change}", file=sys.stderr)
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

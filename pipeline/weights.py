@@ -1,0 +1,121 @@
+"""Converted weights: one safetensors file with timm's names, and a note of what model they are."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipeline.config import TrainSettings
+from pipeline.models import create_model
+from pipeline.models.vit import VisionTransformer, interpolate_pos_embed
+from shards.atomic import whole_file
+from shards.errors import UserError
+
+NOTE = "patchmill"  # the key of our note in the file's metadata
+
+
+class Weights:
+    """A converted weights file, read tensor by tensor.
+
+    Attributes:
+        model: Settings that ``create_model`` takes, name included.
+        classes: Class names in the order of the head's outputs.
+        note: Everything else that was noted when the file was written.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            self._file = safe_open(self.path, framework="pt")
+        except FileNotFoundError:
+            raise UserError(f"there are no weights at {path}; give the safetensors file that `patchmill convert` wrote") from None
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is no readable safetensors file ({error}); convert the checkpoint again") from None
+        note = (self._file.metadata() or {}).get(NOTE)
+        if note is None:
+            raise UserError(f"{path} does not say which model it is; make it with `patchmill convert`")
+        self.note: dict[str, Any] = json.loads(note)
+        self.model: dict[str, Any] = self.note["model"]
+        self.classes: list[str] = self.note["classes"]
+        self.names = set(self._file.keys())
+
+    def tensor(self, name: str) -> Tensor:
+        """Return one tensor by name."""
+        return self._file.get_tensor(name)
+
+    def create_model(self) -> VisionTransformer:
+        """Return the model with these weights, on the CPU, in evaluation mode."""
+        model = create_model(**self.model, seed=None)
+        model.load_state_dict({name: self.tensor(name) for name in self.names})
+        return model.eval()
+
+
+def write_weights(path: Path, tensors: dict[str, Tensor], note: dict[str, Any]) -> None:
+    """Write a weights file that ``Weights`` reads; ``note`` needs the keys ``model`` and ``classes``."""
+    with whole_file(path) as partial:
+        save_file(tensors, partial, metadata={"format": "pt", NOTE: json.dumps(note)})
+        os.chmod(partial, 0o644)
+
+
+def resolve_model(settings: TrainSettings, init: Weights | None, num_classes: int) -> dict[str, Any]:
+    """Return what ``create_model`` takes for a stage: the settings, over the weights it starts from.
+
+    Fine-tuning drops the whole pre-training head, pre-logits included (vit-paper 1.5).
+    """
+    base = dict(init.model) if init else {}
+    wanted = settings.model.overrides()
+    if settings.model.name is not None:
+        named = {"name": settings.model.name} | wanted
+        if init is not None:
+            _refuse_another_model(settings, init, named)
+        base |= named
+    else:
+        base |= wanted
+    base |= {"image_size": settings.data.resolution, "num_classes": num_classes}
+    if settings.kind == "finetune":
+        base |= {"representation": False, "head_bias": 0.0}
+    return base
+
+
+def first_values(
+    template: VisionTransformer, init: Weights | None, settings: TrainSettings
+) -> Callable[[str, tuple], Tensor]:
+    """Return ``value_of(name, shape)``: the first value of each parameter, from converted weights or from scratch.
+
+    A new resolution stretches the position embeddings; fine-tuning starts its head at zero.
+    """
+
+    def value_of(name: str, shape: tuple) -> Tensor:
+        new_head = settings.kind == "finetune" and name.startswith("head.")
+        if init is None or new_head:
+            return template.initial_value(name, shape, settings.seed)
+        if name not in init.names:
+            raise UserError(f"{init.path} has no {name}: it is a checkpoint of another model; use the model settings that made it")
+        value = init.tensor(name).float()
+        if name == "pos_embed" and value.shape != shape:
+            value = interpolate_pos_embed(value, template.image_size // template.patch_size)
+        if value.shape != shape:
+            raise UserError(
+                f"{init.path} has {name} of shape {list(value.shape)}, this model wants {list(shape)}: it is a checkpoint "
+                "of another model; use the model settings that made it"
+            )
+        return value
+
+    return value_of
+
+
+def _refuse_another_model(settings: TrainSettings, init: Weights, named: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        here, there = create_model(**named, seed=None), create_model(**init.model, seed=None)
+    for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_dim", "gelu"):
+        if getattr(here, key) != getattr(there, key):
+            raise UserError(
+                f"{init.path} is a checkpoint of another model: its {key} is {getattr(there, key)}, the settings say "
+                f"{getattr(here, key)}; leave [model] out, or use the settings that made it"
+            )
