@@ -1,0 +1,117 @@
+"""Few-shot least squares against independent solutions."""
+
+import numpy as np
+import pytest
+
+from pipeline.evaluate.fewshot import fewshot_accuracy, fit, least_squares_accuracy, ridge
+from shards.errors import UserError
+
+
+def clusters(n: int, d: int, num_classes: int, noise: float, seed: int = 0):
+    """Return features [n, d] (float32) in noisy clusters, one a class, and labels [n]."""
+    centres = np.random.default_rng(99).normal(size=(num_classes, d)) * 3 + 5
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(n) % num_classes)
+    return (centres[labels] + noise * rng.normal(size=(n, d))).astype(np.float32), labels
+
+
+def expected_weights(features, labels, num_classes, l2):
+    """The stacked problem [x; sqrt(l2) I] w = [y; 0] by lstsq: no normal equations."""
+    x = features.astype(np.float64)
+    x = (x - x.mean(0)) / (np.sqrt(((x - x.mean(0)) ** 2).mean(0)) + 1e-5)
+    x = np.concatenate([x, np.full((len(x), 1), 100.0)], axis=1)
+    y = np.where(labels[:, None] == np.arange(num_classes), 1.0, -1.0)
+    stacked = np.concatenate([x, np.sqrt(l2) * np.eye(x.shape[1])])
+    return np.linalg.lstsq(stacked, np.concatenate([y, np.zeros((x.shape[1], num_classes))]), rcond=None)[0]
+
+
+@pytest.mark.parametrize(
+    "n", [12, 20, 21, 22, 200]
+)  # with the constant feature D is 21: both sides of the fork
+@pytest.mark.parametrize("l2", [1.0, 1024.0])
+def test_fit_equals_lstsq(n, l2):
+    features, labels = clusters(n, 20, 4, noise=2.0)
+    classifier = fit(features, labels, 4, l2)
+    np.testing.assert_allclose(
+        classifier.weights, expected_weights(features, labels, 4, l2), rtol=0, atol=1e-6
+    )
+
+
+def test_both_branches_agree():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(30, 30)), rng.normal(size=(30, 3))
+    dual = x.T @ np.linalg.inv(x @ x.T + 7 * np.eye(30)) @ y
+    np.testing.assert_allclose(ridge(x, y, 7.0), dual, rtol=0, atol=1e-10)
+    # A column of zeros changes no other weight, and moves the same problem to the other branch.
+    wider = ridge(np.pad(x, ((0, 0), (0, 1))), y, 7.0)
+    np.testing.assert_allclose(wider, np.pad(dual, ((0, 1), (0, 0))), rtol=0, atol=1e-10)
+
+
+def test_fewshot_draws_per_class_in_class_order():
+    features, labels = clusters(120, 6, 3, noise=4.0)
+    test_features, test_labels = clusters(90, 6, 3, noise=4.0, seed=1)
+    expected = []
+    for seed in (0, 1, 2):
+        rng = np.random.default_rng(seed)
+        chosen = np.concatenate([rng.permutation(np.where(labels == c)[0])[:5] for c in range(3)])
+        picked = features[chosen].astype(np.float64)
+        weights = expected_weights(features[chosen], labels[chosen], 3, 1024.0)
+        x = (test_features - picked.mean(0)) / (picked.std(0) + 1e-5)
+        scores = x @ weights[:-1] + 100.0 * weights[-1]
+        expected.append((scores.argmax(1) == test_labels).mean())
+    got = fewshot_accuracy(features, labels, test_features, test_labels, shots=5)
+    np.testing.assert_array_equal(got, expected)
+    assert 0.4 < got.mean() < 1
+
+
+def test_fewshot_needs_enough_images_of_every_class():
+    features, labels = clusters(40, 4, 4, noise=1.0)
+    keep = (labels != 2) | (np.cumsum(labels == 2) <= 3)
+    arguments = (features[keep], labels[keep], features, labels)
+    assert len(fewshot_accuracy(*arguments, shots=3)) == 3
+    with pytest.raises(UserError, match="class 2 has 3 training images for 5 shots"):
+        fewshot_accuracy(*arguments, shots=5)
+    with pytest.raises(UserError, match="class flags has 3 training images"):
+        fewshot_accuracy(*arguments, shots=5, class_names=["a", "b", "flags", "d"])
+    with pytest.raises(UserError, match="class 3 has 0 training images"):
+        fewshot_accuracy(features[labels < 3], labels[labels < 3], features, labels, shots=1)
+
+
+def test_least_squares_chooses_its_penalty_on_held_out_training_samples():
+    """More features than samples, much noise, and test labels that are not asked."""
+    features, labels = clusters(100, 150, 5, noise=12.0)
+    test_features, test_labels = clusters(500, 150, 5, noise=12.0, seed=1)
+    accuracy, l2 = least_squares_accuracy(features, labels, test_features, test_labels)
+    assert accuracy == fit(features, labels, 5, l2).accuracy(test_features, test_labels)
+    assert accuracy > 0.5
+    shuffled = np.random.default_rng(3).permutation(test_labels)
+    wrong, same_l2 = least_squares_accuracy(features, labels, test_features, shuffled)
+    assert same_l2 == l2
+    assert wrong < 0.35
+
+    held_out, kept = np.split(np.random.default_rng(0).permutation(100), [20])
+    scores = {}
+    for penalty in (1e1, 1e3, 1e5):
+        classifier = fit(features[kept], labels[kept], 5, penalty)
+        scores[penalty] = classifier.accuracy(features[held_out], labels[held_out])
+    _, chosen = least_squares_accuracy(features, labels, test_features, test_labels, l2_grid=tuple(scores))
+    assert scores[chosen] == max(scores.values())
+
+
+def test_a_constant_feature_does_no_harm():
+    features, labels = clusters(60, 5, 3, noise=1.0)
+    constant = np.pad(features, ((0, 0), (0, 1)), constant_values=0.1)
+    test = np.pad(features, ((0, 0), (0, 1)), constant_values=0.9)
+    assert fit(constant, labels, 3).accuracy(test, labels) == fit(features, labels, 3).accuracy(
+        features, labels
+    )
+
+
+def test_features_that_are_not_finite():
+    features, labels = clusters(30, 4, 3, noise=1.0)
+    broken = features.copy()
+    broken[[4, 9], 1] = np.nan
+    with pytest.raises(UserError, match="2 of 30 images are not finite"):
+        fit(broken, labels, 3)
+    with pytest.raises(UserError, match="2 of 30 images are not finite"):
+        fit(features, labels, 3).accuracy(broken, labels)
