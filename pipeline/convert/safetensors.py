@@ -3,7 +3,9 @@
 from pathlib import Path
 
 from pipeline import checkpoint
-from pipeline.weights import write_weights
+from pipeline.models import create_model
+from pipeline.models.vit import VisionTransformer
+from pipeline.weights import Weights, write_weights
 from shards.errors import UserError
 
 
@@ -51,3 +53,14 @@ def to_safetensors(source: str | Path, destination: str | Path, which: str = "la
         "samples": found.samples,
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
     }
+
+
+def load_model(source: str | Path) -> tuple[VisionTransformer, list[str]]:
+    """Return (model on the CPU in evaluation mode, class names) from a weights file, a checkpoint or a stage's folder."""
+    if not Path(source).is_dir():
+        weights = Weights(source)
+        return weights.create_model(), weights.classes
+    found = find_checkpoint(source)
+    model = create_model(**found.state["model"], seed=None)
+    model.load_state_dict(dict(found.weights()))
+    return model.eval(), found.state["classes"]

@@ -10,6 +10,7 @@ from pipeline import distributed
 from pipeline.images import to_model_input
 from shards.augment import Resize
 from shards.dataset import Dataset
+from shards.errors import UserError
 from shards.loader import evaluation_batches
 
 
@@ -40,3 +41,12 @@ def classify(model: Callable[[Tensor], Tensor], dataset: Dataset, resolution: in
         sums += torch.stack([losses[valid].sum(), ranked[valid, 0].sum(), ranked[valid].sum(), valid.sum()]).double().cpu()
     loss, top1, top5, images = distributed.sum_over_ranks(sums.tolist())
     return {"loss": loss / images, "top1": top1 / images, "top5": top5 / images, "images": int(images)}
+
+
+def check_classes(classes: list[str], dataset: Dataset) -> None:
+    """Raise a UserError when a model's classes are not those of a data set."""
+    if classes != dataset.classes:
+        raise UserError(
+            f"the model knows {len(classes)} classes ({', '.join(classes[:3])} ...), {dataset.url} has "
+            f"{len(dataset.classes)} ({', '.join(dataset.classes[:3])} ...); evaluate on the data it was trained for"
+        )

@@ -1,0 +1,192 @@
+"""The command line. stdout is for results, stderr for progress; exit codes: 0 done, 2 a user's mistake, 75 stopped, 1 else."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from shards.errors import PatchmillError, UserError
+
+# Torch takes seconds to import, so each command imports what it needs.
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="Mill images into patches, and patches into pre-trained Vision Transformers.")  # fmt: skip
+shards_app = typer.Typer(no_args_is_help=True, help="Data sets: build, inspect, look at.")
+app.add_typer(shards_app, name="shards")
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+@shards_app.command("build")
+def shards_build(
+    source: Annotated[str, typer.Argument(help="Folder with one folder of images a class.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the new data set.")],
+    shard_samples: Annotated[int | None, typer.Option(help="Samples a shard.")] = None,
+    shard_bytes: Annotated[int | None, typer.Option(help="Image bytes a shard, roughly.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; default: one a core.")] = None,
+    split: Annotated[list[str] | None, typer.Option(help="PART=SHARE, such as val=0.01; the rest is train.")] = None,
+    max_rejected: Annotated[int, typer.Option(help="Broken images to leave out before giving up.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Build WebDataset shards and their manifest from raw images."""
+    from shards.build import build, parse_split
+
+    parts = build(
+        source, out, shard_samples=shard_samples, shard_bytes=shard_bytes, workers=workers,
+        split=parse_split(split or []), max_rejected=max_rejected, progress=True,
+    )  # fmt: skip
+    _print(parts, as_json)
+
+
+@app.command()
+def run(
+    plan: Annotated[Path, typer.Argument(help="Plan file.")],
+    runs: Annotated[Path, typer.Option(help="Folder of runs; this one gets RUNS/NAME.")] = Path("runs"),
+) -> None:
+    """Run a plan on this machine; finished stages are skipped, interrupted ones go on."""
+    from launch.plan import read_plan
+    from launch.run import run_plan
+
+    checked = read_plan(plan, runs)
+    run_plan(checked)
+    if any(stage.table.kind == "report" for stage in checked.stages):
+        from pipeline.report import print_table, read_run
+
+        print_table(read_run(checked.run))
+        print(f"report: {checked.run / 'report.html'}")
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="Settings of one training stage, TOML.")],
+    settings: Annotated[list[str] | None, typer.Argument(help="key=value overrides, such as optim.lr=1e-3.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/CONFIG.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run one training stage, alone or as one rank of a job (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)."""
+    from pipeline import distributed
+    from pipeline.config import TrainSettings, check, override, read_toml
+
+    checked = check(TrainSettings, override(read_toml(config), settings or []), str(config))
+    folder = out or Path("runs") / config.stem
+    folder.mkdir(parents=True, exist_ok=True)
+
+    from pipeline.train import train as run_training
+
+    distributed.start()
+    try:
+        _print(run_training(checked, folder), as_json)
+    finally:
+        distributed.finish()
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Checkpoint, or folder of a training stage.")],
+    destination: Annotated[Path, typer.Argument(help="File to write.")],
+    to: Annotated[str, typer.Option(help="Format: safetensors (timm's parameter names).")] = "safetensors",
+    checkpoint: Annotated[str, typer.Option(help="Of a stage's folder: latest or best.")] = "latest",
+    as_json: Json = False,
+) -> None:
+    """Convert a checkpoint of any engine, ZeRO stage and number of ranks to one file of weights."""
+    if to != "safetensors":
+        raise UserError(f"there is no format {to!r}; the formats are: safetensors")
+    if checkpoint not in ("latest", "best"):
+        raise UserError(f"there is no checkpoint pointer {checkpoint!r}; give latest or best")
+    from pipeline.convert.safetensors import to_safetensors
+
+    _print(to_safetensors(source, destination, checkpoint), as_json)
+
+
+@app.command()
+def evaluate(
+    weights: Annotated[Path, typer.Argument(help="Weights, checkpoint, or folder of a training stage.")],
+    data: Annotated[str, typer.Argument(help="Data set.")],
+    batch: Annotated[int, typer.Option(help="Images a rank takes at once.")] = 64,
+    as_json: Json = False,
+) -> None:
+    """Evaluate every image of a data set exactly once, on any number of ranks."""
+    from pipeline import distributed
+    from pipeline.convert.safetensors import load_model
+    from pipeline.evaluate.classify import classify, check_classes
+    from shards.dataset import Dataset
+
+    dataset = Dataset.open(data)
+    model, classes = load_model(weights)
+    check_classes(classes, dataset)
+    distributed.start()
+    try:
+        _print(classify(model.to(distributed.device()), dataset, model.image_size, batch), as_json)
+    finally:
+        distributed.finish()
+
+
+@app.command()
+def fewshot(
+    weights: Annotated[Path, typer.Argument(help="Weights, checkpoint, or folder of a training stage.")],
+    train: Annotated[str, typer.Argument(help="Data set to take the shots from.")],
+    test: Annotated[str, typer.Argument(help="Data set to test on.")],
+    shots: Annotated[str, typer.Option(help="Images a class, comma-separated.")] = "1,5,10,25",
+    as_json: Json = False,
+) -> None:
+    """Closed-form linear accuracy of frozen features, next to the same on raw pixels."""
+    try:
+        numbers = [int(text) for text in shots.split(",")]
+    except ValueError:
+        raise UserError(f"--shots {shots!r} are no numbers; write them like 1,5,10") from None
+    from pipeline.convert.safetensors import load_model
+    from pipeline.evaluate.frozen import frozen_features_accuracy
+    from shards.dataset import Dataset
+
+    model, _ = load_model(weights)
+    _print(frozen_features_accuracy(model, Dataset.open(train), Dataset.open(test), numbers), as_json)
+
+
+@app.command()
+def report(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    as_json: Json = False,
+) -> None:
+    """Write RUN/report.html: curves, accuracies and sample images on one self-contained page."""
+    from pipeline.report import print_table, read_run, write_html
+
+    found = read_run(run_folder)
+    page = write_html(found)
+    if as_json:
+        _print({"report": str(page)}, True)
+    else:
+        print_table(found)
+        print(f"report: {page}")
+
+
+def _print(result: dict[str, Any], as_json: bool) -> None:
+    """Print a command's result once, on rank 0."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if as_json:
+        print(json.dumps(result, indent=1))
+        return
+    table = Table(show_header=False)
+    for key, value in result.items():
+        if isinstance(value, dict):
+            value = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in value.items())
+        table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+    Console().print(table)
+
+
+def main() -> None:
+    """Run the command line; a known error is one line on stderr and its exit code."""
+    try:
+        app()
+    except PatchmillError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""What frozen features are worth: closed-form accuracy on few and on all training images, next to raw pixels."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from pipeline.evaluate.fewshot import fewshot_accuracy, least_squares_accuracy
+from pipeline.images import to_model_input
+from pipeline.models.vit import VisionTransformer
+from shards.augment import Resize
+from shards.dataset import Dataset
+from shards.loader import evaluation_batches
+
+BATCH = 64
+
+
+def frozen_features_accuracy(
+    model: VisionTransformer, train: Dataset, test: Dataset, shots: Sequence[int]
+) -> dict[str, dict]:
+    """Fit linear classifiers on training images, score them on test images (vit-paper 4).
+
+    Returns:
+        For ``features`` (before the head) and ``pixels`` (the same images, flattened): ``shots`` (mean top-1 over three
+        seeds, by number of shots), ``all`` (top-1 of least squares on every training image) and its ``l2``.
+    """
+    train_pixels, train_features, train_labels = _extract(model, train)
+    test_pixels, test_features, test_labels = _extract(model, test)
+    result = {}
+    for name, x, y in (("features", train_features, test_features), ("pixels", train_pixels, test_pixels)):
+        few = {str(n): float(np.mean(fewshot_accuracy(x, train_labels, y, test_labels, n))) for n in shots}
+        accuracy, l2 = least_squares_accuracy(x, train_labels, y, test_labels)
+        result[name] = {"shots": few, "all": accuracy, "l2": l2}
+    return result
+
+
+@torch.no_grad()
+def _extract(model: VisionTransformer, dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return pixels [n, 3*H*W], features [n, D] (float32) and labels [n] of every image."""
+    pixels, features, labels = [], [], []
+    for batch in evaluation_batches(dataset, BATCH, 0, 1, Resize(model.image_size)):
+        images = to_model_input(batch.images[batch.valid], torch.device("cpu"))
+        pixels.append(images.flatten(1).numpy())
+        features.append(model.features(images).numpy())
+        labels.append(batch.labels[batch.valid])
+    return np.concatenate(pixels), np.concatenate(features), np.concatenate(labels)

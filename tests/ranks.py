@@ -1,0 +1,33 @@
+"""Run a worker script on several real processes (gloo) and collect what each prints as JSON."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from launch.local import free_port
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_on_ranks(script: Path, ranks: int, *arguments: object, timeout: float = 120) -> list:
+    """Start ``ranks`` processes of ``script ARGUMENTS``; return each rank's last stdout line, read as JSON."""
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    shared |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), *map(str, arguments)],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(ranks)
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for rank, (process, (_, stderr)) in enumerate(zip(processes, outputs, strict=True)):
+        assert process.returncode == 0, f"rank {rank} ended with {process.returncode}:\n{stderr[-3000:]}"
+    return [json.loads(stdout.strip().splitlines()[-1]) for stdout, _ in outputs]
