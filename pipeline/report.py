@@ -1,0 +1,232 @@
+"""A run on one page: accuracies next to honest baselines, curves, sample images; self-contained HTML, and a terminal table."""
+
+import base64
+import html
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.config import read_toml
+from pipeline.telemetry import read_metrics
+from shards.atomic import write_text
+from shards.dataset import Dataset
+from shards.decode import decode
+from shards.errors import UserError
+
+SAMPLES = 24
+
+STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1c2430}
+h1{margin-bottom:0}h2{margin-top:2.5rem;border-bottom:1px solid #d8dee6}
+p.note{color:#5b6673;margin-top:.3rem}
+table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .9rem;border-bottom:1px solid #e6eaef;text-align:left}
+td.n{text-align:right;font-variant-numeric:tabular-nums}tr.main td{font-weight:600;background:#f0f6ff}
+.samples{display:grid;grid-template-columns:repeat(auto-fill,minmax(104px,1fr));gap:.8rem}
+.samples figure{margin:0;font-size:12px;text-align:center}.samples img{width:96px;height:96px;object-fit:contain}
+.right{color:#0a7a3d}.wrong{color:#b3261e}pre{background:#f6f8fa;padding:1rem;overflow:auto;font-size:13px}svg{max-width:100%;height:auto}
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table of accuracies: ``top1`` in [0, 1]; ``main`` marks what the run is about."""
+
+    what: str
+    top1: float
+    how: str
+    main: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds.
+
+    Attributes:
+        folder: The run.
+        results: ``result.json`` of each finished stage, by name, in the plan's order.
+        plan: The plan file's tables.
+    """
+
+    folder: Path
+    results: dict[str, dict[str, Any]]
+    plan: dict[str, Any]
+
+    def stages(self, kind: str) -> list[str]:
+        """Return the names of the finished stages of a kind."""
+        return [name for name, result in self.results.items() if result["kind"] == kind]
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read a run's plan and the results of its finished stages."""
+    folder = Path(folder)
+    if not (folder / "plan.toml").is_file():
+        raise UserError(f"{folder} is no run: it holds no plan.toml; give the folder RUNS/NAME that `patchmill run` made")
+    plan = read_toml(folder / "plan.toml")
+    results = {}
+    for stage in plan["stage"]:
+        path = folder / "stages" / stage["name"] / "result.json"
+        if path.is_file():
+            results[stage["name"]] = json.loads(path.read_text(encoding="utf-8"))
+    return Run(folder, results, plan)
+
+
+def accuracies(run: Run) -> list[Row]:
+    """Return top-1 on held-out images of everything the run measured, chance first."""
+    rows = []
+    for name in run.stages("shards"):
+        data = run.results[name]["result"]
+        classes = next(iter(data.values()))["classes"]
+        rows.append(Row("chance", 1 / len(classes), f"{len(classes)} classes, equally likely"))
+    for name in run.stages("fewshot"):
+        result = run.results[name]["result"]
+        rows.append(Row("raw pixels, least squares", result["pixels"]["all"], "closed form, every training image"))
+        rows.append(Row("frozen features, least squares", result["features"]["all"], "closed form, every training image"))
+        for shots, top1 in result["features"]["shots"].items():
+            pixels = 100 * result["pixels"]["shots"][shots]
+            rows.append(Row(f"frozen features, {shots}-shot", top1, f"mean of 3 seeds; raw pixels {pixels:.1f} %"))
+    for kind in ("supervised", "finetune"):
+        for name in run.stages(kind):
+            result = run.results[name]["result"]
+            if result["val"] is None:
+                continue
+            config = read_toml(run.folder / "stages" / name / "resolved.toml")
+            pretrained = kind == "finetune" and "init" in config
+            start = "from pre-trained weights" if pretrained else "from scratch"
+            how = f"{config['duration']} at {config['data']['resolution']} px, {start}"
+            rows.append(Row(f"{name} ({kind})", result["val"]["top1"], how, main=pretrained))
+    for name in run.stages("evaluate"):
+        result = run.results[name]["result"]
+        rows.append(Row(f"{name} (evaluate)", result["top1"], f"{result['images']} images, each once; top-5 {100 * result['top5']:.1f} %"))
+    return rows
+
+
+def print_table(run: Run) -> None:
+    """Print the accuracies on stdout."""
+    table = Table(title=f"{run.plan['name']}: top-1 on held-out images", title_justify="left")
+    table.add_column("what")
+    table.add_column("top-1", justify="right")
+    table.add_column("how")
+    for row in accuracies(run):
+        table.add_row(row.what, f"{100 * row.top1:.1f} %", row.how, style="bold" if row.main else None)
+    Console().print(table)
+
+
+def write_html(run: Run) -> Path:
+    """Write ``report.html`` into the run's folder: no scripts, no other files, nothing from the network."""
+    name = html.escape(run.plan["name"])
+    sections = [
+        f"<h1>{name}</h1><p class=note>A Patchmill run: {len(run.results)} finished stages, "
+        f"{sum(r['seconds'] for r in run.results.values()):.0f} s in all.</p>",
+        "<h2>Accuracy on held-out images</h2>" + _accuracy_table(run),
+        "<h2>Curves</h2>" + _curves(run),
+        _samples(run),
+        "<h2>Stages</h2>" + _stage_table(run),
+        "<h2>Plan</h2><pre>" + html.escape((run.folder / "plan.toml").read_text(encoding="utf-8")) + "</pre>",
+    ]
+    page = run.folder / "report.html"
+    write_text(
+        page,
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name} - Patchmill</title>'
+        f"<style>{STYLE}</style><body>{''.join(sections)}</body></html>",
+    )
+    return page
+
+
+def _accuracy_table(run: Run) -> str:
+    rows = "".join(
+        f"<tr{' class=main' if row.main else ''}><td>{html.escape(row.what)}</td><td class=n>{100 * row.top1:.1f} %</td>"
+        f"<td>{html.escape(row.how)}</td></tr>"
+        for row in accuracies(run)
+    )
+    return f"<table><tr><th>what</th><th>top-1</th><th>how</th></tr>{rows}</table>"
+
+
+def _stage_table(run: Run) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{result['kind']}</td><td class=n>{result['seconds']:.0f} s</td></tr>"
+        for name, result in run.results.items()
+    )
+    return f"<table><tr><th>stage</th><th>kind</th><th>time</th></tr>{rows}</table>"
+
+
+def _curves(run: Run) -> str:
+    """Draw loss, held-out accuracy, speed and data wait of every training stage as one inline SVG."""
+    try:
+        import matplotlib
+    except ImportError:
+        return "<p class=note>Curves need matplotlib: pip install patchmill[figures].</p>"
+    matplotlib.use("svg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained")
+    panels = [
+        (axes[0, 0], "loss", "training loss", 1),
+        (axes[0, 1], "val_top1", "held-out top-1 (%)", 100),
+        (axes[1, 0], "images_per_second", "images/s", 1),
+        (axes[1, 1], "data_wait", "waiting for data (%)", 100),
+    ]
+    for name in run.stages("supervised") + run.stages("finetune"):
+        lines = read_metrics(run.folder / "stages" / name / "metrics.jsonl")
+        for axis, key, _, scale in panels:
+            points = [(line["samples"], scale * line[key]) for line in lines if key in line]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=name, linewidth=1.6)
+    for axis, _, title, _ in panels:
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.set_xlabel("samples seen", fontsize=8)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+        axis.set_ylim(bottom=0)
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    plt.close(figure)
+    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+
+
+def _samples(run: Run) -> str:
+    """Show held-out images with what the last fine-tuned model says of them."""
+    tuned = [name for name in run.stages("finetune") if "init" in read_toml(run.folder / "stages" / name / "resolved.toml")]
+    if not tuned:
+        return ""
+    import torch
+
+    from pipeline.convert.safetensors import load_model
+    from pipeline.images import to_model_input
+    from shards.augment import Resize
+
+    folder = run.folder / "stages" / tuned[-1]
+    model, classes = load_model(folder)
+    dataset = Dataset.open(read_toml(folder / "resolved.toml")["data"]["val"])
+    figures = []
+    for index in np.linspace(0, len(dataset) - 1, min(SAMPLES, len(dataset))).astype(int):
+        sample = dataset[int(index)]
+        pixels = decode(sample)
+        resized = Resize(model.image_size)(pixels, (0, 0, 0))
+        with torch.no_grad():
+            shares = model(to_model_input(resized[None], torch.device("cpu"))).softmax(dim=1)[0]
+        guess, truth = int(shares.argmax()), sample.labels[0]
+        caption = f"{html.escape(classes[guess])} {100 * float(shares[guess]):.0f} %"
+        if guess != truth:
+            caption += f"<br>is {html.escape(classes[truth])}"
+        figures.append(
+            f'<figure><img alt="{html.escape(sample.key)}" src="data:image/png;base64,{_png(pixels)}">'
+            f'<figcaption class="{"right" if guess == truth else "wrong"}">{caption}</figcaption></figure>'
+        )
+    return f"<h2>What {html.escape(tuned[-1])} says of held-out images</h2><div class=samples>{''.join(figures)}</div>"
+
+
+def _png(pixels: np.ndarray) -> str:
+    image = Image.fromarray(pixels)
+    image.thumbnail((192, 192))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,55 @@
+"""Every engine and ZeRO stage: the same first values and losses, and checkpoints that each of them reads."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import run_on_ranks
+
+WORKER = Path(__file__).parent / "worker.py"
+ENGINES = [("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3), ("accelerate", 0)]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> dict:
+    """Four undisturbed steps of one rank."""
+    return run_on_ranks(WORKER, 1, "accelerate", 0, "float32", "adamw", 4, tmp_path_factory.mktemp("reference"))[0]
+
+
+@pytest.mark.parametrize(("kind", "stage"), ENGINES)
+def test_two_ranks_resume_to_the_bit_and_hand_over_to_any_other_shape(kind, stage, reference, tmp_path):
+    whole = run_on_ranks(WORKER, 2, kind, stage, "float32", "adamw", 4, tmp_path / "whole")
+    assert whole[0]["weights"] == whole[1]["weights"]
+    assert whole[0]["first"] == reference["first"]  # exact masters, whatever the ranks and the stage
+    assert whole[0]["losses"] == pytest.approx(reference["losses"], abs=1e-6)
+    assert whole[0]["norms"] == pytest.approx(reference["norms"], rel=1e-5)
+
+    run_on_ranks(WORKER, 2, kind, stage, "float32", "adamw", 2, tmp_path / "half")
+    shutil.copytree(tmp_path / "half", tmp_path / "elsewhere")
+    resumed = run_on_ranks(WORKER, 2, kind, stage, "float32", "adamw", 2, tmp_path / "half", "resume")[0]
+    assert resumed["losses"] == whole[0]["losses"][2:]
+    assert resumed["weights"] == whole[0]["weights"]
+
+    other_kind, other_stage = ENGINES[(ENGINES.index((kind, stage)) + 2) % len(ENGINES)]
+    moved = run_on_ranks(
+        WORKER, 3, other_kind, other_stage, "float32", "adamw", 2, tmp_path / "elsewhere", "resume"
+    )[0]
+    assert moved["losses"] == pytest.approx(reference["losses"][2:], abs=1e-6)
+    assert moved["norms"] == pytest.approx(reference["norms"][2:], rel=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "stage"), [("deepspeed", 1), ("deepspeed", 3), ("accelerate", 0)])
+def test_momentum_moves_with_the_checkpoint(kind, stage, tmp_path):
+    whole = run_on_ranks(WORKER, 2, kind, stage, "float32", "sgd", 4, tmp_path / "whole")[0]
+    run_on_ranks(WORKER, 2, kind, stage, "float32", "sgd", 2, tmp_path / "half")
+    resumed = run_on_ranks(WORKER, 1, "accelerate", 0, "float32", "sgd", 2, tmp_path / "half", "resume")[0]
+    assert resumed["losses"] == pytest.approx(whole["losses"][2:], abs=1e-6)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bfloat16_keeps_exact_masters(stage, reference, tmp_path):
+    rank = run_on_ranks(WORKER, 2, "deepspeed", stage, "bfloat16", "adamw", 3, tmp_path)[0]
+    assert rank["first"] == reference["first"]
+    assert rank["losses"] == pytest.approx(reference["losses"][:3], abs=5e-3)  # bf16 keeps 8 bits of the forward pass
+    assert rank["losses"] != reference["losses"][:3]
