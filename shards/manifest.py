@@ -1,0 +1,140 @@
+"""The manifest of a data set: what its files are called, what they hold, and how they are read and written.
+
+manifest/dataset.json            what the whole is; written last, so it marks a finished data set
+manifest/shards.parquet          a row a shard
+manifest/samples/000000.parquet  a row a sample; its metadata is the receipt of the shard
+manifest/exclude/VERSION.parquet a row a dropped sample
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shards.atomic import whole_file, write_text
+from shards.errors import UserError
+
+SCHEMA_VERSION = 1
+DATASET = "manifest/dataset.json"
+SHARDS = "manifest/shards.parquet"
+EXCLUDE = "manifest/exclude"
+
+SHARDS_SCHEMA = pa.schema(
+    [("path", pa.string()), ("samples", pa.int64()), ("bytes", pa.int64()), ("sha256", pa.string())]
+)
+SAMPLES_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("offset", pa.int64()),  # of the image's first byte in the tar
+        ("size", pa.int64()),  # of the image, in bytes
+        ("format", pa.string()),  # jpg, png or webp: the true one, and the member's extension
+        ("labels", pa.list_(pa.int32())),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("sha256", pa.binary(32)),  # of the image
+    ]
+)
+EXCLUDE_SCHEMA = pa.schema([("shard", pa.int32()), ("index", pa.int32()), ("reason", pa.string())])
+
+
+def shard_path(shard: int) -> str:
+    """Return the name of a shard's tar inside its data set."""
+    return f"shards/{shard:06d}.tar"
+
+
+def samples_path(shard: int) -> str:
+    """Return the name of a shard's sample table inside its data set."""
+    return f"manifest/samples/{shard:06d}.parquet"
+
+
+def exclude_path(version: str) -> str:
+    """Return the name of a drop list inside its data set."""
+    return f"{EXCLUDE}/{version}.parquet"
+
+
+@dataclass
+class Info:
+    """The content of ``dataset.json``."""
+
+    classes: list[str]
+    samples: int
+    bytes: int  # of all tars
+    image_bytes: int  # of the images in them
+    shards: int
+    digest: str
+    build: dict  # the settings that made it
+    schema_version: int = SCHEMA_VERSION
+
+
+@dataclass
+class Receipt:
+    """What is known of a shard once it is written; kept in the metadata of its sample table."""
+
+    sha256: str  # of the tar
+    bytes: int  # of the tar
+    plan: str  # digest of everything that decides the bytes of this shard
+    rejected: list[tuple[str, str]] = field(default_factory=list)  # (file, reason)
+
+
+def digest(classes: list[str], shard_sha256: Iterable[str]) -> str:
+    """Return the hex digest of a data set: its class names and the content of all its shards, in order."""
+    return hashlib.sha256(json.dumps([classes, list(shard_sha256)]).encode()).hexdigest()
+
+
+def digest_with_exclude(base: str, shard: np.ndarray, index: np.ndarray) -> str:
+    """Return the hex digest of a data set less its dropped samples (sorted pairs); reasons do not count."""
+    pairs = np.stack([shard, index]).astype("<i4")
+    return hashlib.sha256(base.encode() + pairs.tobytes()).hexdigest()
+
+
+def write_table(path: str | Path, table: pa.Table) -> None:
+    """Write a parquet file that appears whole or not at all."""
+    with whole_file(path) as partial:
+        pq.write_table(table, partial, compression="zstd")
+
+
+def read_table(data: bytes, columns: list[str] | None = None) -> pa.Table:
+    """Read the content of a parquet file, or some of its columns, on the calling thread."""
+    return pq.read_table(io.BytesIO(data), columns=columns, use_threads=False)
+
+
+def write_samples(path: str | Path, rows: dict[str, list], receipt: Receipt) -> None:
+    """Write a shard's sample table (columns as in ``SAMPLES_SCHEMA``) with its receipt."""
+    schema = SAMPLES_SCHEMA.with_metadata({"receipt": json.dumps(asdict(receipt))})
+    write_table(path, pa.table(rows, schema=schema))
+
+
+def read_receipt(path: str | Path) -> Receipt:
+    """Read the receipt from the footer of a sample table, without its rows."""
+    fields = json.loads(pq.read_schema(path).metadata[b"receipt"])
+    fields["rejected"] = [tuple(entry) for entry in fields["rejected"]]
+    return Receipt(**fields)
+
+
+def write_info(folder: Path, info: Info) -> None:
+    """Write ``dataset.json``: from now on ``folder`` holds a whole data set."""
+    write_text(folder / DATASET, json.dumps(asdict(info), indent=1, sort_keys=True) + "\n")
+
+
+def parse_info(data: bytes, url: str) -> Info:
+    """Parse the ``dataset.json`` of the data set at ``url``.
+
+    Raises:
+        UserError: It was written for another schema version, or is damaged.
+    """
+    try:
+        fields = json.loads(data)
+        if fields["schema_version"] != SCHEMA_VERSION:
+            raise UserError(
+                f"the data set {url} has schema version {fields['schema_version']}, this Patchmill reads "
+                f"{SCHEMA_VERSION}; build the data set again or use a Patchmill that fits"
+            )
+        return Info(**fields)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{url}/{DATASET} is damaged ({error}); build the data set again") from error

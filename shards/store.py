@@ -1,0 +1,181 @@
+"""Reads objects and byte ranges of a data set, from a local folder or any store that ``obstore`` knows.
+
+Both kinds offer the same calls and are safe to use from many threads. Local files go through ``os.pread`` on
+kept descriptors: 2 µs for a 5 kB sample, against 53 µs through obstore's own local store.
+"""
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from functools import lru_cache
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import obstore
+from obstore.exceptions import BaseError, NotFoundError
+
+from shards.errors import PatchmillError, UserError
+
+# Server errors, lost connections and time-outs are tried again by obstore, with exponential back-off.
+RETRY = {"max_retries": 10, "retry_timeout": timedelta(minutes=3)}
+OPEN_FILES = 256  # well below the usual limit of 1024 a process
+
+
+class MissingError(UserError):
+    """The object that was asked for is not there."""
+
+
+class _Descriptor:
+    """A file open for reading, closed when the last thread that reads from it lets go."""
+
+    def __init__(self, path: Path):
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self):
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+class LocalStore:
+    """A folder on this machine, or on a file system mounted here."""
+
+    local = True
+
+    def __init__(self, root: Path):
+        self.url = str(root)
+        self._root = root
+        self._open = lru_cache(maxsize=OPEN_FILES)(_Descriptor)
+
+    def read(self, path: str) -> bytes:
+        """Return the whole object at ``path``, relative to the store."""
+        try:
+            return (self._root / path).read_bytes()
+        except OSError as error:
+            raise _failure(self.url, path, error) from error
+
+    def read_range(self, path: str, start: int, length: int) -> bytes:
+        """Return ``length`` bytes of the object from byte ``start``; fewer is an error."""
+        try:
+            file = self._open(self._root / path)
+            data = os.pread(file.number, length, start)
+            while len(data) < length:  # one call returns at most 2 GiB, and less on some network file systems
+                more = os.pread(file.number, length - len(data), start + len(data))
+                if not more:
+                    raise _too_short(self.url, path, start, length)
+                data += more
+        except OSError as error:
+            raise _failure(self.url, path, error, start, length) from error
+        return data
+
+    def read_ranges(self, path: str, starts: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
+        """Return several ranges of one object, in the order asked."""
+        return [self.read_range(path, start, length) for start, length in zip(starts, lengths, strict=True)]
+
+    def exists(self, path: str) -> bool:
+        """Tell whether there is an object at ``path``."""
+        return (self._root / path).is_file()
+
+    def list(self, folder: str) -> list[str]:
+        """Return the sorted names of the objects directly in ``folder``; none if it is missing."""
+        here = self._root / folder
+        return sorted(file.name for file in here.iterdir() if file.is_file()) if here.is_dir() else []
+
+
+class RemoteStore:
+    """A bucket prefix or web folder. Credentials come from the environment, in each cloud's own variables."""
+
+    local = False
+
+    def __init__(self, url: str):
+        self.url = url
+        try:
+            self._store = obstore.store.from_url(
+                url, client_options={"allow_http": url.startswith("http://")}, retry_config=RETRY
+            )
+        except BaseError as error:
+            raise UserError(f"cannot open {url}: {_reason(error)}; check the URL") from error
+
+    def read(self, path: str) -> bytes:
+        """Return the whole object at ``path``, relative to the store."""
+        try:
+            return bytes(obstore.get(self._store, path).bytes())
+        except (BaseError, OSError) as error:
+            raise _failure(self.url, path, error) from error
+
+    def read_range(self, path: str, start: int, length: int) -> bytes:
+        """Return ``length`` bytes of the object from byte ``start``; fewer is an error."""
+        return self.read_ranges(path, [start], [length])[0]
+
+    def read_ranges(self, path: str, starts: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
+        """Return several ranges of one object, in the order asked; near ones share a request."""
+        starts, lengths = [int(start) for start in starts], [int(length) for length in lengths]
+        try:
+            parts = obstore.get_ranges(self._store, path, starts=starts, lengths=lengths)
+        except (BaseError, OSError) as error:
+            first, last = min(starts), max(map(sum, zip(starts, lengths, strict=True)))
+            raise _failure(self.url, path, error, first, last - first) from error
+        for part, start, length in zip(parts, starts, lengths, strict=True):
+            if len(part) < length:
+                raise _too_short(self.url, path, start, length)
+        return [bytes(part) for part in parts]
+
+    def exists(self, path: str) -> bool:
+        """Tell whether there is an object at ``path``."""
+        try:
+            obstore.head(self._store, path)
+        except (NotFoundError, FileNotFoundError):
+            return False
+        except (BaseError, OSError) as error:
+            raise _failure(self.url, path, error) from error
+        return True
+
+    def list(self, folder: str) -> list[str]:
+        """Return the sorted names of the objects directly in ``folder``. Plain web servers cannot list."""
+        try:
+            objects = obstore.list_with_delimiter(self._store, folder)["objects"]
+        except (BaseError, OSError) as error:
+            raise _failure(self.url, folder, error) from error
+        return sorted(entry["path"].rpartition("/")[2] for entry in objects)
+
+
+Store = LocalStore | RemoteStore
+
+
+def open_store(url: str | Path) -> Store:
+    """Open a local path or a ``file://``, ``http(s)://``, ``s3://``, ``gs://`` or ``az://`` URL for reading.
+
+    Raises:
+        UserError: The local folder is missing, the URL is of no known kind, or it carries a password.
+    """
+    parts = urlsplit(str(url))
+    if "://" in str(url) and parts.scheme != "file":
+        if parts.password:
+            raise UserError(
+                f"the URL of {parts.hostname} carries a password; put secrets into the environment instead"
+            )
+        return RemoteStore(str(url).rstrip("/"))
+    root = Path(unquote(parts.path)) if parts.scheme == "file" else Path(url)
+    if not root.is_dir():
+        raise MissingError(f"no folder {root}; check the path")
+    return LocalStore(root)
+
+
+def _failure(
+    url: str, path: str, error: Exception, start: int | None = None, length: int = 0
+) -> PatchmillError:
+    where = f"{url}/{path}" + (f", bytes {start} to {start + length}" if start is not None else "")
+    if isinstance(error, (FileNotFoundError, NotFoundError)):
+        return MissingError(f"no object {where}; copy or build the data set again")
+    return PatchmillError(f"cannot read {where}: {_reason(error)}")
+
+
+def _too_short(url: str, path: str, start: int, length: int) -> PatchmillError:
+    return PatchmillError(
+        f"{url}/{path} ends before byte {start + length} (asked for {length} from {start}): "
+        "it is cut short or not the file that was indexed; copy or build the data set again"
+    )
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of an error; obstore adds pages of its internals below it."""
+    return str(error).strip().partition("\n")[0]
