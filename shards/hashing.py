@@ -1,8 +1,8 @@
 """One portable 64-bit hash: the only source of randomness of the order and the augmentation.
 
-NumPy promises its bit streams, not its permutations, and a checkpoint must mean the same order in ten years. The
-hash chains the finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
-2014) over its words, with integers and with arrays alike.
+NumPy promises its bit streams, not its permutations, and a checkpoint must mean the same order in ten years.
+The hash chains the finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
+generators", 2014) over its words, with integers and with arrays alike.
 """
 
 import numpy as np
@@ -45,8 +45,9 @@ _ID_BITS = np.uint64(0xFFFFFFFF)
 def sort_keys(hashes: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """Return uint64 keys whose plain sort is the stable argsort of the upper 32 bits of ``hashes``.
 
-    The id (below 2**32) sits in the lower half, so ties fall in the order of the ids, and ``key.astype(uint32)`` of a
-    sorted key is the id: a sort in place, without the memory and time of an argsort.
+    The id (below 2**32) sits in the lower half, so ties fall in the order of the ids, and
+    ``key.astype(uint32)`` of a sorted key is the id: a sort in place, without the memory and time of an
+    argsort.
     """
     keys = hashes & ~_ID_BITS
     keys |= ids.astype(np.uint64, copy=False)

@@ -1,14 +1,15 @@
 """The order of samples: pure functions of integers, no I/O.
 
-The law. Let N be the kept samples of an epoch, in shards of given sizes. Every shard is cut into chunks of ``chunk``
-consecutive kept samples (the last one of a shard may be shorter). Epoch e permutes all chunks by a hash of (seed, e,
-chunk); the resulting sequence of samples is cut into ``lanes`` lanes, the first N mod lanes of them one longer than the
-rest; inside a lane, blocks of ``block`` samples are permuted by a hash of (seed, e, lane, block, slot). The first block
-of lane l is only ``max(1, block * (l + 1) // lanes)`` long, so that lanes do not all change their block in one step.
-Global position p lies in epoch e = p div N, at p' = p mod N, in lane p' mod lanes, at offset p' div lanes.
+The law. Let N be the kept samples of an epoch, in shards of given sizes. Every shard is cut into chunks of
+``chunk`` consecutive kept samples (the last one of a shard may be shorter). Epoch e permutes all chunks by a
+hash of (seed, e, chunk); the resulting sequence of samples is cut into ``lanes`` lanes, the first N mod lanes
+of them one longer than the rest; inside a lane, blocks of ``block`` samples are permuted by a hash of (seed,
+e, lane, block, slot). The first block of lane l is only ``max(1, block * (l + 1) // lanes)`` long, so that
+lanes do not all change their block in one step. Global position p lies in epoch e = p div N, at p' = p mod N,
+in lane p' mod lanes, at offset p' div lanes.
 
-So where a run stands is p alone, whatever the number of ranks, threads and restarts, and finding any p costs O(1) once
-the plan of its epoch is made.
+So where a run stands is p alone, whatever the number of ranks, threads and restarts, and finding any p costs
+O(1) once the plan of its epoch is made.
 """
 
 from collections.abc import Sequence
@@ -58,8 +59,8 @@ def choose_shuffle(
 ) -> Shuffle:
     """Choose how to cut an order from the data and the window alone, never from the number of ranks.
 
-    The chunk is a range read of at most 8 MB; the lanes are as many as leave a block two chunks long; the block then
-    fills the window. What is given is taken as it is.
+    The chunk is a range read of at most 8 MB; the lanes are as many as leave a block two chunks long; the
+    block then fills the window. What is given is taken as it is.
 
     Args:
         samples: Kept samples of an epoch.
@@ -90,9 +91,11 @@ class EpochPlan:
 
     Attributes:
         chunks: uint32 [chunks], the chunk at each place.
-        short_ends: int64 [short], where the sequence of samples leaves each chunk that is not full, ascending.
-        missing: int64 [short + 1], samples that the first k short chunks lack. A sequence index plus what is missing
-            before it, divided by the chunk size, is the place of its chunk: no table over all chunks is needed.
+        short_ends: int64 [short], where the sequence of samples leaves each chunk that is not full,
+            ascending.
+        missing: int64 [short + 1], samples that the first k short chunks lack. A sequence index plus what is
+            missing before it, divided by the chunk size, is the place of its chunk: no table over all chunks
+            is needed.
     """
 
     chunks: np.ndarray
@@ -123,7 +126,9 @@ class Order:
         self.shuffle = shuffle
         self._first_chunk = np.concatenate([[0], np.cumsum(-(-self.sizes // shuffle.chunk))])
         if self._first_chunk[-1] >= 1 << 32:
-            raise UserError(f"chunk {shuffle.chunk} cuts the data set into {self._first_chunk[-1]} chunks; raise it")
+            raise UserError(
+                f"chunk {shuffle.chunk} cuts the data set into {self._first_chunk[-1]} chunks; raise it"
+            )
         self._short, self._longer = divmod(self.samples, shuffle.lanes)
         self._plans: dict[int, EpochPlan] = {}
         # The current block of every lane: a row of permuted slots, and which block it is.
@@ -133,7 +138,7 @@ class Order:
         self._blocks_a_lane = 2 + (self._short + 1) // shuffle.block
 
     def identity(self, data: str) -> dict:
-        """Return what a resumed run must agree on; ``data`` is the digest of the data set and its drop list."""
+        """Return what a resumed run must agree on; ``data`` is the digest of data set and drop list."""
         return {
             "order_version": ORDER_VERSION,
             "seed": self.seed,
@@ -176,8 +181,8 @@ class Order:
     def stand_in(self, position: int, attempt: int) -> int:
         """Return the position whose sample replaces the one at ``position`` if it cannot be decoded.
 
-        Attempts 1, 2, ... go round the samples of its block, which are the ones at hand; a block too short for that
-        many is left for the lane's later positions.
+        Attempts 1, 2, ... go round the samples of its block, which are the ones at hand; a block too short
+        for that many is left for the lane's later positions.
         """
         epoch, inside = divmod(position, self.samples)
         offset, lane = divmod(inside, self.shuffle.lanes)
@@ -263,7 +268,7 @@ class Order:
     def _permutations(
         self, epoch: np.ndarray, lane: np.ndarray, block: np.ndarray, size: np.ndarray
     ) -> np.ndarray:
-        """Return the permutation of each block, uint32 [blocks, width]; a row means nothing from its size on."""
+        """Return each block's permutation, uint32 [blocks, width]; past its size a row means nothing."""
         slots = np.arange(self._rows.shape[1], dtype=np.uint64)
         hashes = hash_array(
             hash_int(self.seed, _BLOCKS), epoch[:, None], lane[:, None], block[:, None], slots
@@ -277,10 +282,10 @@ class Order:
 class Mixture:
     """The endless sequence of samples drawn from several orders by weight.
 
-    Row t of lane l is global position t * lanes + l. Each lane takes its rows in periods of ``period``: in each period
-    every source has a fixed quota of rows, in an order hashed from (seed, lane, period, row). Lane l of the mixture
-    reads lane l of each source in sequence, so each source has its own epochs, lane by lane, and every counter
-    follows from the position.
+    Row t of lane l is global position t * lanes + l. Each lane takes its rows in periods of ``period``: in
+    each period every source has a fixed quota of rows, in an order hashed from (seed, lane, period, row).
+    Lane l of the mixture reads lane l of each source in sequence, so each source has its own epochs, lane by
+    lane, and every counter follows from the position.
 
     Args:
         orders: One order a source, all with the same number of lanes.
@@ -289,8 +294,8 @@ class Mixture:
         period: Rows after which each lane has drawn the sources exactly by their quotas.
 
     Raises:
-        UserError: The lanes differ, a source has fewer samples than lanes, or a weight is not positive or so small that its
-            source would never be drawn.
+        UserError: The lanes differ, a source has fewer samples than lanes, or a weight is not positive or so
+            small that its source would never be drawn.
     """
 
     def __init__(self, orders: Sequence[Order], weights: Sequence[float], seed: int, period: int = 64):
@@ -298,7 +303,8 @@ class Mixture:
         self.lanes = orders[0].shuffle.lanes
         if len({o.shuffle.lanes for o in orders}) > 1:
             raise UserError(
-                f"the sources of the mixture have {[o.shuffle.lanes for o in orders]} lanes; set one number for all"
+                f"the sources of the mixture have {[o.shuffle.lanes for o in orders]} lanes; "
+                "set one number for all"
             )
         for s, order in enumerate(orders):
             if order.samples < self.lanes:
@@ -308,7 +314,9 @@ class Mixture:
                 )
         self.quotas = quotas(weights, period)
         if len(self.quotas) != len(orders):
-            raise UserError(f"the mixture has {len(orders)} sources and {len(self.quotas)} weights; give one each")
+            raise UserError(
+                f"the mixture has {len(orders)} sources and {len(self.quotas)} weights; give one each"
+            )
 
     def identity(self, data: Sequence[str]) -> dict:
         """Return what a resumed run must agree on; ``data`` holds the digest of each source."""
@@ -336,8 +344,10 @@ class Mixture:
             shard[mine], index[mine] = order.locate_in_lane(epoch[mine], lane[mine], offset)
         return source, epoch, shard, index
 
-    def _draw(self, lane: np.ndarray, number: np.ndarray, inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the source at row ``inside`` of each lane's period, and how often it was drawn in the lane before."""
+    def _draw(
+        self, lane: np.ndarray, number: np.ndarray, inside: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the source at a row of each lane's period, and how often the lane drew it before."""
         _, first, group = np.unique(number * self.lanes + lane, return_index=True, return_inverse=True)
         slots = np.arange(self.period, dtype=np.uint64)
         prefix = hash_int(self.seed, _DRAWS)
@@ -353,7 +363,7 @@ class Mixture:
 
 
 def quotas(weights: Sequence[float], period: int) -> np.ndarray:
-    """Split a period among weights by largest remainder (of equal ones, the first); int64 that sum to ``period``."""
+    """Split a period among weights by largest remainder (of equal ones, the first), int64 [weights]."""
     share = np.asarray(weights, dtype=np.float64)
     if not (np.isfinite(share).all() and (share > 0).all()):
         raise UserError(f"the mixture's weights are {list(weights)}; give positive numbers")
@@ -361,12 +371,14 @@ def quotas(weights: Sequence[float], period: int) -> np.ndarray:
     whole = np.floor(share).astype(np.int64)
     whole[np.argsort(whole - share, kind="stable")[: period - whole.sum()]] += 1
     if (whole == 0).any():
-        raise UserError(f"weights {list(weights)} give quotas {whole.tolist()} of {period} rows; raise the period")
+        raise UserError(
+            f"weights {list(weights)} give quotas {whole.tolist()} of {period} rows; raise the period"
+        )
     return whole
 
 
 def rank_positions(position: int, global_batch: int, rank: int, world_size: int) -> np.ndarray:
-    """Return the positions of [position, position + global_batch) that are ``rank`` modulo ``world_size``, int64."""
+    """Return the positions from ``position`` on that are this rank's share of a global batch, int64."""
     first = position + (rank - position) % world_size
     return np.arange(first, position + global_batch, world_size, dtype=np.int64)
 
@@ -380,14 +392,15 @@ def check_batch(global_batch: int, world_size: int) -> None:
 
 
 def read_factor(world_size: int, lanes: int) -> int:
-    """Return by how many ranks each lane, so each chunk, is read in an epoch: 1 where the ranks divide the lanes."""
+    """Return how many ranks read each lane, so each chunk, in an epoch: 1 where ranks divide lanes."""
     return world_size // gcd(world_size, lanes)
 
 
 def lanes_of_rank(rank: int, world_size: int, lanes: int, epoch: int, samples: int) -> np.ndarray:
     """Return the lanes that a rank reads in an epoch, int64.
 
-    Ranks own absolute positions, and epoch e starts at position e * samples, so the lanes of a rank shift each epoch.
+    Ranks own absolute positions, and epoch e starts at position e * samples, so the lanes of a rank shift
+    each epoch.
     """
     step = gcd(world_size, lanes)
     return np.arange((rank - epoch * samples) % step, lanes, step, dtype=np.int64)
