@@ -1,0 +1,421 @@
+"""The order of samples: pure functions of integers, no I/O.
+
+The law. Let N be the kept samples of an epoch, in shards of given sizes. Every shard is cut into chunks of
+``chunk`` consecutive kept samples (the last one of a shard may be shorter). Epoch e permutes all chunks by a
+hash of (seed, e, chunk); the resulting sequence of samples is cut into ``lanes`` lanes, the first N mod lanes
+of them one longer than the rest; inside a lane, blocks of ``block`` samples are permuted by a hash of (seed,
+e, lane, block, slot). The first block of lane l is only ``max(1, block * (l + 1) // lanes)`` long, so that
+lanes do not all change their block in one step. Global position p lies in epoch e = p div N, at p' = p mod N,
+in lane p' mod lanes, at offset p' div lanes.
+
+So where a run stands is p alone, whatever the number of ranks, threads and restarts, and finding any p costs
+O(1) once the plan of its epoch is made.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import gcd
+
+import numpy as np
+
+from shards.errors import UserError
+from shards.hashing import hash_array, hash_int, sort_keys
+
+ORDER_VERSION = 1
+"""Part of a run's state: raised whenever the law above gives other positions."""
+
+DEFAULT_WINDOW_BYTES = 16e9
+_LANES = (15360, 3840, 960, 240, 48, 12, 4, 2, 1)
+_CHUNKS, _BLOCKS, _DRAWS = 1, 2, 3  # what a hash is for, its second word
+_SLICE = 1 << 18
+
+
+@dataclass(frozen=True)
+class Shuffle:
+    """How an order is cut: number of lanes, samples a chunk, samples a block."""
+
+    lanes: int
+    chunk: int
+    block: int
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if not 1 <= value < 1 << 32:
+                raise UserError(f"{name} of the order is {value}; give a whole number from 1 to 2**32 - 1")
+
+    @property
+    def window(self) -> int:
+        """Samples among which the shuffle mixes, over the whole cluster."""
+        return self.lanes * max(self.block, self.chunk)
+
+
+def choose_shuffle(
+    samples: int,
+    mean_bytes: float,
+    window_bytes: float = DEFAULT_WINDOW_BYTES,
+    lanes: int | None = None,
+    chunk: int | None = None,
+    block: int | None = None,
+) -> Shuffle:
+    """Choose how to cut an order from the data and the window alone, never from the number of ranks.
+
+    The chunk is a range read of at most 8 MB; the lanes are as many as leave a block two chunks long; the
+    block then fills the window. What is given is taken as it is.
+
+    Args:
+        samples: Kept samples of an epoch.
+        mean_bytes: Mean size of a sample in bytes.
+        window_bytes: Upper bound of the shuffle window, over the whole cluster.
+        lanes: Number of lanes, instead of the choice.
+        chunk: Samples a chunk, instead of the choice.
+        block: Samples a block, instead of the choice.
+    """
+    mean_bytes = max(1.0, mean_bytes)
+    room = max(1, int(min(samples, window_bytes / mean_bytes)))
+    if chunk is None:
+        chunk = _power_of_two(min(8e6 / mean_bytes, 512, samples / 384, room / (2 * 48)))
+    if lanes is None:
+        lanes = next((n for n in _LANES if n * max(2 * chunk, block or 0) <= room), 1)
+    if block is None:
+        block = max(2 * chunk, _power_of_two(room / lanes))
+    return Shuffle(lanes, chunk, block)
+
+
+def _power_of_two(limit: float) -> int:
+    return 1 << max(0, int(limit).bit_length() - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class EpochPlan:
+    """One epoch's chunks in their order.
+
+    Attributes:
+        chunks: uint32 [chunks], the chunk at each place.
+        short_ends: int64 [short], where the sequence of samples leaves each chunk that is not full,
+            ascending.
+        missing: int64 [short + 1], samples that the first k short chunks lack. A sequence index plus what is
+            missing before it, divided by the chunk size, is the place of its chunk: no table over all chunks
+            is needed.
+    """
+
+    chunks: np.ndarray
+    short_ends: np.ndarray
+    missing: np.ndarray
+
+
+class Order:
+    """The endless sequence of samples of one data set.
+
+    Keeps the plans of two epochs and each lane's current block; not for use from several threads at once.
+
+    Args:
+        shard_sizes: Kept samples of each shard, integers [shards].
+        seed: Any integer.
+        shuffle: How the order is cut.
+
+    Raises:
+        UserError: There is no sample, or a chunk size gives 2**32 chunks or more.
+    """
+
+    def __init__(self, shard_sizes: np.ndarray, seed: int, shuffle: Shuffle):
+        self.sizes = np.asarray(shard_sizes, dtype=np.int64)
+        self.samples = int(self.sizes.sum())
+        if self.samples < 1:
+            raise UserError("the data set has no sample left to train on; look at its drop list and shards")
+        self.seed = seed
+        self.shuffle = shuffle
+        self._first_chunk = np.concatenate([[0], np.cumsum(-(-self.sizes // shuffle.chunk))])
+        if self._first_chunk[-1] >= 1 << 32:
+            raise UserError(
+                f"chunk {shuffle.chunk} cuts the data set into {self._first_chunk[-1]} chunks; raise it"
+            )
+        self._short, self._longer = divmod(self.samples, shuffle.lanes)
+        self._plans: dict[int, EpochPlan] = {}
+        # The current block of every lane: a row of permuted slots, and which block it is.
+        width = min(shuffle.block, self._short + 1)
+        self._rows = np.zeros((shuffle.lanes, width), dtype=np.uint32)
+        self._row_of = np.full(shuffle.lanes, -1, dtype=np.int64)
+        self._blocks_a_lane = 2 + (self._short + 1) // shuffle.block
+
+    def identity(self, data: str) -> dict:
+        """Return what a resumed run must agree on; ``data`` is the digest of data set and drop list."""
+        return {
+            "order_version": ORDER_VERSION,
+            "seed": self.seed,
+            "lanes": self.shuffle.lanes,
+            "chunk": self.shuffle.chunk,
+            "block": self.shuffle.block,
+            "data": data,
+        }
+
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Find the samples at global positions.
+
+        Args:
+            positions: Non-negative int64 [n], in any order.
+
+        Returns:
+            epoch, shard and kept index within the shard, each int64 [n].
+        """
+        epoch, inside = np.divmod(np.asarray(positions, dtype=np.int64), self.samples)
+        offset, lane = np.divmod(inside, self.shuffle.lanes)
+        return epoch, *self.locate_in_lane(epoch, lane, offset)
+
+    def lane_length(self, lane: np.ndarray) -> np.ndarray:
+        """Return how many samples an epoch of each lane has."""
+        return self._short + (lane < self._longer)
+
+    def locate_in_lane(
+        self, epoch: np.ndarray, lane: np.ndarray, offset: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Find the samples at offsets of lanes; all int64 [n]. Returns shard and kept index, int64 [n]."""
+        block, begin, size = self._block(lane, offset)
+        start = lane * self._short + np.minimum(lane, self._longer)
+        sequence = start + begin + self._permuted(epoch, lane, block, size, offset - begin)
+        shard, index = np.empty_like(sequence), np.empty_like(sequence)
+        for e in np.unique(epoch):
+            here = epoch == e
+            shard[here], index[here] = self._sample(self.plan(int(e)), sequence[here])
+        return shard, index
+
+    def stand_in(self, position: int, attempt: int) -> int:
+        """Return the position whose sample replaces the one at ``position`` if it cannot be decoded.
+
+        Attempts 1, 2, ... go round the samples of its block, which are the ones at hand; a block too short
+        for that many is left for the lane's later positions.
+        """
+        epoch, inside = divmod(position, self.samples)
+        offset, lane = divmod(inside, self.shuffle.lanes)
+        _, begin, size = (int(x[0]) for x in self._block(np.array([lane]), np.array([offset])))
+        if attempt >= size:
+            return position + attempt * self.shuffle.lanes
+        offset = begin + (offset - begin + attempt) % size
+        return epoch * self.samples + offset * self.shuffle.lanes + lane
+
+    def plan(self, epoch: int) -> EpochPlan:
+        """Return the plan of an epoch, from the last two used or made anew: O(chunks)."""
+        plan = self._plans.pop(epoch, None) or self._make_plan(epoch)
+        self._plans[epoch] = plan  # the last used comes last
+        if len(self._plans) > 2:
+            del self._plans[next(iter(self._plans))]
+        return plan
+
+    def _make_plan(self, epoch: int) -> EpochPlan:
+        chunks = int(self._first_chunk[-1])
+        prefix = hash_int(self.seed, _CHUNKS, epoch)
+        keys = np.empty(chunks, dtype=np.uint64)
+        for a in range(0, chunks, _SLICE):  # by slices: few temporaries, and they stay in the CPU's cache
+            ids = np.arange(a, min(a + _SLICE, chunks), dtype=np.uint64)
+            keys[a : a + _SLICE] = sort_keys(hash_array(prefix, ids), ids)
+        keys.sort()
+        order = keys.astype(np.uint32)
+
+        lacking = -self.sizes % self.shuffle.chunk
+        last_chunk = self._first_chunk[1:] - 1
+        is_short = np.zeros(chunks, dtype=bool)
+        is_short[last_chunk[lacking > 0]] = True
+        places = np.concatenate(
+            [a + np.flatnonzero(is_short[order[a : a + _SLICE]]) for a in range(0, chunks, _SLICE)]
+        )
+        missing = np.cumsum(lacking[self._shard(order[places])])
+        return EpochPlan(order, (places + 1) * self.shuffle.chunk - missing, np.concatenate([[0], missing]))
+
+    def _shard(self, chunk: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._first_chunk, chunk, side="right") - 1
+
+    def _sample(self, plan: EpochPlan, sequence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return shard and kept index of indices into an epoch's sequence before the blocks are permuted."""
+        padded = sequence + plan.missing[np.searchsorted(plan.short_ends, sequence, side="right")]
+        place, inside = np.divmod(padded, self.shuffle.chunk)
+        chunk = plan.chunks[place].astype(np.int64)
+        shard = self._shard(chunk)
+        return shard, (chunk - self._first_chunk[shard]) * self.shuffle.chunk + inside
+
+    def _block(self, lane: np.ndarray, offset: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return number, first offset and length of the block that holds each offset of its lane."""
+        full = self.shuffle.block
+        first = np.maximum(1, full * (lane + 1) // self.shuffle.lanes)
+        block = np.where(offset < first, 0, 1 + (offset - first) // full)
+        begin = np.where(block == 0, 0, first + (block - 1) * full)
+        return block, begin, np.minimum(np.where(block == 0, first, full), self.lane_length(lane) - begin)
+
+    def _permuted(
+        self, epoch: np.ndarray, lane: np.ndarray, block: np.ndarray, size: np.ndarray, slot: np.ndarray
+    ) -> np.ndarray:
+        """Return the permuted slot of each slot of its block, making the blocks that are not at hand."""
+        names, first, group = np.unique(
+            (epoch * self._blocks_a_lane + block) * self.shuffle.lanes + lane,
+            return_index=True,
+            return_inverse=True,
+        )
+        permuted = self._rows[lane, slot]
+        new = np.flatnonzero(self._row_of[lane[first]] != names)
+        width = self._rows.shape[1]
+        many = max(1, _SLICE // width)
+        for part in (new[a : a + many] for a in range(0, len(new), many)):
+            one = first[part]
+            rows = self._permutations(epoch[one], lane[one], block[one], size[one])
+            row_of_group = np.full(len(names), -1)
+            row_of_group[part] = np.arange(len(part))
+            row = row_of_group[group]
+            mine = np.flatnonzero(row >= 0)
+            permuted[mine] = rows[row[mine], slot[mine]]
+            lanes, latest = np.unique(lane[one][::-1], return_index=True)
+            latest = len(part) - 1 - latest
+            self._rows[lanes], self._row_of[lanes] = rows[latest], names[part[latest]]
+        return permuted.astype(np.int64)
+
+    def _permutations(
+        self, epoch: np.ndarray, lane: np.ndarray, block: np.ndarray, size: np.ndarray
+    ) -> np.ndarray:
+        """Return each block's permutation, uint32 [blocks, width]; past its size a row means nothing."""
+        slots = np.arange(self._rows.shape[1], dtype=np.uint64)
+        hashes = hash_array(
+            hash_int(self.seed, _BLOCKS), epoch[:, None], lane[:, None], block[:, None], slots
+        )
+        keys = sort_keys(hashes, slots)
+        keys[slots >= size[:, None].astype(np.uint64)] = np.iinfo(np.uint64).max
+        keys.sort(axis=1)
+        return keys.astype(np.uint32)
+
+
+class Mixture:
+    """The endless sequence of samples drawn from several orders by weight.
+
+    Row t of lane l is global position t * lanes + l. Each lane takes its rows in periods of ``period``: in
+    each period every source has a fixed quota of rows, in an order hashed from (seed, lane, period, row).
+    Lane l of the mixture reads lane l of each source in sequence, so each source has its own epochs, lane by
+    lane, and every counter follows from the position.
+
+    Args:
+        orders: One order a source, all with the same number of lanes.
+        weights: How often each source is drawn, positive, of any sum.
+        seed: Any integer.
+        period: Rows after which each lane has drawn the sources exactly by their quotas.
+
+    Raises:
+        UserError: The lanes differ, a source has fewer samples than lanes, or a weight is not positive or so
+            small that its source would never be drawn.
+    """
+
+    def __init__(self, orders: Sequence[Order], weights: Sequence[float], seed: int, period: int = 64):
+        self.orders, self.seed, self.period = list(orders), seed, period
+        self.lanes = orders[0].shuffle.lanes
+        if len({o.shuffle.lanes for o in orders}) > 1:
+            raise UserError(
+                f"the sources of the mixture have {[o.shuffle.lanes for o in orders]} lanes; "
+                "set one number for all"
+            )
+        for s, order in enumerate(orders):
+            if order.samples < self.lanes:
+                raise UserError(
+                    f"source {s} of the mixture has {order.samples} samples for {self.lanes} lanes; "
+                    f"set lanes to {order.samples} or fewer"
+                )
+        self.quotas = quotas(weights, period)
+        if len(self.quotas) != len(orders):
+            raise UserError(
+                f"the mixture has {len(orders)} sources and {len(self.quotas)} weights; give one each"
+            )
+
+    def identity(self, data: Sequence[str]) -> dict:
+        """Return what a resumed run must agree on; ``data`` holds the digest of each source."""
+        sources = [order.identity(digest) for order, digest in zip(self.orders, data, strict=True)]
+        return {
+            "order_version": ORDER_VERSION,
+            "seed": self.seed,
+            "quotas": self.quotas.tolist(),
+            "sources": sources,
+        }
+
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Find the samples at global positions, int64 [n].
+
+        Returns:
+            source, the source's epoch, shard and kept index within the shard, each int64 [n].
+        """
+        row, lane = np.divmod(np.asarray(positions, dtype=np.int64), self.lanes)
+        number, inside = np.divmod(row, self.period)
+        source, counter = self._draw(lane, number, inside)
+        epoch, shard, index = (np.empty_like(row) for _ in range(3))
+        for s, order in enumerate(self.orders):
+            mine = source == s
+            epoch[mine], offset = np.divmod(counter[mine], order.lane_length(lane[mine]))
+            shard[mine], index[mine] = order.locate_in_lane(epoch[mine], lane[mine], offset)
+        return source, epoch, shard, index
+
+    def _draw(
+        self, lane: np.ndarray, number: np.ndarray, inside: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the source at a row of each lane's period, and how often the lane drew it before."""
+        _, first, group = np.unique(number * self.lanes + lane, return_index=True, return_inverse=True)
+        slots = np.arange(self.period, dtype=np.uint64)
+        prefix = hash_int(self.seed, _DRAWS)
+        keys = sort_keys(hash_array(prefix, lane[first, None], number[first, None], slots), slots)
+        keys.sort(axis=1)
+        sources = np.repeat(np.arange(len(self.quotas)), self.quotas)[keys.astype(np.uint32)]
+        before = np.empty_like(sources)
+        for s in range(len(self.quotas)):
+            drawn = sources == s
+            before[drawn] = (np.cumsum(drawn, axis=1) - 1)[drawn]
+        source = sources[group, inside]
+        return source, number * self.quotas[source] + before[group, inside]
+
+
+def quotas(weights: Sequence[float], period: int) -> np.ndarray:
+    """Split a period among weights by largest remainder (of equal ones, the first), int64 [weights]."""
+    share = np.asarray(weights, dtype=np.float64)
+    if not (np.isfinite(share).all() and (share > 0).all()):
+        raise UserError(f"the mixture's weights are {list(weights)}; give positive numbers")
+    share = share / share.sum() * period
+    whole = np.floor(share).astype(np.int64)
+    whole[np.argsort(whole - share, kind="stable")[: period - whole.sum()]] += 1
+    if (whole == 0).any():
+        raise UserError(
+            f"weights {list(weights)} give quotas {whole.tolist()} of {period} rows; raise the period"
+        )
+    return whole
+
+
+def rank_positions(position: int, global_batch: int, rank: int, world_size: int) -> np.ndarray:
+    """Return the positions from ``position`` on that are this rank's share of a global batch, int64."""
+    first = position + (rank - position) % world_size
+    return np.arange(first, position + global_batch, world_size, dtype=np.int64)
+
+
+def check_batch(global_batch: int, world_size: int) -> None:
+    """Raise UserError unless every rank gets the same positive number of samples of a global batch."""
+    if global_batch < 1 or global_batch % world_size:
+        below = global_batch // world_size * world_size
+        near = " or ".join(str(g) for g in (below, below + world_size) if g > 0)
+        raise UserError(f"global batch {global_batch} does not divide among {world_size} ranks; use {near}")
+
+
+def read_factor(world_size: int, lanes: int) -> int:
+    """Return how many ranks read each lane, so each chunk, in an epoch: 1 where ranks divide lanes."""
+    return world_size // gcd(world_size, lanes)
+
+
+def lanes_of_rank(rank: int, world_size: int, lanes: int, epoch: int, samples: int) -> np.ndarray:
+    """Return the lanes that a rank reads in an epoch, int64.
+
+    Ranks own absolute positions, and epoch e starts at position e * samples, so the lanes of a rank shift
+    each epoch.
+    """
+    step = gcd(world_size, lanes)
+    return np.arange((rank - epoch * samples) % step, lanes, step, dtype=np.int64)
+
+
+def kept_to_raw(kept: np.ndarray, dropped: np.ndarray) -> np.ndarray:
+    """Map indices among a shard's kept samples to indices among all its samples.
+
+    Args:
+        kept: Integers [n].
+        dropped: Raw indices of the shard's dropped samples, ascending, without repetition.
+
+    Returns:
+        int64 [n].
+    """
+    dropped, kept = np.asarray(dropped, dtype=np.int64), np.asarray(kept, dtype=np.int64)
+    kept_before = dropped - np.arange(len(dropped))
+    return kept + np.searchsorted(kept_before, kept, side="right")
