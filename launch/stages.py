@@ -68,8 +68,8 @@ def _shards(s: ShardsStage, folder: Path, run: Path) -> list[str]:
     arguments = ["shards", "build", s.source, str(folder / "data"), "--shard-samples", str(s.shard_samples)]
     arguments += ["--max-rejected", str(s.max_rejected)]
     arguments += ["--workers", str(s.workers)] if s.workers else []
-    for part, share in s.split.items():
-        arguments += ["--split", f"{part}={share}"]
+    if s.split:
+        arguments += ["--split", ",".join(f"{part}={share}" for part, share in s.split.items())]
     return arguments
 
 

@@ -81,8 +81,7 @@ def accuracies(run: Run) -> list[Row]:
     """Return top-1 on held-out images of everything the run measured, chance first."""
     rows = []
     for name in run.stages("shards"):
-        data = run.results[name]["result"]
-        classes = next(iter(data.values()))["classes"]
+        classes = run.results[name]["result"]["classes"]
         rows.append(Row("chance", 1 / len(classes), f"{len(classes)} classes, equally likely"))
     for name in run.stages("fewshot"):
         result = run.results[name]["result"]
@@ -209,7 +208,7 @@ def _samples(run: Run) -> str:
     figures = []
     for index in np.linspace(0, len(dataset) - 1, min(SAMPLES, len(dataset))).astype(int):
         sample = dataset[int(index)]
-        pixels = decode(sample)
+        pixels = decode(sample.image, sample.key)
         resized = Resize(model.image_size)(pixels, (0, 0, 0))
         with torch.no_grad():
             shares = model(to_model_input(resized[None], torch.device("cpu"))).softmax(dim=1)[0]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline import checkpoint, distributed, provenance, stop
-from pipeline.config import TrainSettings, dump_toml
+from pipeline.config import DataSettings, TrainSettings, dump_toml
 from pipeline.engines import create_engine
 from pipeline.evaluate.classify import classify
 from pipeline.images import to_model_input
@@ -24,7 +24,7 @@ from pipeline.schedule import learning_rate
 from pipeline.telemetry import Telemetry
 from pipeline.weights import Weights, first_values, resolve_model
 from shards.atomic import write_text
-from shards.augment import create_transform
+from shards.augment import TRANSFORMS, InceptionCrop, Transform
 from shards.dataset import Dataset
 from shards.errors import StoppedOnRequestError, UserError
 from shards.hashing import hash_int
@@ -63,7 +63,7 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
         raise UserError(f"{settings.data.val} has other classes than {settings.data.train}; build both with one command")
     loader = Loader(
         train_set, global_batch=settings.global_batch, rank=rank, world_size=world_size, seed=settings.seed,
-        transform=create_transform(settings.data.augment, settings.data.resolution, settings.data.crop_area),
+        transform=_transform(settings.data),
         threads=settings.data.threads, window_bytes=settings.data.window_bytes,
         quarantine=out / "quarantine.jsonl",
     )  # fmt: skip
@@ -190,6 +190,12 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
         "samples": samples, "steps": steps, "val": state["val"], "best": state["best"], "checkpoint": str(path),
         "images_per_second": trained / (time.monotonic() - began) if trained else None,
     }  # fmt: skip
+
+
+def _transform(data: DataSettings) -> Transform:
+    if data.augment == "inception":
+        return InceptionCrop(data.resolution, data.crop_area)
+    return TRANSFORMS[data.augment](data.resolution)
 
 
 def _note_settings(out: Path, settings: TrainSettings) -> None:

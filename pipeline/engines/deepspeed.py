@@ -1,9 +1,11 @@
 """DeepSpeed: ZeRO 0-3, bf16 by autocast over exact fp32 masters, on CUDA (NCCL) and CPU (gloo)."""
 
 import logging
+import os
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
-import deepspeed
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +14,15 @@ from pipeline.config import TrainSettings
 from pipeline.engines.fragments import Fragment, Piece, Read, Step, load_pieces, pieces, replicated
 from pipeline.optim import create_optimizer, parameter_groups
 
+if distributed.device().type == "cpu":
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns, on stdout, that it found no GPU
+
+import deepspeed
+
 deepspeed.utils.logger.setLevel(logging.WARNING)
+for handler in deepspeed.utils.logger.handlers:
+    handler.setStream(sys.stderr)  # stdout is for results
+warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)  # DeepSpeed's to mend
 
 
 class DeepSpeedEngine:

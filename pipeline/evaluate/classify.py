@@ -31,8 +31,9 @@ def classify(model: Callable[[Tensor], Tensor], dataset: Dataset, resolution: in
     device = distributed.device()
     sums = torch.zeros(4, dtype=torch.float64)
     for part in evaluation_batches(
-        dataset, batch, distributed.rank(), distributed.world_size(), Resize(resolution), threads=threads
-    ):
+        dataset, batch, transform=Resize(resolution), rank=distributed.rank(), world_size=distributed.world_size(),
+        threads=threads,
+    ):  # fmt: skip
         logits = model(to_model_input(part.images, device)).float()  # [n, K]
         valid = torch.from_numpy(part.valid).to(device)
         labels = torch.from_numpy(part.labels).to(device)

@@ -38,7 +38,7 @@ def frozen_features_accuracy(
 def _extract(model: VisionTransformer, dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return pixels [n, 3*H*W], features [n, D] (float32) and labels [n] of every image."""
     pixels, features, labels = [], [], []
-    for batch in evaluation_batches(dataset, BATCH, 0, 1, Resize(model.image_size)):
+    for batch in evaluation_batches(dataset, BATCH, transform=Resize(model.image_size)):
         images = to_model_input(batch.images[batch.valid], torch.device("cpu"))
         pixels.append(images.flatten(1).numpy())
         features.append(model.features(images).numpy())

@@ -1,0 +1,89 @@
+import json
+import re
+
+import pytest
+import torch
+
+from pipeline import checkpoint
+from pipeline.checkpoint import BrokenCheckpointError, Checkpoint
+from shards.errors import UserError
+
+SHAPES = {"a": (2, 3), "b": (4,)}
+
+
+def write(folder, samples, best=False, shift=0.0):
+    pieces = [
+        ("weight", "a", 0, torch.arange(4.0) + shift),
+        ("weight", "a", 4, torch.arange(4.0, 6.0) + shift),
+        ("weight", "b", 0, torch.full((4,), 9.0) + shift),
+        ("exp_avg", "b", 0, torch.full((4,), 0.5)),
+    ]
+    return checkpoint.save(folder, samples, pieces, SHAPES, {"note": samples}, best)
+
+
+@pytest.mark.usefixtures("alone")
+class TestOneRank:
+    def test_what_is_written_is_read(self, tmp_path):
+        path = write(tmp_path, 64)
+        found = Checkpoint(path)
+        found.verify()
+        assert found.samples == 64
+        assert found.state == {"note": 64}
+        assert found.read("weight", "a", 1, 4).tolist() == [1, 2, 3, 4]  # across two pieces
+        weights = dict(found.weights())
+        assert weights["a"].tolist() == [[0, 1, 2], [3, 4, 5]]
+        assert (tmp_path / "latest").read_text().strip() == path.name
+        assert not list(tmp_path.glob(".*"))
+
+    def test_what_is_not_there_is_another_model(self, tmp_path):
+        found = Checkpoint(write(tmp_path, 64))
+        with pytest.raises(UserError, match="holds no weight of c .* another model"):
+            found.read("weight", "c", 0, 1)
+        with pytest.raises(UserError, match=re.escape("no weight of a at [6, 8)")):
+            found.read("weight", "a", 4, 4)
+
+    def test_keeps_the_newest_and_the_best(self, tmp_path):
+        for samples in (10, 20, 30, 40, 50):
+            write(tmp_path, samples, best=samples == 10)
+        checkpoint.prune(tmp_path, keep=2)
+        assert [path.name[-2:] for path in checkpoint.whole_checkpoints(tmp_path)] == ["50", "40", "10"]
+        assert checkpoint.pointer(tmp_path, "best").name.endswith("10")
+        assert checkpoint.pointer(tmp_path, "latest").name.endswith("50")
+
+    @pytest.mark.parametrize("harm", ["cut", "flip", "remove", "no index"])
+    def test_a_broken_newest_one_is_passed_over_with_a_warning(self, tmp_path, harm, capsys):
+        write(tmp_path, 10)
+        newest = write(tmp_path, 20)
+        file = newest / "rank-00000.safetensors"
+        content = file.read_bytes()
+        if harm == "cut":
+            file.write_bytes(content[:-8])
+        elif harm == "flip":
+            file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        elif harm == "remove":
+            file.unlink()
+        else:
+            (newest / "checkpoint.json").write_text('{"samples": 20')
+        assert checkpoint.newest(tmp_path).samples == 10
+        assert "falling back" in capsys.readouterr().err
+        with pytest.raises(BrokenCheckpointError):
+            Checkpoint(newest).verify()
+
+    def test_a_half_written_folder_is_no_checkpoint_and_is_overwritten(self, tmp_path):
+        partial = tmp_path / ".samples-000000000010.partial"
+        partial.mkdir()
+        (partial / "rank-00007.safetensors").write_bytes(b"left by a kill")
+        assert checkpoint.newest(tmp_path) is None
+        path = write(tmp_path, 10)
+        assert sorted(file.name for file in path.iterdir()) == ["checkpoint.json", "rank-00000.safetensors"]
+
+    def test_saving_the_same_place_again_replaces_it(self, tmp_path):
+        write(tmp_path, 10)
+        write(tmp_path, 10, shift=1.0)
+        assert checkpoint.newest(tmp_path).read("weight", "b", 0, 1).item() == 10.0
+
+    def test_a_newer_format_is_refused(self, tmp_path):
+        path = write(tmp_path, 10) / "checkpoint.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 99}))
+        with pytest.raises(UserError, match="newer Patchmill"):
+            checkpoint.newest(tmp_path)
