@@ -78,7 +78,9 @@ class Receipt:
 
     sha256: str  # of the tar
     bytes: int  # of the tar
-    plan: str  # digest of everything that decides the bytes of this shard
+    samples: int
+    image_bytes: int  # of the images in the tar
+    plan: str  # digest of what was asked of the build: which files, under which keys and labels
     rejected: list[tuple[str, str]] = field(default_factory=list)  # (file, reason)
 
 
