@@ -1,4 +1,5 @@
 import tracemalloc
+from itertools import chain, pairwise
 
 import numpy as np
 import pytest
@@ -41,15 +42,15 @@ def naive_epoch(sizes, seed, shuffle, epoch):
         for s, n in enumerate(sizes)
         for a in range(0, n, shuffle.chunk)
     ]
-    sequence = sum(by_hash(chunks, seed, 1, epoch), [])
+    sequence = list(chain.from_iterable(by_hash(chunks, seed, 1, epoch)))
     short, longer = divmod(len(sequence), shuffle.lanes)
     lanes = []
     for lane in range(shuffle.lanes):
         mine = [sequence.pop(0) for _ in range(short + (lane < longer))]
         first = max(1, shuffle.block * (lane + 1) // shuffle.lanes)
         edges = [0, *range(first, max(first, len(mine)) + shuffle.block, shuffle.block)]
-        blocks = [mine[a:b] for a, b in zip(edges, edges[1:], strict=False)]
-        lanes.append(sum((by_hash(x, seed, 2, epoch, lane, k) for k, x in enumerate(blocks) if x), []))
+        blocks = [mine[a:b] for a, b in pairwise(edges)]
+        lanes.append([x for k, b in enumerate(blocks) for x in by_hash(b, seed, 2, epoch, lane, k)])
     return [lanes[p % shuffle.lanes][p // shuffle.lanes] for p in range(sum(sizes))]
 
 

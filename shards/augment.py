@@ -1,0 +1,163 @@
+"""Images of any size to squares: pure functions of pixels and a key, so the same bits on any rank and thread.
+
+Every resize is bilinear without antialiasing, also where it shrinks and also in evaluation: so the paper's
+code trains and tests (TensorFlow's resize), and a model sees the sharpness it was trained on. It is OpenCV's
+INTER_LINEAR, which is a fifth of the cost of an area average.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from math import sqrt
+
+import cv2
+import numpy as np
+
+from shards.hashing import hash_int
+
+RESIZER = f"opencv {cv2.__version__}"
+"""What resizes: part of a run's state."""
+
+Key = tuple[int, int, int]
+"""Seed, epoch and global position of a sample: what its random numbers are made of."""
+
+cv2.setNumThreads(1)  # images are transformed in parallel already; OpenCV's own threads would only contend
+
+_AUGMENT = 4  # what a hash is for, its first word; the order has 1 to 3 in another place
+_TRIES = 100
+
+
+def draws(key: Key) -> Iterator[float]:
+    """Yield a sample's random numbers in [0, 1): a hash of (seed, epoch, position, number of the draw)."""
+    prefix = hash_int(_AUGMENT, *key)
+    for number in count():
+        yield (hash_int(prefix, number) >> 11) * 2.0**-53
+
+
+def inception_box(
+    height: int,
+    width: int,
+    draw: Iterator[float],
+    area: tuple[float, float] = (0.05, 1.0),
+    aspect: tuple[float, float] = (3 / 4, 4 / 3),
+) -> tuple[int, int, int, int]:
+    """Draw a crop by the law of TensorFlow's ``sample_distorted_bounding_box``, which the paper's code used.
+
+    The aspect ratio (width / height) is uniform; then the height is uniform among those that keep the share
+    of the area and fit the image; then the place is uniform. After 100 tries without a fit, the whole image.
+
+    Args:
+        height: Of the image, pixels.
+        width: Of the image, pixels.
+        draw: Uniform random numbers in [0, 1).
+        area: Least and greatest share of the image's area.
+        aspect: Least and greatest aspect ratio.
+
+    Returns:
+        top, left, height and width of the crop, pixels.
+    """
+    least, most = area[0] * height * width, area[1] * height * width
+    for _ in range(_TRIES):
+        ratio = aspect[0] + (aspect[1] - aspect[0]) * next(draw)
+        low = round(sqrt(least / ratio))
+        high = min(round(sqrt(most / ratio)), height, int((width + 0.5) / ratio))
+        h = min(low, high) + int(next(draw) * (max(high - low, 0) + 1))
+        w = min(round(h * ratio), width)
+        if h > 0 and w > 0 and least <= h * w <= most:
+            return int(next(draw) * (height - h + 1)), int(next(draw) * (width - w + 1)), h, w
+    return 0, 0, height, width
+
+
+def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+def _perhaps_mirrored(image: np.ndarray, draw: Iterator[float]) -> np.ndarray:
+    return image[:, ::-1] if next(draw) < 0.5 else image
+
+
+@dataclass(frozen=True)
+class InceptionCrop:
+    """A random part of the image, resized to a square, mirrored half the time: for pre-training.
+
+    Attributes:
+        size: Side of the result, pixels.
+        area: Least and greatest share of the image's area.
+        aspect: Least and greatest aspect ratio, width / height.
+    """
+
+    size: int
+    area: tuple[float, float] = (0.05, 1.0)
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+
+    def __call__(self, image: np.ndarray, key: Key) -> np.ndarray:
+        """Transform uint8 [h, w, 3] to uint8 [size, size, 3]."""
+        draw = draws(key)
+        top, left, h, w = inception_box(*image.shape[:2], draw, self.area, self.aspect)
+        crop = _resize(image[top : top + h, left : left + w], self.size, self.size)
+        return _perhaps_mirrored(crop, draw)
+
+
+@dataclass(frozen=True)
+class Resize:
+    """The whole image, straight to a square of side ``size``: for evaluation."""
+
+    size: int
+
+    def __call__(self, image: np.ndarray, key: Key) -> np.ndarray:
+        """Transform uint8 [h, w, 3] to uint8 [size, size, 3]; ``key`` is not used."""
+        return _resize(image, self.size, self.size)
+
+
+@dataclass(frozen=True)
+class ResizeCrop:
+    """The whole image to a larger square, a random part of it, mirrored half the time: for fine-tuning.
+
+    Attributes:
+        size: Side of the result, pixels.
+        larger: Side of the square it is cut from, pixels; by default 7/6 of it, as 448 is of 384.
+    """
+
+    size: int
+    larger: int | None = None
+
+    def __call__(self, image: np.ndarray, key: Key) -> np.ndarray:
+        """Transform uint8 [h, w, 3] to uint8 [size, size, 3]."""
+        draw = draws(key)
+        larger = self.larger or round(self.size * 7 / 6)
+        top, left = (int(next(draw) * (larger - self.size + 1)) for _ in range(2))
+        crop = _resize(image, larger, larger)[top : top + self.size, left : left + self.size]
+        return _perhaps_mirrored(crop, draw)
+
+
+@dataclass(frozen=True)
+class CenterCrop:
+    """The image with its short side resized, then the middle of it: for evaluation of other people's models.
+
+    Attributes:
+        size: Side of the result, pixels.
+        short: Short side before the crop, pixels; by default 8/7 of it, as 256 is of 224.
+    """
+
+    size: int
+    short: int | None = None
+
+    def __call__(self, image: np.ndarray, key: Key) -> np.ndarray:
+        """Transform uint8 [h, w, 3] to uint8 [size, size, 3]; ``key`` is not used."""
+        short = self.short or round(self.size * 8 / 7)
+        h, w = image.shape[:2]
+        scale = short / min(h, w)
+        image = _resize(image, max(short, round(h * scale)), max(short, round(w * scale)))
+        top, left = ((side - self.size) // 2 for side in image.shape[:2])
+        return image[top : top + self.size, left : left + self.size]
+
+
+Transform = InceptionCrop | Resize | ResizeCrop | CenterCrop
+
+TRANSFORMS: dict[str, type[Transform]] = {
+    "inception": InceptionCrop,
+    "resize": Resize,
+    "resize_crop": ResizeCrop,
+    "center_crop": CenterCrop,
+}
+"""Transforms by the name that settings give them."""

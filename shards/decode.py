@@ -1,0 +1,98 @@
+"""Encoded image bytes to RGB pixels."""
+
+import io
+import struct
+
+import numpy as np
+import PIL
+import simplejpeg
+from PIL import Image, ImageOps
+
+from shards.errors import PatchmillError
+
+DECODER = f"simplejpeg {simplejpeg.__version__}, pillow {PIL.__version__}"
+"""What made the pixels: part of a run's state."""
+
+_MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # where Pillow, too, refuses
+_ORIENTATION = 0x0112
+_BAD_EXIF = (SyntaxError, ValueError, struct.error)
+_BAD_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+# What to do with an array stored in each EXIF orientation (EXIF 2.32, table 6).
+_UPRIGHT = {
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.transpose(1, 0, 2),
+    6: lambda x: x[::-1].transpose(1, 0, 2),
+    7: lambda x: x[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda x: x[:, ::-1].transpose(1, 0, 2),
+}
+
+
+class DecodeError(PatchmillError):
+    """The bytes are not an image that can be decoded whole: the content is bad, not the way to it."""
+
+
+def decode(data: bytes, key: str) -> np.ndarray:
+    """Decode an image, upright, transparency on white, 16 bits cut to 8.
+
+    JPEG goes through libjpeg-turbo; everything else, and whatever libjpeg warns about, through Pillow, which
+    passes over stray bytes but not over a file that ends early.
+
+    Args:
+        data: An encoded image: JPEG, PNG, WebP or what else Pillow reads.
+        key: Its name, for the error.
+
+    Returns:
+        uint8 [height, width, 3], RGB, contiguous.
+
+    Raises:
+        DecodeError: The content is damaged, or has more than 179 million pixels.
+    """
+    try:
+        if data[:3] == b"\xff\xd8\xff":
+            image = _decode_jpeg(data)
+            if image is not None:
+                return image
+        return _decode_any(data)
+    except _BAD_IMAGE as error:
+        raise DecodeError(f"cannot decode {key}: {error}; drop the sample from the data set") from error
+
+
+def _decode_jpeg(data: bytes) -> np.ndarray | None:
+    """Decode a plain JPEG; None where Pillow has to look."""
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if colours in ("CMYK", "YCCK") or height * width > _MOST_PIXELS:
+            return None
+        image = simplejpeg.decode_jpeg(data, "RGB")
+    except ValueError:
+        return None
+    exif = data.find(b"Exif\x00\x00", 0, 1 << 16)
+    if exif >= 0 and (turn := _UPRIGHT.get(_orientation(data[exif : exif + (1 << 16)]))):
+        image = np.ascontiguousarray(turn(image))
+    return image
+
+
+def _orientation(exif: bytes) -> int:
+    tags = Image.Exif()
+    try:
+        tags.load(exif)
+        return tags.get(_ORIENTATION, 1)
+    except _BAD_EXIF:
+        return 1
+
+
+def _decode_any(data: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+        if image.getexif().get(_ORIENTATION, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to 8
+            grey = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
+            return np.repeat(grey[:, :, None], 3, axis=2)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.array(image.convert("RGB"))

@@ -1,0 +1,320 @@
+"""Batches of a data set in the order of shards/order.py, decoded by threads straight into one array."""
+
+import json
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from time import perf_counter
+from typing import NamedTuple
+
+import numpy as np
+
+from shards.augment import RESIZER, Transform
+from shards.dataset import Dataset, Sample
+from shards.decode import DECODER, DecodeError, decode
+from shards.errors import PatchmillError, UserError
+from shards.order import DEFAULT_WINDOW_BYTES, Order, check_batch, choose_shuffle, rank_positions
+
+_ROWS_A_TASK = 8  # few enough to share out a batch evenly, enough to make the pool's own cost small
+_STAND_INS = 64  # tried before a broken sample ends the run: a chunk may be broken whole, a block hardly
+
+
+class Batch(NamedTuple):
+    """A rank's share of a global batch of n samples a rank.
+
+    Attributes:
+        images: uint8 [n, size, size, 3], RGB.
+        labels: int64 [n], class indices.
+        positions: int64 [n], global positions in the order.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    positions: np.ndarray
+
+
+class EvaluationBatch(NamedTuple):
+    """As ``Batch``, with ``valid``, bool [n]: False in rows that only fill up the last batch."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    positions: np.ndarray
+    valid: np.ndarray
+
+
+class _Broken(NamedTuple):
+    """A sample that did not decode, and the row of the batch it was for."""
+
+    row: int
+    shard: int
+    index: int
+    key: str
+    error: DecodeError
+
+
+class _Work:
+    """A batch in the making.
+
+    Args:
+        pool: Whose threads make it.
+        dataset: Where samples come from.
+        transform: What makes squares of them.
+        seed: First word of the keys of the transform.
+        positions: int64 [n], the rest of the keys with ``epoch``.
+        epoch: int64 [n].
+        shard: int64 [rows], where the samples are; rows past these are zeros.
+        index: int64 [rows].
+    """
+
+    def __init__(
+        self,
+        pool: ThreadPoolExecutor,
+        dataset: Dataset,
+        transform: Transform,
+        seed: int,
+        positions: np.ndarray,
+        epoch: np.ndarray,
+        shard: np.ndarray,
+        index: np.ndarray,
+    ):
+        self.dataset, self.transform, self.positions = dataset, transform, positions
+        self.images = np.zeros((len(positions), transform.size, transform.size, 3), dtype=np.uint8)
+        self.labels = np.zeros(len(positions), dtype=np.int64)
+        self.keys = [(seed, e, p) for e, p in zip(epoch.tolist(), positions.tolist(), strict=True)]
+        self._where = list(zip(shard.tolist(), index.tolist(), strict=True))
+        rows = range(len(self._where))
+        self._tasks = [
+            pool.submit(self._fill, rows[a : a + _ROWS_A_TASK]) for a in range(0, len(rows), _ROWS_A_TASK)
+        ]
+
+    def _fill(self, rows: range) -> list[_Broken]:
+        broken = []
+        for row in rows:
+            shard, index = self._where[row]
+            sample = self.dataset.read(shard, index)
+            try:
+                self.put(row, sample)
+            except DecodeError as error:
+                broken.append(_Broken(row, shard, index, sample.key, error))
+        return broken
+
+    def put(self, row: int, sample: Sample) -> None:
+        """Decode a sample into a row; raises DecodeError."""
+        if len(sample.labels) != 1:
+            raise UserError(
+                f"sample {sample.key} has {len(sample.labels)} labels, one is needed; "
+                "use a data set with a class for each image"
+            )
+        self.images[row] = self.transform(decode(sample.image, sample.key), self.keys[row])
+        self.labels[row] = sample.labels[0]
+
+    def wait(self) -> list[_Broken]:
+        """Wait for the batch; returns the samples that did not decode."""
+        return [each for task in self._tasks for each in task.result()]
+
+    def cancel(self) -> None:
+        """Leave undone what no thread has begun."""
+        for task in self._tasks:
+            task.cancel()
+
+
+class Loader:
+    """The endless stream of a rank's batches. Its threads end when the iterator is closed or let go.
+
+    Where the stream stands is ``samples``, the global positions delivered so far; another number of ranks or
+    threads gives the same global batches from there. ``global_batch`` may be set between two batches.
+
+    Args:
+        dataset: Single-label samples.
+        global_batch: Samples a step over all ranks.
+        transform: Makes squares of images; see shards/augment.py.
+        rank: Of this process.
+        world_size: Number of ranks; it must divide ``global_batch``.
+        seed: Of order and augmentation.
+        threads: That decode.
+        prefetch: Batches made ahead.
+        window_bytes: Size of the shuffle window over the whole cluster.
+        lanes: Of the order, instead of the choice made from data and window.
+        chunk: Of the order, in samples, likewise.
+        block: Of the order, in samples, likewise.
+        quarantine: File that gets a JSON line for each sample that could not be decoded.
+
+    Attributes:
+        order: The order it follows.
+        samples: Global positions delivered.
+        replaced: Samples of this rank that a stand-in replaced.
+        data_seconds: Time that the consumer waited for batches.
+
+    Raises:
+        UserError: The ranks do not divide the batch, or there is no sample.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        global_batch: int,
+        transform: Transform,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        threads: int = 2,
+        prefetch: int = 2,
+        window_bytes: float = DEFAULT_WINDOW_BYTES,
+        lanes: int | None = None,
+        chunk: int | None = None,
+        block: int | None = None,
+        quarantine: str | os.PathLike | None = None,
+    ):
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+        self.rank, self.world_size, self.threads, self.prefetch = rank, world_size, threads, prefetch
+        self.global_batch = global_batch
+        shuffle = choose_shuffle(len(dataset), dataset.mean_bytes, window_bytes, lanes, chunk, block)
+        self.order = Order(dataset.shard_sizes, seed, shuffle)
+        self.samples = 0
+        self.replaced = 0
+        self.data_seconds = 0.0
+        self._quarantine, self._quarantined = quarantine, set()
+
+    @property
+    def global_batch(self) -> int:
+        """Samples a step over all ranks; to be set between two batches."""
+        return self._global_batch
+
+    @global_batch.setter
+    def global_batch(self, samples: int) -> None:
+        check_batch(samples, self.world_size)
+        self._global_batch = samples
+
+    def __iter__(self) -> Iterator[Batch]:
+        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
+        ahead: deque[tuple[tuple[int, int], _Work]] = deque()  # ((first position, global batch), work)
+        try:
+            while True:
+                began = perf_counter()
+                if ahead and ahead[0][0] != (self.samples, self.global_batch):
+                    # The batch size or the state was set: what was made ahead is of no use.
+                    while ahead:
+                        ahead.pop()[1].cancel()
+                while len(ahead) <= self.prefetch:
+                    span = (self.samples + len(ahead) * self.global_batch, self.global_batch)
+                    ahead.append((span, self._begin(pool, *span)))
+                _, work = ahead.popleft()
+                for broken in work.wait():
+                    self._replace(work, broken)
+                self.samples += self.global_batch
+                self.data_seconds += perf_counter() - began
+                yield Batch(work.images, work.labels, work.positions)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _begin(self, pool: ThreadPoolExecutor, position: int, global_batch: int) -> _Work:
+        positions = rank_positions(position, global_batch, self.rank, self.world_size)
+        return _Work(pool, self.dataset, self.transform, self.seed, positions, *self.order.locate(positions))
+
+    def _replace(self, work: _Work, broken: _Broken) -> None:
+        """Put the first stand-in that decodes into the row of a broken sample, under the row's own key."""
+        self._report(broken)
+        self.replaced += 1
+        for attempt in range(1, _STAND_INS + 1):
+            position = self.order.stand_in(int(work.positions[broken.row]), attempt)
+            _, shard, index = (int(x[0]) for x in self.order.locate(np.array([position])))
+            try:
+                work.put(broken.row, self.dataset.read(shard, index))
+                return
+            except DecodeError:
+                continue  # it is reported when its own turn comes
+        raise PatchmillError(
+            f"{broken.key} in shard {broken.shard} and {_STAND_INS} samples near it cannot be decoded; "
+            "check the data set"
+        ) from broken.error
+
+    def _report(self, broken: _Broken) -> None:
+        sample = (broken.shard, broken.index)
+        if self._quarantine is None or sample in self._quarantined:
+            return
+        self._quarantined.add(sample)
+        entry = {
+            "key": broken.key,
+            "shard": broken.shard,
+            "index": broken.index,  # among the samples that this drop list keeps:
+            "exclude": self.dataset.exclude,
+            "reason": str(broken.error),
+        }
+        with open(self._quarantine, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")  # one write: ranks may share the file
+
+    def state_dict(self) -> dict:
+        """Return where the stream stands (``samples``), and what a resumed run must agree on."""
+        return {"samples": self.samples, **self._identity()}
+
+    def load_state_dict(self, state: dict, allow_decoder_change: bool = False) -> None:
+        """Go on where a stream stood, on any number of ranks.
+
+        Raises:
+            UserError: It was a stream of another order, seed or data set, or decoded by another version; the
+                last can be allowed.
+        """
+        mine = self._identity()
+        if allow_decoder_change:
+            del mine["decoder"]
+        differing = [f"{k} is {mine[k]}, was {state.get(k)}" for k in mine if mine[k] != state.get(k)]
+        if differing:
+            raise UserError(
+                f"cannot resume the data stream: {'; '.join(differing)}; use the settings, data set and "
+                "versions of the checkpoint, or start a new run"
+            )
+        self.samples = state["samples"]
+
+    def _identity(self) -> dict:
+        return {**self.order.identity(self.dataset.digest), "decoder": f"{DECODER}, {RESIZER}"}
+
+
+def evaluation_batches(
+    dataset: Dataset,
+    batch: int,
+    *,
+    transform: Transform,
+    rank: int = 0,
+    world_size: int = 1,
+    threads: int = 2,
+    prefetch: int = 2,
+) -> Iterator[EvaluationBatch]:
+    """Yield every sample exactly once over all ranks, in as many batches on each.
+
+    Args:
+        dataset: Single-label samples.
+        batch: Samples a batch of each rank.
+        transform: Makes squares of images.
+        rank: Of this process.
+        world_size: Number of ranks.
+        threads: That decode.
+        prefetch: Batches made ahead.
+
+    Raises:
+        DecodeError: A sample cannot be decoded; scores are never of fewer samples than they say.
+    """
+    ends = np.cumsum(dataset.shard_sizes)
+    step = batch * world_size
+    starts = iter(range(0, len(dataset), step))
+    ahead: deque[_Work] = deque()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+    try:
+        while True:
+            while len(ahead) <= prefetch and (start := next(starts, None)) is not None:
+                positions = rank_positions(start, step, rank, world_size)
+                real = positions[positions < len(dataset)]
+                shard = np.searchsorted(ends, real, side="right")
+                index = real - (ends - dataset.shard_sizes)[shard]
+                epoch = np.zeros_like(positions)
+                ahead.append(_Work(pool, dataset, transform, 0, positions, epoch, shard, index))
+            if not ahead:
+                return
+            work = ahead.popleft()
+            if broken := work.wait():
+                raise broken[0].error
+            valid = work.positions < len(dataset)
+            yield EvaluationBatch(work.images, work.labels, work.positions, valid)
+    finally:
+        pool.shutdown(cancel_futures=True)
