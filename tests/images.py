@@ -1,0 +1,19 @@
+"""Small real images for tests: classes that a tiny model can tell apart."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def make_image_folder(root: Path, per_class: int = 20, side: int = 20, classes: tuple = ("blue", "green", "red")) -> Path:
+    """Write ``root/CLASS/NN.png|jpg``: noise around one colour a class."""
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(classes):
+        folder = root / name
+        folder.mkdir(parents=True)
+        for index in range(per_class):
+            pixels = rng.integers(0, 120, (side, side + index % 5, 3), dtype=np.uint8)
+            pixels[..., label % 3] += 120
+            Image.fromarray(pixels).save(folder / f"{index:03d}.{'jpg' if index % 2 else 'png'}", quality=92)
+    return root

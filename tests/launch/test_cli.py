@@ -1,0 +1,124 @@
+"""Every mistake: one clear line on stderr, exit code 2, no traceback, nothing under a final name."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.images import make_image_folder
+
+ROOT = Path(__file__).parents[2]
+
+
+def patchmill(*arguments: object, cwd: Path, timeout: float = 120, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "launch.cli", *map(str, arguments)],
+        cwd=cwd, capture_output=True, text=True, timeout=timeout,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env},
+    )  # fmt: skip
+
+
+def refused(done: subprocess.CompletedProcess) -> str:
+    """Return the one line of an error, after checking that it is one."""
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    assert done.stdout == ""
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    make_image_folder(folder / "images")
+    done = patchmill("shards", "build", "images", "set", "--split", "val=0.25", "--shard-samples", "16", "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    parts = json.loads(done.stdout)["parts"]
+    assert parts["train"]["samples"] + parts["val"]["samples"] == 60
+    return folder
+
+
+def test_stats_and_show(data, tmp_path):
+    stats = json.loads(patchmill("shards", "stats", data / "set" / "train", "--json", cwd=tmp_path).stdout)
+    assert set(stats["classes"]) == {"blue", "green", "red"}
+    done = patchmill("shards", "show", data / "set" / "train", "sheet.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bad_image_folders(tmp_path):
+    def build(source: str) -> str:
+        line = refused(patchmill("shards", "build", source, "out", "--workers", "1", cwd=tmp_path))
+        assert not list(tmp_path.glob("out/**/*.tar"))
+        assert not list(tmp_path.glob("out/**/dataset.json"))
+        return line
+
+    assert "nowhere" in build("nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "empty" in build("empty")
+    make_image_folder(tmp_path / "images", per_class=3)
+    (tmp_path / "images" / "violet").mkdir()
+    assert "violet" in build("images")
+    (tmp_path / "images" / "violet" / "x.png").write_bytes((tmp_path / "images" / "red" / "000.png").read_bytes()[:100])
+    line = build("images")
+    assert "violet/x.png" in line
+    assert "--max-rejected 1" in line
+
+
+TRAIN = """
+duration = "1 epoch"
+global_batch = 12
+[data]
+train = "{data}/set/train"
+val = "{data}/set/val"
+resolution = 16
+[model]
+name = "vit_ti8"
+embed_dim = 24
+num_heads = 3
+depth = 1
+[engine]
+kind = "accelerate"
+"""
+
+
+def test_bad_settings(data, tmp_path):
+    (tmp_path / "c.toml").write_text(TRAIN.replace("{data}", str(data)))
+
+    def train(*over: str, **env: str) -> str:
+        line = refused(patchmill("train", "c.toml", *over, "--out", "run", cwd=tmp_path, **env))
+        assert not list(tmp_path.glob("run/**/checkpoint.json"))
+        return line
+
+    assert "did you mean 'weight_decay'" in train("optim.weigth_decay=1")
+    assert "does not divide over 5 ranks; set it to 10 or 15" in train(WORLD_SIZE="5", RANK="0")
+    assert "no data set at" in train("data.train=/nowhere")
+    assert "did you mean" in train("model.name=vit_b61")
+    assert "image_size 20 is not divisible by patch_size 8" in train("data.resolution=20")
+    assert "no weights at" in train("init=nothing.safetensors")
+    assert "no settings file" in refused(patchmill("train", "d.toml", cwd=tmp_path))
+    assert "no plan.toml" in refused(patchmill("report", "run", cwd=tmp_path))
+
+
+def test_a_checkpoint_of_another_model(data, tmp_path):
+    (tmp_path / "c.toml").write_text(TRAIN.replace("{data}", str(data)))
+    done = patchmill("train", "c.toml", "--out", "run", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["val"]["images"] > 0
+
+    done = patchmill("convert", "run", "w.safetensors", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    evaluated = patchmill("evaluate", "w.safetensors", data / "set" / "val", "--json", cwd=tmp_path)
+    assert json.loads(evaluated.stdout) == pytest.approx(json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+        and {k.removeprefix("val_"): v for k, v in json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1].strip()).items() if k.startswith("val_")})  # fmt: skip
+
+    again = ("train", "c.toml", "kind=finetune", "init=w.safetensors", "--out", "tuned")
+    assert "its depth is 1, the settings say 2" in refused(patchmill(*again, "model.depth=2", cwd=tmp_path))
+    line = refused(patchmill("train", "c.toml", "model.depth=2", "--out", "run", cwd=tmp_path))
+    assert "model.depth changed from 1 to 2; set it back" in line
+    assert "no latest checkpoint in" in refused(patchmill("convert", "tuned", "w2.safetensors", cwd=tmp_path))
+    assert not (tmp_path / "w2.safetensors").exists()

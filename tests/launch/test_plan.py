@@ -1,0 +1,80 @@
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from launch.plan import read_plan
+from shards.errors import UserError
+from tests.images import make_image_folder
+
+HEAD = 'name = "x"\n'
+SHARDS = '[[stage]]\nname = "shards"\nkind = "shards"\nset = { source = "images", split = { val = 0.2 } }\n'
+PRETRAIN = """
+[[stage]]
+name = "pretrain"
+kind = "supervised"
+recipe = "small_pretrain"
+ranks = 2
+[stage.set]
+data = { train = "{shards}/train", val = "{shards}/val" }
+"""
+CONVERT = '[[stage]]\nname = "convert"\nkind = "convert"\nset = { source = "{pretrain}" }\n'
+
+
+@pytest.fixture
+def write(tmp_path):
+    make_image_folder(tmp_path / "images", per_class=2)
+
+    def written(text: str) -> Path:
+        path = tmp_path / "plan.toml"
+        path.write_text(textwrap.dedent(text))
+        return path
+
+    return written
+
+
+def test_stages_come_in_the_order_of_their_needs(write, tmp_path):
+    plan = read_plan(write(HEAD + CONVERT + PRETRAIN + SHARDS), tmp_path / "runs")
+    assert [stage.table.name for stage in plan.stages] == ["shards", "pretrain", "convert"]
+    shards, pretrain, convert = plan.stages
+    stages = tmp_path / "runs" / "x" / "stages"
+    assert pretrain.settings.data.train == f"{stages}/shards/data/train"
+    assert pretrain.settings.global_batch == 64  # from the recipe
+    assert pretrain.arguments == ["train", f"{stages}/pretrain/config.toml", "--out", f"{stages}/pretrain"]
+    assert convert.arguments[:3] == ["convert", f"{stages}/pretrain/", f"{stages}/convert/model.safetensors"]
+    assert shards.arguments[:2] == ["shards", "build"]
+
+
+def test_a_digest_follows_settings_inputs_and_images_but_not_ranks(write, tmp_path):
+    def digests(text: str) -> list[str]:
+        return [stage.digest for stage in read_plan(write(text), tmp_path / "runs").stages]
+
+    before = digests(HEAD + SHARDS + PRETRAIN + CONVERT)
+    assert digests(HEAD + SHARDS + PRETRAIN.replace("ranks = 2", "ranks = 1") + CONVERT) == before
+    changed = digests(HEAD + SHARDS + PRETRAIN + "[stage.set.optim]\nlr = 0.5\n" + CONVERT)
+    assert [a == b for a, b in zip(before, changed, strict=True)] == [True, False, False]
+    (tmp_path / "images" / "red" / "000.png").unlink()
+    assert not set(before) & set(digests(HEAD + SHARDS + PRETRAIN + CONVERT))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (SHARDS, "setting name is missing"),
+        ('name = "x"', "setting stage is missing"),
+        (HEAD + SHARDS + SHARDS, "two stages of .* are named 'shards'"),
+        (HEAD + SHARDS.replace('kind = "shards"', 'kind = "shard"'), "did you mean 'shards'"),
+        (HEAD + SHARDS + CONVERT, "convert .* needs stage 'pretrain', which is not there"),
+        (HEAD + SHARDS + PRETRAIN + "[stage.set.optim]\nlearning_rate = 1.0\n", "unknown setting optim.learning_rate in stage pretrain"),
+        (HEAD + SHARDS + PRETRAIN.replace("ranks = 2", "ranks = 3"), "global_batch 64 does not divide over 3 ranks; set it to 63 or 66"),
+        (HEAD + SHARDS.replace('"images"', '"nowhere"'), "there is no folder of images .*nowhere"),
+        (HEAD + SHARDS.replace("set =", 'after = ["shards"]\nset ='), "wait for each other: shards -> shards"),
+        (HEAD + SHARDS + PRETRAIN.replace("small_pretrain", "big"), "there is no recipe 'big'"),
+        (HEAD + SHARDS + CONVERT.replace("{pretrain}", "{shards}").replace("set", 'init = "shards"\nset'), "trains nothing"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_found_before_anything_starts(write, tmp_path, text, message):
+    with pytest.raises(UserError, match=message) as raised:
+        read_plan(write(text), tmp_path / "runs")
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "runs").exists()
