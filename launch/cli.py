@@ -113,6 +113,7 @@ def train(
     from pipeline.config import TrainSettings, check, override, read_toml
 
     checked = check(TrainSettings, override(read_toml(config), settings or []), str(config))
+    checked.accumulation(distributed.world_size())  # before ranks wait for each other
     folder = out or Path("runs") / config.stem
     folder.mkdir(parents=True, exist_ok=True)
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from shards.errors import UserError
+
 TIMEOUT = datetime.timedelta(minutes=10)
 
 
@@ -36,7 +38,9 @@ def start() -> None:
     if where.type == "cuda":
         torch.cuda.set_device(where)
     if "MASTER_ADDR" not in os.environ:
-        # A file or TCP store of one needs no port that another run could hold.
+        if world_size() > 1:
+            raise UserError(f"WORLD_SIZE is {world_size()}, but MASTER_ADDR is not set; start the ranks with a launcher")
+        # An in-memory store needs no port that another run could hold.
         dist.init_process_group(
             "nccl" if where.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1
         )

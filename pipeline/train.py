@@ -54,7 +54,6 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
         StoppedOnRequestError: A signal asked for a stop; everything is saved.
     """
     rank, world_size = distributed.rank(), distributed.world_size()
-    settings.accumulation(world_size)  # a batch that does not divide is found before anything is made
 
     # ---- data
     train_set = Dataset.open(settings.data.train, settings.data.exclude)

@@ -41,7 +41,7 @@ def test_stages_come_in_the_order_of_their_needs(write, tmp_path):
     assert pretrain.settings.data.train == f"{stages}/shards/data/train"
     assert pretrain.settings.global_batch == 64  # from the recipe
     assert pretrain.arguments == ["train", f"{stages}/pretrain/config.toml", "--out", f"{stages}/pretrain"]
-    assert convert.arguments[:3] == ["convert", f"{stages}/pretrain/", f"{stages}/convert/model.safetensors"]
+    assert convert.arguments[:3] == ["convert", f"{stages}/pretrain", f"{stages}/convert/model.safetensors"]
     assert shards.arguments[:2] == ["shards", "build"]
 
 
