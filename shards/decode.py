@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import PIL
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from shards.errors import PatchmillError
 
@@ -57,7 +57,8 @@ def decode(data: bytes, key: str) -> np.ndarray:
                 return image
         return _decode_any(data)
     except _BAD_IMAGE as error:
-        raise DecodeError(f"cannot decode {key}: {error}; drop the sample from the data set") from error
+        reason = "no known image format" if isinstance(error, UnidentifiedImageError) else error
+        raise DecodeError(f"cannot decode {key}: {reason}; drop the sample from the data set") from error
 
 
 def _decode_jpeg(data: bytes) -> np.ndarray | None:

@@ -1,0 +1,277 @@
+import json
+import threading
+from itertools import islice
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shards import manifest
+from shards.augment import InceptionCrop, Resize
+from shards.build import build
+from shards.dataset import Dataset
+from shards.decode import DecodeError, decode
+from shards.errors import PatchmillError, UserError
+from shards.loader import Loader, evaluation_batches
+
+SAMPLES = 53  # prime: nothing divides an epoch
+CROP = InceptionCrop(16)
+BATCH = 12
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory):
+    """Noise images in three classes."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for i in range(SAMPLES):
+        file = folder / f"class{i % 3}" / f"{i:02d}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20 + i % 5, 24, 3), dtype=np.uint8)).save(file)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("built") / "set"
+    build(source, out, shard_samples=10, workers=1)
+    return Dataset.open(out)
+
+
+@pytest.fixture
+def own(source, tmp_path):
+    """A data set that a test may damage."""
+    build(source, tmp_path / "own", shard_samples=10, workers=1)
+    return tmp_path / "own"
+
+
+def loader(dataset, **options):
+    return Loader(dataset, **{"global_batch": BATCH, "transform": CROP, "seed": 5} | options)
+
+
+def take(dataset, steps, world_size=1, state=None, **options):
+    """Run all ranks for some steps; returns the stream by position, and the state after it."""
+    stream = {}
+    for rank in range(world_size):
+        mine = loader(dataset, rank=rank, world_size=world_size, **options)
+        if state:
+            mine.load_state_dict(state)
+        for batch in islice(mine, steps):
+            assert len(batch.images) == mine.global_batch // world_size
+            for image, label, position in zip(*batch, strict=True):
+                assert int(position) not in stream
+                stream[int(position)] = (image.tobytes(), int(label))
+    return stream, json.loads(json.dumps(mine.state_dict()))
+
+
+def test_batches_are_the_samples_of_the_order_transformed(dataset):
+    mine = loader(dataset)
+    for batch in islice(mine, 6):
+        assert batch.images.dtype == np.uint8
+        assert batch.labels.dtype == batch.positions.dtype == np.int64
+        for row, (epoch, shard, index) in enumerate(zip(*mine.order.locate(batch.positions), strict=True)):
+            sample = dataset.read(int(shard), int(index))
+            key = (5, int(epoch), int(batch.positions[row]))
+            assert (batch.images[row] == CROP(decode(sample.image, sample.key), key)).all()
+            assert batch.labels[row] == sample.labels[0]
+
+
+def test_same_global_batches_for_any_ranks_and_threads(dataset):
+    want, _ = take(dataset, 10)
+    assert sorted(want) == list(range(10 * BATCH))
+    for world_size in (1, 2, 3, 4):
+        for threads in (1, 4):
+            assert take(dataset, 10, world_size, threads=threads)[0] == want
+
+
+def test_resumed_stream_goes_on_on_other_ranks(dataset):
+    want, _ = take(dataset, 10)
+    got, state = take(dataset, 3, 2)
+    assert state["samples"] == 3 * BATCH
+    for steps, world_size in ((4, 3), (3, 4)):
+        more, state = take(dataset, steps, world_size, state)
+        got |= more
+    assert got == want
+
+
+def test_batch_size_may_change_between_steps(dataset):
+    want, _ = take(dataset, 10)
+    mine, got = loader(dataset), {}
+    for step, batch in enumerate(islice(mine, 5)):
+        got |= {int(p): (i.tobytes(), int(n)) for i, n, p in zip(*batch, strict=True)}
+        mine.global_batch = (24, 24, 6, 36, 1)[step]
+    assert sorted(got) == list(range(12 + 24 + 24 + 6 + 36))
+    assert all(got[p] == want[p] for p in got)
+    with pytest.raises(UserError, match="7 does not divide among 2 ranks; use 6 or 8"):
+        loader(dataset, world_size=2).global_batch = 7
+
+
+def test_state_may_be_loaded_between_steps(dataset):
+    mine = loader(dataset)
+    batches = iter(mine)
+    first = next(batches)
+    state = mine.state_dict()
+    second = next(batches)
+    next(batches)
+    mine.load_state_dict(state)
+    again = next(batches)
+    assert (again.images == second.images).all()
+    assert again.positions[0] == BATCH
+    assert (first.positions == np.arange(BATCH)).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seed": 6}, "seed is 6, was 5"),
+        ({"lanes": 5, "block": 3}, "lanes is 5, was 4; block is 3, was 12"),
+        ({"chunk": 2}, "chunk is 2, was 1"),
+    ],
+)
+def test_another_order_is_refused(dataset, change, words):
+    cut = {"lanes": 4, "chunk": 1, "block": 12}
+    state = loader(dataset, **cut).state_dict()
+    with pytest.raises(UserError, match=words):
+        loader(dataset, **cut | change).load_state_dict(state)
+
+
+def test_other_data_and_decoder_are_refused(dataset, own):
+    mine, state = loader(dataset), loader(dataset).state_dict()
+    with pytest.raises(UserError, match=f"data is {dataset.digest}, was abc"):
+        mine.load_state_dict(state | {"data": "abc"})
+    other = state | {"decoder": "older 1.0", "samples": 24}
+    with pytest.raises(UserError, match=r"decoder is simplejpeg .*, was older 1\.0"):
+        mine.load_state_dict(other)
+    assert mine.samples == 0
+    mine.load_state_dict(other, allow_decoder_change=True)
+    assert mine.samples == 24
+
+
+def damage(folder, places):
+    """Overwrite images inside the tars, as a failing disk would."""
+    dataset = Dataset.open(folder)
+    for shard, index in places:
+        rows = dataset.rows(shard)
+        with open(folder / manifest.shard_path(shard), "r+b") as tar:
+            tar.seek(int(rows.offset[index]))
+            tar.write(bytes(int(rows.size[index])))
+
+
+def test_broken_samples_get_stand_ins_from_their_block(own, tmp_path):
+    whole, _ = take(Dataset.open(own), 5)
+    broken = [(0, 3), (2, 7), (2, 8)]
+    damage(own, broken)
+    dataset = Dataset.open(own)
+    mine = loader(dataset, quarantine=tmp_path / "quarantine.jsonl")
+    stream = {int(p): (i.tobytes(), int(n)) for b in islice(mine, 5) for i, n, p in zip(*b, strict=True)}
+
+    epoch, shard, index = mine.order.locate(np.arange(5 * BATCH))
+    bad = [p for p in range(5 * BATCH) if (shard[p], index[p]) in broken]
+    assert mine.replaced == len(bad) >= len(broken)
+    for p in range(5 * BATCH):
+        if p not in bad:
+            assert stream[p] == whole[p]
+            continue
+        tries = (mine.order.locate(np.array([mine.order.stand_in(p, k)])) for k in range(1, 9))
+        found = ((int(s[0]), int(i[0])) for _, s, i in tries)
+        sample = dataset.read(*next(where for where in found if where not in broken))
+        pixels = CROP(decode(sample.image, sample.key), (5, int(epoch[p]), p))
+        assert stream[p] == (pixels.tobytes(), sample.labels[0])
+
+    for world_size in (2, 3):
+        assert take(dataset, 5, world_size)[0] == stream
+    ledger = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert sorted((entry["shard"], entry["index"]) for entry in ledger) == broken
+    for entry in ledger:
+        assert entry["key"] == dataset.read(entry["shard"], entry["index"]).key
+        assert entry["key"] in entry["reason"]
+
+
+def decoding_threads():
+    return [t for t in threading.enumerate() if t.name.startswith("decode")]
+
+
+def test_data_that_is_broken_throughout_ends_the_run(own):
+    sizes = Dataset.open(own).shard_sizes
+    damage(own, [(s, i) for s, n in enumerate(sizes) for i in range(n)])
+    with pytest.raises(PatchmillError, match="64 samples near it cannot be decoded"):
+        next(iter(loader(Dataset.open(own))))
+
+
+def test_an_error_of_a_thread_reaches_the_consumer_and_ends_the_threads(own):
+    dataset = Dataset.open(own)
+    for tar in (own / "shards").iterdir():
+        tar.unlink()
+    batches = iter(loader(dataset, threads=3))
+    with pytest.raises(PatchmillError, match=r"no object .*shards/00000"):
+        next(batches)
+    assert not decoding_threads()
+    with pytest.raises(PatchmillError, match=r"no object"):
+        next(evaluation_batches(dataset, 4, transform=CROP))
+    assert not decoding_threads()
+
+
+def test_several_labels_are_refused_in_plain_words(own):
+    path = own / manifest.samples_path(0)
+    receipt, table = manifest.read_receipt(path), manifest.read_table(path.read_bytes())
+    rows = table.to_pydict()
+    rows["labels"] = [[0, 1] for _ in rows["labels"]]
+    manifest.write_samples(path, rows, receipt)
+    with pytest.raises(UserError, match="2 labels, one is needed"):
+        list(islice(loader(Dataset.open(own)), 5))
+
+
+def test_threads_end_with_the_iterator(dataset):
+    for _ in loader(dataset, threads=4):
+        assert decoding_threads()
+        break
+    assert not decoding_threads()
+    batches = iter(loader(dataset))
+    next(batches)
+    batches.close()
+    assert not decoding_threads()
+    for _ in evaluation_batches(dataset, 4, transform=CROP):
+        break
+    assert not decoding_threads()
+
+
+def test_look_ahead_is_bounded_and_not_counted(dataset, monkeypatch):
+    began = []
+    read = Dataset.read
+    monkeypatch.setattr(Dataset, "read", lambda self, *where: began.append(where) or read(self, *where))
+    mine = loader(dataset, prefetch=3)
+    batches = iter(mine)
+    next(batches)
+    assert mine.samples == mine.state_dict()["samples"] == BATCH
+    assert len(began) <= 4 * BATCH
+    assert mine.data_seconds > 0
+    batches.close()
+
+
+@pytest.mark.parametrize(("batch", "world_size"), [(1, 1), (4, 3), (16, 4), (53, 1), (60, 2), (5, 11)])
+def test_evaluation_reads_every_sample_once(dataset, batch, world_size):
+    found, steps = {}, set()
+    for rank in range(world_size):
+        parts = list(
+            evaluation_batches(dataset, batch, transform=Resize(8), rank=rank, world_size=world_size)
+        )
+        steps.add(len(parts))
+        for part in parts:
+            assert len(part.images) == len(part.labels) == len(part.valid) == batch
+            assert not part.images[~part.valid].any()
+            for image, label, position in zip(
+                part.images[part.valid], part.labels[part.valid], part.positions[part.valid], strict=True
+            ):
+                assert int(position) not in found
+                found[int(position)] = (image, label)
+    assert len(steps) == 1
+    assert sorted(found) == list(range(SAMPLES))
+    for position, (image, label) in found.items():
+        sample = dataset[position]
+        assert label == sample.labels[0]
+        assert (image == Resize(8)(decode(sample.image, sample.key), (0, 0, 0))).all()
+
+
+def test_evaluation_stops_at_a_broken_sample(own):
+    damage(own, [(1, 2)])
+    with pytest.raises(DecodeError):
+        list(evaluation_batches(Dataset.open(own), 8, transform=Resize(8)))
