@@ -101,11 +101,18 @@ def read_plan(path: str | Path, runs: str | Path = "runs") -> Plan:
 
 
 def _in_order(by_name: dict[str, StageTable], path: Path) -> list[str]:
-    needs = {name: _needs(stage, by_name, path) for name, stage in by_name.items()}
+    """Return the names with every stage after what it needs, and else as the file has them."""
+    sorter = graphlib.TopologicalSorter({name: _needs(stage, by_name, path) for name, stage in by_name.items()})
     try:
-        return list(graphlib.TopologicalSorter(needs).static_order())
+        sorter.prepare()
     except graphlib.CycleError as error:
         raise UserError(f"the stages of {path} wait for each other: {' -> '.join(error.args[1])}; break the circle") from None
+    ordered, ready = [], []
+    while sorter.is_active():
+        ready = sorted([*ready, *sorter.get_ready()], key=list(by_name).index)
+        ordered.append(ready.pop(0))
+        sorter.done(ordered[-1])
+    return ordered
 
 
 def _needs(stage: StageTable, by_name: dict[str, StageTable], path: Path) -> list[str]:
