@@ -173,7 +173,7 @@ def _at_least(name: str, value: int, least: int) -> None:
 
 
 def _useful_workers(images: int) -> int:
-    """Return how many processes pay: each takes seconds to start, in which one writes some thousand images."""
+    """Return how many processes pay: one writes thousands of images while another starts."""
     return max(1, min(len(os.sched_getaffinity(0)), images // 10_000))
 
 
