@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -188,11 +189,16 @@ def write_exclude(folder: str | Path, version: str, rows: Iterable[tuple[int, in
     if path.exists():
         raise UserError(f"drop list {version} of {folder} exists and never changes; choose another name")
     rows = sorted(rows)
-    for (shard, index, _), following in zip(rows, [*rows[1:], None], strict=True):
+    for shard, index, _ in rows:
         if not (0 <= shard < len(dataset.shard_sizes) and 0 <= index < dataset.shard_sizes[shard]):
-            raise UserError(f"drop list {version}: {folder} has no sample {index} in shard {shard}")
-        if following and following[:2] == (shard, index):
-            raise UserError(f"drop list {version}: sample {index} of shard {shard} is listed twice")
+            raise UserError(
+                f"drop list {version}: {folder} has no sample {index} in shard {shard}; count from 0"
+            )
+    for (shard, index, _), following in pairwise(rows):
+        if following[:2] == (shard, index):
+            raise UserError(
+                f"drop list {version}: sample {index} of shard {shard} is listed twice; drop it once"
+            )
     columns = [[row[i] for row in rows] for i in range(3)]
     manifest.write_table(path, pa.table(columns, schema=manifest.EXCLUDE_SCHEMA))
 

@@ -1,0 +1,69 @@
+"""Files of the manifest: what is written is what is read, and nothing but the data decides the bytes."""
+
+import numpy as np
+import pytest
+
+from shards import manifest
+from shards.errors import UserError
+from shards.manifest import Info, Receipt
+
+ROWS = {
+    "key": ["a/0", "b/1"],
+    "offset": [1536, 4608],
+    "size": [1000, 2000],
+    "format": ["jpg", "png"],
+    "labels": [[0], [1, 2]],
+    "width": [10, 20],
+    "height": [30, 40],
+    "sha256": [bytes(range(32)), bytes(32)],
+}
+RECEIPT = Receipt("ab" * 32, 10240, 2, 3000, "cd" * 32, [("c/x.jpg", "empty file")])
+INFO = Info(["a", "b"], 2, 10240, 3000, 1, "ef" * 32, {"seed": 0})
+
+
+def test_sample_table_and_receipt_round_trip(tmp_path):
+    path = tmp_path / "000000.parquet"
+    manifest.write_samples(path, ROWS, RECEIPT)
+    table = manifest.read_table(path.read_bytes())
+    assert table.schema.remove_metadata() == manifest.SAMPLES_SCHEMA
+    assert table.to_pydict() == ROWS
+    assert manifest.read_receipt(path) == RECEIPT
+    assert manifest.read_table(path.read_bytes(), columns=["size"]).to_pydict() == {"size": [1000, 2000]}
+
+
+def test_info_round_trips_and_is_the_same_every_time(tmp_path):
+    manifest.write_info(tmp_path / "one", INFO)
+    manifest.write_info(tmp_path / "two", INFO)
+    data = (tmp_path / "one" / manifest.DATASET).read_bytes()
+    assert data == (tmp_path / "two" / manifest.DATASET).read_bytes()
+    assert manifest.parse_info(data, "url") == INFO
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b'{"schema_version": 2}', "schema version 2"),
+        (b'{"schema_ver', "damaged"),
+        (b'{"schema_version": 1}', "damaged"),
+        (b"[]", "damaged"),
+    ],
+)
+def test_bad_info_is_one_line_for_the_user(data, message):
+    with pytest.raises(UserError, match=f"url.*{message}|{message}.*url"):
+        manifest.parse_info(data, "url")
+
+
+def test_digest_sees_classes_shards_and_their_order():
+    base = manifest.digest(["a", "b"], ["1", "2"])
+    others = [
+        (["b", "a"], ["1", "2"]),
+        (["a", "b"], ["2", "1"]),
+        (["a", "b"], ["1"]),
+        (["a", "b", "1"], ["2"]),
+    ]
+    assert base == manifest.digest(["a", "b"], ["1", "2"])
+    assert base not in [manifest.digest(*other) for other in others]
+    shard, index = np.array([0, 1], np.int32), np.array([5, 6], np.int32)
+    dropped = manifest.digest_with_exclude(base, shard, index)
+    assert dropped == manifest.digest_with_exclude(base, shard, index)
+    assert len({base, dropped, manifest.digest_with_exclude(base, index, shard)}) == 3
