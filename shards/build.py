@@ -82,7 +82,8 @@ def build(
         out: The local folder to make. With a split, each part is a data set of its own in it.
         shard_samples: At most so many samples a shard.
         shard_bytes: At most so many bytes of images a shard (but one image at least).
-        workers: Processes; by default one for each core this process may use. No influence on the bytes.
+        workers: Processes; by default one for each core this process may use, as far as starting them pays.
+            No influence on the bytes.
         split: Share of each part beside ``train``, as in ``{"val": 0.1}``. A hash of its key puts an image
             into its part, so that adding images moves none.
         seed: Of the global shuffle.
@@ -94,10 +95,9 @@ def build(
             data set then, but the whole shards stay for the next try.
     """
     source, out, split = Path(source), Path(out), split or {}
-    workers = len(os.sched_getaffinity(0)) if workers is None else workers
     _at_least("shard-samples", shard_samples, 1)
     _at_least("shard-bytes", shard_bytes, 1)
-    _at_least("workers", workers, 1)
+    _at_least("workers", 1 if workers is None else workers, 1)
     _at_least("max-rejected", max_rejected, 0)
     _check_split(split)
     if out.resolve().is_relative_to(source.resolve()):
@@ -124,7 +124,7 @@ def build(
         with _locked(out):
             for plan in plans.values():
                 _clear(plan)
-            receipts = _write_all(jobs, workers, progress)
+            receipts = _write_all(jobs, workers or _useful_workers(len(found.images)), progress)
             rejected = [entry for receipt in receipts.values() for entry in receipt.rejected]
             if len(rejected) > max_rejected:
                 raise UserError(_broken(source, rejected, max_rejected))
@@ -170,6 +170,11 @@ def _check_split(split: dict[str, float]) -> None:
 def _at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise UserError(f"--{name} {value}: must be at least {least}")
+
+
+def _useful_workers(images: int) -> int:
+    """Return how many processes pay: one writes thousands of images while another starts."""
+    return max(1, min(len(os.sched_getaffinity(0)), images // 10_000))
 
 
 def _hash(text: str) -> str:

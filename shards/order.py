@@ -27,7 +27,7 @@ ORDER_VERSION = 1
 DEFAULT_WINDOW_BYTES = 16e9
 _LANES = (15360, 3840, 960, 240, 48, 12, 4, 2, 1)
 _CHUNKS, _BLOCKS, _DRAWS = 1, 2, 3  # what a hash is for, its second word
-_SLICE = 1 << 18
+_SLICE = 1 << 16
 
 
 @dataclass(frozen=True)

@@ -385,7 +385,7 @@ def test_tars_tell_nothing_of_the_machine(reference):
 
 
 def test_progress_goes_to_stderr(own, tmp_path, capfd):
-    build(own, tmp_path / "out", workers=1, progress=True)
+    build(own, tmp_path / "out", progress=True)
     out, err = capfd.readouterr()
     assert out == ""
     assert "8/8" in err
