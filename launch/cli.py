@@ -29,7 +29,7 @@ def shards_build(
     out: Annotated[Path, typer.Argument(help="Folder of the new data set.")],
     shard_samples: Annotated[int, typer.Option(help="Samples a shard, at most.")] = 10_000,
     shard_bytes: Annotated[int, typer.Option(help="Image bytes a shard, at most.")] = 1_000_000_000,
-    workers: Annotated[int | None, typer.Option(help="Processes; default: one a core.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; default: one for each 10,000 images, up to the cores.")] = None,
     split: Annotated[str | None, typer.Option(help="Held-out parts, such as val=0.01; the rest is train.")] = None,
     max_rejected: Annotated[int, typer.Option(help="Broken images to leave out before giving up.")] = 0,
     as_json: Json = False,
