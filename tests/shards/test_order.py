@@ -182,8 +182,8 @@ def test_drop_list_keeps_the_law():
 
 @given(
     st.integers(1, 6),
-    st.lists(st.tuples(st.integers(6, 30), st.floats(0.2, 5)), min_size=1, max_size=4),
-    st.integers(25, 40),
+    st.lists(st.tuples(st.integers(6, 30), st.floats(0.5, 5)), min_size=1, max_size=4),
+    st.integers(40, 60),
 )
 @quick
 def test_mixture_has_exact_quotas_and_exact_source_epochs(lanes, sources, period):
