@@ -31,9 +31,7 @@ def row(name: str, unit: str, values: list[float]) -> Row:
 def arguments(description: str) -> argparse.Namespace:
     """Parse the arguments that every benchmark takes: ``quick`` and ``json``."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument(
-        "--quick", action="store_true", help="little data, for tests: the numbers mean nothing"
-    )
+    parser.add_argument("--quick", action="store_true", help="little data, for tests: the numbers mean nothing")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the result there as well")
     return parser.parse_args()
 
@@ -53,9 +51,7 @@ def machine() -> dict:
 def report(bench: str, rows: list[Row], ratios: dict[str, float], path: Path | None) -> None:
     """Print the table, and write the JSON if a path is given; a ratio above 1 means that ours is better."""
     where = machine()
-    table = Table(
-        "", "median", "min", "max", "unit", title=f"{bench}: {where['cpu']}, {where['cores']} cores"
-    )
+    table = Table("", "median", "min", "max", "unit", title=f"{bench}: {where['cpu']}, {where['cores']} cores")
     for each in rows:
         table.add_row(each.name, *(f"{x:,.4g}" for x in (each.value, each.min, each.max)), each.unit)
     for peer, ratio in ratios.items():

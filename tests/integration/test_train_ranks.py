@@ -45,7 +45,13 @@ every = "5 epochs"
 batch = 4
 """
 
-LAUNCH = "import sys; from pathlib import Path; from launch.local import run_ranks; code, out = run_ranks(sys.argv[3:], int(sys.argv[1]), Path(sys.argv[2])); print(out); sys.exit(code)"  # fmt: skip
+LAUNCH = """
+import sys
+from pathlib import Path
+from launch.local import run_ranks
+code, _ = run_ranks(sys.argv[3:], int(sys.argv[1]), Path(sys.argv[2]))
+sys.exit(code)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +62,9 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def launch(folder: Path, ranks: int, run: str, epochs: int = 12, stage: int = 1, dropout: float = 0.0) -> subprocess.Popen:
+def launch(
+    folder: Path, ranks: int, run: str, epochs: int = 12, stage: int = 1, dropout: float = 0.0
+) -> subprocess.Popen:
     config = folder / f"{run}.toml"
     config.write_text(CONFIG.format(epochs=epochs, stage=stage, dropout=dropout))
     return subprocess.Popen(

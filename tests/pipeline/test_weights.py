@@ -19,7 +19,13 @@ def weights(tmp_path) -> Weights:
 
 
 def settings(**over) -> TrainSettings:
-    base = {"kind": "finetune", "duration": "1 step", "global_batch": 1, "init": "-", "data": {"train": "-", "resolution": 32}}
+    base = {
+        "kind": "finetune",
+        "duration": "1 step",
+        "global_batch": 1,
+        "init": "-",
+        "data": {"train": "-", "resolution": 32},
+    }
     return check(TrainSettings, merge(base, over), "test")
 
 
