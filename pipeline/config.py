@@ -21,7 +21,7 @@ class Settings(BaseModel):
 
 
 class Duration(str):
-    """A length of training as users say it: ``"90 epochs"``, ``"1.5 epochs"``, ``"10_000 steps"``, ``"300 samples"``."""
+    """A length of training as users say it: ``"90 epochs"``, ``"1.5 epochs"``, ``"10_000 steps"``, ``"9 samples"``."""
 
     PATTERN = re.compile(r"^\s*([\d_]+(?:\.\d+)?)\s*(epoch|step|sample)s?\s*$")
 

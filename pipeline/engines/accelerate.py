@@ -34,7 +34,7 @@ class AccelerateEngine:
         self.model = self.accelerator.prepare_model(self.module)
 
     def step(self, micro_batches: Sequence, loss_fn: Callable[[Callable, object], Tensor], lr: float) -> Step:
-        """Take one optimizer step over this rank's micro-batches; ``loss_fn(model, micro_batch)`` is the mean of one."""
+        """Take one optimizer step over this rank's micro-batches; ``loss_fn(model, micro_batch)`` is one's mean."""
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = lr

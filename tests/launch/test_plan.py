@@ -70,7 +70,7 @@ def test_a_digest_follows_settings_inputs_and_images_but_not_ranks(write, tmp_pa
         (HEAD + SHARDS.replace('"images"', '"nowhere"'), "there is no folder of images .*nowhere"),
         (HEAD + SHARDS.replace("set =", 'after = ["shards"]\nset ='), "wait for each other: shards -> shards"),
         (HEAD + SHARDS + PRETRAIN.replace("small_pretrain", "big"), "there is no recipe 'big'"),
-        (HEAD + SHARDS + CONVERT.replace("pretrain", "shards").replace("set", 'init = "shards"\nset'), "trains nothing"),
+        (HEAD + SHARDS + CONVERT.replace("pretrain", "shards").replace("set", 'init = "shards"\nset'), "no init"),
     ],
 )  # fmt: skip
 def test_mistakes_are_found_before_anything_starts(write, tmp_path, text, message):
