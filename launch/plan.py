@@ -141,7 +141,7 @@ def _prepare(
         if stage.init is not None:
             table["init"] = stage.init if stage.init.endswith(".safetensors") else f"{{{stage.init}}}"
     elif stage.init is not None:
-        raise UserError(f"{where} has init, but a stage of kind {stage.kind} takes no init: it trains nothing; remove it")
+        raise UserError(f"{where} has init, but a stage of kind {stage.kind} takes no init; remove it")
     needs = _needs(stage, by_name, path)
     outputs = {name: str(run / "stages" / name / KINDS[by_name[name].kind].output) for name in needs}
     settings = check(kind.settings, _filled(table, outputs), where)

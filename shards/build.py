@@ -114,9 +114,7 @@ def build(
         shards = enumerate(_cut(images, shard_samples, shard_bytes))
         jobs = [Job(source, folder, shard, images) for shard, images in shards]
         plan = _hash("".join(job.plan() for job in jobs))
-        plans[name] = _Plan(
-            folder, found.classes, jobs, settings | {"split": split, "part": name, "plan": plan}
-        )
+        plans[name] = _Plan(folder, found.classes, jobs, settings | {"split": split, "part": name, "plan": plan})
     _check_output(out, plans)
 
     jobs = [job for plan in plans.values() for job in plan.jobs]
@@ -128,9 +126,7 @@ def build(
             rejected = [entry for receipt in receipts.values() for entry in receipt.rejected]
             if len(rejected) > max_rejected:
                 raise UserError(_broken(source, rejected, max_rejected))
-            parts = {
-                name: _finish(plan, [receipts[job.tar] for job in plan.jobs]) for name, plan in plans.items()
-            }
+            parts = {name: _finish(plan, [receipts[job.tar] for job in plan.jobs]) for name, plan in plans.items()}
     except OSError as error:
         raise UserError(
             f"cannot write {error.filename or out}: {error.strerror}; mend that and run the same "
@@ -158,9 +154,7 @@ def parse_split(text: str) -> dict[str, float]:
 def _check_split(split: dict[str, float]) -> None:
     for name, share in split.items():
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name == "train":
-            raise UserError(
-                f"--split {name}={share}: name the part with letters and digits; train is the rest"
-            )
+            raise UserError(f"--split {name}={share}: name the part with letters and digits; train is the rest")
         if not 0 < share < 1:
             raise UserError(f"--split {name}={share}: the share must lie between 0 and 1")
     if sum(split.values()) >= 1:
@@ -229,9 +223,7 @@ def _check_output(out: Path, plans: dict[str, _Plan]) -> None:
             other = [name for name in new if old.get(name) != new[name]]
             if other:
                 what = ", ".join("images" if name == "plan" else name for name in other)
-                raise UserError(
-                    f"output {plan.folder} already holds another data set ({what} differ); {remedy}"
-                )
+                raise UserError(f"output {plan.folder} already holds another data set ({what} differ); {remedy}")
         elif (plan.folder / "shards").exists() and not (plan.folder / "manifest/samples").exists():
             raise UserError(f"output {plan.folder} holds shards that no build of ours began; {remedy}")
 
