@@ -1,3 +1,4 @@
+# make        check what pip cannot bring, and install everything else into .venv
 # make demo   the main job on real images, and its result
 # make test   the tests (10 minutes at most on 2 cores)
 PYTHON ?= python3
@@ -5,7 +6,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint bench prerequisites clean
+.PHONY: setup demo test lint bench clean
+
+setup: $(READY)
 
 demo: $(READY)
 	$(BIN)/patchmill run examples/clipart.toml
@@ -20,9 +23,6 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python bench/order.py
 	$(BIN)/python bench/loader.py
-
-prerequisites:
-	@$(PYTHON) launch/prerequisites.py
 
 # Made anew only when what is installed changes.
 $(READY): pyproject.toml constraints.txt
