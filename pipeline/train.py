@@ -68,7 +68,7 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
         quarantine=out / "quarantine.jsonl",
     )  # fmt: skip
     in_samples = {
-        name: duration.samples(len(train_set), settings.global_batch)
+        name: max(1, duration.samples(len(train_set), settings.global_batch))
         for name, duration in {
             "total": settings.duration, "warmup": settings.schedule.warmup, "log": settings.log_every,
             "save": settings.checkpoint.every, "evaluate": settings.evaluate.every,
