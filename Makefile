@@ -5,24 +5,28 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint bench prerequisites clean
+.PHONY: demo test test-slow lint bench ready prerequisites clean
 
-demo: $(READY)
+demo: ready
 	$(BIN)/patchmill run examples/clipart.toml
 
-test: $(READY)
+test: ready
 	$(BIN)/python -m pytest
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(READY)
+bench: ready
 	$(BIN)/python bench/order.py
 	$(BIN)/python bench/loader.py
 
 prerequisites:
 	@$(PYTHON) launch/prerequisites.py
+
+# Everything installed, and the native decoder built: at once if it is there, without it if it cannot be.
+ready: $(READY)
+	@$(BIN)/python -m shards.jpegcrop
 
 # Made anew only when what is installed changes.
 $(READY): pyproject.toml constraints.txt
@@ -32,4 +36,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) runs build *.egg-info shards/native/*.so

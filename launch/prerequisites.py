@@ -50,7 +50,7 @@ def main() -> int:
         name, package = JPEG
         print(
             f"warning: {name} not found: going on without the native JPEG crop decoder, on the slower path; "
-            f"for the faster one: apt-get install {package}",
+            f"for the faster one: apt-get install {package}, and run make again",
             file=sys.stderr,
         )
     return 1 if lacking else 0
