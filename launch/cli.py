@@ -1,4 +1,7 @@
-"""The command line. stdout is for results, stderr for progress; exit codes: 0 done, 2 a user's mistake, 75 stopped, 1 else."""
+"""The command line: stdout is for results, stderr for progress.
+
+Exit codes: 0 done, 2 a user's mistake, 75 stopped on request with everything saved, 1 anything else.
+"""
 
 import json
 import os
@@ -29,7 +32,9 @@ def shards_build(
     out: Annotated[Path, typer.Argument(help="Folder of the new data set.")],
     shard_samples: Annotated[int, typer.Option(help="Samples a shard, at most.")] = 10_000,
     shard_bytes: Annotated[int, typer.Option(help="Image bytes a shard, at most.")] = 1_000_000_000,
-    workers: Annotated[int | None, typer.Option(help="Processes; default: one a core.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes; default: one for each 10,000 images, up to the cores.")
+    ] = None,
     split: Annotated[str | None, typer.Option(help="Held-out parts, such as val=0.01; the rest is train.")] = None,
     max_rejected: Annotated[int, typer.Option(help="Broken images to leave out before giving up.")] = 0,
     as_json: Json = False,
@@ -154,7 +159,7 @@ def evaluate(
     """Evaluate every image of a data set exactly once, on any number of ranks."""
     from pipeline import distributed
     from pipeline.convert.safetensors import load_model
-    from pipeline.evaluate.classify import classify, check_classes
+    from pipeline.evaluate.classify import check_classes, classify
     from shards.dataset import Dataset
 
     dataset = Dataset.open(data)

@@ -106,7 +106,9 @@ def _in_order(by_name: dict[str, StageTable], path: Path) -> list[str]:
     try:
         sorter.prepare()
     except graphlib.CycleError as error:
-        raise UserError(f"the stages of {path} wait for each other: {' -> '.join(error.args[1])}; break the circle") from None
+        raise UserError(
+            f"the stages of {path} wait for each other: {' -> '.join(error.args[1])}; break the circle"
+        ) from None
     ordered, ready = [], []
     while sorter.is_active():
         ready = sorted([*ready, *sorter.get_ready()], key=list(by_name).index)
@@ -121,14 +123,16 @@ def _needs(stage: StageTable, by_name: dict[str, StageTable], path: Path) -> lis
         named.append(stage.init)
     for name in named:
         if name not in by_name:
-            hint = nearest(name, list(by_name))
-            raise UserError(f"stage {stage.name} of {path} needs stage {name!r}, which is not there{hint}; name one of {', '.join(by_name)}")
+            there = f"{nearest(name, list(by_name))}; name one of {', '.join(by_name)}"
+            raise UserError(f"stage {stage.name} of {path} needs stage {name!r}, which is not there{there}")
     if stage.kind == "report":
         named += [name for name, other in by_name.items() if other.kind != "report"]
     return list(dict.fromkeys(named))
 
 
-def _prepare(stage: StageTable, by_name: dict[str, StageTable], ready: dict[str, Stage], run: Path, path: Path) -> Stage:
+def _prepare(
+    stage: StageTable, by_name: dict[str, StageTable], ready: dict[str, Stage], run: Path, path: Path
+) -> Stage:
     kind, folder = KINDS[stage.kind], run / "stages" / stage.name
     where = f"stage {stage.name} of {path}"
     table = merge(read_recipe(stage.recipe) if stage.recipe else {}, stage.set)
@@ -137,7 +141,7 @@ def _prepare(stage: StageTable, by_name: dict[str, StageTable], ready: dict[str,
         if stage.init is not None:
             table["init"] = stage.init if stage.init.endswith(".safetensors") else f"{{{stage.init}}}"
     elif stage.init is not None:
-        raise UserError(f"{where} has init, but a stage of kind {stage.kind} trains nothing; remove it")
+        raise UserError(f"{where} has init, but a stage of kind {stage.kind} takes no init; remove it")
     needs = _needs(stage, by_name, path)
     outputs = {name: str(run / "stages" / name / KINDS[by_name[name].kind].output) for name in needs}
     settings = check(kind.settings, _filled(table, outputs), where)
@@ -174,5 +178,7 @@ def _listing(source: Path) -> str:
     found = hashlib.sha256()
     for file in sorted(p for p in source.rglob("*") if p.is_file()):
         status = file.stat()
-        found.update(f"{file.relative_to(source)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
+        found.update(
+            f"{file.relative_to(source)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape")
+        )
     return found.hexdigest()

@@ -34,7 +34,12 @@ class BrokenCheckpointError(PatchmillError):
 
 
 def save(
-    folder: Path, samples: int, pieces: Iterable[Piece], shapes: dict[str, tuple], state: dict[str, Any], best: bool = False
+    folder: Path,
+    samples: int,
+    pieces: Iterable[Piece],
+    shapes: dict[str, tuple],
+    state: dict[str, Any],
+    best: bool = False,
 ) -> Path:
     """Write the checkpoint of ``samples`` consumed; collective over all ranks.
 
@@ -59,7 +64,9 @@ def save(
     try:
         entry = _write_rank_file(partial / f"rank-{rank:05d}.safetensors", pieces)
     except OSError as problem:
-        error = PatchmillError(f"cannot write checkpoint {final}: {problem}; make room or mend the disk, then run again")
+        error = PatchmillError(
+            f"cannot write checkpoint {final}: {problem}; make room or mend the disk, then run again"
+        )
     distributed.raise_together(error)
     files = distributed.everyone(entry)
     if rank == 0:
@@ -90,7 +97,7 @@ def _write_rank_file(path: Path, pieces: Iterable[Piece]) -> dict[str, Any]:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints and those that ``latest`` and ``best`` name; rank 0 alone calls it."""
+    """Delete all but the newest ``keep`` checkpoints, ``latest`` and ``best``; rank 0 alone calls it."""
     pointed = {pointer(folder, name) for name in ("latest", "best")}
     for old in whole_checkpoints(folder)[keep:]:
         if old not in pointed:
@@ -128,7 +135,9 @@ class Checkpoint:
         try:
             index = json.loads((path / "checkpoint.json").read_text())
         except (OSError, ValueError) as error:
-            raise BrokenCheckpointError(f"{path} has no readable checkpoint.json: {error}; use another checkpoint") from None
+            raise BrokenCheckpointError(
+                f"{path} has no readable checkpoint.json: {error}; use another checkpoint"
+            ) from None
         if index["format_version"] > FORMAT_VERSION:
             raise UserError(
                 f"{path} was written by a newer Patchmill (format {index['format_version']}, this one reads "
@@ -149,10 +158,12 @@ class Checkpoint:
                 raise BrokenCheckpointError(f"{path} is missing or cut short; use another checkpoint")
             with open(path, "rb") as opened:
                 if hashlib.file_digest(opened, "sha256").hexdigest() != file["sha256"]:
-                    raise BrokenCheckpointError(f"{path} does not have the checksum it was written with; use another checkpoint")
+                    raise BrokenCheckpointError(
+                        f"{path} does not have the checksum it was written with; use another checkpoint"
+                    )
 
     def read(self, kind: str, parameter: str, start: int, count: int) -> Tensor:
-        """Return values [start, start + count) of a flattened parameter's kind, float32, from whichever ranks wrote them."""
+        """Return values [start, start + count) of a flattened parameter's kind, float32, whichever ranks wrote them."""
         if not self._where:
             self._index()
         parts, at = [], start

@@ -21,7 +21,7 @@ class Settings(BaseModel):
 
 
 class Duration(str):
-    """A length of training as users say it: ``"90 epochs"``, ``"10_000 steps"``, ``"1.5 epochs"``, ``"3_000_000 samples"``."""
+    """A length of training as users say it: ``"90 epochs"``, ``"1.5 epochs"``, ``"10_000 steps"``, ``"9 samples"``."""
 
     PATTERN = re.compile(r"^\s*([\d_]+(?:\.\d+)?)\s*(epoch|step|sample)s?\s*$")
 
@@ -125,7 +125,9 @@ class TrainSettings(Settings):
     seed: int = 0
     duration: Duration
     global_batch: int = Field(gt=0)
-    micro_batch: int | None = Field(None, gt=0, description="samples a rank takes through the model at once; unset: all")
+    micro_batch: int | None = Field(
+        None, gt=0, description="samples a rank takes through the model at once; unset: all"
+    )
     init: str | None = Field(None, description="safetensors file to start from; the run's own checkpoint goes first")
     loss: Literal["softmax", "sigmoid"] = "softmax"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
@@ -148,7 +150,9 @@ class TrainSettings(Settings):
     @model_validator(mode="after")
     def _model_or_init(self) -> "TrainSettings":
         if self.model.name is None and self.init is None:
-            raise ValueError('model.name is not set and there is no init to take it from; set model.name, e.g. "vit_b16"')
+            raise ValueError(
+                'model.name is not set and there is no init to take it from; set model.name, e.g. "vit_b16"'
+            )
         return self
 
     def accumulation(self, world_size: int) -> int:
@@ -156,7 +160,9 @@ class TrainSettings(Settings):
         if self.global_batch % world_size:
             below = self.global_batch - self.global_batch % world_size
             near = " or ".join(str(b) for b in (below, below + world_size) if b)
-            raise UserError(f"global_batch {self.global_batch} does not divide over {world_size} ranks; set it to {near}")
+            raise UserError(
+                f"global_batch {self.global_batch} does not divide over {world_size} ranks; set it to {near}"
+            )
         local = self.global_batch // world_size
         micro = self.micro_batch or local
         if local % micro:
@@ -215,7 +221,7 @@ def override(table: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
 
 
 def check(kind: type[S], table: dict[str, Any], where: str) -> S:
-    """Build settings of type ``kind`` from a table, or raise a UserError of one line that names key, value and remedy."""
+    """Build settings of type ``kind`` from a table; a UserError of one line names key, value and remedy."""
     try:
         return kind.model_validate(table)
     except ValidationError as error:

@@ -39,7 +39,9 @@ def start() -> None:
         torch.cuda.set_device(where)
     if "MASTER_ADDR" not in os.environ:
         if world_size() > 1:
-            raise UserError(f"WORLD_SIZE is {world_size()}, but MASTER_ADDR is not set; start the ranks with a launcher")
+            raise UserError(
+                f"WORLD_SIZE is {world_size()}, but MASTER_ADDR is not set; start the ranks with a launcher"
+            )
         # An in-memory store needs no port that another run could hold.
         dist.init_process_group(
             "nccl" if where.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1

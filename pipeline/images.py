@@ -1,8 +1,18 @@
-"""From the loader's uint8 pixels to what a model sees."""
+"""From stored images to what a model sees: the transform that settings name, and pixels as floats."""
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from pipeline.config import DataSettings
+from shards.augment import TRANSFORMS, InceptionCrop, Transform
+
+
+def training_transform(data: DataSettings) -> Transform:
+    """Return the augmentation of a training stage."""
+    if data.augment == "inception":
+        return InceptionCrop(data.resolution, data.crop_area)
+    return TRANSFORMS[data.augment](data.resolution)
 
 
 def to_model_input(images: np.ndarray, device: torch.device) -> Tensor:

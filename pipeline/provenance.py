@@ -1,16 +1,38 @@
-"""Which code and which libraries made a run."""
+"""Which settings, code and libraries made a run."""
 
 import platform
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
-LIBRARIES = ("torch", "deepspeed", "accelerate", "numpy", "safetensors", "simplejpeg", "opencv-python-headless", "pillow")
+from pipeline.config import TrainSettings, dump_toml
+from shards.atomic import write_text
+
+LIBRARIES = (
+    "torch",
+    "deepspeed",
+    "accelerate",
+    "numpy",
+    "safetensors",
+    "simplejpeg",
+    "opencv-python-headless",
+    "pillow",
+)
+
+
+def note(out: Path, settings: TrainSettings) -> None:
+    """Save the resolved settings, and the code's commit and difference from it, in a stage's folder."""
+    write_text(out / "resolved.toml", dump_toml(settings.model_dump(mode="json")))
+    write_text(out / "code.diff", f"commit {commit()}\n{diff()}")
 
 
 def versions() -> dict[str, str]:
     """Return the versions of Python, Patchmill and the libraries that touch the numbers."""
-    return {"python": platform.python_version(), "patchmill": version("patchmill"), **{n: version(n) for n in LIBRARIES}}
+    return {
+        "python": platform.python_version(),
+        "patchmill": version("patchmill"),
+        **{n: version(n) for n in LIBRARIES},
+    }
 
 
 def commit() -> str | None:

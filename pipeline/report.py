@@ -1,4 +1,4 @@
-"""A run on one page: accuracies next to honest baselines, curves, sample images; self-contained HTML, and a terminal table."""
+"""A run on one page: accuracies next to honest baselines, curves, sample images. HTML, and a terminal table."""
 
 import base64
 import html
@@ -67,7 +67,9 @@ def read_run(folder: str | Path) -> Run:
     """Read a run's plan and the results of its finished stages."""
     folder = Path(folder)
     if not (folder / "plan.toml").is_file():
-        raise UserError(f"{folder} is no run: it holds no plan.toml; give the folder RUNS/NAME that `patchmill run` made")
+        raise UserError(
+            f"{folder} is no run: it holds no plan.toml; give the folder RUNS/NAME that `patchmill run` made"
+        )
     plan = read_toml(folder / "plan.toml")
     results = {}
     for stage in plan["stage"]:
@@ -86,7 +88,9 @@ def accuracies(run: Run) -> list[Row]:
     for name in run.stages("fewshot"):
         result = run.results[name]["result"]
         rows.append(Row("raw pixels, least squares", result["pixels"]["all"], "closed form, every training image"))
-        rows.append(Row("frozen features, least squares", result["features"]["all"], "closed form, every training image"))
+        rows.append(
+            Row("frozen features, least squares", result["features"]["all"], "closed form, every training image")
+        )
         for shots, top1 in result["features"]["shots"].items():
             pixels = 100 * result["pixels"]["shots"][shots]
             rows.append(Row(f"frozen features, {shots}-shot", top1, f"mean of 3 seeds; raw pixels {pixels:.1f} %"))
@@ -102,7 +106,13 @@ def accuracies(run: Run) -> list[Row]:
             rows.append(Row(f"{name} ({kind})", result["val"]["top1"], how, main=pretrained))
     for name in run.stages("evaluate"):
         result = run.results[name]["result"]
-        rows.append(Row(f"{name} (evaluate)", result["top1"], f"{result['images']} images, each once; top-5 {100 * result['top5']:.1f} %"))
+        rows.append(
+            Row(
+                f"{name} (evaluate)",
+                result["top1"],
+                f"{result['images']} images, each once; top-5 {100 * result['top5']:.1f} %",
+            )
+        )
     return rows
 
 
@@ -140,8 +150,8 @@ def write_html(run: Run) -> Path:
 
 def _accuracy_table(run: Run) -> str:
     rows = "".join(
-        f"<tr{' class=main' if row.main else ''}><td>{html.escape(row.what)}</td><td class=n>{100 * row.top1:.1f} %</td>"
-        f"<td>{html.escape(row.how)}</td></tr>"
+        f"<tr{' class=main' if row.main else ''}><td>{html.escape(row.what)}</td>"
+        f"<td class=n>{100 * row.top1:.1f} %</td><td>{html.escape(row.how)}</td></tr>"
         for row in accuracies(run)
     )
     return f"<table><tr><th>what</th><th>top-1</th><th>how</th></tr>{rows}</table>"
@@ -193,7 +203,9 @@ def _curves(run: Run) -> str:
 
 def _samples(run: Run) -> str:
     """Show held-out images with what the last fine-tuned model says of them."""
-    tuned = [name for name in run.stages("finetune") if "init" in read_toml(run.folder / "stages" / name / "resolved.toml")]
+    tuned = [
+        name for name in run.stages("finetune") if "init" in read_toml(run.folder / "stages" / name / "resolved.toml")
+    ]
     if not tuned:
         return ""
     import torch

@@ -3,9 +3,7 @@
 import math
 
 
-def learning_rate(
-    seen: int, *, shape: str, base: float, end: float, warmup: int, total: int
-) -> float:
+def learning_rate(seen: int, *, shape: str, base: float, end: float, warmup: int, total: int) -> float:
     """Return the learning rate of the step that ends at ``seen`` samples.
 
     Args:

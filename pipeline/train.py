@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from pipeline import checkpoint, distributed, provenance, stop
-from pipeline.config import DataSettings, TrainSettings, dump_toml
+from pipeline.config import TrainSettings
 from pipeline.engines import create_engine
 from pipeline.evaluate.classify import classify
-from pipeline.images import to_model_input
+from pipeline.images import to_model_input, training_transform
 from pipeline.models import create_model
 from pipeline.objectives.supervised import supervised_loss
 from pipeline.resume import check_resume
@@ -24,7 +24,6 @@ from pipeline.schedule import learning_rate
 from pipeline.telemetry import Telemetry
 from pipeline.weights import Weights, first_values, resolve_model
 from shards.atomic import write_text
-from shards.augment import TRANSFORMS, InceptionCrop, Transform
 from shards.dataset import Dataset
 from shards.errors import StoppedOnRequestError, UserError
 from shards.hashing import hash_int
@@ -59,10 +58,12 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
     train_set = Dataset.open(settings.data.train, settings.data.exclude)
     val_set = Dataset.open(settings.data.val) if settings.data.val else None
     if val_set is not None and val_set.classes != train_set.classes:
-        raise UserError(f"{settings.data.val} has other classes than {settings.data.train}; build both with one command")
+        raise UserError(
+            f"{settings.data.val} has other classes than {settings.data.train}; build both with one command"
+        )
     loader = Loader(
         train_set, global_batch=settings.global_batch, rank=rank, world_size=world_size, seed=settings.seed,
-        transform=_transform(settings.data),
+        transform=training_transform(settings.data),
         threads=settings.data.threads, window_bytes=settings.data.window_bytes,
         quarantine=out / "quarantine.jsonl",
     )  # fmt: skip
@@ -100,7 +101,8 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
         state = {key: loaded.state[key] for key in state}
     samples = loader.state_dict()["samples"]
     if rank == 0:
-        _note_settings(out, settings)
+        provenance.note(out, settings)
+        (out / "stopped.json").unlink(missing_ok=True)
     telemetry = Telemetry(out, out.name, total, samples) if rank == 0 else None
     stop.listen()
 
@@ -144,7 +146,9 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
         images = to_model_input(batch.images, distributed.device())
         labels = torch.from_numpy(batch.labels).to(images.device)
         micro_batches = [
-            MicroBatch(images[i : i + micro_batch], labels[i : i + micro_batch], hash_int(settings.seed, samples, rank, i))
+            MicroBatch(
+                images[i : i + micro_batch], labels[i : i + micro_batch], hash_int(settings.seed, samples, rank, i)
+            )
             for i in range(0, len(labels), micro_batch)
         ]
         samples += settings.global_batch
@@ -189,16 +193,3 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
         "samples": samples, "steps": steps, "val": state["val"], "best": state["best"], "checkpoint": str(path),
         "images_per_second": trained / (time.monotonic() - began) if trained else None,
     }  # fmt: skip
-
-
-def _transform(data: DataSettings) -> Transform:
-    if data.augment == "inception":
-        return InceptionCrop(data.resolution, data.crop_area)
-    return TRANSFORMS[data.augment](data.resolution)
-
-
-def _note_settings(out: Path, settings: TrainSettings) -> None:
-    """Save the resolved settings and the code's commit and difference with the run."""
-    write_text(out / "resolved.toml", dump_toml(settings.model_dump(mode="json")))
-    write_text(out / "code.diff", f"commit {provenance.commit()}\n{provenance.diff()}")
-    (out / "stopped.json").unlink(missing_ok=True)

@@ -34,7 +34,9 @@ class Weights:
         try:
             self._file = safe_open(self.path, framework="pt")
         except FileNotFoundError:
-            raise UserError(f"there are no weights at {path}; give the safetensors file that `patchmill convert` wrote") from None
+            raise UserError(
+                f"there are no weights at {path}; give the safetensors file that `patchmill convert` wrote"
+            ) from None
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is no readable safetensors file ({error}); convert the checkpoint again") from None
         note = (self._file.metadata() or {}).get(NOTE)
@@ -96,14 +98,16 @@ def first_values(
         if init is None or new_head:
             return template.initial_value(name, shape, settings.seed)
         if name not in init.names:
-            raise UserError(f"{init.path} has no {name}: it is a checkpoint of another model; use the model settings that made it")
+            raise UserError(
+                f"{init.path} has no {name}: it is a checkpoint of another model; use the model settings that made it"
+            )
         value = init.tensor(name).float()
         if name == "pos_embed" and value.shape != shape:
             value = interpolate_pos_embed(value, template.image_size // template.patch_size)
         if value.shape != shape:
             raise UserError(
-                f"{init.path} has {name} of shape {list(value.shape)}, this model wants {list(shape)}: it is a checkpoint "
-                "of another model; use the model settings that made it"
+                f"{init.path} has {name} of shape {list(value.shape)}, this model wants {list(shape)}: "
+                "it is a checkpoint of another model; use the model settings that made it"
             )
         return value
 

@@ -82,7 +82,8 @@ def build(
         out: The local folder to make. With a split, each part is a data set of its own in it.
         shard_samples: At most so many samples a shard.
         shard_bytes: At most so many bytes of images a shard (but one image at least).
-        workers: Processes; by default one for each core this process may use. No influence on the bytes.
+        workers: Processes; by default one for each core this process may use, as far as starting them pays.
+            No influence on the bytes.
         split: Share of each part beside ``train``, as in ``{"val": 0.1}``. A hash of its key puts an image
             into its part, so that adding images moves none.
         seed: Of the global shuffle.
@@ -94,10 +95,9 @@ def build(
             data set then, but the whole shards stay for the next try.
     """
     source, out, split = Path(source), Path(out), split or {}
-    workers = len(os.sched_getaffinity(0)) if workers is None else workers
     _at_least("shard-samples", shard_samples, 1)
     _at_least("shard-bytes", shard_bytes, 1)
-    _at_least("workers", workers, 1)
+    _at_least("workers", 1 if workers is None else workers, 1)
     _at_least("max-rejected", max_rejected, 0)
     _check_split(split)
     if out.resolve().is_relative_to(source.resolve()):
@@ -114,9 +114,7 @@ def build(
         shards = enumerate(_cut(images, shard_samples, shard_bytes))
         jobs = [Job(source, folder, shard, images) for shard, images in shards]
         plan = _hash("".join(job.plan() for job in jobs))
-        plans[name] = _Plan(
-            folder, found.classes, jobs, settings | {"split": split, "part": name, "plan": plan}
-        )
+        plans[name] = _Plan(folder, found.classes, jobs, settings | {"split": split, "part": name, "plan": plan})
     _check_output(out, plans)
 
     jobs = [job for plan in plans.values() for job in plan.jobs]
@@ -124,13 +122,11 @@ def build(
         with _locked(out):
             for plan in plans.values():
                 _clear(plan)
-            receipts = _write_all(jobs, workers, progress)
+            receipts = _write_all(jobs, workers or _useful_workers(len(found.images)), progress)
             rejected = [entry for receipt in receipts.values() for entry in receipt.rejected]
             if len(rejected) > max_rejected:
                 raise UserError(_broken(source, rejected, max_rejected))
-            parts = {
-                name: _finish(plan, [receipts[job.tar] for job in plan.jobs]) for name, plan in plans.items()
-            }
+            parts = {name: _finish(plan, [receipts[job.tar] for job in plan.jobs]) for name, plan in plans.items()}
     except OSError as error:
         raise UserError(
             f"cannot write {error.filename or out}: {error.strerror}; mend that and run the same "
@@ -158,9 +154,7 @@ def parse_split(text: str) -> dict[str, float]:
 def _check_split(split: dict[str, float]) -> None:
     for name, share in split.items():
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name == "train":
-            raise UserError(
-                f"--split {name}={share}: name the part with letters and digits; train is the rest"
-            )
+            raise UserError(f"--split {name}={share}: name the part with letters and digits; train is the rest")
         if not 0 < share < 1:
             raise UserError(f"--split {name}={share}: the share must lie between 0 and 1")
     if sum(split.values()) >= 1:
@@ -170,6 +164,11 @@ def _check_split(split: dict[str, float]) -> None:
 def _at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise UserError(f"--{name} {value}: must be at least {least}")
+
+
+def _useful_workers(images: int) -> int:
+    """Return how many processes pay: one writes thousands of images while another starts."""
+    return max(1, min(len(os.sched_getaffinity(0)), images // 10_000))
 
 
 def _hash(text: str) -> str:
@@ -224,9 +223,7 @@ def _check_output(out: Path, plans: dict[str, _Plan]) -> None:
             other = [name for name in new if old.get(name) != new[name]]
             if other:
                 what = ", ".join("images" if name == "plan" else name for name in other)
-                raise UserError(
-                    f"output {plan.folder} already holds another data set ({what} differ); {remedy}"
-                )
+                raise UserError(f"output {plan.folder} already holds another data set ({what} differ); {remedy}")
         elif (plan.folder / "shards").exists() and not (plan.folder / "manifest/samples").exists():
             raise UserError(f"output {plan.folder} holds shards that no build of ours began; {remedy}")
 

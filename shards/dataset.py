@@ -73,9 +73,7 @@ class Dataset:
         store: Where its bytes are read; ``store.local`` tells whether reads are cheap one by one.
     """
 
-    def __init__(
-        self, store: Store, info: manifest.Info, shards: pa.Table, exclude: str | None, dropped: np.ndarray
-    ):
+    def __init__(self, store: Store, info: manifest.Info, shards: pa.Table, exclude: str | None, dropped: np.ndarray):
         self.store, self.url, self.exclude = store, store.url, exclude
         self.classes = info.classes
         self.mean_bytes = info.image_bytes / info.samples
@@ -105,9 +103,7 @@ class Dataset:
             raise UserError(f"no data set at {store.url}{_hint(store)}") from error
         shards = manifest.read_table(store.read(manifest.SHARDS))
         if manifest.digest(info.classes, shards["sha256"].to_pylist()) != info.digest:
-            raise UserError(
-                f"{store.url}: dataset.json and shards.parquet do not belong together; build it again"
-            )
+            raise UserError(f"{store.url}: dataset.json and shards.parquet do not belong together; build it again")
         return cls(store, info, shards, exclude, _read_dropped(store, exclude))
 
     def __len__(self) -> int:
@@ -150,13 +146,9 @@ class Dataset:
         """Read consecutive kept samples of a shard; on a remote store with as few requests as possible."""
         rows = self.rows(shard)
         here = slice(start, stop)
-        images = self.store.read_ranges(
-            self._paths[shard], rows.offset[here].tolist(), rows.size[here].tolist()
-        )
+        images = self.store.read_ranges(self._paths[shard], rows.offset[here].tolist(), rows.size[here].tolist())
         keys = rows.keys[here].to_pylist()
-        return [
-            Sample(*each) for each in zip(keys, images, rows.format[here], rows.labels[here], strict=True)
-        ]
+        return [Sample(*each) for each in zip(keys, images, rows.format[here], rows.labels[here], strict=True)]
 
     def __getitem__(self, index: int) -> Sample:
         """Read one sample by its place among all kept samples; for looking around, not for training."""
@@ -191,14 +183,10 @@ def write_exclude(folder: str | Path, version: str, rows: Iterable[tuple[int, in
     rows = sorted(rows)
     for shard, index, _ in rows:
         if not (0 <= shard < len(dataset.shard_sizes) and 0 <= index < dataset.shard_sizes[shard]):
-            raise UserError(
-                f"drop list {version}: {folder} has no sample {index} in shard {shard}; count from 0"
-            )
+            raise UserError(f"drop list {version}: {folder} has no sample {index} in shard {shard}; count from 0")
     for (shard, index, _), following in pairwise(rows):
         if following[:2] == (shard, index):
-            raise UserError(
-                f"drop list {version}: sample {index} of shard {shard} is listed twice; drop it once"
-            )
+            raise UserError(f"drop list {version}: sample {index} of shard {shard} is listed twice; drop it once")
     columns = [[row[i] for row in rows] for i in range(3)]
     manifest.write_table(path, pa.table(columns, schema=manifest.EXCLUDE_SCHEMA))
 

@@ -1,4 +1,4 @@
-"""The one exception family of Patchmill, and the exit codes that go with it (kept here because every package may import shards)."""
+"""The one exception family of Patchmill and its exit codes; here, because every package may import shards."""
 
 
 class PatchmillError(Exception):

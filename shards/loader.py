@@ -84,9 +84,7 @@ class _Work:
         self.keys = [(seed, e, p) for e, p in zip(epoch.tolist(), positions.tolist(), strict=True)]
         self._where = list(zip(shard.tolist(), index.tolist(), strict=True))
         rows = range(len(self._where))
-        self._tasks = [
-            pool.submit(self._fill, rows[a : a + _ROWS_A_TASK]) for a in range(0, len(rows), _ROWS_A_TASK)
-        ]
+        self._tasks = [pool.submit(self._fill, rows[a : a + _ROWS_A_TASK]) for a in range(0, len(rows), _ROWS_A_TASK)]
 
     def _fill(self, rows: range) -> list[_Broken]:
         broken = []

@@ -27,7 +27,7 @@ ORDER_VERSION = 1
 DEFAULT_WINDOW_BYTES = 16e9
 _LANES = (15360, 3840, 960, 240, 48, 12, 4, 2, 1)
 _CHUNKS, _BLOCKS, _DRAWS = 1, 2, 3  # what a hash is for, its second word
-_SLICE = 1 << 18
+_SLICE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,7 @@ class Order:
         self.shuffle = shuffle
         self._first_chunk = np.concatenate([[0], np.cumsum(-(-self.sizes // shuffle.chunk))])
         if self._first_chunk[-1] >= 1 << 32:
-            raise UserError(
-                f"chunk {shuffle.chunk} cuts the data set into {self._first_chunk[-1]} chunks; raise it"
-            )
+            raise UserError(f"chunk {shuffle.chunk} cuts the data set into {self._first_chunk[-1]} chunks; raise it")
         self._short, self._longer = divmod(self.samples, shuffle.lanes)
         self._plans: dict[int, EpochPlan] = {}
         # The current block of every lane: a row of permuted slots, and which block it is.
@@ -165,9 +163,7 @@ class Order:
         """Return how many samples an epoch of each lane has."""
         return self._short + (lane < self._longer)
 
-    def locate_in_lane(
-        self, epoch: np.ndarray, lane: np.ndarray, offset: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def locate_in_lane(self, epoch: np.ndarray, lane: np.ndarray, offset: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Find the samples at offsets of lanes; all int64 [n]. Returns shard and kept index, int64 [n]."""
         block, begin, size = self._block(lane, offset)
         start = lane * self._short + np.minimum(lane, self._longer)
@@ -214,9 +210,7 @@ class Order:
         last_chunk = self._first_chunk[1:] - 1
         is_short = np.zeros(chunks, dtype=bool)
         is_short[last_chunk[lacking > 0]] = True
-        places = np.concatenate(
-            [a + np.flatnonzero(is_short[order[a : a + _SLICE]]) for a in range(0, chunks, _SLICE)]
-        )
+        places = np.concatenate([a + np.flatnonzero(is_short[order[a : a + _SLICE]]) for a in range(0, chunks, _SLICE)])
         missing = np.cumsum(lacking[self._shard(order[places])])
         return EpochPlan(order, (places + 1) * self.shuffle.chunk - missing, np.concatenate([[0], missing]))
 
@@ -265,14 +259,10 @@ class Order:
             self._rows[lanes], self._row_of[lanes] = rows[latest], names[part[latest]]
         return permuted.astype(np.int64)
 
-    def _permutations(
-        self, epoch: np.ndarray, lane: np.ndarray, block: np.ndarray, size: np.ndarray
-    ) -> np.ndarray:
+    def _permutations(self, epoch: np.ndarray, lane: np.ndarray, block: np.ndarray, size: np.ndarray) -> np.ndarray:
         """Return each block's permutation, uint32 [blocks, width]; past its size a row means nothing."""
         slots = np.arange(self._rows.shape[1], dtype=np.uint64)
-        hashes = hash_array(
-            hash_int(self.seed, _BLOCKS), epoch[:, None], lane[:, None], block[:, None], slots
-        )
+        hashes = hash_array(hash_int(self.seed, _BLOCKS), epoch[:, None], lane[:, None], block[:, None], slots)
         keys = sort_keys(hashes, slots)
         keys[slots >= size[:, None].astype(np.uint64)] = np.iinfo(np.uint64).max
         keys.sort(axis=1)
@@ -303,8 +293,7 @@ class Mixture:
         self.lanes = orders[0].shuffle.lanes
         if len({o.shuffle.lanes for o in orders}) > 1:
             raise UserError(
-                f"the sources of the mixture have {[o.shuffle.lanes for o in orders]} lanes; "
-                "set one number for all"
+                f"the sources of the mixture have {[o.shuffle.lanes for o in orders]} lanes; set one number for all"
             )
         for s, order in enumerate(orders):
             if order.samples < self.lanes:
@@ -314,9 +303,7 @@ class Mixture:
                 )
         self.quotas = quotas(weights, period)
         if len(self.quotas) != len(orders):
-            raise UserError(
-                f"the mixture has {len(orders)} sources and {len(self.quotas)} weights; give one each"
-            )
+            raise UserError(f"the mixture has {len(orders)} sources and {len(self.quotas)} weights; give one each")
 
     def identity(self, data: Sequence[str]) -> dict:
         """Return what a resumed run must agree on; ``data`` holds the digest of each source."""
@@ -344,9 +331,7 @@ class Mixture:
             shard[mine], index[mine] = order.locate_in_lane(epoch[mine], lane[mine], offset)
         return source, epoch, shard, index
 
-    def _draw(
-        self, lane: np.ndarray, number: np.ndarray, inside: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _draw(self, lane: np.ndarray, number: np.ndarray, inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the source at a row of each lane's period, and how often the lane drew it before."""
         _, first, group = np.unique(number * self.lanes + lane, return_index=True, return_inverse=True)
         slots = np.arange(self.period, dtype=np.uint64)
@@ -371,9 +356,7 @@ def quotas(weights: Sequence[float], period: int) -> np.ndarray:
     whole = np.floor(share).astype(np.int64)
     whole[np.argsort(whole - share, kind="stable")[: period - whole.sum()]] += 1
     if (whole == 0).any():
-        raise UserError(
-            f"weights {list(weights)} give quotas {whole.tolist()} of {period} rows; raise the period"
-        )
+        raise UserError(f"weights {list(weights)} give quotas {whole.tolist()} of {period} rows; raise the period")
     return whole
 
 

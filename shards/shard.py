@@ -77,15 +77,11 @@ def write_shard(job: Job) -> Receipt:
                         continue
                     tar.write({"__key__": image.key, header.format: data, "cls": str(image.label).encode()})
                     row = (image.key, len(data), header.format, [image.label], header.width, header.height)
-                    for name, value in zip(
-                        ("key", "size", "format", "labels", "width", "height"), row, strict=True
-                    ):
+                    for name, value in zip(("key", "size", "format", "labels", "width", "height"), row, strict=True):
                         rows[name].append(value)
                     rows["sha256"].append(hashlib.sha256(data).digest())
             written = file.tell()
-        with tarfile.open(
-            partial, "r:"
-        ) as tar:  # names are longer than a header block now and then: never guess
+        with tarfile.open(partial, "r:") as tar:  # names are longer than a header block now and then: never guess
             rows["offset"] = [member.offset_data for member in tar if not member.name.endswith(".cls")]
     receipt = Receipt(
         sha256=hashed.digest.hexdigest(),
@@ -115,9 +111,7 @@ def _read(path: Path, size: int) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror}; mend or remove it, then build again"
-        ) from error
+        raise UserError(f"cannot read {path}: {error.strerror}; mend or remove it, then build again") from error
     if len(data) != size:
         raise UserError(f"{path} changed while the build ran; build again when the source is at rest")
     return data

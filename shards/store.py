@@ -150,9 +150,7 @@ def open_store(url: str | Path) -> Store:
     parts = urlsplit(str(url))
     if "://" in str(url) and parts.scheme != "file":
         if parts.password:
-            raise UserError(
-                f"the URL of {parts.hostname} carries a password; put secrets into the environment instead"
-            )
+            raise UserError(f"the URL of {parts.hostname} carries a password; put secrets into the environment instead")
         return RemoteStore(str(url).rstrip("/"))
     root = Path(unquote(parts.path)) if parts.scheme == "file" else Path(url)
     if not root.is_dir():
@@ -160,9 +158,7 @@ def open_store(url: str | Path) -> Store:
     return LocalStore(root)
 
 
-def _failure(
-    url: str, path: str, error: Exception, start: int | None = None, length: int = 0
-) -> PatchmillError:
+def _failure(url: str, path: str, error: Exception, start: int | None = None, length: int = 0) -> PatchmillError:
     where = f"{url}/{path}" + (f", bytes {start} to {start + length}" if start is not None else "")
     if isinstance(error, (FileNotFoundError, NotFoundError)):
         return MissingError(f"no object {where}; copy or build the data set again")

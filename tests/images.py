@@ -6,7 +6,9 @@ import numpy as np
 from PIL import Image
 
 
-def make_image_folder(root: Path, per_class: int = 20, side: int = 20, classes: tuple = ("blue", "green", "red")) -> Path:
+def make_image_folder(
+    root: Path, per_class: int = 20, side: int = 20, classes: tuple = ("blue", "green", "red")
+) -> Path:
     """Write ``root/CLASS/NN.png|jpg``: noise around one colour a class."""
     rng = np.random.default_rng(0)
     for label, name in enumerate(classes):

@@ -55,9 +55,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="all images, a class for each folder")
     args = parser.parse_args()
     if not args.source.is_dir():
-        parser.error(
-            f"no such folder: {args.source}; install the package openclipart-png, or name its png folder"
-        )
+        parser.error(f"no such folder: {args.source}; install the package openclipart-png, or name its png folder")
     if args.out.exists():
         parser.error(f"{args.out} exists; remove it first")
     partial = args.out.with_name(f".{args.out.name}.partial")

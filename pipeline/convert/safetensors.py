@@ -24,7 +24,8 @@ def find_checkpoint(source: str | Path, which: str = "latest") -> checkpoint.Che
     path = source if (source / "checkpoint.json").is_file() else checkpoint.pointer(source / "checkpoints", which)
     if path is None:
         raise UserError(
-            f"there is no {which} checkpoint in {source}; give a checkpoint folder, or the folder of a training stage that saved one"
+            f"there is no {which} checkpoint in {source}; give a checkpoint folder, or the folder of a training stage "
+            "that saved one"
         )
     found = checkpoint.Checkpoint(path)
     found.verify()
@@ -56,7 +57,7 @@ def to_safetensors(source: str | Path, destination: str | Path, which: str = "la
 
 
 def load_model(source: str | Path) -> tuple[VisionTransformer, list[str]]:
-    """Return (model on the CPU in evaluation mode, class names) from a weights file, a checkpoint or a stage's folder."""
+    """Return (model on the CPU in evaluation mode, class names) of a weights file, a checkpoint or a stage's folder."""
     if not Path(source).is_dir():
         weights = Weights(source)
         return weights.create_model(), weights.classes

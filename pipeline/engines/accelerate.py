@@ -16,7 +16,9 @@ from pipeline.optim import create_optimizer, parameter_groups
 class AccelerateEngine:
     """The engine of fine-tuning: every rank holds the whole model."""
 
-    def __init__(self, build: Callable[[], nn.Module], value_of: Callable[[str, tuple], Tensor], settings: TrainSettings):
+    def __init__(
+        self, build: Callable[[], nn.Module], value_of: Callable[[str, tuple], Tensor], settings: TrainSettings
+    ):
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
             mixed_precision="bf16" if settings.engine.precision == "bfloat16" else "no",
@@ -26,11 +28,13 @@ class AccelerateEngine:
         with torch.no_grad():
             for name, parameter in self.module.named_parameters():
                 parameter.copy_(value_of(name, tuple(parameter.shape)))
-        self.optimizer = create_optimizer(parameter_groups(self.module.named_parameters(), settings.optim), settings.optim)
+        self.optimizer = create_optimizer(
+            parameter_groups(self.module.named_parameters(), settings.optim), settings.optim
+        )
         self.model = self.accelerator.prepare_model(self.module)
 
     def step(self, micro_batches: Sequence, loss_fn: Callable[[Callable, object], Tensor], lr: float) -> Step:
-        """Take one optimizer step over this rank's micro-batches; ``loss_fn(model, micro_batch)`` gives their mean loss."""
+        """Take one optimizer step over this rank's micro-batches; ``loss_fn(model, micro_batch)`` is one's mean."""
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = lr

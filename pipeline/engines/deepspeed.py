@@ -32,7 +32,9 @@ class DeepSpeedEngine:
     ``torch_autocast``. (DeepSpeed's ``bf16`` setting would start the masters from bf16-rounded weights.)
     """
 
-    def __init__(self, build: Callable[[], nn.Module], value_of: Callable[[str, tuple], Tensor], settings: TrainSettings):
+    def __init__(
+        self, build: Callable[[], nn.Module], value_of: Callable[[str, tuple], Tensor], settings: TrainSettings
+    ):
         if distributed.device().type == "cpu":
             # Shared-memory reduction serves only inference; building it would cost every first run half a minute.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -51,7 +53,7 @@ class DeepSpeedEngine:
         self.names = {parameter: name for name, parameter in module.named_parameters()}
 
     def step(self, micro_batches: Sequence, loss_fn: Callable[[Callable, object], Tensor], lr: float) -> Step:
-        """Take one optimizer step over this rank's micro-batches; ``loss_fn(model, micro_batch)`` gives their mean loss."""
+        """Take one optimizer step over this rank's micro-batches; ``loss_fn(model, micro_batch)`` is one's mean."""
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = lr

@@ -32,7 +32,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Fragment:
-    """Values [start, start + count) of a parameter, living at ``offset`` of the flattened fp32 tensor that the optimizer steps."""
+    """Values [start, start + count) of a parameter, at ``offset`` of the flat fp32 tensor that the optimizer steps."""
 
     parameter: str
     start: int
@@ -55,7 +55,7 @@ def replicated(named: Iterator[tuple[str, nn.Parameter]], rank: int, world_size:
 
 
 def pieces(fragments: list[Fragment], optimizer: torch.optim.Optimizer, rank: int) -> Iterator[Piece]:
-    """Yield what a checkpoint must hold of this rank: weights, optimizer states, and (rank 0) the optimizer's step count."""
+    """Yield what a checkpoint must hold of this rank: weights, optimizer states, and on rank 0 the step count."""
     kinds = STATE_KINDS[type(optimizer)]
     for fragment in fragments:
         yield "weight", fragment.parameter, fragment.start, fragment.of(fragment.master)

@@ -15,7 +15,9 @@ from shards.loader import evaluation_batches
 
 
 @torch.no_grad()
-def classify(model: Callable[[Tensor], Tensor], dataset: Dataset, resolution: int, batch: int, threads: int = 2) -> dict:
+def classify(
+    model: Callable[[Tensor], Tensor], dataset: Dataset, resolution: int, batch: int, threads: int = 2
+) -> dict:
     """Evaluate ``model(images [n,3,H,W]) -> logits [n,K]`` on every image of ``dataset``; collective over all ranks.
 
     Args:
@@ -39,7 +41,9 @@ def classify(model: Callable[[Tensor], Tensor], dataset: Dataset, resolution: in
         labels = torch.from_numpy(part.labels).to(device)
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # [n, 5]
         losses = F.cross_entropy(logits, labels, reduction="none").double()
-        sums += torch.stack([losses[valid].sum(), ranked[valid, 0].sum(), ranked[valid].sum(), valid.sum()]).double().cpu()
+        sums += (
+            torch.stack([losses[valid].sum(), ranked[valid, 0].sum(), ranked[valid].sum(), valid.sum()]).double().cpu()
+        )
     loss, top1, top5, images = distributed.sum_over_ranks(sums.tolist())
     return {"loss": loss / images, "top1": top1 / images, "top5": top5 / images, "images": int(images)}
 

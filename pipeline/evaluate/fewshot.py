@@ -101,16 +101,12 @@ def fewshot_accuracy(
     for c, members in enumerate(by_class):
         if len(members) < shots:
             name = class_names[c] if class_names else c
-            raise UserError(
-                f"class {name} has {len(members)} training images for {shots} shots; ask for fewer"
-            )
+            raise UserError(f"class {name} has {len(members)} training images for {shots} shots; ask for fewer")
     accuracies = []
     for seed in seeds:
         rng = np.random.default_rng(seed)
         chosen = np.concatenate([rng.permutation(members)[:shots] for members in by_class])
-        classifier = fit(
-            np.asarray(train_features)[chosen], np.asarray(train_labels)[chosen], num_classes, l2
-        )
+        classifier = fit(np.asarray(train_features)[chosen], np.asarray(train_labels)[chosen], num_classes, l2)
         accuracies.append(classifier.accuracy(test_features, test_labels))
     return np.array(accuracies)
 
@@ -156,9 +152,7 @@ def _standardised(features: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np
 def _finite(features: np.ndarray) -> np.ndarray:
     features = np.asarray(features, dtype=np.float64)
     if bad := int((~np.isfinite(features)).any(1).sum()):
-        raise UserError(
-            f"features of {bad} of {len(features)} images are not finite; has the training diverged?"
-        )
+        raise UserError(f"features of {bad} of {len(features)} images are not finite; has the training diverged?")
     return features
 
 

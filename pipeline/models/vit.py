@@ -99,9 +99,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """One pre-norm encoder block: attention, then MLP, each with a residual that a sample may skip."""
 
-    def __init__(
-        self, embed_dim: int, num_heads: int, mlp_dim: int, gelu: str, dropout: float, drop_path: float
-    ):
+    def __init__(self, embed_dim: int, num_heads: int, mlp_dim: int, gelu: str, dropout: float, drop_path: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
         self.attn = Attention(embed_dim, num_heads, dropout)
@@ -178,9 +176,7 @@ class VisionTransformer(nn.Module):
                 f"take {image_size // patch_size * patch_size or patch_size}"
             )
         if embed_dim % num_heads:
-            raise UserError(
-                f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}; take a divisor"
-            )
+            raise UserError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}; take a divisor")
         if gelu not in ("tanh", "exact"):
             raise UserError(f"unknown gelu: {gelu!r}; take 'tanh' or 'exact'")
 
@@ -195,8 +191,7 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_dim, gelu, dropout, drop_path * i / max(depth - 1, 1))
-            for i in range(depth)
+            Block(embed_dim, num_heads, mlp_dim, gelu, dropout, drop_path * i / max(depth - 1, 1)) for i in range(depth)
         )
         self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
         self.pre_logits = (
@@ -275,9 +270,7 @@ class VisionTransformer(nn.Module):
             std = math.prod(shape[1:]) ** -0.5 / TRUNCATED_STD
             return nn.init.trunc_normal_(value, 0, std, -2 * std, 2 * std, generator=generator)
         if layer in ("qkv", "proj", "fc1", "fc2"):
-            fan_out = (
-                shape[0] // 3 if layer == "qkv" else shape[0]
-            )  # q, k and v are three layers, each Xavier
+            fan_out = shape[0] // 3 if layer == "qkv" else shape[0]  # q, k and v are three layers, each Xavier
             limit = math.sqrt(6 / (shape[1] + fan_out))
             return value.uniform_(-limit, limit, generator=generator)
         raise ValueError(f"no such parameter in a Vision Transformer: {name}")
@@ -306,9 +299,7 @@ def interpolate_pos_embed(pos_embed: Tensor, new_grid: int) -> Tensor:
     cls, grid = pos_embed[:, :1], pos_embed[:, 1:]
     side = math.isqrt(grid.shape[1])
     if side * side != grid.shape[1]:
-        raise UserError(
-            f"position embeddings of {grid.shape[1]} patches are no square grid; give square images"
-        )
+        raise UserError(f"position embeddings of {grid.shape[1]} patches are no square grid; give square images")
     grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2).float()  # [1, D, g, g]
     # Corner to corner: zoom maps the first and last entries of a row onto each other.
     grid = F.interpolate(grid, size=(new_grid, new_grid), mode="bilinear", align_corners=True)

@@ -57,9 +57,7 @@ def scan(source: Path) -> Found:
     if not folders:
         count = sum(name.lower().endswith(EXTENSIONS) for name in loose)
         what = f"has {count} images but no class folders" if count else "is empty"
-        raise UserError(
-            f"{source} {what}; put the images of each class into a folder: {source}/CLASS/name.jpg"
-        )
+        raise UserError(f"{source} {what}; put the images of each class into a folder: {source}/CLASS/name.jpg")
     others.update(map(_extension, loose))
     images.sort()
     for one, other in pairwise(images):
@@ -89,9 +87,7 @@ def _images(folder: str, source: str, label: int, others: Counter[str]) -> Itera
 
 def _visible(folder: str | Path) -> list[os.DirEntry]:
     with os.scandir(folder) as entries:
-        return sorted(
-            (entry for entry in entries if not entry.name.startswith(".")), key=lambda each: each.name
-        )
+        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda each: each.name)
 
 
 def _extension(name: str) -> str:

@@ -166,7 +166,9 @@ def test_a_changed_setting_redoes_its_stage_and_what_follows_and_keeps_the_old(f
         plan.write_text(PLAN)
     assert stderr.count("done before, skipped") == 5
     assert (undisturbed / "stages" / "fewshot.before-1" / "result.json").exists()
-    assert list(json.loads((undisturbed / "stages/fewshot/result.json").read_text())["result"]["features"]["shots"]) == ["2"]
+    assert list(
+        json.loads((undisturbed / "stages/fewshot/result.json").read_text())["result"]["features"]["shots"]
+    ) == ["2"]
 
 
 def test_stock_webdataset_reads_the_shards(undisturbed):

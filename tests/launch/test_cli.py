@@ -35,7 +35,9 @@ def refused(done: subprocess.CompletedProcess) -> str:
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     make_image_folder(folder / "images")
-    done = patchmill("shards", "build", "images", "set", "--split", "val=0.25", "--shard-samples", "16", "--json", cwd=folder)
+    done = patchmill(
+        "shards", "build", "images", "set", "--split", "val=0.25", "--shard-samples", "16", "--json", cwd=folder
+    )
     assert done.returncode == 0, done.stderr
     parts = json.loads(done.stdout)["parts"]
     assert parts["train"]["samples"] + parts["val"]["samples"] == 60

@@ -37,7 +37,7 @@ class TestOneRank:
 
     def test_what_is_not_there_is_another_model(self, tmp_path):
         found = Checkpoint(write(tmp_path, 64))
-        with pytest.raises(UserError, match="holds no weight of c .* another model"):
+        with pytest.raises(UserError, match=r"holds no weight of c .* another model"):
             found.read("weight", "c", 0, 1)
         with pytest.raises(UserError, match=re.escape("no weight of a at [6, 8)")):
             found.read("weight", "a", 4, 4)

@@ -14,7 +14,13 @@ def settings(**over) -> TrainSettings:
 
 @pytest.mark.parametrize(
     ("text", "samples"),
-    [("90 epochs", 90_000), ("1 epoch", 1_000), ("1.5 epochs", 1_500), ("10_000 steps", 80_000), ("300_000 samples", 300_000)],
+    [
+        ("90 epochs", 90_000),
+        ("1 epoch", 1_000),
+        ("1.5 epochs", 1_500),
+        ("10_000 steps", 80_000),
+        ("300_000 samples", 300_000),
+    ],
 )
 def test_durations_count_samples(text, samples):
     assert Duration(text).samples(epoch=1_000, global_batch=8) == samples
@@ -40,7 +46,7 @@ def test_a_wrong_value_names_key_and_value():
         settings(engine={"zero_stage": 4})
     with pytest.raises(UserError, match=r"setting data\.train is missing"):
         check(TrainSettings, {**MINIMAL, "data": {}}, "here.toml")
-    with pytest.raises(UserError, match="model.name is not set"):
+    with pytest.raises(UserError, match=r"model\.name is not set"):
         check(TrainSettings, {**MINIMAL, "model": {}}, "here.toml")
 
 
@@ -52,7 +58,7 @@ def test_overrides_are_toml_values_and_bare_words():
 
 
 def test_a_batch_that_the_ranks_do_not_divide_names_those_that_fit():
-    with pytest.raises(UserError, match="global_batch 8 does not divide over 3 ranks; set it to 6 or 9"):
+    with pytest.raises(UserError, match=r"global_batch 8 does not divide over 3 ranks; set it to 6 or 9"):
         settings().accumulation(3)
     with pytest.raises(UserError, match=r"micro_batch 3 does not divide the 4 samples .* one of \[1, 2, 4\]"):
         settings(micro_batch=3).accumulation(2)
@@ -72,5 +78,5 @@ def test_broken_toml_and_missing_files_are_one_line(tmp_path):
         read_toml(tmp_path / "x.toml")
     with pytest.raises(UserError, match="no settings file"):
         read_toml(tmp_path / "y.toml")
-    with pytest.raises(UserError, match="no recipe 'small_pretrian'.*did you mean 'small_pretrain'"):
+    with pytest.raises(UserError, match=r"no recipe 'small_pretrian'.*did you mean 'small_pretrain'"):
         read_recipe("small_pretrian")

@@ -9,9 +9,7 @@ from shards.augment import TRANSFORMS, CenterCrop, InceptionCrop, Resize, Resize
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (150, 200, 3), dtype=np.uint8)
-PLACE = np.dstack([*np.mgrid[0:150, 0:200], np.zeros((150, 200))]).astype(
-    np.uint8
-)  # a pixel says where it is
+PLACE = np.dstack([*np.mgrid[0:150, 0:200], np.zeros((150, 200))]).astype(np.uint8)  # a pixel says where it is
 
 
 def reference(image, height, width):

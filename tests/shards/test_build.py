@@ -228,9 +228,7 @@ def test_lying_extension_gets_the_true_format(own, tmp_path):
     (own / "class.0/liar.jpg").write_bytes(encode(3, "PNG"))
     build(own, tmp_path / "out", workers=1)
     dataset = Dataset.open(tmp_path / "out")
-    assert {sample.key: sample.format for sample in map(dataset.__getitem__, range(9))}[
-        "class_0/liar"
-    ] == "png"
+    assert {sample.key: sample.format for sample in map(dataset.__getitem__, range(9))}["class_0/liar"] == "png"
 
 
 def test_broken_images_are_named_then_left_out_on_request(own, tmp_path):
@@ -385,7 +383,7 @@ def test_tars_tell_nothing_of_the_machine(reference):
 
 
 def test_progress_goes_to_stderr(own, tmp_path, capfd):
-    build(own, tmp_path / "out", workers=1, progress=True)
+    build(own, tmp_path / "out", progress=True)
     out, err = capfd.readouterr()
     assert out == ""
     assert "8/8" in err

@@ -80,9 +80,7 @@ def test_opening_reads_nothing_of_the_samples(copy, monkeypatch):
         store = real_open(url)
         for name in ("read", "read_range", "read_ranges"):
             call = getattr(store, name)
-            monkeypatch.setattr(
-                store, name, lambda path, *a, call=call: (reads.append(path), call(path, *a))[1]
-            )
+            monkeypatch.setattr(store, name, lambda path, *a, call=call: (reads.append(path), call(path, *a))[1])
         return store
 
     monkeypatch.setattr(dataset_module, "open_store", open_and_record)
@@ -100,9 +98,7 @@ def test_opening_reads_nothing_of_the_samples(copy, monkeypatch):
 
 def test_drop_list_leaves_samples_out(copy):
     whole = Dataset.open(copy)
-    write_exclude(
-        copy, "v1", [(4, 1, "blurred"), (1, 0, "in the test set"), (1, 6, "in the test set"), (4, 0, "x")]
-    )
+    write_exclude(copy, "v1", [(4, 1, "blurred"), (1, 0, "in the test set"), (1, 6, "in the test set"), (4, 0, "x")])
     dataset = Dataset.open(copy, exclude="v1")
     assert dataset.shard_sizes.tolist() == [7, 5, 7, 7, 0]
     kept = [whole.read(1, raw) for raw in (1, 2, 3, 4, 5)]

@@ -10,9 +10,7 @@ from PIL import Image
 from shards.decode import DECODER, DecodeError, decode
 
 RNG = np.random.default_rng(0)
-SMOOTH = np.asarray(
-    Image.fromarray(RNG.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((80, 60), Image.BICUBIC)
-)
+SMOOTH = np.asarray(Image.fromarray(RNG.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((80, 60), Image.BICUBIC))
 
 
 def encoded(image, kind, **options):

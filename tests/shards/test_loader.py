@@ -251,9 +251,7 @@ def test_look_ahead_is_bounded_and_not_counted(dataset, monkeypatch):
 def test_evaluation_reads_every_sample_once(dataset, batch, world_size):
     found, steps = {}, set()
     for rank in range(world_size):
-        parts = list(
-            evaluation_batches(dataset, batch, transform=Resize(8), rank=rank, world_size=world_size)
-        )
+        parts = list(evaluation_batches(dataset, batch, transform=Resize(8), rank=rank, world_size=world_size))
         steps.add(len(parts))
         for part in parts:
             assert len(part.images) == len(part.labels) == len(part.valid) == batch

@@ -32,9 +32,7 @@ def test_two_ranks_resume_to_the_bit_and_hand_over_to_any_other_shape(kind, stag
     assert resumed["weights"] == whole[0]["weights"]
 
     other_kind, other_stage = ENGINES[(ENGINES.index((kind, stage)) + 2) % len(ENGINES)]
-    moved = run_on_ranks(
-        WORKER, 3, other_kind, other_stage, "float32", "adamw", 2, tmp_path / "elsewhere", "resume"
-    )[0]
+    moved = run_on_ranks(WORKER, 3, other_kind, other_stage, "float32", "adamw", 2, tmp_path / "elsewhere", "resume")[0]
     assert moved["losses"] == pytest.approx(reference["losses"][2:], abs=1e-6)
     assert moved["norms"] == pytest.approx(reference["norms"][2:], rel=1e-5)
 

@@ -1,4 +1,4 @@
-"""One rank: train a tiny ViT on fixed data, optionally from a checkpoint, and tell losses, norms and a digest of the state.
+"""One rank: train a tiny ViT on fixed data, perhaps from a checkpoint; tell losses, norms and digests of weights.
 
 worker.py ENGINE STAGE PRECISION OPTIMIZER STEPS FOLDER [resume]
 """
@@ -16,7 +16,15 @@ from pipeline.engines import create_engine
 from pipeline.models import create_model
 from pipeline.objectives.supervised import supervised_loss
 
-MODEL = {"name": "vit_ti16", "image_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
+MODEL = {
+    "name": "vit_ti16",
+    "image_size": 16,
+    "patch_size": 8,
+    "embed_dim": 24,
+    "depth": 2,
+    "num_heads": 3,
+    "num_classes": 5,
+}
 GLOBAL_BATCH = 12
 
 
@@ -52,9 +60,7 @@ def main(kind: str, stage: str, precision: str, optimizer: str, steps: str, fold
         done = engine.step(batches, objective, lr=0.01)
         losses.append(distributed.sum_over_ranks([float(done.loss)])[0] / world_size)
         norms.append(float(done.grad_norm))
-    checkpoint.save(
-        Path(folder), (start + int(steps)) * GLOBAL_BATCH, engine.pieces(), shapes, {"val": None}
-    )
+    checkpoint.save(Path(folder), (start + int(steps)) * GLOBAL_BATCH, engine.pieces(), shapes, {"val": None})
     print(json.dumps({"first": first, "losses": losses, "norms": norms, "weights": digest(engine.weights())}))
 
 

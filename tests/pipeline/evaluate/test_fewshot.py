@@ -25,16 +25,12 @@ def expected_weights(features, labels, num_classes, l2):
     return np.linalg.lstsq(stacked, np.concatenate([y, np.zeros((x.shape[1], num_classes))]), rcond=None)[0]
 
 
-@pytest.mark.parametrize(
-    "n", [12, 20, 21, 22, 200]
-)  # with the constant feature D is 21: both sides of the fork
+@pytest.mark.parametrize("n", [12, 20, 21, 22, 200])  # with the constant feature D is 21: both sides of the fork
 @pytest.mark.parametrize("l2", [1.0, 1024.0])
 def test_fit_equals_lstsq(n, l2):
     features, labels = clusters(n, 20, 4, noise=2.0)
     classifier = fit(features, labels, 4, l2)
-    np.testing.assert_allclose(
-        classifier.weights, expected_weights(features, labels, 4, l2), rtol=0, atol=1e-6
-    )
+    np.testing.assert_allclose(classifier.weights, expected_weights(features, labels, 4, l2), rtol=0, atol=1e-6)
 
 
 def test_both_branches_agree():
@@ -102,9 +98,7 @@ def test_a_constant_feature_does_no_harm():
     features, labels = clusters(60, 5, 3, noise=1.0)
     constant = np.pad(features, ((0, 0), (0, 1)), constant_values=0.1)
     test = np.pad(features, ((0, 0), (0, 1)), constant_values=0.9)
-    assert fit(constant, labels, 3).accuracy(test, labels) == fit(features, labels, 3).accuracy(
-        features, labels
-    )
+    assert fit(constant, labels, 3).accuracy(test, labels) == fit(features, labels, 3).accuracy(features, labels)
 
 
 def test_features_that_are_not_finite():

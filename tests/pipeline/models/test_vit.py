@@ -242,9 +242,7 @@ def test_dropout_sits_where_the_paper_has_it():
     calls = []
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Dropout):
-            module.register_forward_hook(
-                lambda _m, _i, output, name=name: calls.append((name, output.shape[-1]))
-            )
+            module.register_forward_hook(lambda _m, _i, output, name=name: calls.append((name, output.shape[-1])))
     model(torch.zeros(1, 3, 32, 32))
     block = [("attn.dropout", 48), ("mlp.dropout", 192), ("mlp.dropout", 48)]
     expected = [("dropout", 48)] + [(f"blocks.{i}.{name}", width) for i in range(3) for name, width in block]

@@ -1,0 +1,67 @@
+"""What every benchmark shares: its arguments, the machine, medians, the table and the JSON."""
+
+import argparse
+import json
+import os
+import platform
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+
+class Row(NamedTuple):
+    """One measured quantity: the median of its rounds, with least and greatest."""
+
+    name: str
+    value: float
+    unit: str
+    min: float
+    max: float
+
+
+def row(name: str, unit: str, values: list[float]) -> Row:
+    """Sum up the rounds of one quantity."""
+    return Row(name, median(values), unit, min(values), max(values))
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """Parse the arguments that every benchmark takes: ``quick`` and ``json``."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="little data, for tests: the numbers mean nothing")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the result there as well")
+    return parser.parse_args()
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def machine() -> dict:
+    """Describe the machine in words that outlive it: no host name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    return {"cpu": model, "cores": cores(), "python": platform.python_version(), "numpy": np.__version__}
+
+
+def report(bench: str, rows: list[Row], ratios: dict[str, float], path: Path | None) -> None:
+    """Print the table, and write the JSON if a path is given; a ratio above 1 means that ours is better."""
+    where = machine()
+    table = Table("", "median", "min", "max", "unit", title=f"{bench}: {where['cpu']}, {where['cores']} cores")
+    for each in rows:
+        table.add_row(each.name, *(f"{x:,.4g}" for x in (each.value, each.min, each.max)), each.unit)
+    for peer, ratio in ratios.items():
+        table.add_row(f"ours / {peer}", f"{ratio:.2f}", "", "", "x")
+    Console().print(table)
+    if path:
+        result = {
+            "bench": bench,
+            "machine": where,
+            "rows": [each._asdict() for each in rows],
+            "ratios": ratios,
+        }
+        path.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,0 +1,167 @@
+"""A training stage on several ranks: stopped on request, a rank killed, gone on with on another number of ranks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from shards.build import build
+from tests.images import make_image_folder
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """
+duration = "{epochs} epochs"
+global_batch = 12
+micro_batch = 2
+log_every = "1 step"
+[data]
+train = "set/train"
+val = "set/val"
+resolution = 16
+[model]
+name = "vit_ti8"
+embed_dim = 24
+num_heads = 3
+depth = 2
+dropout = {dropout}
+[optim]
+lr = 1e-3
+weight_decay = 0.1
+clip = 1.0
+[schedule]
+warmup = "1 epoch"
+[engine]
+zero_stage = {stage}
+[checkpoint]
+every = "7 steps"
+[evaluate]
+every = "5 epochs"
+batch = 4
+"""
+
+LAUNCH = """
+import sys
+from pathlib import Path
+from launch.local import run_ranks
+code, _ = run_ranks(sys.argv[3:], int(sys.argv[1]), Path(sys.argv[2]))
+sys.exit(code)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("train")
+    make_image_folder(folder / "images", per_class=16)
+    build(folder / "images", folder / "set", split={"val": 0.2}, shard_samples=8, workers=1)
+    return folder
+
+
+def launch(
+    folder: Path, ranks: int, run: str, epochs: int = 12, stage: int = 1, dropout: float = 0.0
+) -> subprocess.Popen:
+    config = folder / f"{run}.toml"
+    config.write_text(CONFIG.format(epochs=epochs, stage=stage, dropout=dropout))
+    return subprocess.Popen(
+        [sys.executable, "-c", LAUNCH, str(ranks), f"{run}/logs", "train", config.name, "--out", run, "--json"],
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def done(process: subprocess.Popen) -> tuple[int, str]:
+    try:
+        _, stderr = process.communicate(timeout=180)
+    finally:
+        process.kill()
+    return process.returncode, stderr
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    lines = []
+    if (run / "metrics.jsonl").exists():
+        for text in (run / "metrics.jsonl").read_text().splitlines():
+            if text.endswith("}") and "loss" in (line := json.loads(text)):
+                lines.append((line["samples"], line["loss"]))
+    return lines
+
+
+def wait_for_steps(run: Path, process: subprocess.Popen, steps: int) -> None:
+    deadline = time.monotonic() + 120
+    while len(losses(run)) < steps:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder) -> list[tuple[int, float]]:
+    code, stderr = done(launch(folder, 2, "undisturbed"))
+    assert code == 0, stderr
+    return losses(folder / "undisturbed")
+
+
+@pytest.mark.parametrize("ranks", [2, 1, 3])
+def test_stopped_on_request_it_saves_and_goes_on_with_any_ranks(folder, undisturbed, ranks):
+    run = folder / f"stopped-{ranks}"
+    first = launch(folder, 2, run.name)
+    wait_for_steps(run, first, 9)
+    first.send_signal(signal.SIGTERM)
+    code, stderr = done(first)
+    assert code == 75, stderr
+    assert "stopped on request" in stderr
+    stopped = json.loads((run / "stopped.json").read_text())
+    assert 9 * 12 <= stopped["samples"] < undisturbed[-1][0]
+    assert losses(run) == undisturbed[: stopped["samples"] // 12]
+
+    code, stderr = done(launch(folder, ranks, run.name))
+    assert code == 0, stderr
+    assert not (run / "stopped.json").exists()
+    after = losses(run)
+    if ranks == 2:
+        assert after == undisturbed
+    else:
+        assert [samples for samples, _ in after] == [samples for samples, _ in undisturbed]
+        assert [loss for _, loss in after] == pytest.approx([loss for _, loss in undisturbed], abs=2e-4)
+
+
+def test_with_dropout_a_resumed_run_draws_the_same(folder):
+    code, stderr = done(launch(folder, 2, "dropout", epochs=6, stage=2, dropout=0.2))
+    assert code == 0, stderr
+    first = launch(folder, 2, "dropout-stopped", epochs=6, stage=2, dropout=0.2)
+    wait_for_steps(folder / "dropout-stopped", first, 4)
+    first.send_signal(signal.SIGTERM)
+    assert done(first)[0] == 75
+    assert done(launch(folder, 2, "dropout-stopped", epochs=6, stage=2, dropout=0.2))[0] == 0
+    assert losses(folder / "dropout-stopped") == losses(folder / "dropout")
+
+
+def test_when_a_rank_is_killed_the_others_end_within_a_minute_and_the_launcher_says_so(folder):
+    process = launch(folder, 2, "rank-killed", epochs=400)
+    wait_for_steps(folder / "rank-killed", process, 3)
+    children = psutil.Process(process.pid).children()
+    assert len(children) == 2
+    victim = next(child for child in children if child.environ()["RANK"] == "1")
+    killed = time.monotonic()
+    victim.kill()
+    code, stderr = done(process)
+    assert time.monotonic() - killed < 60
+    assert code == 1
+    assert "rank 1 ended with SIGKILL" in stderr
+
+
+def test_when_the_launcher_is_killed_the_ranks_save_and_end(folder):
+    run = folder / "launcher-killed"
+    process = launch(folder, 2, run.name, epochs=400)
+    wait_for_steps(run, process, 3)
+    children = psutil.Process(process.pid).children()
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE], "the ranks outlive their launcher"
+    assert (run / "stopped.json").exists()

@@ -1,0 +1,49 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.models import create_model
+from shards.augment import Resize
+from shards.build import build
+from shards.dataset import Dataset
+from shards.decode import decode
+from tests.images import make_image_folder
+from tests.ranks import run_on_ranks
+
+WORKER = Path(__file__).parent / "worker_classify.py"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("classify")
+    make_image_folder(root / "images", per_class=9)
+    build(root / "images", root / "set", shard_samples=10, workers=1)
+    return root / "set"
+
+
+@pytest.fixture(scope="module")
+def by_hand(folder) -> dict:
+    """The same figures from one image at a time."""
+    model = create_model("vit_ti8", embed_dim=24, num_heads=3, depth=1, image_size=16, num_classes=3, seed=3).eval()
+    model.head.weight.data = model.initial_value("blocks.0.mlp.fc1.weight", (3, 24), 5)
+    dataset = Dataset.open(folder)
+    right, losses = [], []
+    for index in range(len(dataset)):
+        sample = dataset[index]
+        pixels = Resize(16)(decode(sample.image, sample.key), (0, 0, 0)).astype(np.float32) / 127.5 - 1
+        with torch.no_grad():
+            logits = model(torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None])[0].double().numpy()
+        right.append(logits.argmax() == sample.labels[0])
+        losses.append(np.log(np.exp(logits).sum()) - logits[sample.labels[0]])
+    return {"top1": np.mean(right), "loss": np.mean(losses), "images": 27, "top5": 1.0}
+
+
+@pytest.mark.parametrize(("ranks", "batch"), [(1, 64), (2, 4), (3, 5), (4, 7)])
+def test_every_image_counts_once_on_any_number_of_ranks(folder, by_hand, ranks, batch):
+    results = run_on_ranks(WORKER, ranks, folder, batch)
+    assert all(result == results[0] for result in results)
+    assert results[0]["images"] == 27
+    assert results[0]["top1"] == pytest.approx(by_hand["top1"])
+    assert results[0]["loss"] == pytest.approx(by_hand["loss"], rel=1e-5)

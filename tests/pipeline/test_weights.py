@@ -1,0 +1,70 @@
+import pytest
+import torch
+
+from pipeline.config import TrainSettings, check, merge
+from pipeline.models import create_model
+from pipeline.models.vit import interpolate_pos_embed
+from pipeline.weights import Weights, first_values, resolve_model, write_weights
+from shards.errors import UserError
+
+MODEL = {"name": "vit_ti8", "embed_dim": 24, "num_heads": 3, "depth": 1, "image_size": 16, "num_classes": 5}
+
+
+@pytest.fixture
+def weights(tmp_path) -> Weights:
+    model = create_model(**MODEL, representation=True, seed=7)
+    note = {"model": MODEL | {"representation": True, "head_bias": -3.0}, "classes": list("abcde")}
+    write_weights(tmp_path / "w.safetensors", dict(model.state_dict()), note)
+    return Weights(tmp_path / "w.safetensors")
+
+
+def settings(**over) -> TrainSettings:
+    base = {
+        "kind": "finetune",
+        "duration": "1 step",
+        "global_batch": 1,
+        "init": "-",
+        "data": {"train": "-", "resolution": 32},
+    }
+    return check(TrainSettings, merge(base, over), "test")
+
+
+def test_a_weights_file_gives_its_model_back(weights):
+    model = create_model(**MODEL, representation=True, seed=7).eval()
+    images = torch.randn(2, 3, 16, 16)
+    assert weights.create_model()(images).equal(model(images))
+
+
+def test_fine_tuning_drops_the_head_and_stretches_the_positions(weights):
+    resolved = resolve_model(settings(), weights, num_classes=3)
+    assert resolved == MODEL | {"image_size": 32, "num_classes": 3, "representation": False, "head_bias": 0.0}
+    template = create_model(**resolved, seed=None)
+    value_of = first_values(template, weights, settings())
+    values = {name: value_of(name, tuple(p.shape)) for name, p in template.named_parameters()}
+    assert values["head.weight"].count_nonzero() == 0
+    assert values["head.bias"].count_nonzero() == 0
+    assert values["pos_embed"].equal(interpolate_pos_embed(weights.tensor("pos_embed"), 4))
+    assert values["blocks.0.mlp.fc1.weight"].equal(weights.tensor("blocks.0.mlp.fc1.weight"))
+
+
+def test_another_model_is_refused_by_name_of_what_differs(weights):
+    other = settings(model={"name": "vit_ti8", "embed_dim": 48, "num_heads": 3, "depth": 1})
+    with pytest.raises(UserError, match="its embed_dim is 24, the settings say 48"):
+        resolve_model(other, weights, 5)
+    pretrain = settings(kind="supervised", data={"resolution": 16})
+    template = create_model(**MODEL | {"num_classes": 9}, seed=None)
+    with pytest.raises(UserError, match=r"has head.weight of shape \[5, 24\], this model wants \[9, 24\]"):
+        first_values(template, weights, pretrain)("head.weight", (9, 24))
+
+
+def test_files_that_are_no_weights_are_one_line(tmp_path):
+    from safetensors.torch import save_file
+
+    with pytest.raises(UserError, match="no weights at"):
+        Weights(tmp_path / "none.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"\x00" * 50)
+    with pytest.raises(UserError, match="no readable safetensors file"):
+        Weights(tmp_path / "bad.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "plain.safetensors")
+    with pytest.raises(UserError, match="does not say which model it is"):
+        Weights(tmp_path / "plain.safetensors")
