@@ -8,19 +8,21 @@ READY  := $(VENV)/.ready
 
 .PHONY: setup demo test lint bench clean
 
+# The native JPEG decoder is built at once if it is not there, and gone on without if it cannot be.
 setup: $(READY)
+	@$(BIN)/python -m shards.jpegcrop
 
-demo: $(READY)
+demo: setup
 	$(BIN)/patchmill run examples/clipart.toml
 
-test: $(READY)
+test: setup
 	$(BIN)/python -m pytest
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(READY)
+bench: setup
 	$(BIN)/python bench/order.py
 	$(BIN)/python bench/loader.py
 
@@ -32,4 +34,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) runs build *.egg-info shards/native/*.so

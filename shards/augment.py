@@ -7,12 +7,14 @@ INTER_LINEAR, which is a fifth of the cost of an area average.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from math import sqrt
 
 import cv2
 import numpy as np
 
+from shards.decode import Box, decode
 from shards.hashing import hash_int
 
 RESIZER = f"opencv {cv2.__version__}"
@@ -40,7 +42,7 @@ def inception_box(
     draw: Iterator[float],
     area: tuple[float, float] = (0.05, 1.0),
     aspect: tuple[float, float] = (3 / 4, 4 / 3),
-) -> tuple[int, int, int, int]:
+) -> Box:
     """Draw a crop by the law of TensorFlow's ``sample_distorted_bounding_box``, which the paper's code used.
 
     The aspect ratio (width / height) is uniform; then the height is uniform among those that keep the share
@@ -90,12 +92,20 @@ class InceptionCrop:
     area: tuple[float, float] = (0.05, 1.0)
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
 
+    def box(self, height: int, width: int, key: Key) -> Box:
+        """Choose the part of an image of this height and width."""
+        draw = draws(key)
+        next(draw)  # the mirror's: first, since the box takes any number
+        return inception_box(height, width, draw, self.area, self.aspect)
+
+    def finish(self, part: np.ndarray, key: Key) -> np.ndarray:
+        """Make the result from the part: uint8 [h, w, 3] to uint8 [size, size, 3]."""
+        return _perhaps_mirrored(_resize(part, self.size, self.size), draws(key))
+
     def __call__(self, image: np.ndarray, key: Key) -> np.ndarray:
         """Transform uint8 [h, w, 3] to uint8 [size, size, 3]."""
-        draw = draws(key)
-        top, left, h, w = inception_box(*image.shape[:2], draw, self.area, self.aspect)
-        crop = _resize(image[top : top + h, left : left + w], self.size, self.size)
-        return _perhaps_mirrored(crop, draw)
+        top, left, h, w = self.box(*image.shape[:2], key)
+        return self.finish(image[top : top + h, left : left + w], key)
 
 
 @dataclass(frozen=True)
@@ -161,3 +171,20 @@ TRANSFORMS: dict[str, type[Transform]] = {
     "center_crop": CenterCrop,
 }
 """Transforms by the name that settings give them."""
+
+
+def transform_encoded(transform: Transform, data: bytes, name: str, key: Key) -> np.ndarray:
+    """Return ``transform(decode(data, name), key)``, decoding only the part that is needed if possible.
+
+    Args:
+        transform: One of the above.
+        data: An encoded image.
+        name: Of the image, for the error.
+        key: Seed, epoch and position.
+
+    Raises:
+        DecodeError: The content is damaged.
+    """
+    if isinstance(transform, InceptionCrop):
+        return transform.finish(decode(data, name, partial(transform.box, key=key)), key)
+    return transform(decode(data, name), key)

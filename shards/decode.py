@@ -2,6 +2,7 @@
 
 import io
 import struct
+from collections.abc import Callable
 
 import numpy as np
 import PIL
@@ -9,9 +10,13 @@ import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from shards.errors import PatchmillError
+from shards.jpegcrop import decode_part
 
 DECODER = f"simplejpeg {simplejpeg.__version__}, pillow {PIL.__version__}"
-"""What made the pixels: part of a run's state."""
+"""What made the pixels: part of a run's state. The crop decoder makes the same ones and is not named."""
+
+Box = tuple[int, int, int, int]
+"""Top, left, height and width of a part of an image, pixels."""
 
 _MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # where Pillow, too, refuses
 _ORIENTATION = 0x0112
@@ -34,46 +39,55 @@ class DecodeError(PatchmillError):
     """The bytes are not an image that can be decoded whole: the content is bad, not the way to it."""
 
 
-def decode(data: bytes, key: str) -> np.ndarray:
-    """Decode an image, upright, transparency on white, 16 bits cut to 8.
+def decode(data: bytes, key: str, box: Callable[[int, int], Box] | None = None) -> np.ndarray:
+    """Decode an image or a part of it, upright, transparency on white, 16 bits cut to 8.
 
     JPEG goes through libjpeg-turbo; everything else, and whatever libjpeg warns about, through Pillow, which
-    passes over stray bytes but not over a file that ends early.
+    passes over stray bytes but not over a file that ends early. Of a plain JPEG only the part is decoded.
 
     Args:
         data: An encoded image: JPEG, PNG, WebP or what else Pillow reads.
         key: Its name, for the error.
+        box: Chooses the part from the image's height and width; without it, the whole image.
 
     Returns:
-        uint8 [height, width, 3], RGB, contiguous.
+        uint8 [height, width, 3], RGB, of the image or the part.
 
     Raises:
         DecodeError: The content is damaged, or has more than 179 million pixels.
     """
     try:
         if data[:3] == b"\xff\xd8\xff":
-            image = _decode_jpeg(data)
+            image = _decode_jpeg(data, box)
             if image is not None:
                 return image
-        return _decode_any(data)
+        return _part(_decode_any(data), box)
     except _BAD_IMAGE as error:
         reason = "no known image format" if isinstance(error, UnidentifiedImageError) else error
         raise DecodeError(f"cannot decode {key}: {reason}; drop the sample from the data set") from error
 
 
-def _decode_jpeg(data: bytes) -> np.ndarray | None:
+def _decode_jpeg(data: bytes, box: Callable[[int, int], Box] | None) -> np.ndarray | None:
     """Decode a plain JPEG; None where Pillow has to look."""
+    exif = data.find(b"Exif\x00\x00", 0, 1 << 16)
+    turn = _UPRIGHT.get(_orientation(data[exif : exif + (1 << 16)])) if exif >= 0 else None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         if colours in ("CMYK", "YCCK") or height * width > _MOST_PIXELS:
             return None
+        if box and not turn and (part := decode_part(data, *box(height, width))) is not None:
+            return part
         image = simplejpeg.decode_jpeg(data, "RGB")
     except ValueError:
         return None
-    exif = data.find(b"Exif\x00\x00", 0, 1 << 16)
-    if exif >= 0 and (turn := _UPRIGHT.get(_orientation(data[exif : exif + (1 << 16)]))):
-        image = np.ascontiguousarray(turn(image))
-    return image
+    return _part(np.ascontiguousarray(turn(image)) if turn else image, box)
+
+
+def _part(image: np.ndarray, box: Callable[[int, int], Box] | None) -> np.ndarray:
+    if box is None:
+        return image
+    top, left, height, width = box(*image.shape[:2])
+    return image[top : top + height, left : left + width]
 
 
 def _orientation(exif: bytes) -> int:

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from shards.augment import RESIZER, Transform
+from shards.augment import RESIZER, Transform, transform_encoded
 from shards.dataset import Dataset, Sample
-from shards.decode import DECODER, DecodeError, decode
+from shards.decode import DECODER, DecodeError
 from shards.errors import PatchmillError, UserError
 from shards.order import DEFAULT_WINDOW_BYTES, Order, check_batch, choose_shuffle, rank_positions
 
@@ -104,7 +104,7 @@ class _Work:
                 f"sample {sample.key} has {len(sample.labels)} labels, one is needed; "
                 "use a data set with a class for each image"
             )
-        self.images[row] = self.transform(decode(sample.image, sample.key), self.keys[row])
+        self.images[row] = transform_encoded(self.transform, sample.image, sample.key, self.keys[row])
         self.labels[row] = sample.labels[0]
 
     def wait(self) -> list[_Broken]:

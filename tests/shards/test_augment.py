@@ -55,9 +55,10 @@ def test_inception_crop_is_its_box_resized():
     for position in range(30):
         key = (1, 0, position)
         draw = draws(key)
+        coin = next(draw)
         top, left, h, w = inception_box(150, 200, draw)
         want = reference(NOISE[top : top + h, left : left + w], 64, 64)
-        if next(draw) < 0.5:
+        if coin < 0.5:
             want, mirrored = want[:, ::-1], mirrored + 1
         assert np.abs(transform(NOISE, key) - want).max() <= 1.01
     assert 5 < mirrored < 25

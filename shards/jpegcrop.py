@@ -1,0 +1,120 @@
+"""A part of a JPEG without decoding the rest: native/jpegcrop.c. Built by ``python -m shards.jpegcrop``."""
+
+import ctypes
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+import simplejpeg
+
+from shards.atomic import whole_file
+from shards.errors import UserError
+
+_SOURCE = Path(__file__).parent / "native" / "jpegcrop.c"
+_FLAGS = ["-O3", "-shared", "-fPIC"]
+_LOADING = Lock()
+
+_Decode = Callable[..., int]
+
+
+def decode_part(data: bytes, top: int, left: int, height: int, width: int) -> np.ndarray | None:
+    """Decode a part of a JPEG as stored, to the bits that simplejpeg gives for it in the whole.
+
+    Args:
+        data: An encoded JPEG.
+        top: First row of the part.
+        left: First column of the part.
+        height: Of the part, pixels.
+        width: Of the part, pixels.
+
+    Returns:
+        uint8 [height, width, 3], RGB, contiguous; or None where the full decoder has to look: the JPEG is
+        damaged, not baseline or not grey or RGB, the part is not inside it, or there is no native decoder,
+        which is said once on stderr.
+    """
+    with _LOADING:
+        decode = _native()
+    return None if decode is None else _call(decode, data, top, left, height, width)
+
+
+@cache
+def _native() -> _Decode | None:
+    try:
+        return _load(_library())
+    except OSError as error:
+        print(
+            f"warning: no native JPEG crop decoder ({error}): JPEGs are decoded whole, to the same pixels "
+            "but slower; apt-get install libjpeg-dev and run: python -m shards.jpegcrop",
+            file=sys.stderr,
+        )
+        return None
+
+
+def _library() -> Path:
+    # Its name changes with the source, so an older build is never taken for this one.
+    return _SOURCE.with_name(f"jpegcrop-{hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:16]}.so")
+
+
+def _load(path: Path) -> _Decode:
+    decode = ctypes.CDLL(str(path)).jpegcrop_decode  # releases the GIL while it runs
+    decode.argtypes = [ctypes.c_char_p, ctypes.c_size_t, *[ctypes.c_int] * 4, ctypes.c_void_p]
+    decode.restype = ctypes.c_int
+    return decode
+
+
+def _call(decode: _Decode, data: bytes, top: int, left: int, height: int, width: int) -> np.ndarray | None:
+    part = np.empty((height, width, 3), dtype=np.uint8)
+    return None if decode(data, len(data), top, left, height, width, part.ctypes.data) else part
+
+
+def build() -> Path:
+    """Compile the decoder beside its source, unless that was done; returns the library.
+
+    Raises:
+        UserError: There is no compiler or no libjpeg-turbo, or one that gives other pixels than simplejpeg.
+    """
+    path = _library()
+    try:
+        _load(path)
+    except OSError:  # not there yet, or made for another machine
+        with whole_file(path) as partial:
+            _compile(partial)
+            _check(_load(partial))
+    return path
+
+
+def _compile(path: Path) -> None:
+    command = [os.environ.get("CC", "gcc"), *_FLAGS, "-o", str(path), str(_SOURCE), "-ljpeg"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise UserError(f"no C compiler: {error}; apt-get install gcc") from error
+    if done.returncode:
+        why = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
+        raise UserError(f"cannot compile {_SOURCE}: {why}; apt-get install libjpeg-dev")
+
+
+def _check(decode: _Decode) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    for sampling in ("444", "422", "420", "440", "411"):
+        data = simplejpeg.encode_jpeg(image, quality=90, colorsubsampling=sampling)
+        whole = simplejpeg.decode_jpeg(data, "RGB")
+        for top, left, height, width in [(0, 0, 50, 70), (17, 19, 20, 30), (33, 5, 1, 1)]:
+            part = _call(decode, data, top, left, height, width)
+            if not np.array_equal(part, whole[top : top + height, left : left + width]):
+                raise UserError(
+                    f"this libjpeg decodes {sampling} to other pixels than simplejpeg; install another"
+                )
+
+
+if __name__ == "__main__":
+    try:
+        build()
+    except UserError as error:
+        print(f"warning: going on without the native JPEG crop decoder: {error}", file=sys.stderr)
