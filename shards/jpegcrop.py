@@ -108,9 +108,7 @@ def _check(decode: _Decode) -> None:
         for top, left, height, width in [(0, 0, 50, 70), (17, 19, 20, 30), (33, 5, 1, 1)]:
             part = _call(decode, data, top, left, height, width)
             if not np.array_equal(part, whole[top : top + height, left : left + width]):
-                raise UserError(
-                    f"this libjpeg decodes {sampling} to other pixels than simplejpeg; install another"
-                )
+                raise UserError(f"this libjpeg decodes {sampling} to other pixels than simplejpeg; install another")
 
 
 if __name__ == "__main__":
