@@ -47,7 +47,7 @@ def shards_build(
         split=parse_split(split) if split else None, max_rejected=max_rejected, progress=True,
     )  # fmt: skip
     if as_json:
-        print(json.dumps(asdict(built), indent=1))
+        print(json.dumps(asdict(built)))
         return
     for name, part in built.parts.items():
         rejected = f", {len(part.rejected)} images rejected" if part.rejected else ""
@@ -68,7 +68,7 @@ def shards_stats(
 
     counted = stats(Dataset.open(url, exclude))
     if as_json:
-        print(json.dumps(asdict(counted), indent=1))
+        print(json.dumps(asdict(counted)))
     else:
         Console().print(render(counted))
 
@@ -126,7 +126,8 @@ def train(
 
     distributed.start()
     try:
-        _print(run_training(checked, folder), as_json)
+        with distributed.alone_in(folder):
+            _print(run_training(checked, folder), as_json)
     finally:
         distributed.finish()
 
@@ -153,7 +154,7 @@ def convert(
 def evaluate(
     weights: Annotated[Path, typer.Argument(help="Weights, checkpoint, or folder of a training stage.")],
     data: Annotated[str, typer.Argument(help="Data set.")],
-    batch: Annotated[int, typer.Option(help="Images a rank takes at once.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Images a rank takes at once.")] = 64,
     as_json: Json = False,
 ) -> None:
     """Evaluate every image of a data set exactly once, on any number of ranks."""
@@ -181,10 +182,9 @@ def fewshot(
     as_json: Json = False,
 ) -> None:
     """Closed-form linear accuracy of frozen features, next to the same on raw pixels."""
-    try:
-        numbers = [int(text) for text in shots.split(",")]
-    except ValueError:
-        raise UserError(f"--shots {shots!r} are no numbers; write them like 1,5,10") from None
+    numbers = [int(text) for text in shots.split(",") if text.strip().isdigit()]
+    if len(numbers) < len(shots.split(",")) or min(numbers) < 1:
+        raise UserError(f"--shots {shots!r} are no numbers of images; write them like 1,5,10")
     from pipeline.convert.safetensors import load_model
     from pipeline.evaluate.frozen import frozen_features_accuracy
     from shards.dataset import Dataset
@@ -215,7 +215,7 @@ def _print(result: dict[str, Any], as_json: bool) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     if as_json:
-        print(json.dumps(result, indent=1))
+        print(json.dumps(result))
         return
     table = Table(show_header=False)
     for key, value in result.items():
@@ -232,6 +232,8 @@ def main() -> None:
     except PatchmillError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

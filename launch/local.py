@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+from pipeline import stop
+
 GRACE = 20.0  # seconds that the other ranks get to end by themselves when one has failed
 PR_SET_PDEATHSIG = 1
 
@@ -36,7 +38,7 @@ def run_ranks(arguments: list[str], ranks: int, logs: Path) -> tuple[int, str]:
             processes.append(
                 subprocess.Popen(command, env=environment, stdout=out, stderr=err, preexec_fn=_die_with_parent)
             )
-        previous = {number: signal.signal(number, _forward(processes)) for number in (signal.SIGTERM, signal.SIGINT)}
+        previous = {number: signal.signal(number, _forward(processes)) for number in stop.SIGNALS}
         try:
             code = _wait(processes, logs)
         finally:
@@ -55,7 +57,7 @@ def free_port() -> int:
 
 
 def _environments(ranks: int) -> list[dict[str, str]]:
-    threads = str(max(1, (os.cpu_count() or 1) // ranks))
+    threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
     shared = {**os.environ}
     shared.setdefault("OMP_NUM_THREADS", threads)
     if ranks == 1:

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator
 
 from launch.stages import KINDS
 from pipeline.config import Settings, TrainSettings, check, merge, nearest, read_recipe, read_toml
+from pipeline.weights import check_model
 from shards.errors import UserError
 
 PLACEHOLDER = re.compile(r"\{([A-Za-z0-9_-]+)\}")
@@ -53,6 +54,7 @@ class Stage:
         settings: Checked, with every ``{stage}`` replaced by that stage's output.
         needs: Names of the stages that must be finished first.
         digest: Of its settings and its inputs; a finished stage with the same digest is skipped.
+        inputs: Digest of its inputs alone; an unfinished stage with the same goes on.
         folder: Its folder in the run.
         arguments: Its ``patchmill`` command line.
     """
@@ -61,6 +63,7 @@ class Stage:
     settings: Settings
     needs: list[str]
     digest: str
+    inputs: str
     folder: Path
     arguments: list[str]
 
@@ -143,17 +146,55 @@ def _prepare(
     elif stage.init is not None:
         raise UserError(f"{where} has init, but a stage of kind {stage.kind} takes no init; remove it")
     needs = _needs(stage, by_name, path)
-    outputs = {name: str(run / "stages" / name / KINDS[by_name[name].kind].output) for name in needs}
-    settings = check(kind.settings, _filled(table, outputs), where)
     inputs: dict[str, Any] = {name: ready[name].digest for name in needs}
-    if stage.kind == "shards":
-        source = path.parent / settings.source
-        settings = settings.model_copy(update={"source": str(source)})
-        inputs["source"] = _listing(source)
+    filled = table
+    for key in kind.paths:
+        filled, inputs[key] = _with_path(filled, key, path.parent, by_name, where)
+    outputs = {name: str(run / "stages" / name / KINDS[by_name[name].kind].output) for name in needs}
+    settings = check(kind.settings, _filled(filled, outputs), where)
     if isinstance(settings, TrainSettings):
         settings.accumulation(stage.ranks)
-    digest = hashlib.sha256(json.dumps([stage.kind, table, inputs], sort_keys=True).encode()).hexdigest()
-    return Stage(stage, settings, needs, digest, folder, kind.command(settings, folder, run))
+        check_model(settings, where)
+    return Stage(
+        stage, settings, needs, _hash([stage.kind, table, inputs]), _hash(inputs), folder,
+        kind.command(settings, folder, run),
+    )  # fmt: skip
+
+
+def _with_path(
+    table: dict[str, Any], key: str, base: Path, by_name: dict[str, StageTable], where: str
+) -> tuple[dict[str, Any], str | None]:
+    """Return the table with the path at ``key`` made absolute, and a digest of what is there; stages' outputs stay."""
+    head, _, rest = key.partition(".")
+    value = table.get(head)
+    if rest and isinstance(value, dict):
+        inner, digest = _with_path(value, rest, base, by_name, where)
+        return {**table, head: inner}, digest
+    if not isinstance(value, str):
+        return table, None
+    if found := PLACEHOLDER.match(value):
+        _check_part(value, found, by_name, where)
+        return table, None
+    if "://" in value:
+        return table, value
+    there = base / value
+    if not there.exists():
+        raise UserError(
+            f"{where}: there is no {there} ({key}); mend the path, relative ones count from the plan's folder"
+        )
+    return {**table, head: str(there)}, _digest_of(there)
+
+
+def _check_part(value: str, found: re.Match, by_name: dict[str, StageTable], where: str) -> None:
+    """Check that ``{shards}/part`` names a part that its stage will make."""
+    source = by_name[found[1]]
+    if source.kind != "shards":
+        return
+    split = source.set.get("split") or {}
+    parts = ["/train", *(f"/{part}" for part in split)] if split else [""]
+    if value[found.end() :] not in parts:
+        makes = " and ".join(f"{found[0]}{part}" for part in parts)
+        raise UserError(f"{where}: stage {source.name} makes no {value}; it makes {makes}")
 
 
 def _strings(value: Any) -> list[str]:
@@ -171,14 +212,12 @@ def _filled(value: Any, outputs: dict[str, str]) -> Any:
     return [_filled(item, outputs) for item in value] if isinstance(value, list) else value
 
 
-def _listing(source: Path) -> str:
-    """Digest of a folder's file names, sizes and times: cheap, and it changes when any image does."""
-    if not source.is_dir():
-        raise UserError(f"there is no folder of images {source}; give the path of a folder with one folder a class")
-    found = hashlib.sha256()
-    for file in sorted(p for p in source.rglob("*") if p.is_file()):
-        status = file.stat()
-        found.update(
-            f"{file.relative_to(source)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape")
-        )
-    return found.hexdigest()
+def _digest_of(path: Path) -> str:
+    """Digest of a file's or a folder's names, sizes and times: cheap, and it changes when anything in it does."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    status = ((file.relative_to(path.parent).as_posix(), file.stat()) for file in files)
+    return _hash([[name, each.st_size, each.st_mtime_ns] for name, each in status])
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

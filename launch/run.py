@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -45,6 +46,7 @@ def is_done(stage: Stage) -> bool:
 
 def _run(stage: Stage, began: float) -> None:
     stage.folder.mkdir(parents=True, exist_ok=True)
+    write_text(stage.folder / "inputs.json", json.dumps({"inputs": stage.inputs}))
     if isinstance(stage.settings, TrainSettings):
         write_text(stage.folder / "config.toml", dump_toml(stage.settings.model_dump(mode="json", exclude_unset=True)))
     code, stdout = run_ranks([*stage.arguments, "--json"], stage.table.ranks, stage.folder / "logs")
@@ -54,12 +56,16 @@ def _run(stage: Stage, began: float) -> None:
             f"stage {stage.table.name} ended with exit code {code}; {remedy}, then run the same command again to go on"
         )
     result = {"digest": stage.digest, "kind": stage.table.kind, "seconds": time.monotonic() - began}
-    write_text(stage.folder / "result.json", json.dumps({**result, "result": json.loads(stdout)}, indent=1))
+    result["result"] = json.loads(stdout.strip().splitlines()[-1])
+    write_text(stage.folder / "result.json", json.dumps(result, indent=1))
 
 
 def _set_aside(stage: Stage) -> None:
-    """Move a finished stage out of the way when its settings or inputs changed; an unfinished one goes on in place."""
-    if not _result(stage):
+    """Move what another plan made out of the way: a finished stage, or an unfinished one that had other inputs.
+
+    An unfinished stage with the same inputs goes on in place; pipeline/resume.py says what may then change.
+    """
+    if not _result(stage) and _read(stage.folder / "inputs.json").get("inputs", stage.inputs) == stage.inputs:
         return
     number = 1
     while (aside := stage.folder.with_name(f"{stage.table.name}.before-{number}")).exists():
@@ -69,7 +75,11 @@ def _set_aside(stage: Stage) -> None:
 
 
 def _result(stage: Stage) -> dict[str, Any]:
+    return _read(stage.folder / "result.json")
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads((stage.folder / "result.json").read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}

@@ -55,11 +55,13 @@ class Kind:
 
     Attributes:
         settings: What ``set`` may hold.
+        paths: Keys of ``set`` that are paths: relative ones count from the plan's folder; what they hold is an input.
         output: What ``{stage}`` stands for in other stages: this path inside the stage's folder.
         command: ``command(settings, folder, run) -> arguments`` of ``patchmill``, without ``--json``.
     """
 
     settings: type[Settings]
+    paths: tuple[str, ...]
     output: str
     command: Callable[[Settings, Path, Path], list[str]]
 
@@ -94,11 +96,11 @@ def _report(s: ReportStage, folder: Path, run: Path) -> list[str]:
 
 
 KINDS = {
-    "shards": Kind(ShardsStage, "data", _shards),
-    "supervised": Kind(TrainSettings, "", _train),
-    "finetune": Kind(TrainSettings, "", _train),
-    "convert": Kind(ConvertStage, "model.safetensors", _convert),
-    "evaluate": Kind(EvaluateStage, "result.json", _evaluate),
-    "fewshot": Kind(FewshotStage, "result.json", _fewshot),
-    "report": Kind(ReportStage, "result.json", _report),
+    "shards": Kind(ShardsStage, ("source",), "data", _shards),
+    "supervised": Kind(TrainSettings, ("init", "data.train", "data.val"), "", _train),
+    "finetune": Kind(TrainSettings, ("init", "data.train", "data.val"), "", _train),
+    "convert": Kind(ConvertStage, ("source",), "model.safetensors", _convert),
+    "evaluate": Kind(EvaluateStage, ("weights", "data"), "result.json", _evaluate),
+    "fewshot": Kind(FewshotStage, ("weights", "train", "test"), "result.json", _fewshot),
+    "report": Kind(ReportStage, (), "result.json", _report),
 }

@@ -117,6 +117,12 @@ def prune(folder: Path, keep: int) -> None:
             shutil.rmtree(doomed)
 
 
+def clear_partial(folder: Path) -> None:
+    """Remove what killed saves left behind; rank 0 alone calls it, before the first step."""
+    for partial in folder.glob(".samples-*.partial"):
+        shutil.rmtree(partial)
+
+
 def whole_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a run that were committed, newest first."""
     return sorted((path.parent for path in folder.glob("samples-*/checkpoint.json")), reverse=True)

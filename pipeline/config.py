@@ -5,9 +5,9 @@ import json
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from shards.errors import UserError
 
@@ -63,7 +63,15 @@ class DataSettings(Settings):
     augment: Literal["inception", "resize", "resize_crop"] = "inception"
     crop_area: tuple[float, float] = (0.05, 1.0)
     threads: int = Field(2, gt=0, description="decode threads of each rank")
+    allow_decoder_change: bool = Field(False, description="go on although the image libraries' versions changed")
     window_bytes: int = Field(16_000_000_000, gt=0, description="shuffle window over the whole cluster")
+
+    @field_validator("crop_area")
+    @classmethod
+    def _shares(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1] <= 1:
+            raise ValueError("give the least and the greatest share of the image's area, above 0 and at most 1")
+        return value
 
 
 class ModelSettings(Settings):
@@ -85,13 +93,16 @@ class ModelSettings(Settings):
         return self.model_dump(exclude_none=True, exclude={"name"})
 
 
+Rate = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimSettings(Settings):
     """The optimizer (vit-paper 2.4: decay is decoupled and multiplied by the learning rate)."""
 
     name: Literal["adamw", "sgd"] = "adamw"
     lr: float = Field(1e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    momentum: float = 0.9
+    betas: tuple[Rate, Rate] = (0.9, 0.999)
+    momentum: Rate = 0.9
     weight_decay: float = Field(0.0, ge=0)
     decay: Literal["all", "kernels"] = "all"
     clip: float | None = Field(None, gt=0, description="global gradient norm")
@@ -282,5 +293,7 @@ def _toml_value(value: Any) -> str:
 
 def _table_of(kind: type[Settings], path: tuple) -> type[Settings]:
     for part in path:
-        kind = kind.model_fields[part].annotation
+        if isinstance(part, str):  # a number is a place in a list of tables
+            annotation = kind.model_fields[part].annotation
+            kind = get_args(annotation)[0] if get_args(annotation) else annotation
     return kind

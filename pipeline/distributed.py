@@ -3,11 +3,15 @@
 import datetime
 import gc
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from shards.atomic import only_one
 from shards.errors import UserError
 
 TIMEOUT = datetime.timedelta(minutes=10)
@@ -72,6 +76,20 @@ def everyone(obj: Any) -> list[Any]:
     gathered: list[Any] = [None] * world_size()
     dist.all_gather_object(gathered, obj)
     return gathered
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a stage's folder; ranks of a launcher that was killed get a minute to end."""
+    with ExitStack() as stack:
+        error = None
+        if rank() == 0:
+            try:
+                stack.enter_context(only_one(folder, "training run", wait=60))
+            except UserError as problem:
+                error = problem
+        raise_together(error)
+        yield
 
 
 def raise_together(error: Exception | None) -> None:

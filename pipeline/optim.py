@@ -29,5 +29,8 @@ def create_optimizer(groups: list[dict], settings: OptimSettings) -> torch.optim
     return torch.optim.SGD(groups, lr=0.0, momentum=settings.momentum, fused=fused)
 
 
-STATE_KINDS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.SGD: ("momentum_buffer",)}
-"""The per-parameter tensors of each optimizer, as checkpoints name them."""
+def state_kinds(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """Return the per-parameter tensors that an optimizer keeps, as checkpoints name them."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        return ("exp_avg", "exp_avg_sq")
+    return ("momentum_buffer",) if optimizer.defaults["momentum"] else ()

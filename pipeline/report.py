@@ -15,6 +15,7 @@ from rich.table import Table
 
 from pipeline.config import read_toml
 from pipeline.telemetry import read_metrics
+from pipeline.weights import Weights
 from shards.atomic import write_text
 from shards.dataset import Dataset
 from shards.decode import decode
@@ -84,7 +85,12 @@ def accuracies(run: Run) -> list[Row]:
     rows = []
     for name in run.stages("shards"):
         classes = run.results[name]["result"]["classes"]
-        rows.append(Row("chance", 1 / len(classes), f"{len(classes)} classes, equally likely"))
+        rows.append(Row("chance", 1 / len(classes), f"a guess among {len(classes)} classes"))
+    val = _validation_set(run)
+    if val is not None:
+        counts = np.bincount([label for shard in range(len(val.shard_sizes)) for (label,) in val.rows(shard).labels])
+        most = val.classes[counts.argmax()]
+        rows.append(Row("most frequent class", counts.max() / len(val), f"always saying {most}"))
     for name in run.stages("fewshot"):
         result = run.results[name]["result"]
         rows.append(Row("raw pixels, least squares", result["pixels"]["all"], "closed form, every training image"))
@@ -101,8 +107,11 @@ def accuracies(run: Run) -> list[Row]:
                 continue
             config = read_toml(run.folder / "stages" / name / "resolved.toml")
             pretrained = kind == "finetune" and "init" in config
-            start = "from pre-trained weights" if pretrained else "from scratch"
-            how = f"{config['duration']} at {config['data']['resolution']} px, {start}"
+            how = f"{config['data']['resolution']} px, {result['samples']:,} images seen"
+            if pretrained:
+                how += f", after {Weights(config['init']).note['samples']:,} in pre-training"
+            else:
+                how += ", from scratch"
             rows.append(Row(f"{name} ({kind})", result["val"]["top1"], how, main=pretrained))
     for name in run.stages("evaluate"):
         result = run.results[name]["result"]
@@ -114,6 +123,15 @@ def accuracies(run: Run) -> list[Row]:
             )
         )
     return rows
+
+
+def _validation_set(run: Run) -> Dataset | None:
+    """Return the held-out images of the run's last training stage."""
+    for name in reversed(run.stages("supervised") + run.stages("finetune")):
+        data = read_toml(run.folder / "stages" / name / "resolved.toml")["data"]
+        if "val" in data:
+            return Dataset.open(data["val"])
+    return None
 
 
 def print_table(run: Run) -> None:
@@ -131,8 +149,7 @@ def write_html(run: Run) -> Path:
     """Write ``report.html`` into the run's folder: no scripts, no other files, nothing from the network."""
     name = html.escape(run.plan["name"])
     sections = [
-        f"<h1>{name}</h1><p class=note>A Patchmill run: {len(run.results)} finished stages, "
-        f"{sum(r['seconds'] for r in run.results.values()):.0f} s in all.</p>",
+        f"<h1>{name}</h1><p class=note>A Patchmill run: {len(run.results)} finished stages.</p>",
         "<h2>Accuracy on held-out images</h2>" + _accuracy_table(run),
         "<h2>Curves</h2>" + _curves(run),
         _samples(run),
@@ -162,7 +179,7 @@ def _stage_table(run: Run) -> str:
         f"<tr><td>{html.escape(name)}</td><td>{result['kind']}</td><td class=n>{result['seconds']:.0f} s</td></tr>"
         for name, result in run.results.items()
     )
-    return f"<table><tr><th>stage</th><th>kind</th><th>time</th></tr>{rows}</table>"
+    return f"<table><tr><th>stage</th><th>kind</th><th>time of the last try</th></tr>{rows}</table>"
 
 
 def _curves(run: Run) -> str:
@@ -203,9 +220,8 @@ def _curves(run: Run) -> str:
 
 def _samples(run: Run) -> str:
     """Show held-out images with what the last fine-tuned model says of them."""
-    tuned = [
-        name for name in run.stages("finetune") if "init" in read_toml(run.folder / "stages" / name / "resolved.toml")
-    ]
+    configs = {name: read_toml(run.folder / "stages" / name / "resolved.toml") for name in run.stages("finetune")}
+    tuned = [name for name, config in configs.items() if "init" in config and "val" in config["data"]]
     if not tuned:
         return ""
     import torch
@@ -216,7 +232,7 @@ def _samples(run: Run) -> str:
 
     folder = run.folder / "stages" / tuned[-1]
     model, classes = load_model(folder)
-    dataset = Dataset.open(read_toml(folder / "resolved.toml")["data"]["val"])
+    dataset = Dataset.open(configs[tuned[-1]]["data"]["val"])
     figures = []
     for index in np.linspace(0, len(dataset) - 1, min(SAMPLES, len(dataset))).astype(int):
         sample = dataset[int(index)]

@@ -1,5 +1,7 @@
 """What a run says while it runs: JSON lines (the truth), TensorBoard (a mirror), and a progress line on stderr."""
 
+import atexit
+import datetime
 import json
 import os
 import sys
@@ -8,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
+
+from shards.atomic import write_text
 
 
 class Telemetry:
@@ -20,17 +24,18 @@ class Telemetry:
     def __init__(self, out: Path, title: str, total: int, start: int):
         self.path = out / "metrics.jsonl"
         kept = [line for line in read_metrics(self.path) if line["samples"] <= start]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
         self.board = _tensorboard(out / "tensorboard", start)
         self.progress = Progress(
             TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[text]}"), TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
             console=Console(stderr=True), disable=not sys.stderr.isatty(),
         )  # fmt: skip
         self.task = self.progress.add_task(title, total=total, completed=start, text="")
         self.title, self.total, self.spoke = title, total, 0.0
         self.progress.start()
+        atexit.register(self.progress.stop)  # an error must not leave the terminal without a cursor
 
     def log(self, samples: int, values: dict[str, Any]) -> None:
         """Write one line of metrics at ``samples`` consumed."""
@@ -43,12 +48,15 @@ class Telemetry:
 
     def show(self, samples: int, values: dict[str, Any]) -> None:
         """Move the progress line; where stderr is no terminal, say it as a plain line every 15 seconds."""
+        left = datetime.timedelta(seconds=round((self.total - samples) / values["images_per_second"]))
         text = (
             f"loss {values['loss']:.3f}  {values['images_per_second']:.0f} images/s  "
-            f"waiting {100 * values['data_wait']:.0f}%"
+            f"waiting {100 * values['data_wait']:.0f}%  {left} left"
         )
         if values["val_top1"] is not None:
             text += f"  top-1 {100 * values['val_top1']:.1f}%"
+        if values["replaced"]:
+            text += f"  {values['replaced']} broken images replaced"
         self.progress.update(self.task, completed=samples, text=text)
         if self.progress.disable and (time.monotonic() - self.spoke > 15 or samples >= self.total):
             self.spoke = time.monotonic()
@@ -81,4 +89,4 @@ def _tensorboard(folder: Path, start: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+    return SummaryWriter(str(folder), purge_step=start + 1)

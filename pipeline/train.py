@@ -5,6 +5,7 @@ Where it stands is one integer, the samples consumed; schedules, saves and evalu
 """
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,12 +21,12 @@ from pipeline.images import to_model_input, training_transform
 from pipeline.models import create_model
 from pipeline.objectives.supervised import supervised_loss
 from pipeline.resume import check_resume
-from pipeline.schedule import learning_rate
+from pipeline.schedule import Schedule
 from pipeline.telemetry import Telemetry
 from pipeline.weights import Weights, first_values, resolve_model
 from shards.atomic import write_text
 from shards.dataset import Dataset
-from shards.errors import StoppedOnRequestError, UserError
+from shards.errors import PatchmillError, StoppedOnRequestError, UserError
 from shards.hashing import hash_int
 from shards.loader import Loader
 
@@ -67,15 +68,7 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
         threads=settings.data.threads, window_bytes=settings.data.window_bytes,
         quarantine=out / "quarantine.jsonl",
     )  # fmt: skip
-    in_samples = {
-        name: max(1, duration.samples(len(train_set), settings.global_batch))
-        for name, duration in {
-            "total": settings.duration, "warmup": settings.schedule.warmup, "log": settings.log_every,
-            "save": settings.checkpoint.every, "evaluate": settings.evaluate.every,
-        }.items()
-    }  # fmt: skip
-    steps = max(1, round(in_samples["total"] / settings.global_batch))
-    total = steps * settings.global_batch
+    schedule = Schedule.of(settings, len(train_set))
 
     # ---- model, objective, engine
     init = Weights(settings.init) if settings.init else None
@@ -92,25 +85,22 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
         return objective(model, (batch.images, batch.labels))
 
     # ---- start
-    state: dict[str, Any] = {"best": None, "val": None}
+    state: dict[str, Any] = {"steps": 0, "best": None, "val": None}
     loaded = checkpoint.newest(out / "checkpoints")
     if loaded is not None:
         check_resume(settings, loaded)
-        loader.load_state_dict(loaded.state["loader"])
+        loader.load_state_dict(loaded.state["loader"], settings.data.allow_decoder_change)
         engine.load(loaded.read)
         state = {key: loaded.state[key] for key in state}
     samples = loader.state_dict()["samples"]
     if rank == 0:
         provenance.note(out, settings)
+        checkpoint.clear_partial(out / "checkpoints")
         (out / "stopped.json").unlink(missing_ok=True)
-    telemetry = Telemetry(out, out.name, total, samples) if rank == 0 else None
+    telemetry = Telemetry(out, out.name, schedule.total, samples) if rank == 0 else None
     stop.listen()
 
     # ---- what happens between two steps
-    def due(what: str) -> bool:
-        """Tell whether the step that ended at ``samples`` crossed a point of this kind."""
-        return samples == total or samples // in_samples[what] > (samples - settings.global_batch) // in_samples[what]
-
     notes = {
         "settings": settings.model_dump(mode="json"), "model": model_settings, "classes": train_set.classes,
         "versions": provenance.versions(), "commit": provenance.commit(),
@@ -126,7 +116,9 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
     def evaluate() -> bool:
         """Evaluate the held-out set; return whether it is the best so far."""
         engine.model.eval()
-        state["val"] = classify(engine.model, val_set, settings.data.resolution, settings.evaluate.batch)
+        state["val"] = classify(
+            engine.model, val_set, settings.data.resolution, settings.evaluate.batch, settings.data.threads
+        )
         if telemetry:
             telemetry.log(samples, {f"val_{key}": value for key, value in state["val"].items()})
         if state["best"] is not None and state["val"]["top1"] <= state["best"]["top1"]:
@@ -137,9 +129,9 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
     # ---- the loop
     micro_batch = settings.micro_batch or settings.global_batch // world_size
     window_loss, window_steps, window_wait, window_start = 0.0, 0, 0.0, time.monotonic()
-    trained, began, path = 0, time.monotonic(), loaded.path if loaded else None
+    trained, trained_seconds, path = 0, 0.0, loaded.path if loaded else None
     batches = iter(loader)
-    while samples < total:
+    while samples < schedule.total:
         waited = time.monotonic()
         batch = next(batches)
         window_wait += time.monotonic() - waited
@@ -152,27 +144,33 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
             )
             for i in range(0, len(labels), micro_batch)
         ]
-        samples += settings.global_batch
-        lr = learning_rate(
-            samples, shape=settings.schedule.shape, base=settings.optim.lr, end=settings.schedule.end_lr,
-            warmup=in_samples["warmup"], total=total,
-        )  # fmt: skip
+        samples, state["steps"] = samples + settings.global_batch, state["steps"] + 1
+        lr = schedule.rate(samples)
         step = engine.step(micro_batches, loss_fn, lr)
         window_loss, window_steps, trained = window_loss + step.loss, window_steps + 1, trained + settings.global_batch
 
-        saving, evaluating = due("save"), val_set is not None and due("evaluate")
-        if not (saving or evaluating or due("log")):
+        saving = schedule.due("save", samples)
+        evaluating = val_set is not None and schedule.due("evaluate", samples)
+        if not (saving or evaluating or schedule.due("log", samples)):
             continue  # nothing below touches the hot path
 
         # A save or an evaluation ends the logging window too, so a resumed run logs the same lines.
-        loss_sum, wait, stopping = distributed.sum_over_ranks([float(window_loss), window_wait, float(stop.asked())])
+        loss_sum, wait, replaced, stopping = distributed.sum_over_ranks(
+            [float(window_loss), window_wait, loader.replaced, float(stop.asked())]
+        )
         seconds = time.monotonic() - window_start
         values = {
-            "step": samples // settings.global_batch, "epoch": samples / len(train_set),
+            "step": state["steps"], "epoch": samples / len(train_set),
             "loss": loss_sum / window_steps / world_size, "lr": lr, "grad_norm": float(step.grad_norm),
             "images_per_second": window_steps * settings.global_batch / seconds,
-            "data_wait": wait / world_size / seconds,
+            "data_wait": wait / world_size / seconds, "replaced": int(replaced),
         }  # fmt: skip
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            raise PatchmillError(
+                f"the loss is {values['loss']} and the gradient norm {values['grad_norm']} at {samples} samples; lower "
+                f"optim.lr or set optim.clip, then run again: it goes on from {path or 'the start'}"
+            )
+        trained_seconds += seconds
         if telemetry:
             telemetry.log(samples, values)
         best = evaluating and evaluate()
@@ -180,7 +178,7 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
             telemetry.show(samples, {**values, "val_top1": state["val"] and state["val"]["top1"]})
         if saving or best or stopping:
             path = save(best)
-        if stopping and samples < total:
+        if stopping and samples < schedule.total:
             if telemetry:
                 telemetry.close()
                 write_text(out / "stopped.json", json.dumps({"samples": samples, "checkpoint": str(path)}))
@@ -191,6 +189,6 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
     if telemetry:
         telemetry.close()
     return {
-        "samples": samples, "steps": steps, "val": state["val"], "best": state["best"], "checkpoint": str(path),
-        "images_per_second": trained / (time.monotonic() - began) if trained else None,
+        "samples": samples, "steps": state["steps"], "val": state["val"], "best": state["best"],
+        "checkpoint": str(path), "images_per_second": trained / trained_seconds if trained else None,
     }  # fmt: skip

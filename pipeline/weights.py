@@ -85,6 +85,18 @@ def resolve_model(settings: TrainSettings, init: Weights | None, num_classes: in
     return base
 
 
+def check_model(settings: TrainSettings, where: str) -> None:
+    """Raise a UserError where a stage's model cannot be built; weights that a stage has yet to make are not asked."""
+    if settings.model.name is not None:
+        try:
+            with torch.device("meta"):
+                create_model(
+                    settings.model.name, **settings.model.overrides(), image_size=settings.data.resolution, seed=None
+                )
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+
+
 def first_values(
     template: VisionTransformer, init: Weights | None, settings: TrainSettings
 ) -> Callable[[str, tuple], Tensor]:
@@ -116,7 +128,8 @@ def first_values(
 
 def _refuse_another_model(settings: TrainSettings, init: Weights, named: dict[str, Any]) -> None:
     with torch.device("meta"):
-        here, there = create_model(**named, seed=None), create_model(**init.model, seed=None)
+        here = create_model(**named, image_size=settings.data.resolution, seed=None)
+        there = create_model(**init.model, seed=None)
     for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_dim", "gelu"):
         if getattr(here, key) != getattr(there, key):
             raise UserError(

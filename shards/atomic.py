@@ -1,10 +1,14 @@
 """Files and folders that appear under their name whole, or not at all."""
 
+import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from shards.errors import UserError
 
 
 def fsync_folder(folder: Path) -> None:
@@ -56,7 +60,40 @@ def commit_folder(partial: Path, path: str | Path) -> None:
     """Rename a folder whose files are already flushed to its final name, replacing an older one."""
     path = Path(path)
     fsync_folder(partial)
+    doomed = path.parent / f".{path.name}.replaced.partial"
     if path.exists():
-        shutil.rmtree(path)
+        os.replace(path, doomed)
     os.replace(partial, path)
     fsync_folder(path.parent)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+@contextmanager
+def only_one(folder: Path, doing: str, wait: float = 0.0) -> Iterator[None]:
+    """Keep every other process that asks the same out of ``folder``; the lock goes with the process, however that ends.
+
+    Args:
+        folder: Made if it is not there.
+        doing: For the error: ``"build"``, ``"training run"``.
+        wait: Seconds to wait for a process that may be on its way out.
+
+    Raises:
+        UserError: Another process is at it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        deadline = time.monotonic() + wait
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(f"another {doing} is writing to {folder}; wait for it or stop it") from None
+                time.sleep(0.2)
+            except OSError:
+                break  # some network file systems lock no folders
+        yield
+    finally:
+        os.close(descriptor)

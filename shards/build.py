@@ -4,7 +4,6 @@ Which image goes into which shard is settled before anything is written, by hash
 an independent job, any number of workers writes the same bytes, and a killed build goes on where it was.
 """
 
-import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -15,7 +14,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -25,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from shards import manifest
+from shards.atomic import only_one
 from shards.errors import PatchmillError, UserError
 from shards.manifest import Info, Receipt
 from shards.shard import Job, finished, write_shard
@@ -119,7 +118,7 @@ def build(
 
     jobs = [job for plan in plans.values() for job in plan.jobs]
     try:
-        with _locked(out):
+        with only_one(out, "build"):
             for plan in plans.values():
                 _clear(plan)
             receipts = _write_all(jobs, workers or _useful_workers(len(found.images)), progress)
@@ -228,24 +227,6 @@ def _check_output(out: Path, plans: dict[str, _Plan]) -> None:
             raise UserError(f"output {plan.folder} holds shards that no build of ours began; {remedy}")
 
 
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Keep a second build out of ``out``; the lock goes with the process, however that ends."""
-    out.mkdir(parents=True, exist_ok=True)
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(folder)
-        raise UserError(f"another build is writing to {out}; wait for it or stop it") from error
-    except OSError:
-        pass  # some network file systems lock no folders
-    try:
-        yield
-    finally:
-        os.close(folder)
-
-
 def _clear(plan: _Plan) -> None:
     """Remove what other tries left behind: partial files, and shards that the plan does not have."""
     (plan.folder / "manifest/samples").mkdir(parents=True, exist_ok=True)  # the mark that a build began here
@@ -329,7 +310,7 @@ def _finish(plan: _Plan, receipts: list[Receipt]) -> Part:
         raise UserError(f"every image for {plan.folder} is broken; check the source")
     rejected = [entry for receipt in receipts for entry in receipt.rejected]
     size = sum(receipt.bytes for receipt in receipts)
-    if not (plan.folder / manifest.DATASET).exists():
+    if not all((plan.folder / path).exists() for path in (manifest.DATASET, manifest.SHARDS)):
         rows = {
             "path": [manifest.shard_path(job.shard) for job in plan.jobs],
             "samples": [receipt.samples for receipt in receipts],

@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 from shards import manifest
 from shards.atomic import whole_file
+from shards.decode import DecodeError, decode
 from shards.errors import UserError
 from shards.header import BrokenImageError, read_header
 from shards.manifest import Receipt
@@ -72,8 +73,12 @@ def write_shard(job: Job) -> Receipt:
                     data = _read(job.source / image.path, image.size)
                     try:
                         header = read_header(data)
+                        decode(data, image.path)  # damage inside the compressed data shows in no header
                     except BrokenImageError as error:
                         rejected.append((image.path, str(error)))
+                        continue
+                    except DecodeError as error:
+                        rejected.append((image.path, str(error.__cause__)))
                         continue
                     tar.write({"__key__": image.key, header.format: data, "cls": str(image.label).encode()})
                     row = (image.key, len(data), header.format, [image.label], header.width, header.height)

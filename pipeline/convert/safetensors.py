@@ -1,5 +1,6 @@
 """Any checkpoint of ours -> one safetensors file with timm's names, ready for fine-tuning."""
 
+import sys
 from pathlib import Path
 
 from pipeline import checkpoint
@@ -18,18 +19,27 @@ def find_checkpoint(source: str | Path, which: str = "latest") -> checkpoint.Che
 
     Raises:
         UserError: There is none.
-        BrokenCheckpointError: It does not pass verification.
+        BrokenCheckpointError: It was named, and does not pass verification.
     """
     source = Path(source)
-    path = source if (source / "checkpoint.json").is_file() else checkpoint.pointer(source / "checkpoints", which)
-    if path is None:
-        raise UserError(
-            f"there is no {which} checkpoint in {source}; give a checkpoint folder, or the folder of a training stage "
-            "that saved one"
-        )
-    found = checkpoint.Checkpoint(path)
-    found.verify()
-    return found
+    if (source / "checkpoint.json").is_file():
+        found = checkpoint.Checkpoint(source)
+        found.verify()
+        return found
+    folder = source / "checkpoints"
+    candidates = checkpoint.whole_checkpoints(folder) if which == "latest" else [checkpoint.pointer(folder, which)]
+    for path in filter(None, candidates):
+        try:
+            found = checkpoint.Checkpoint(path)
+            found.verify()
+        except checkpoint.BrokenCheckpointError as error:
+            print(f"warning: {error} (falling back to the one before)", file=sys.stderr)
+            continue
+        return found
+    raise UserError(
+        f"there is no whole {which} checkpoint in {source}; give a checkpoint folder, or the folder of a training "
+        "stage that saved one"
+    )
 
 
 def to_safetensors(source: str | Path, destination: str | Path, which: str = "latest") -> dict:

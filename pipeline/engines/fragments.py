@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pipeline.optim import STATE_KINDS
+from pipeline.optim import state_kinds
 
 Piece = tuple[str, str, int, Tensor]
 """(kind, parameter, start, flat float32 tensor): values [start, start + numel) of one flattened parameter's kind."""
@@ -56,7 +56,7 @@ def replicated(named: Iterator[tuple[str, nn.Parameter]], rank: int, world_size:
 
 def pieces(fragments: list[Fragment], optimizer: torch.optim.Optimizer, rank: int) -> Iterator[Piece]:
     """Yield what a checkpoint must hold of this rank: weights, optimizer states, and on rank 0 the step count."""
-    kinds = STATE_KINDS[type(optimizer)]
+    kinds = state_kinds(optimizer)
     for fragment in fragments:
         yield "weight", fragment.parameter, fragment.start, fragment.of(fragment.master)
         state = optimizer.state[fragment.master]
@@ -81,7 +81,7 @@ def load_pieces(held: list[Fragment], optimizer: torch.optim.Optimizer, read: Re
     for fragment in held:
         fragment.of(fragment.master).copy_(read("weight", fragment.parameter, fragment.start, fragment.count))
         state = optimizer.state[fragment.master]
-        for kind in STATE_KINDS[type(optimizer)]:
+        for kind in state_kinds(optimizer):
             if kind not in state:
                 state[kind] = torch.zeros_like(fragment.master, memory_format=torch.preserve_format).detach()
             fragment.of(state[kind]).copy_(read(kind, fragment.parameter, fragment.start, fragment.count))

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from pipeline import distributed
 from pipeline.evaluate.fewshot import fewshot_accuracy, least_squares_accuracy
 from pipeline.images import to_model_input
 from pipeline.models.vit import VisionTransformer
 from shards.augment import Resize
 from shards.dataset import Dataset
+from shards.errors import UserError
 from shards.loader import evaluation_batches
 
 BATCH = 64
@@ -24,6 +26,9 @@ def frozen_features_accuracy(
         For ``features`` (before the head) and ``pixels`` (the same images, flattened): ``shots`` (mean top-1 over three
         seeds, by number of shots), ``all`` (top-1 of least squares on every training image) and its ``l2``.
     """
+    if train.classes != test.classes:
+        raise UserError(f"{test.url} has other classes than {train.url}; build both with one command")
+    model = model.to(distributed.device())
     train_pixels, train_features, train_labels = _extract(model, train)
     test_pixels, test_features, test_labels = _extract(model, test)
     result = {}
@@ -39,8 +44,8 @@ def _extract(model: VisionTransformer, dataset: Dataset) -> tuple[np.ndarray, np
     """Return pixels [n, 3*H*W], features [n, D] (float32) and labels [n] of every image."""
     pixels, features, labels = [], [], []
     for batch in evaluation_batches(dataset, BATCH, transform=Resize(model.image_size)):
-        images = to_model_input(batch.images[batch.valid], torch.device("cpu"))
-        pixels.append(images.flatten(1).numpy())
-        features.append(model.features(images).numpy())
+        images = to_model_input(batch.images[batch.valid], distributed.device())
+        pixels.append(images.flatten(1).cpu().numpy())
+        features.append(model.features(images).cpu().numpy())
         labels.append(batch.labels[batch.valid])
     return np.concatenate(pixels), np.concatenate(features), np.concatenate(labels)

@@ -9,7 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
 from tests.images import make_image_folder
@@ -197,7 +199,14 @@ def test_the_report_renders_in_a_browser_without_network(undisturbed, tmp_path):
          f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1000,2400", f"--screenshot={shot}", page.as_uri()],
         check=True, capture_output=True, timeout=120,
     )  # fmt: skip
-    assert shot.stat().st_size > 20_000
+    pixels = np.asarray(Image.open(shot).convert("RGB")).reshape(-1, 3)
+    colours, counts = np.unique(pixels, axis=0, return_counts=True)
+    seen = {tuple(map(int, colour)): int(count) for colour, count in zip(colours, counts, strict=True)}
+    for curve in [(31, 119, 180), (255, 127, 14)]:  # matplotlib's first two lines
+        assert seen.get(curve, 0) > 10
+    noise = (pixels.max(axis=1) > 150) & (pixels.min(axis=1) < 100)  # the sample images: noise around full colours
+    assert noise.sum() > 10 * 96 * 96 / 2
+    assert page.read_text().count("<svg") == 1
 
 
 def lines_or_nothing(path: Path) -> list[dict]:

@@ -63,12 +63,12 @@ def folder(tmp_path_factory) -> Path:
 
 
 def launch(
-    folder: Path, ranks: int, run: str, epochs: int = 12, stage: int = 1, dropout: float = 0.0
+    folder: Path, ranks: int, run: str, epochs: int = 12, stage: int = 1, dropout: float = 0.0, over: tuple = ()
 ) -> subprocess.Popen:
     config = folder / f"{run}.toml"
     config.write_text(CONFIG.format(epochs=epochs, stage=stage, dropout=dropout))
     return subprocess.Popen(
-        [sys.executable, "-c", LAUNCH, str(ranks), f"{run}/logs", "train", config.name, "--out", run, "--json"],
+        [sys.executable, "-c", LAUNCH, str(ranks), f"{run}/logs", "train", config.name, *over, "--out", run, "--json"],
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -128,6 +128,49 @@ def test_stopped_on_request_it_saves_and_goes_on_with_any_ranks(folder, undistur
     else:
         assert [samples for samples, _ in after] == [samples for samples, _ in undisturbed]
         assert [loss for _, loss in after] == pytest.approx([loss for _, loss in undisturbed], abs=2e-4)
+
+
+def test_another_global_batch_on_resume_still_ends_with_a_save_and_an_evaluation(folder):
+    run = folder / "other-batch"
+    first = launch(folder, 2, run.name, epochs=8)
+    wait_for_steps(run, first, 9)
+    first.send_signal(signal.SIGINT)  # Ctrl-C asks for a stop too
+    assert done(first)[0] == 75
+    over = ("global_batch=10", "micro_batch=5", "checkpoint.every='50 epochs'", "evaluate.every='50 epochs'")
+    stopped = losses(run)[-1][0]
+    code, stderr = done(launch(folder, 2, run.name, epochs=8, over=over))
+    assert code == 0, stderr
+    assert "global_batch changed from 12 to 10" in stderr
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    seen = [line["samples"] for line in lines if "loss" in line]
+    assert seen[seen.index(stopped) :] == list(range(stopped, seen[-1] + 1, 10))
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, len(seen) + 1))
+    assert (run / "checkpoints" / "latest").read_text().strip() == f"samples-{seen[-1]:012d}"
+    assert lines[-1]["samples"] == seen[-1]
+    assert "val_top1" in lines[-1]
+
+
+def test_a_second_run_in_the_same_folder_waits_its_turn(folder):
+    """As when a launcher is killed and started again while its ranks are still saving."""
+    process = launch(folder, 1, "turns", epochs=2000)
+    wait_for_steps(folder / "turns", process, 5)
+    second = launch(folder, 1, "turns", epochs=2000)
+    time.sleep(6)
+    process.send_signal(signal.SIGTERM)
+    assert done(process)[0] == 75
+    wait_for_steps(folder / "turns", second, len(losses(folder / "turns")) + 5)
+    second.send_signal(signal.SIGTERM)
+    assert done(second)[0] == 75
+    seen = [samples for samples, _ in losses(folder / "turns")]
+    assert seen == list(range(12, seen[-1] + 1, 12))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(folder):
+    code, stderr = done(launch(folder, 2, "diverged", over=("optim.lr=1e30", "optim.clip=1e9")))
+    assert code == 1
+    assert "lower optim.lr" in stderr
+    assert "Traceback" not in stderr
+    assert "NaN" not in (folder / "diverged" / "metrics.jsonl").read_text()
 
 
 def test_with_dropout_a_resumed_run_draws_the_same(folder):

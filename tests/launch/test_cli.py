@@ -123,5 +123,5 @@ def test_a_checkpoint_of_another_model(data, tmp_path):
     assert "its depth is 1, the settings say 2" in refused(patchmill(*again, "model.depth=2", cwd=tmp_path))
     line = refused(patchmill("train", "c.toml", "model.depth=2", "--out", "run", cwd=tmp_path))
     assert "model.depth changed from 1 to 2; set it back" in line
-    assert "no latest checkpoint in" in refused(patchmill("convert", "tuned", "w2.safetensors", cwd=tmp_path))
+    assert "no whole latest checkpoint in" in refused(patchmill("convert", "tuned", "w2.safetensors", cwd=tmp_path))
     assert not (tmp_path / "w2.safetensors").exists()

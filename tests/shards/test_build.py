@@ -10,8 +10,10 @@ import tarfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import webdataset as wds
+from PIL import Image
 
 from shards import manifest
 from shards.build import build, parse_split
@@ -248,6 +250,24 @@ def test_broken_images_are_named_then_left_out_on_request(own, tmp_path):
     assert sorted(result.parts["all"].rejected) == expected
     assert sorted(manifest.read_receipt(out / manifest.samples_path(0)).rejected) == expected
     assert len(Dataset.open(out)) == 8
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "webp"])
+def test_damage_that_no_header_shows_is_found_by_decoding(tmp_path, suffix):
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "images" / "noise"
+    folder.mkdir(parents=True)
+    for index in range(3):
+        pixels = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+        pixels.save(folder / f"{index}.{suffix}", quality=90)
+    victim = folder / f"1.{suffix}"
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 300] = bytes(300)
+    victim.write_bytes(data)
+    with pytest.raises(UserError, match=rf"1 broken image .*noise/1\.{suffix}"):
+        build(tmp_path / "images", tmp_path / "out")
+    assert not (tmp_path / "out" / manifest.DATASET).exists()
+    assert build(tmp_path / "images", tmp_path / "out", max_rejected=1).parts["all"].samples == 2
 
 
 def no_folder(source):

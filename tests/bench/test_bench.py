@@ -1,0 +1,25 @@
+"""Every benchmark runs alone in its short form and keeps the contract of its JSON."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(("name", "rows", "peers"), [("order", 4, set()), ("loader", 4, {"webdataset"})])
+def test_quick_form_writes_the_contract(name, rows, peers, tmp_path):
+    out = tmp_path / "out.json"
+    command = [sys.executable, f"bench/{name}.py", "--quick", "--json", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert result["bench"] == name
+    assert set(result["ratios"]) == peers
+    assert len(result["rows"]) == rows
+    for row in result["rows"]:
+        assert row["min"] <= row["value"] <= row["max"]
+        assert row["unit"]
