@@ -262,7 +262,10 @@ def test_damage_that_no_header_shows_is_found_by_decoding(tmp_path, suffix):
         pixels.save(folder / f"{index}.{suffix}", quality=90)
     victim = folder / f"1.{suffix}"
     data = bytearray(victim.read_bytes())
-    data[len(data) // 2 : len(data) // 2 + 300] = bytes(300)
+    if suffix == "jpg":
+        data[len(data) // 2 : len(data) // 2 + 20] = b"\xff\xda" * 10  # scans that begin in the middle of one
+    else:
+        data[30:60] = b"\xff" * 30  # sizes of partitions that reach behind the end
     victim.write_bytes(data)
     with pytest.raises(UserError, match=rf"1 broken image .*noise/1\.{suffix}"):
         build(tmp_path / "images", tmp_path / "out")
