@@ -49,8 +49,8 @@ def _native() -> _Decode | None:
         return _load(_library())
     except OSError as error:
         print(
-            f"warning: no native JPEG crop decoder ({error}): JPEGs are decoded whole, to the same pixels but "
-            "slower; apt-get install libjpeg-dev and run: python -m shards.jpegcrop",
+            f"warning: no native JPEG crop decoder ({error}): JPEGs are decoded whole, to the same pixels "
+            "but slower; apt-get install libjpeg-dev and run: python -m shards.jpegcrop",
             file=sys.stderr,
         )
         return None
@@ -96,8 +96,8 @@ def _compile(path: Path) -> None:
     except OSError as error:
         raise UserError(f"no C compiler: {error}; apt-get install gcc") from error
     if done.returncode:
-        why = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
-        raise UserError(f"cannot compile {_SOURCE}: {why}; apt-get install libjpeg-dev")
+        why = done.stderr.partition("\n")[0]
+        raise UserError(f"{_SOURCE.name} does not compile: {why}; apt-get install libjpeg-dev")
 
 
 def _check(decode: _Decode) -> None:
@@ -108,13 +108,16 @@ def _check(decode: _Decode) -> None:
         for top, left, height, width in [(0, 0, 50, 70), (17, 19, 20, 30), (33, 5, 1, 1)]:
             part = _call(decode, data, top, left, height, width)
             if not np.array_equal(part, whole[top : top + height, left : left + width]):
-                raise UserError(
-                    f"this libjpeg decodes {sampling} to other pixels than simplejpeg; install another"
-                )
+                raise UserError(f"this libjpeg decodes {sampling} to other pixels than simplejpeg; install another")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Build, or say why there is nothing built: it goes without."""
     try:
         build()
     except UserError as error:
         print(f"warning: going on without the native JPEG crop decoder: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

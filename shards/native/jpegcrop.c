@@ -80,7 +80,8 @@ int jpegcrop_decode(const uint8_t *data, size_t size, int top, int left, int hei
     jpeg_start_decompress(&cinfo);
 
     /* Colour is interpolated between neighbouring samples, which at the edges of what is decoded are
-     * missing: those columns and rows are decoded beside the rectangle, and left out. */
+     * missing: those columns and rows are decoded beside the rectangle, and left out. With two, there are
+     * also always two samples of colour in a row; of one, libjpeg would not interpolate. */
     JDIMENSION first = left > MARGIN ? left - MARGIN : 0;
     JDIMENSION end = (JDIMENSION)left + width + MARGIN;
     JDIMENSION columns = (end < cinfo.output_width ? end : cinfo.output_width) - first;
