@@ -1,3 +1,4 @@
+# make        check what pip cannot bring, and install everything else into .venv
 # make demo   the main job on real images, and its result
 # make test   the tests (10 minutes at most on 2 cores)
 PYTHON ?= python3
@@ -5,28 +6,25 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint bench ready prerequisites clean
+.PHONY: setup demo test lint bench clean
 
-demo: ready
+# The native JPEG decoder is built at once if it is not there, and gone on without if it cannot be.
+setup: $(READY)
+	@$(BIN)/python -m shards.jpegcrop
+
+demo: setup
 	$(BIN)/patchmill run examples/clipart.toml
 
-test: ready
+test: setup
 	$(BIN)/python -m pytest
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: ready
+bench: setup
 	$(BIN)/python bench/order.py
 	$(BIN)/python bench/loader.py
-
-prerequisites:
-	@$(PYTHON) launch/prerequisites.py
-
-# Everything installed, and the native decoder built: at once if it is there, without it if it cannot be.
-ready: $(READY)
-	@$(BIN)/python -m shards.jpegcrop
 
 # Made anew only when what is installed changes.
 $(READY): pyproject.toml constraints.txt

@@ -1,5 +1,6 @@
 """Is everything here that pip cannot bring? Plain Python, run by ``make`` before anything is installed."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -7,65 +8,47 @@ import sys
 import sysconfig
 from pathlib import Path
 
-# what is looked for -> (Debian's package, what it is needed for)
-PACKAGES = {
-    "Python >= 3.11": ("python3", "everything"),
-    "the venv module": ("python3-venv", "the virtual environment"),
-    "a C compiler (gcc)": ("gcc", "torch.compile and DeepSpeed's kernels"),
-    "a C++ compiler (g++)": ("g++", "torch.compile and DeepSpeed's kernels"),
-    "Python headers (Python.h)": ("python3-dev", "torch.compile and DeepSpeed's kernels"),
+# what is looked for -> Debian's package of it, and what happens without it; None: nothing does
+PREREQUISITES = {
+    "Python >= 3.11": ("python3", None),
+    "Python's venv module": ("python3-venv", None),
+    "C compiler (gcc)": ("gcc", "no native JPEG crop decoder, decoding takes the slower path; no torch.compile"),
+    "C++ compiler (g++)": ("g++", "no torch.compile on CPU"),
+    "Python headers (Python.h)": ("python3-dev", "no torch.compile"),
+    "libjpeg headers (jpeglib.h)": ("libjpeg-dev", "no native JPEG crop decoder, decoding takes the slower path"),
 }
-JPEG = ("libjpeg headers (jpeglib.h)", "libjpeg-dev")
 
 
 def missing() -> list[str]:
-    """Return the prerequisites that are not here, as named in ``PACKAGES``."""
+    """Return the keys of ``PREREQUISITES`` that are not here."""
+    compiler = os.environ.get("CC", "gcc")
     here = {
         "Python >= 3.11": sys.version_info >= (3, 11),
-        "the venv module": _imports("venv") and _imports("ensurepip"),
-        "a C compiler (gcc)": _runs(os.environ.get("CC", "gcc")),
-        "a C++ compiler (g++)": _runs(os.environ.get("CXX", "g++")),
+        "Python's venv module": all(importlib.util.find_spec(name) for name in ("venv", "ensurepip")),
+        "C compiler (gcc)": shutil.which(compiler) is not None,
+        "C++ compiler (g++)": shutil.which(os.environ.get("CXX", "g++")) is not None,
         "Python headers (Python.h)": (Path(sysconfig.get_path("include")) / "Python.h").is_file(),
     }
-    return [name for name in PACKAGES if not here[name]]
-
-
-def has_libjpeg_headers() -> bool:
-    """Tell whether the C compiler finds jpeglib.h."""
-    compiler = os.environ.get("CC", "gcc")
-    if not _runs(compiler):
-        return False
-    source = "#include <stdio.h>\n#include <jpeglib.h>\n"
-    done = subprocess.run([compiler, "-E", "-x", "c", "-"], input=source, capture_output=True, text=True, check=False)
-    return done.returncode == 0
+    here["libjpeg headers (jpeglib.h)"] = here["C compiler (gcc)"] and _compiles(compiler, "<stdio.h>", "<jpeglib.h>")
+    return [name for name in PREREQUISITES if not here[name]]
 
 
 def main() -> int:
-    """Print what is missing and how to get it; return 1 if it is impossible to go on."""
+    """Say what is missing, how to get it, and what is lost without it; return 1 where it is impossible to go on."""
     lacking = missing()
     for name in lacking:
-        package, purpose = PACKAGES[name]
-        print(f"missing: {name}, needed for {purpose}; install it: apt-get install {package}", file=sys.stderr)
-    if not has_libjpeg_headers():
-        name, package = JPEG
-        print(
-            f"warning: {name} not found: going on without the native JPEG crop decoder, on the slower path; "
-            f"for the faster one: apt-get install {package}, and run make again",
-            file=sys.stderr,
-        )
-    return 1 if lacking else 0
+        package, loss = PREREQUISITES[name]
+        if loss is None:
+            print(f"missing: {name}; cannot go on, install it: apt-get install {package}", file=sys.stderr)
+        else:
+            print(f"warning: {name} missing: {loss}; to have it: apt-get install {package}", file=sys.stderr)
+    return 1 if any(PREREQUISITES[name][1] is None for name in lacking) else 0
 
 
-def _imports(module: str) -> bool:
-    try:
-        __import__(module)
-    except ImportError:
-        return False
-    return True
-
-
-def _runs(program: str) -> bool:
-    return shutil.which(program) is not None
+def _compiles(compiler: str, *headers: str) -> bool:
+    source = "".join(f"#include {header}\n" for header in headers)
+    done = subprocess.run([compiler, "-E", "-x", "c", "-"], input=source, capture_output=True, text=True, check=False)
+    return done.returncode == 0
 
 
 if __name__ == "__main__":

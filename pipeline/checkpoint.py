@@ -12,12 +12,12 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -57,19 +57,12 @@ def save(
     rank = distributed.rank()
     final = folder / f"samples-{samples:012d}"
     partial = folder / f".{final.name}.partial"
-    if rank == 0:
-        partial_folder(final)
-    distributed.raise_together(None)  # the folder is there for all
-    error, entry = None, None
-    try:
-        entry = _write_rank_file(partial / f"rank-{rank:05d}.safetensors", pieces)
-    except OSError as problem:
-        error = PatchmillError(
-            f"cannot write checkpoint {final}: {problem}; make room or mend the disk, then run again"
-        )
-    distributed.raise_together(error)
-    files = distributed.everyone(entry)
-    if rank == 0:
+    entries: list[dict[str, Any]] = []
+
+    def write_mine() -> None:
+        entries.append(_write_rank_file(partial / f"rank-{rank:05d}.safetensors", pieces))
+
+    def commit() -> None:
         index = {
             "format_version": FORMAT_VERSION,
             "samples": samples,
@@ -83,8 +76,25 @@ def save(
         write_text(folder / "latest", final.name + "\n")
         if best:
             write_text(folder / "best", final.name + "\n")
-    distributed.raise_together(None)
+
+    _together(final, lambda: partial_folder(final), rank == 0)
+    _together(final, write_mine, True)
+    files = distributed.everyone(entries[0])
+    _together(final, commit, rank == 0)
     return final
+
+
+def _together(final: Path, action: Callable[[], Any], mine: bool) -> None:
+    """Do one step of a save where it is this rank's to do, and wait for all; a failure on one rank raises on all."""
+    error = None
+    try:
+        if mine:
+            action()
+    except (OSError, SafetensorError) as problem:
+        error = PatchmillError(
+            f"cannot write checkpoint {final}: {problem}; make room or mend the disk, then run again"
+        )
+    distributed.raise_together(error)
 
 
 def _write_rank_file(path: Path, pieces: Iterable[Piece]) -> dict[str, Any]:
@@ -134,13 +144,14 @@ class Checkpoint:
         self.path = path
         try:
             index = json.loads((path / "checkpoint.json").read_text())
-        except (OSError, ValueError) as error:
+            version = index["format_version"]
+        except (OSError, ValueError, KeyError) as error:
             raise BrokenCheckpointError(
                 f"{path} has no readable checkpoint.json: {error}; use another checkpoint"
             ) from None
-        if index["format_version"] > FORMAT_VERSION:
+        if version > FORMAT_VERSION:
             raise UserError(
-                f"{path} was written by a newer Patchmill (format {index['format_version']}, this one reads "
+                f"{path} was written by a newer Patchmill (format {version}, this one reads "
                 f"{FORMAT_VERSION}); update Patchmill"
             )
         self.files: list[dict] = index["files"]

@@ -5,9 +5,9 @@ import json
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shards.errors import UserError
 
@@ -42,6 +42,15 @@ class Duration(str):
         if not cls.PATTERN.match(text):
             raise ValueError('give a number and a unit, such as "30 epochs", "500 steps" or "100_000 samples"')
         return cls(text)
+
+
+def _longer_than_nothing(value: Duration) -> Duration:
+    if float(Duration.PATTERN.match(value)[1]) == 0:
+        raise ValueError("must be longer than nothing")
+    return value
+
+
+Period = Annotated[Duration, AfterValidator(_longer_than_nothing)]
 
 
 class DataSettings(Settings):
@@ -107,14 +116,14 @@ class EngineSettings(Settings):
 class CheckpointSettings(Settings):
     """When a checkpoint is written, and how many are kept (the best and the newest always are)."""
 
-    every: Duration = Duration("1 epoch")
+    every: Period = Duration("1 epoch")
     keep: int = Field(2, ge=2, description="at least 2, so that a broken newest one never ends a run")
 
 
 class EvaluateSettings(Settings):
     """When the held-out set is evaluated, and its batch a rank."""
 
-    every: Duration = Duration("1 epoch")
+    every: Period = Duration("1 epoch")
     batch: int = Field(64, gt=0)
 
 
@@ -123,7 +132,7 @@ class TrainSettings(Settings):
 
     kind: Literal["supervised", "finetune"] = "supervised"
     seed: int = 0
-    duration: Duration
+    duration: Period
     global_batch: int = Field(gt=0)
     micro_batch: int | None = Field(
         None, gt=0, description="samples a rank takes through the model at once; unset: all"
@@ -131,7 +140,7 @@ class TrainSettings(Settings):
     init: str | None = Field(None, description="safetensors file to start from; the run's own checkpoint goes first")
     loss: Literal["softmax", "sigmoid"] = "softmax"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    log_every: Duration = Duration("10 steps")
+    log_every: Period = Duration("10 steps")
     data: DataSettings
     model: ModelSettings = ModelSettings()
     optim: OptimSettings = OptimSettings()
@@ -139,13 +148,6 @@ class TrainSettings(Settings):
     engine: EngineSettings = EngineSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
-
-    @field_validator("duration")
-    @classmethod
-    def _some(cls, value: Duration) -> Duration:
-        if value.samples(1_000_000, 1_000) <= 0:
-            raise ValueError("must be longer than nothing")
-        return value
 
     @model_validator(mode="after")
     def _model_or_init(self) -> "TrainSettings":

@@ -68,7 +68,7 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
         quarantine=out / "quarantine.jsonl",
     )  # fmt: skip
     in_samples = {
-        name: duration.samples(len(train_set), settings.global_batch)
+        name: max(1, duration.samples(len(train_set), settings.global_batch))
         for name, duration in {
             "total": settings.duration, "warmup": settings.schedule.warmup, "log": settings.log_every,
             "save": settings.checkpoint.every, "evaluate": settings.evaluate.every,
@@ -111,13 +111,14 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
         """Tell whether the step that ended at ``samples`` crossed a point of this kind."""
         return samples == total or samples // in_samples[what] > (samples - settings.global_batch) // in_samples[what]
 
+    notes = {
+        "settings": settings.model_dump(mode="json"), "model": model_settings, "classes": train_set.classes,
+        "versions": provenance.versions(), "commit": provenance.commit(),
+    }  # fmt: skip
+
     def save(best: bool) -> Path:
-        notes = {
-            **state, "loader": loader.state_dict(), "settings": settings.model_dump(mode="json"),
-            "model": model_settings, "classes": train_set.classes, "engine": settings.engine.kind,
-            "zero_stage": settings.engine.zero_stage, "versions": provenance.versions(), "commit": provenance.commit(),
-        }  # fmt: skip
-        path = checkpoint.save(out / "checkpoints", samples, engine.pieces(), shapes, notes, best)
+        noted = {**notes, **state, "loader": loader.state_dict()}
+        path = checkpoint.save(out / "checkpoints", samples, engine.pieces(), shapes, noted, best)
         if rank == 0:
             checkpoint.prune(out / "checkpoints", settings.checkpoint.keep)
         return path

@@ -26,10 +26,12 @@ def test_durations_count_samples(text, samples):
     assert Duration(text).samples(epoch=1_000, global_batch=8) == samples
 
 
-@pytest.mark.parametrize("text", ["90", "epochs", "-1 epochs", "3 days", ""])
+@pytest.mark.parametrize("text", ["90", "epochs", "-1 epochs", "3 days", "", "0 epochs", "0.0 steps"])
 def test_a_duration_without_sense_is_refused(text):
     with pytest.raises(UserError, match="duration"):
         settings(duration=text)
+    with pytest.raises(UserError, match=r"checkpoint\.every"):
+        settings(checkpoint={"every": text})
 
 
 def test_an_unknown_setting_names_the_nearest_and_the_known_ones():
