@@ -96,8 +96,8 @@ def _compile(path: Path) -> None:
     except OSError as error:
         raise UserError(f"no C compiler: {error}; apt-get install gcc") from error
     if done.returncode:
-        why = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
-        raise UserError(f"cannot compile {_SOURCE}: {why}; apt-get install libjpeg-dev")
+        why = done.stderr.partition("\n")[0]
+        raise UserError(f"{_SOURCE.name} does not compile: {why}; apt-get install libjpeg-dev")
 
 
 def _check(decode: _Decode) -> None:
@@ -111,8 +111,13 @@ def _check(decode: _Decode) -> None:
                 raise UserError(f"this libjpeg decodes {sampling} to other pixels than simplejpeg; install another")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Build, or say why there is nothing built: it goes without."""
     try:
         build()
     except UserError as error:
         print(f"warning: going on without the native JPEG crop decoder: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
