@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 CONFIG = """
 duration = "{epochs} epochs"
 global_batch = 12
-micro_batch = 2
+micro_batch = 1
 log_every = "1 step"
 [data]
 train = "set/train"
@@ -132,13 +132,13 @@ def test_stopped_on_request_it_saves_and_goes_on_with_any_ranks(folder, undistur
 
 def test_another_global_batch_on_resume_still_ends_with_a_save_and_an_evaluation(folder):
     run = folder / "other-batch"
-    first = launch(folder, 2, run.name, epochs=8)
+    first = launch(folder, 2, run.name, epochs=14)
     wait_for_steps(run, first, 9)
     first.send_signal(signal.SIGINT)  # Ctrl-C asks for a stop too
     assert done(first)[0] == 75
     over = ("global_batch=10", "micro_batch=5", "checkpoint.every='50 epochs'", "evaluate.every='50 epochs'")
     stopped = losses(run)[-1][0]
-    code, stderr = done(launch(folder, 2, run.name, epochs=8, over=over))
+    code, stderr = done(launch(folder, 2, run.name, epochs=14, over=over))
     assert code == 0, stderr
     assert "global_batch changed from 12 to 10" in stderr
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -174,13 +174,13 @@ def test_a_loss_that_is_not_finite_ends_the_run(folder):
 
 
 def test_with_dropout_a_resumed_run_draws_the_same(folder):
-    code, stderr = done(launch(folder, 2, "dropout", epochs=6, stage=2, dropout=0.2))
+    code, stderr = done(launch(folder, 2, "dropout", epochs=12, stage=2, dropout=0.2))
     assert code == 0, stderr
-    first = launch(folder, 2, "dropout-stopped", epochs=6, stage=2, dropout=0.2)
+    first = launch(folder, 2, "dropout-stopped", epochs=12, stage=2, dropout=0.2)
     wait_for_steps(folder / "dropout-stopped", first, 4)
     first.send_signal(signal.SIGTERM)
     assert done(first)[0] == 75
-    assert done(launch(folder, 2, "dropout-stopped", epochs=6, stage=2, dropout=0.2))[0] == 0
+    assert done(launch(folder, 2, "dropout-stopped", epochs=12, stage=2, dropout=0.2))[0] == 0
     assert losses(folder / "dropout-stopped") == losses(folder / "dropout")
 
 
