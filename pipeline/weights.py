@@ -61,7 +61,8 @@ class Weights:
 def write_weights(path: Path, tensors: dict[str, Tensor], note: dict[str, Any]) -> None:
     """Write a weights file that ``Weights`` reads; ``note`` needs the keys ``model`` and ``classes``."""
     with whole_file(path) as partial:
-        save_file(tensors, partial, metadata={"format": "pt", NOTE: json.dumps(note)})
+        # One key only: safetensors writes several in any order, and the same weights should be the same bytes.
+        save_file(tensors, partial, metadata={NOTE: json.dumps(note)})
         os.chmod(partial, 0o644)
 
 

@@ -68,3 +68,13 @@ def test_files_that_are_no_weights_are_one_line(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "plain.safetensors")
     with pytest.raises(UserError, match="does not say which model it is"):
         Weights(tmp_path / "plain.safetensors")
+
+
+def test_the_same_weights_are_the_same_bytes(tmp_path):
+    note = {"model": MODEL, "classes": list("abcde")}
+    tensors = dict(create_model(**MODEL, seed=7).state_dict())
+    contents = set()
+    for number in range(12):  # with two metadata keys, safetensors writes them in either order
+        write_weights(tmp_path / f"{number}.safetensors", tensors, note)
+        contents.add((tmp_path / f"{number}.safetensors").read_bytes())
+    assert len(contents) == 1
