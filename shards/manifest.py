@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from shards.atomic import whole_file, write_text
 from shards.errors import UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 DATASET = "manifest/dataset.json"
 SHARDS = "manifest/shards.parquet"
 EXCLUDE = "manifest/exclude"
@@ -35,8 +35,11 @@ SAMPLES_SCHEMA = pa.schema(
         ("size", pa.int64()),  # of the image, in bytes
         ("format", pa.string()),  # jpg, png or webp: the true one, and the member's extension
         ("labels", pa.list_(pa.int32())),
-        ("width", pa.int32()),
+        ("weights", pa.list_(pa.float32())),  # of the labels; null: all are 1
+        ("width", pa.int32()),  # as stored
         ("height", pa.int32()),
+        ("orientation", pa.int8()),  # of the EXIF data in the source: kept bytes still want it, re-encoded ones had it
+        ("member", pa.uint32()),  # CRC-32 of the tar header before the image: tells a tar that was made anew
         ("sha256", pa.binary(32)),  # of the image
     ]
 )
@@ -69,6 +72,7 @@ class Info:
     shards: int
     digest: str
     build: dict  # the settings that made it
+    tars: str | None = None  # the folder or URL of tars that lie elsewhere (an index of somebody else's)
     schema_version: int = SCHEMA_VERSION
 
 

@@ -1,1 +1,63 @@
-"""Where raw images come from, one file a source."""
+"""Where images come from: a file for each kind of source. All list what they hold; how bytes are read is one."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+
+class Item(NamedTuple):
+    """One image that a source offers, and where its bytes are.
+
+    ``file`` is relative to the source's root, or a URL, or ``@/...`` below the folder ``unpacked`` for images
+    that cannot be read in place (rows of Parquet, CIFAR, members of compressed tars).
+    """
+
+    key: str  # unique in the source; the name in the tar: no dots, no ".." and no leading slash
+    file: str
+    offset: int  # of its first byte in the file
+    size: int  # in bytes; -1: the whole file, however long it is
+    labels: tuple[int, ...]
+    weights: tuple[float, ...] = ()  # of the labels; empty: all are 1
+    changed: int = 0  # when the file was, nanoseconds since 1970; 0: nobody knows
+    part: str = ""  # such as train or test, where the source itself is divided
+
+
+class Source(Protocol):
+    """What a kind of source gives the build.
+
+    Attributes:
+        kind: Its name: folder, table, parquet, cifar, imagenet, tars.
+        root: Folder or URL that relative files count from.
+        classes: Names; labels index into them.
+        multi_label: True if an image may have no, several or weighted labels.
+        others: How many other things were left out, by kind; complete once ``items`` has ended.
+    """
+
+    kind: str
+    root: str
+    classes: list[str]
+    multi_label: bool
+    others: dict[str, int]
+
+    def items(self) -> Iterator[Item]:
+        """Yield all images, in an order that depends on the source alone.
+
+        Raises:
+            UserError: Something about the source is wrong.
+        """
+
+
+def clean_key(path: str) -> str:
+    """Return the key of an image by its path or name: no extension, no dots, no way out of a folder.
+
+    ``../a b/c.d.jpg`` becomes ``__/a b/c_d``. Two paths may get one key, which the build refuses.
+    """
+    folder, _, name = path.replace("\\", "/").rpartition("/")
+    stem = name.rpartition(".")[0] or name
+    parts = [part for part in [*folder.split("/"), stem] if part not in ("", ".")]
+    return "/".join(part.replace(".", "_") for part in parts)
+
+
+def unpacked_path(unpacked: Path, file: str) -> Path:
+    """Return where a file ``@/...`` of an item lies."""
+    return unpacked / file.removeprefix("@/")
