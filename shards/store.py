@@ -90,6 +90,10 @@ class LocalStore:
         """Return several ranges of one object, in the order asked."""
         return [self.read_range(path, start, length) for start, length in zip(starts, lengths, strict=True)]
 
+    def folders(self) -> list[str]:
+        """Return the sorted names of the folders in the store."""
+        return sorted(entry.name for entry in self._root.iterdir() if entry.is_dir())
+
     def stream(self, path: str) -> io.BufferedIOBase:
         """Open the object for sequential reading; seeking is allowed."""
         try:
@@ -267,6 +271,14 @@ class RemoteStore:
         except _ERRORS as error:
             raise PatchmillError(f"cannot remove {self.url}/{path}: {_reason(error)}") from error
 
+    def folders(self) -> list[str]:
+        """Return the sorted names of the folders in the store. Plain web servers cannot list."""
+        self._check_lists()
+        try:
+            return sorted(obstore.list_with_delimiter(self._store)["common_prefixes"])
+        except _ERRORS as error:
+            raise _failure(self.url, "", error) from error
+
     def list(self, folder: str, below: bool = False) -> list[str]:
         """Return the sorted names of the objects in ``folder``; none if it is missing. Plain web servers cannot list.
 
@@ -274,10 +286,7 @@ class RemoteStore:
             folder: Relative to the store.
             below: Those in folders below it too, as ``sub/folder/name``.
         """
-        if self.url.startswith(("http://", "https://")):
-            raise UserError(
-                f"plain web servers such as {self.url} cannot list files; name each, as in x-{{000..146}}.tar"
-            )
+        self._check_lists()
         try:
             if below:
                 found = [entry for entries in obstore.list(self._store, folder or None) for entry in entries]
@@ -286,6 +295,12 @@ class RemoteStore:
         except _ERRORS as error:
             raise _failure(self.url, folder, error) from error
         return sorted(entry["path"].removeprefix(f"{folder}/") for entry in found)
+
+    def _check_lists(self) -> None:
+        if self.url.startswith(("http://", "https://")):
+            raise UserError(
+                f"plain web servers such as {self.url} cannot list files; name each, as in x-{{000..146}}.tar"
+            )
 
 
 class _RemoteFile(io.RawIOBase):
