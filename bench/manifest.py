@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from common import arguments, report, row
 
 from shards import manifest
+from shards.store import Store, open_store
 
 CLASSES = 21_843  # ImageNet-21k's
 SAMPLES = 10_000  # a shard
@@ -40,9 +41,9 @@ def main():
 
 def make(folder: Path, shards: int, different: int) -> None:
     """Write the manifest: all rows of ``shards.parquet``, ``different`` sample tables, and links to those."""
-    (folder / "manifest/samples").mkdir(parents=True)
+    store = open_store(folder)
     rng = np.random.default_rng(0)
-    receipts = [write_samples(folder / manifest.samples_path(shard), rng) for shard in range(different)]
+    receipts = [write_samples(store, shard, rng) for shard in range(different)]
     for shard in range(different, shards):
         os.link(folder / manifest.samples_path(shard % different), folder / manifest.samples_path(shard))
     rows = {
@@ -51,7 +52,7 @@ def make(folder: Path, shards: int, different: int) -> None:
         "bytes": [receipts[shard % different].bytes for shard in range(shards)],
         "sha256": [rng.bytes(32).hex() for _ in range(shards)],
     }
-    manifest.write_table(folder / manifest.SHARDS, pa.table(rows, schema=manifest.SHARDS_SCHEMA))
+    manifest.write_table(store, manifest.SHARDS, pa.table(rows, schema=manifest.SHARDS_SCHEMA))
     classes = [f"n{number:08d}" for number in np.sort(rng.choice(10**8, CLASSES, replace=False))]
     images = sum(receipts[shard % different].image_bytes for shard in range(shards))
     info = manifest.Info(
@@ -63,10 +64,10 @@ def make(folder: Path, shards: int, different: int) -> None:
         digest=manifest.digest(classes, rows["sha256"]),
         build={},
     )
-    manifest.write_info(folder, info)
+    manifest.write_info(store, info)
 
 
-def write_samples(path: Path, rng: np.random.Generator) -> manifest.Receipt:
+def write_samples(store: Store, shard: int, rng: np.random.Generator) -> manifest.Receipt:
     """Write one shard's sample table: photographs of 110 kB, in the order of a shuffle."""
     size = rng.lognormal(11.5, 0.5, SAMPLES).astype(np.int64)
     member = BLOCK + -(-size // BLOCK) * BLOCK + 2 * BLOCK  # header, image, and the member with its label
@@ -93,7 +94,7 @@ def write_samples(path: Path, rng: np.random.Generator) -> manifest.Receipt:
         image_bytes=int(size.sum()),
         plan=rng.bytes(32).hex(),
     )
-    manifest.write_samples(path, rows, receipt)
+    manifest.write_samples(store, manifest.samples_path(shard), rows, receipt)
     return receipt
 
 

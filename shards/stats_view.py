@@ -2,10 +2,13 @@
 
 import html
 import math
+from pathlib import Path
 
 from rich.console import Group
 from rich.table import Table
 
+from shards.atomic import write_text
+from shards.errors import UserError
 from shards.histogram import Bar
 from shards.repeats import Repeats
 from shards.stats import PERCENTS, Stats
@@ -64,6 +67,18 @@ def tables(found: Stats) -> Group:
                 table.add_section()
             parts.append(table)
     return Group(*parts)
+
+
+def write_page(path: str | Path, found: Stats) -> None:
+    """Write the statistics as one HTML page.
+
+    Raises:
+        UserError: It cannot be written there.
+    """
+    try:
+        write_text(path, page(found))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another place") from error
 
 
 def page(found: Stats) -> str:

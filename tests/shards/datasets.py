@@ -12,6 +12,7 @@ from PIL import Image
 
 from shards import manifest
 from shards.header import read_header
+from shards.store import open_store
 
 BLOCK = 512  # of a tar
 
@@ -36,7 +37,7 @@ def plain(colour: str | tuple, size: tuple[int, int] = (8, 8), format: str = "PN
 
 def write_dataset(folder: Path, classes: list[str], shards: list[list[Made]]) -> Path:
     """Write tars and manifest of samples as they are given: keys may repeat, labels may be missing."""
-    receipts = []
+    store, receipts = open_store(folder, create=True), []
     for shard, samples in enumerate(shards):
         path = folder / manifest.shard_path(shard)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +69,7 @@ def write_dataset(folder: Path, classes: list[str], shards: list[list[Made]]) ->
         receipt = manifest.Receipt(
             hashlib.sha256(tar_bytes).hexdigest(), len(tar_bytes), len(samples), sum(rows["size"]), plan=""
         )
-        manifest.write_samples(folder / manifest.samples_path(shard), rows, receipt)
+        manifest.write_samples(store, manifest.samples_path(shard), rows, receipt)
         receipts.append(receipt)
     table = {
         "path": [manifest.shard_path(shard) for shard in range(len(shards))],
@@ -76,7 +77,7 @@ def write_dataset(folder: Path, classes: list[str], shards: list[list[Made]]) ->
         "bytes": [receipt.bytes for receipt in receipts],
         "sha256": [receipt.sha256 for receipt in receipts],
     }
-    manifest.write_table(folder / manifest.SHARDS, pa.table(table, schema=manifest.SHARDS_SCHEMA))
+    manifest.write_table(store, manifest.SHARDS, pa.table(table, schema=manifest.SHARDS_SCHEMA))
     info = manifest.Info(
         classes=classes,
         samples=sum(table["samples"]),
@@ -86,5 +87,5 @@ def write_dataset(folder: Path, classes: list[str], shards: list[list[Made]]) ->
         digest=manifest.digest(classes, table["sha256"]),
         build={},
     )
-    manifest.write_info(folder, info)
+    manifest.write_info(store, info)
     return folder
