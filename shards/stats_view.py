@@ -130,7 +130,7 @@ def _totals(found: Stats) -> list[tuple[str, str]]:
     for what, repeated in (("keys", found.repeated_keys), ("images", found.repeated_images)):
         text = f"{repeated.extra:,}"
         if repeated.extra:
-            text += f" more than once, of {repeated.values:,} {what}"
+            text += f" beyond the first of {repeated.values:,} {what}"
         if repeated.unknown:
             text += f" ({repeated.unknown:,} not known: no hash recorded)"
         totals.append((f"repeated {what}", text))
