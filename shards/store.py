@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit
 from uuid import uuid4
 
@@ -46,6 +46,14 @@ class ShortError(UserError):
 
 class ExistsError(UserError):
     """The object that was to be made is there already."""
+
+
+class Entry(NamedTuple):
+    """An object that a listing found."""
+
+    path: str  # relative to the store
+    size: int  # bytes; -1: it cannot be read, as a link to nowhere
+    changed: int  # nanoseconds since 1970, by the clock of the file system or server
 
 
 class _Descriptor:
@@ -165,6 +173,25 @@ class LocalStore:
         here = self._root / folder
         found = here.rglob("*") if below else here.glob("*")
         return sorted(path.relative_to(here).as_posix() for path in found if path.is_file())
+
+    def walk(self, folder: str = "") -> Iterator[Entry]:
+        """Yield all objects below ``folder``, sorted folder by folder; hidden ones (``.name``) are passed over."""
+        try:
+            with os.scandir(self._root / folder) as entries:
+                visible = sorted((each for each in entries if not each.name.startswith(".")), key=lambda e: e.name)
+        except OSError as error:
+            raise _failure(self.url, folder, error) from error
+        for entry in visible:
+            path = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.is_dir():
+                yield from self.walk(path)
+                continue
+            try:
+                status = entry.stat()
+            except OSError:
+                yield Entry(path, -1, 0)
+            else:
+                yield Entry(path, status.st_size, status.st_ctime_ns)
 
 
 class RemoteStore:
@@ -305,6 +332,17 @@ class RemoteStore:
             raise UserError(
                 f"plain web servers such as {self.url} cannot list files; name each, as in x-{{000..146}}.tar"
             )
+
+    def walk(self, folder: str = "") -> Iterator[Entry]:
+        """Yield all objects below ``folder`` in the order of the server; hidden ones (``.name``) are passed over."""
+        self._check_lists()
+        try:
+            for chunk in obstore.list(self._store, folder or None, chunk_size=1000):
+                for found in chunk:
+                    if not any(part.startswith(".") for part in found["path"].split("/")):
+                        yield Entry(found["path"], found["size"], int(found["last_modified"].timestamp() * 1e9))
+        except _ERRORS as error:
+            raise _failure(self.url, folder, error) from error
 
 
 class _RemoteFile(io.RawIOBase):
