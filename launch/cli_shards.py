@@ -79,6 +79,47 @@ def _print_built(built: "Result", as_json: bool) -> None:
         print("left out: " + ", ".join(f"{count} {suffix}" for suffix, count in built.others.items()), file=sys.stderr)
 
 
+@shards_app.command("index")
+def shards_index(
+    url: Annotated[str, typer.Argument(help="Folder, bucket, pattern such as x-{000..146}.tar, or tar.")],
+    out: Annotated[str | None, typer.Option(help="Where the manifest goes; default: beside the tars.")] = None,
+    label: Annotated[
+        str, typer.Option(help="Where labels stand: cls, txt, json:FIELD ...; default: cls, or else json.")
+    ] = "",
+    image: Annotated[str, typer.Option(help="Extension of the image, where samples have several.")] = "",
+    classes: Annotated[Path | None, typer.Option(help="File with the name of a class a line.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; default: the cores, as far as they pay.")] = None,
+    max_rejected: Annotated[int, typer.Option(help="Broken samples to leave out before giving up.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Make a manifest for tars of img2dataset, webdataset, timm or Energon, which stay as they are."""
+    from shards.index import index
+
+    made = index(
+        url, out, label=label, image=image, classes=classes, workers=workers, max_rejected=max_rejected, progress=True
+    )
+    if as_json:
+        print(json.dumps(asdict(made)))
+        return
+    kept = f" ({made.shards - made.read:,} as they were)" if made.read < made.shards else ""
+    print(f"{made.samples:,} samples in {made.shards:,} shards{kept}, {made.bytes:,} bytes: {made.url}")
+    if made.unlabelled == made.samples:
+        print(
+            "no sample has a label: captions (KEY.txt, or a caption in KEY.json) are none; if class names or numbers "
+            "stand somewhere, say where with --label, such as --label txt or --label json:FIELD"
+        )
+    else:
+        print(f"{len(made.classes):,} classes" + f", {made.unlabelled:,} samples without label" * bool(made.unlabelled))
+    for where, reason in made.rejected[:10]:
+        print(f"left out: {where}: {reason}")
+    if len(made.rejected) > 10:
+        print(f"left out: {len(made.rejected):,} samples in all; --json lists them")
+    if made.skipped:
+        print("passed over: " + ", ".join(f"{count:,} {kind}" for kind, count in made.skipped.items()), file=sys.stderr)
+    for tar, size in made.trailing.items():
+        print(f"{tar}: {size:,} bytes behind the end of the archive, which no reader sees", file=sys.stderr)
+
+
 @shards_app.command("stats")
 def shards_stats(
     url: Annotated[str, typer.Argument(help="Data set.")],

@@ -2,6 +2,7 @@
 
 import re
 import sys
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -14,19 +15,21 @@ import pyarrow as pa
 
 from shards import manifest
 from shards.errors import UserError
-from shards.store import MissingError, Store, open_store
+from shards.store import ExistsError, MissingError, Store, open_store
 
-ROW_COLUMNS = ["key", "offset", "size", "format", "labels", "width", "height"]
+ROW_COLUMNS = ["key", "offset", "size", "format", "labels", "weights", "width", "height", "member"]
+BLOCK = 512  # bytes of a tar header, which precedes each image
 CACHED_ROWS = 4_000_000  # kept in memory per open data set: about 50 to 100 bytes each
 
 
 class Sample(NamedTuple):
-    """One encoded image: ``format`` is jpg, png or webp, ``labels`` are class indices."""
+    """One encoded image: ``format`` is jpg, png or webp, ``labels`` are class indices, no ``weights``: all are 1."""
 
     key: str
     image: bytes
     format: str
     labels: tuple[int, ...]
+    weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class Rows:
         height: (n,) int32, pixels.
         format: n strings: jpg, png or webp.
         labels: n tuples of class indices.
+        weights: n tuples of their weights, empty where all are 1; None if they are so everywhere.
+        member: (n,) uint32, CRC-32 of the tar header before each image; None if the table is too old to tell.
         keys: n strings in compact form; ``key`` is the same as a list.
     """
 
@@ -49,6 +54,8 @@ class Rows:
     height: np.ndarray
     format: list[str]
     labels: list[tuple[int, ...]]
+    weights: list[tuple[float, ...]] | None
+    member: np.ndarray | None
     keys: pa.ChunkedArray
 
     @cached_property
@@ -70,14 +77,19 @@ class Dataset:
         digest: Hex digest of classes, shard contents and dropped samples.
         shard_sizes: (shards,) int64, kept samples a shard.
         mean_bytes: Mean size of an image in bytes, before dropping.
-        store: Where its bytes are read; ``store.local`` tells whether reads are cheap one by one.
+        store: Where its manifest is read.
+        tars: Where its images are read; ``tars.local`` tells whether reads are cheap one by one.
     """
 
     def __init__(self, store: Store, info: manifest.Info, shards: pa.Table, exclude: str | None, dropped: np.ndarray):
         self.store, self.url, self.exclude = store, store.url, exclude
+        self.tars = open_store(info.tars) if info.tars else store
+        self._remedy = "index them" if info.build.get("source") == "index" else "copy or build the data set"
         self.classes = info.classes
         self.mean_bytes = info.image_bytes / info.samples
         self._paths = shards["path"].to_pylist()
+        self._bytes = shards["bytes"].to_pylist()
+        self._checked: set[int] = set()  # shards whose tar has the size it had
         self._raw_sizes = shards["samples"].to_numpy()
         self._dropped = dropped[1]
         self._dropped_starts = np.searchsorted(dropped[0], np.arange(info.shards + 1))
@@ -137,22 +149,56 @@ class Dataset:
             height=table["height"].to_numpy(),
             format=[sys.intern(name) for name in table["format"].to_pylist()],
             labels=[tuples.setdefault(each, each) for each in labels],
+            weights=_weights(table, tuples),
+            member=_whole_column(table, "member"),
             keys=table["key"],
         )
 
     def read(self, shard: int, index: int) -> Sample:
-        """Read one sample by its place among the kept samples of a shard."""
+        """Read one sample by its place among the kept samples of a shard.
+
+        Raises:
+            UserError: The tar is not the one that was built or indexed.
+        """
         rows = self.rows(shard)
-        image = self.store.read_range(self._paths[shard], int(rows.offset[index]), int(rows.size[index]))
-        return Sample(rows.keys[index].as_py(), image, rows.format[index], rows.labels[index])
+        start, length = int(rows.offset[index]) - BLOCK, int(rows.size[index]) + BLOCK
+        return self._sample(rows, shard, index, self.tars.read_range(self._tar(shard), start, length))
 
     def read_many(self, shard: int, start: int, stop: int) -> list[Sample]:
-        """Read consecutive kept samples of a shard; on a remote store with as few requests as possible."""
+        """Read consecutive kept samples of a shard; on a remote store with as few requests as possible.
+
+        Raises:
+            UserError: The tar is not the one that was built or indexed.
+        """
         rows = self.rows(shard)
-        here = slice(start, stop)
-        images = self.store.read_ranges(self._paths[shard], rows.offset[here].tolist(), rows.size[here].tolist())
-        keys = rows.keys[here].to_pylist()
-        return [Sample(*each) for each in zip(keys, images, rows.format[here], rows.labels[here], strict=True)]
+        here = range(*slice(start, stop).indices(len(rows)))
+        starts, lengths = rows.offset[start:stop] - BLOCK, rows.size[start:stop] + BLOCK
+        found = self.tars.read_ranges(self._tar(shard), starts.tolist(), lengths.tolist()) if here else []
+        return [self._sample(rows, shard, index, data) for index, data in zip(here, found, strict=True)]
+
+    def _tar(self, shard: int) -> str:
+        """Return the path of a tar; a local one must have its size still, which costs nothing to see."""
+        path = self._paths[shard]
+        if self.tars.local and shard not in self._checked:
+            size = self.tars.size(path)
+            if size != self._bytes[shard]:
+                raise UserError(
+                    f"{self.tars.url}/{path} has {size} bytes, {self.url} knows it with {self._bytes[shard]}: the tars "
+                    f"changed; {self._remedy} again"
+                )
+            self._checked.add(shard)
+        return path
+
+    def _sample(self, rows: Rows, shard: int, index: int, data: bytes) -> Sample:
+        """Return a sample of its bytes in the tar, which begin with the tar header."""
+        key = rows.keys[index].as_py()
+        if rows.member is not None and zlib.crc32(data[:BLOCK]) != rows.member[index]:
+            raise UserError(
+                f"{self.tars.url}/{self._paths[shard]} is not the tar that {self.url} knows: {key} is not at byte "
+                f"{rows.offset[index]}: the tars changed; {self._remedy} again"
+            )
+        weights = rows.weights[index] if rows.weights else ()
+        return Sample(key, data[BLOCK:], rows.format[index], rows.labels[index], weights)
 
     def __getitem__(self, index: int) -> Sample:
         """Read one sample by its place among all kept samples; for looking around, not for training."""
@@ -167,46 +213,71 @@ class Dataset:
         return [name.removesuffix(".parquet") for name in self.store.list(manifest.EXCLUDE)]
 
 
-def write_exclude(folder: str | Path, version: str, rows: Iterable[tuple[int, int, str]]) -> None:
-    """Write a drop list of a local data set, for ``Dataset.open(folder, exclude=version)``.
+def write_exclude(url: str | Path, version: str, rows: Iterable[tuple[int, int, str]]) -> None:
+    """Write a drop list, for ``Dataset.open(url, exclude=version)``; on any store that takes files.
 
     Args:
-        folder: The data set.
+        url: The data set.
         version: A new name; a drop list never changes once written.
-        rows: (shard, raw index in the shard, reason) of each sample to drop.
+        rows: (shard, raw index in the shard, reason) of each sample to drop. Raw: as without any drop list.
 
     Raises:
         UserError: The version exists, its name is no plain word, or a row names no sample or one twice.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", version):
         raise UserError(f"drop list name {version!r}: use letters, digits, dots, dashes and underscores")
-    dataset = Dataset.open(folder)
-    path = Path(folder) / manifest.exclude_path(version)
-    if path.exists():
-        raise UserError(f"drop list {version} of {folder} exists and never changes; choose another name")
+    dataset = Dataset.open(url)
     rows = sorted(rows)
     for shard, index, _ in rows:
         if not (0 <= shard < len(dataset.shard_sizes) and 0 <= index < dataset.shard_sizes[shard]):
-            raise UserError(f"drop list {version}: {folder} has no sample {index} in shard {shard}; count from 0")
+            raise UserError(f"drop list {version}: {url} has no sample {index} in shard {shard}; count from 0")
     for (shard, index, _), following in pairwise(rows):
         if following[:2] == (shard, index):
             raise UserError(f"drop list {version}: sample {index} of shard {shard} is listed twice; drop it once")
     columns = [[row[i] for row in rows] for i in range(3)]
-    manifest.write_table(
-        dataset.store, manifest.exclude_path(version), pa.table(columns, schema=manifest.EXCLUDE_SCHEMA)
-    )
+    data = manifest.table_bytes(pa.table(columns, schema=manifest.EXCLUDE_SCHEMA))
+    try:
+        dataset.store.create(manifest.exclude_path(version), data)
+    except ExistsError as error:
+        raise UserError(f"drop list {version} of {url} exists and never changes; choose another name") from error
+
+
+def read_exclude(url: str | Path, version: str | None) -> list[tuple[int, int, str]]:
+    """Return the (shard, raw index, reason) of all samples that a drop list drops; none for None.
+
+    Raises:
+        UserError: There is no such drop list.
+    """
+    table = _read_exclude(open_store(url), version)
+    return list(zip(*(table[name].to_pylist() for name in table.column_names), strict=True))
+
+
+def _whole_column(table: pa.Table, name: str) -> np.ndarray | None:
+    """Return a column without nulls as an array; None if it is missing or has some."""
+    return table[name].to_numpy() if name in table.column_names and not table[name].null_count else None
+
+
+def _weights(table: pa.Table, tuples: dict[tuple, tuple]) -> list[tuple[float, ...]] | None:
+    if "weights" not in table.column_names or table["weights"].null_count == len(table):
+        return None
+    weights = (tuple(each or ()) for each in table["weights"].to_pylist())
+    return [tuples.setdefault(each, each) for each in weights]
+
+
+def _read_exclude(store: Store, version: str | None) -> pa.Table:
+    if version is None:
+        return manifest.EXCLUDE_SCHEMA.empty_table()
+    try:
+        return manifest.read_table(store.read(manifest.exclude_path(version)))
+    except MissingError as error:
+        raise UserError(
+            f"{store.url} has no drop list {version!r}; there is no manifest/exclude/{version}.parquet"
+        ) from error
 
 
 def _read_dropped(store: Store, exclude: str | None) -> np.ndarray:
     """Return (2, dropped) int32: shard and raw index of each dropped sample, sorted."""
-    if exclude is None:
-        return np.zeros((2, 0), np.int32)
-    try:
-        table = manifest.read_table(store.read(manifest.exclude_path(exclude)), columns=["shard", "index"])
-    except MissingError as error:
-        raise UserError(
-            f"{store.url} has no drop list {exclude!r}; there is no manifest/exclude/{exclude}.parquet"
-        ) from error
+    table = _read_exclude(store, exclude)
     return np.stack([table["shard"].to_numpy(), table["index"].to_numpy()])
 
 
@@ -216,5 +287,8 @@ def _hint(store: Store) -> str:
     if parts:
         return f" itself, but in it: {' and '.join(parts)}; add the one you mean to the path"
     if store.exists(manifest.samples_path(0)):
-        return ": its build never ended; run the same `patchmill shards build` again"
-    return f": {manifest.DATASET} is missing; make one with `patchmill shards build`"
+        return ": making it never ended; run the same `patchmill shards build` or `index` again"
+    return (
+        f": {manifest.DATASET} is missing; make one with `patchmill shards build`, or with `patchmill shards index` "
+        "for tars made elsewhere"
+    )

@@ -96,6 +96,7 @@ class Receipt:
     image_bytes: int  # of the images in the tar
     plan: str  # digest of what was asked of the build: which files, under which keys and labels
     rejected: list[tuple[str, str]] = field(default_factory=list)  # (file, reason)
+    notes: dict = field(default_factory=dict)  # what else an index found; see shards/tarindex.py
 
 
 def digest(classes: list[str], shard_sha256: Iterable[str]) -> str:
@@ -115,9 +116,16 @@ def write_table(store: Store, path: str, table: pa.Table, **encoding: Any) -> No
         pq.write_table(table, file, compression="zstd", **encoding)
 
 
+def table_bytes(table: pa.Table) -> bytes:
+    """Return the content of a parquet file."""
+    file = io.BytesIO()
+    pq.write_table(table, file, compression="zstd")
+    return file.getvalue()
+
+
 def read_table(data: bytes, columns: list[str] | None = None) -> pa.Table:
-    """Read the content of a parquet file, or some of its columns, on the calling thread."""
-    return pq.read_table(io.BytesIO(data), columns=columns, use_threads=False)
+    """Read the content of a parquet file, or those of some columns that it has, on the calling thread."""
+    return pq.ParquetFile(io.BytesIO(data)).read(columns=columns, use_threads=False)
 
 
 def write_samples(store: Store, path: str, rows: dict[str, list], receipt: Receipt) -> None:

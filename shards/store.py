@@ -40,6 +40,10 @@ class MissingError(UserError):
     """The object that was asked for is not there."""
 
 
+class ShortError(UserError):
+    """The object ends before the last of the bytes that were asked for."""
+
+
 class ExistsError(UserError):
     """The object that was to be made is there already."""
 
@@ -428,15 +432,15 @@ def _failure(url: str, path: str, error: Exception, start: int | None = None, le
     where = f"{url}/{path}" + (f", bytes {start} to {start + length}" if start is not None else "")
     if isinstance(error, (FileNotFoundError, NotFoundError)):
         return MissingError(f"no object {where}; copy or build the data set again")
-    if length and "416 Range" in str(error):
+    if length and any(sign in str(error) for sign in ("416 Range", "but object was only")):
         return _too_short(url, path, start, length)
     return PatchmillError(f"cannot read {where}: {_reason(error)}")
 
 
-def _too_short(url: str, path: str, start: int, length: int) -> PatchmillError:
-    return PatchmillError(
+def _too_short(url: str, path: str, start: int, length: int) -> ShortError:
+    return ShortError(
         f"{url}/{path} ends before byte {start + length} (asked for {length} from {start}): "
-        "it is cut short or not the file that was indexed; copy or build the data set again"
+        "it is cut short or not the file that was indexed; copy, build or index the data set again"
     )
 
 

@@ -1,0 +1,312 @@
+"""A manifest for tars made elsewhere, which stay as they are: one sequential read each, then they train like our own.
+
+Tars are independent jobs (tarindex.py), so any number of workers makes the same manifest, and a killed index goes on
+where it was. Where labels are names, all tables are numbered once every name is known.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from shards import manifest
+from shards.atomic import only_one
+from shards.errors import UserError
+from shards.labels import LabelRule
+from shards.manifest import Info, Receipt
+from shards.progress import ImageProgress
+from shards.store import LocalStore, MissingError, Store, open_store
+from shards.tarindex import Job, Reading, finished, index_tar, renumber
+from shards.tarlist import find_tars
+from shards.workers import cores, run_jobs
+
+MOST_CLASSES = 1_000_000  # numbers above are no class indices, but something else
+_BYTES_A_WORKER = 100 << 20  # a process starts in the time that another reads these
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """What an index holds.
+
+    Attributes:
+        url: Of the data set.
+        tars: Folder or URL of the tars.
+        classes: Names.
+        samples: That have a row.
+        shards: Number of tars.
+        bytes: Of all tars.
+        read: How many tars were read just now; the others were as an earlier run left them.
+        unlabelled: Samples without label.
+        rejected: (tar and key, reason) of each sample that has no row.
+        skipped: Members that belong to no sample, by kind.
+        trailing: Bytes behind the end of each archive that has some, by tar.
+    """
+
+    url: str
+    tars: str
+    classes: list[str]
+    samples: int
+    shards: int
+    bytes: int
+    read: int
+    unlabelled: int
+    rejected: list[tuple[str, str]]
+    skipped: dict[str, int]
+    trailing: dict[str, int]
+
+
+def index(
+    url: str | Path,
+    out: str | Path | None = None,
+    *,
+    label: str = "",
+    image: str = "",
+    classes: str | Path | None = None,
+    workers: int | None = None,
+    max_rejected: int = 0,
+    progress: bool = False,
+) -> Indexed:
+    """Make a manifest for tars that lie at ``url``; run again, it goes on where it was, and reads what has changed.
+
+    Args:
+        url: What ``find_tars`` takes: a folder, a pattern, or one tar.
+        out: Folder or URL of the data set to make; by default the folder of the tars.
+        label: Where labels stand, ``EXTENSION`` or ``EXTENSION:FIELD``; by default in ``cls``, or else in ``json``.
+        image: Extension of the image, where a sample has several.
+        classes: File with the name of a class a line. Otherwise the classes are all names found, sorted, or numbers.
+        workers: Processes; by default one for each core this process may use, as far as starting them pays.
+            No influence on the manifest.
+        max_rejected: So many samples without a whole image, or with labels that make no sense, are left out, and listed
+            in the receipts; one more is an error.
+        progress: Show a progress bar on stderr.
+
+    Raises:
+        UserError: There are no tars, some are damaged, labels cannot be understood, or ``out`` holds something else.
+        PatchmillError: The network or a worker failed.
+    """
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers {workers}: must be at least 1")
+    if max_rejected < 0:
+        raise UserError(f"--max-rejected {max_rejected}: must be at least 0")
+    tars, paths = find_tars(url)
+    store = tars if out is None else open_store(out, create=True)
+    if store.url.startswith(("http://", "https://")):
+        raise UserError(f"{store.url} takes no files: a web server; give --out, a folder for the manifest")
+    reading = Reading(LabelRule.parse(label), image.lower().removeprefix("."), _read_classes(classes))
+    elsewhere = None if _place(store) == _place(tars) else _place(tars)
+    settings = {"source": "index", **reading.settings}
+    jobs = [Job(_place(tars), path, _place(store), shard, reading) for shard, path in enumerate(paths)]
+    try:
+        with _alone_in(store):
+            whole = _check_output(store, jobs, settings, elsewhere)
+            receipts, read = _index_all(jobs, tars, workers, max_rejected, progress)
+            if read or not whole:
+                names = reading.classes or _classes(receipts, jobs)
+                receipts = _number_all(receipts, jobs, names, workers)
+                _write_manifest(store, jobs, receipts, names, settings, elsewhere)
+            return _result(store, tars, jobs, receipts, read)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {error.filename or store.url}: {error.strerror}; mend that, or give --out another folder"
+        ) from error
+
+
+def _read_classes(path: str | Path | None) -> list[str] | None:
+    if path is None:
+        return None
+    try:
+        names = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read classes from {path}: {error}; give a text file, one name a line") from error
+    while names and not names[-1]:
+        names.pop()
+    if not all(names) or not names:
+        raise UserError(f"classes {path}: line {names.index('') + 1 if names else 1} is empty; write one name a line")
+    return names
+
+
+def _place(store: Store) -> str:
+    return str(Path(store.url).resolve()) if store.local else store.url
+
+
+@contextmanager
+def _alone_in(store: Store) -> Iterator[None]:
+    """Keep others out of a local data set. On a bucket two at once would do the same work twice, no more."""
+    if not isinstance(store, LocalStore):
+        yield
+        return
+    folder = Path(store.url)
+    with only_one(folder / "manifest", "index"):
+        yield
+
+
+def _check_output(store: Store, jobs: list[Job], settings: dict, elsewhere: str | None) -> bool:
+    """Tell whether a finished index of these tars is there, made with these settings; refuse anything else."""
+    remedy = "choose another folder with --out, or remove its manifest first"
+    try:
+        info = manifest.parse_info(store.read(manifest.DATASET), store.url)
+    except MissingError:
+        return False
+    if info.build.get("source") != "index":
+        raise UserError(f"{store.url} holds a data set that was built here and needs no index; {remedy}")
+    old = manifest.read_table(store.read(manifest.SHARDS))["path"].to_pylist()
+    if not set(old) & {job.path for job in jobs}:
+        raise UserError(f"{store.url} holds the index of other tars ({old[0]}, ...); {remedy}")
+    whole = info.build == settings and info.tars == elsewhere and old == [job.path for job in jobs]
+    if not whole:
+        _take_apart(store)
+    return whole
+
+
+def _index_all(
+    jobs: list[Job], tars: Store, workers: int | None, max_rejected: int, progress: bool
+) -> tuple[list[Receipt], int]:
+    """Read all tars that have no fitting table yet; return the receipts of all, in order, and how many were read."""
+    with ThreadPoolExecutor(16) as pool:
+        receipts = {job.shard: receipt for job, receipt in zip(jobs, pool.map(finished, jobs), strict=True) if receipt}
+    missing = [job for job in jobs if job.shard not in receipts]
+    if workers is None:
+        size = sum(tars.size(job.path) for job in missing) if tars.local else len(missing) * _BYTES_A_WORKER
+        workers = max(1, min(cores(), size // _BYTES_A_WORKER))
+    rejected = [entry for job in jobs if job.shard in receipts for entry in _rejected(job, receipts[job.shard])]
+    _stop_at(rejected, max_rejected, tars.url)
+    if missing:
+        _take_apart(open_store(jobs[0].out))
+    errors = {}
+    with ImageProgress("indexing", None, done=sum(each.samples for each in receipts.values()), show=progress) as bar:
+        for job, receipt in run_jobs(index_tar, missing, min(workers, len(missing))):
+            if isinstance(receipt, str):
+                errors[job.shard] = receipt
+                continue
+            receipts[job.shard] = receipt
+            bar.advance(receipt.samples, receipt.bytes, len(receipt.rejected))
+            rejected += _rejected(job, receipt)
+            _stop_at(rejected, max_rejected, tars.url)
+    if errors:
+        first, *others = (errors[shard] for shard in sorted(errors))
+        more = f" (and {len(others)} more bad tars of {len(jobs)}: {' | '.join(others[:4])})" if others else ""
+        raise UserError(first + more)
+    return [receipts[job.shard] for job in jobs], len(missing)
+
+
+def _take_apart(store: Store) -> None:
+    """Unmark a data set that is about to change."""
+    dropped = [name.removesuffix(".parquet") for name in store.list(manifest.EXCLUDE)]
+    if dropped and store.exists(manifest.DATASET):
+        raise UserError(
+            f"{store.url} has drop lists ({', '.join(dropped[:5])}), which count samples by their place and would not "
+            "fit a new index; give --out another folder, or remove manifest/exclude"
+        )
+    store.delete(manifest.DATASET)
+
+
+def _rejected(job: Job, receipt: Receipt) -> list[tuple[str, str]]:
+    return [(f"{job.path} {key}", reason) for key, reason in receipt.rejected]
+
+
+def _stop_at(rejected: list[tuple[str, str]], max_rejected: int, url: str) -> None:
+    if len(rejected) <= max_rejected:
+        return
+    count = len(rejected)
+    listed = ", ".join(f"{where} ({reason})" for where, reason in sorted(rejected)[:10])
+    more = f" and {count - 10} more" if count > 10 else ""
+    raise UserError(
+        f"{count} broken sample{'s' * (count > 1)} in {url} so far, {max_rejected} allowed: {listed}{more}; "
+        f"leave them out with --max-rejected {count}"
+    )
+
+
+def _classes(receipts: list[Receipt], jobs: list[Job]) -> list[str]:
+    """Return the names of all classes, as far as they are found in the tars."""
+    named = [job for job, receipt in zip(jobs, receipts, strict=True) if receipt.notes["names"] is not None]
+    numbered = [
+        (receipt.notes["top"], job)
+        for job, receipt in zip(jobs, receipts, strict=True)
+        if receipt.notes["names"] is None and receipt.notes["top"] >= 0
+    ]
+    if named and numbered:
+        raise UserError(
+            f"labels are names in {named[0].path} and numbers in {numbered[0][1].path}; give --classes, a file of all "
+            "names"
+        )
+    if named:
+        return sorted({name for receipt in receipts for name in receipt.notes["names"] or ()})
+    top, job = max(numbered, key=lambda each: each[0], default=(-1, None))
+    if top >= MOST_CLASSES:
+        raise UserError(
+            f"label {top} in {job.path} would make {top + 1:,} classes; if it is no class index, say with --label "
+            "where labels stand, or give --classes"
+        )
+    return [str(number) for number in range(top + 1)]
+
+
+def _number_all(receipts: list[Receipt], jobs: list[Job], names: list[str], workers: int | None) -> list[Receipt]:
+    """Number the labels of all tables that hold names, where they are not numbered so already."""
+    receipts = list(receipts)
+    number = {name: place for place, name in enumerate(names)}
+    pending = [
+        (job.out, job.shard, names)
+        for job, receipt in zip(jobs, receipts, strict=True)
+        if receipt.notes["names"] is not None
+        and receipt.notes["ids"] != [number[name] for name in receipt.notes["names"]]
+    ]
+    workers = min(workers or cores(), len(pending) // 100)  # a table takes milliseconds
+    for (_, shard, _), receipt in run_jobs(renumber, pending, workers):
+        receipts[shard] = receipt
+    return receipts
+
+
+def _write_manifest(
+    store: Store, jobs: list[Job], receipts: list[Receipt], classes: list[str], settings: dict, elsewhere: str | None
+) -> None:
+    samples = sum(receipt.samples for receipt in receipts)
+    if not samples:
+        raise UserError(f"no sample with a whole image in {jobs[0].tars}; choose the image with --image")
+    for name in store.list("manifest/samples"):  # of tars that are gone, and of killed runs
+        number = re.fullmatch(r"(\d{6,})\.parquet", name)
+        if name.endswith(".partial") or (number and int(number[1]) >= len(jobs)):
+            store.delete(f"manifest/samples/{name}")
+    rows = {
+        "path": [job.path for job in jobs],
+        "samples": [receipt.samples for receipt in receipts],
+        "bytes": [receipt.bytes for receipt in receipts],
+        "sha256": [receipt.sha256 for receipt in receipts],
+    }
+    manifest.write_table(store, manifest.SHARDS, pa.table(rows, schema=manifest.SHARDS_SCHEMA))
+    info = Info(
+        classes=classes,
+        samples=samples,
+        bytes=sum(rows["bytes"]),
+        image_bytes=sum(receipt.image_bytes for receipt in receipts),
+        shards=len(jobs),
+        digest=manifest.digest(classes, rows["sha256"]),
+        build=settings,
+        tars=elsewhere,
+    )
+    manifest.write_info(store, info)
+
+
+def _result(store: Store, tars: Store, jobs: list[Job], receipts: list[Receipt], read: int) -> Indexed:
+    info = manifest.parse_info(store.read(manifest.DATASET), store.url)
+    skipped: Counter[str] = Counter()
+    for receipt in receipts:
+        skipped.update(receipt.notes["skipped"])
+    both = list(zip(jobs, receipts, strict=True))
+    return Indexed(
+        url=store.url,
+        tars=tars.url,
+        classes=info.classes,
+        samples=info.samples,
+        shards=info.shards,
+        bytes=info.bytes,
+        read=read,
+        unlabelled=sum(receipt.notes["unlabelled"] for receipt in receipts),
+        rejected=[entry for job, receipt in both for entry in _rejected(job, receipt)],
+        skipped=dict(sorted(skipped.items())),
+        trailing={job.path: receipt.notes["trailing"] for job, receipt in both if receipt.notes["trailing"]},
+    )

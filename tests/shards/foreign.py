@@ -1,0 +1,64 @@
+"""Tars as other projects write them."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tests.shards.images import encode
+
+FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
+
+
+def image(seed: int, extension: str = "jpg") -> bytes:
+    """Return an image of 20 + seed % 7 by 16 pixels."""
+    return encode(seed, FORMATS[extension], (20 + seed % 7, 16))
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]], format: int = tarfile.GNU_FORMAT) -> Path:
+    """Write (name, content) pairs into a tar."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def write_webdataset(folder: Path, samples: int = 24, shard: int = 10, classes: int = 3) -> Path:
+    """Write a set with the stock ``webdataset.ShardWriter``."""
+    from webdataset import ShardWriter
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with ShardWriter(str(folder / "set-%06d.tar"), maxcount=shard, verbose=0) as writer:
+        for i in range(samples):
+            writer.write({"__key__": f"sample{i:05d}", "jpg": image(i), "cls": i % classes, "json": {"n": i}})
+    return folder
+
+
+def write_img2dataset(folder: Path, samples: int = 12, shard: int = 5) -> Path:
+    """Write a set in the layout of img2dataset: captions and metadata beside each image, tables beside each tar."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, start in enumerate(range(0, samples, shard)):
+        members, rows = [], []
+        for place, i in enumerate(range(start, min(start + shard, samples))):
+            key = f"{number:05d}{place:04d}"
+            row = {
+                "caption": f"a photo number {i}", "url": f"http://x/{i}.jpg", "key": key, "status": "success",
+                "error_message": None, "width": 20, "height": 16, "original_width": 40, "original_height": 32,
+                "exif": "{}", "sha256": "0" * 64,
+            }  # fmt: skip
+            rows.append(row)
+            members += [
+                (f"{key}.jpg", image(i)),
+                (f"{key}.json", json.dumps(row, indent=4).encode()),
+                (f"{key}.txt", row["caption"].encode()),
+            ]
+        write_tar(folder / f"{number:05d}.tar", members, tarfile.PAX_FORMAT)
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{number:05d}.parquet")
+        (folder / f"{number:05d}_stats.json").write_text(json.dumps({"count": len(rows), "successes": len(rows)}))
+    return folder
