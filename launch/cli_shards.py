@@ -120,6 +120,33 @@ def shards_index(
         print(f"{tar}: {size:,} bytes behind the end of the archive, which no reader sees", file=sys.stderr)
 
 
+@shards_app.command("verify")
+def shards_verify(
+    url: Annotated[str, typer.Argument(help="Data set.")],
+    decode: Annotated[bool, typer.Option("--decode", help="Decode every image, too.")] = False,
+    exclude: Annotated[str | None, typer.Option(help="Drop list in use: its samples are no faults.")] = None,
+    quarantine: Annotated[str | None, typer.Option(help="New drop list to write, with the faulty samples.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; default: the cores, as far as they pay.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare every tar with the manifest: checksums, places, keys, labels. Exit code 1 if there are faults."""
+    from shards.verify import render, verify
+
+    found = verify(url, decode=decode, exclude=exclude, quarantine=quarantine, workers=workers, progress=True)
+    if as_json:
+        print(json.dumps(asdict(found)))
+    else:
+        if found.faults:
+            Console().print(render(found))
+        verdict = f"{len(found.faults):,} faults in {found.faulty:,} samples" if found.faults else "no faults"
+        print(f"{verdict}: {found.samples:,} samples in {found.shards:,} shards, {found.bytes:,} bytes: {found.url}")
+        if found.quarantine:
+            dropped = found.faulty + found.dropped
+            print(f"drop list {found.quarantine} leaves out {dropped:,} samples; runs use it once told: exclude = ...")
+    if found.faults:
+        raise typer.Exit(1)
+
+
 @shards_app.command("stats")
 def shards_stats(
     url: Annotated[str, typer.Argument(help="Data set.")],

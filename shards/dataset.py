@@ -224,9 +224,8 @@ def write_exclude(url: str | Path, version: str, rows: Iterable[tuple[int, int, 
     Raises:
         UserError: The version exists, its name is no plain word, or a row names no sample or one twice.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", version):
-        raise UserError(f"drop list name {version!r}: use letters, digits, dots, dashes and underscores")
     dataset = Dataset.open(url)
+    check_version(dataset, version)
     rows = sorted(rows)
     for shard, index, _ in rows:
         if not (0 <= shard < len(dataset.shard_sizes) and 0 <= index < dataset.shard_sizes[shard]):
@@ -240,6 +239,18 @@ def write_exclude(url: str | Path, version: str, rows: Iterable[tuple[int, int, 
         dataset.store.create(manifest.exclude_path(version), data)
     except ExistsError as error:
         raise UserError(f"drop list {version} of {url} exists and never changes; choose another name") from error
+
+
+def check_version(dataset: Dataset, version: str) -> None:
+    """Check the name of a drop list that is to be written later.
+
+    Raises:
+        UserError: It is no plain word, or there is such a list already.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", version):
+        raise UserError(f"drop list name {version!r}: use letters, digits, dots, dashes and underscores")
+    if dataset.store.exists(manifest.exclude_path(version)):
+        raise UserError(f"drop list {version} of {dataset.url} exists and never changes; choose another name")
 
 
 def read_exclude(url: str | Path, version: str | None) -> list[tuple[int, int, str]]:
