@@ -1,6 +1,7 @@
 # make        check what pip cannot bring, and install everything else into .venv
 # make demo   the main job on real images, and its result
 # make test   the tests (10 minutes at most on 2 cores)
+# make test-slow   the long ones
 # make peers       other projects' readers, into .venv-peers
 # make test-peers  our shards in their hands
 PYTHON ?= python3
@@ -10,7 +11,7 @@ READY  := $(VENV)/.ready
 PEERS  := .venv-peers
 PIP    := python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo test test-peers peers lint bench clean
+.PHONY: setup demo test test-slow test-peers peers lint bench clean
 
 # The native JPEG decoder is built at once if it is not there, and gone on without if it cannot be.
 setup: $(READY)
@@ -21,6 +22,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
 
 test-peers: setup peers
 	$(BIN)/python -m pytest -m peers tests/peers
@@ -33,6 +37,7 @@ bench: setup
 	$(BIN)/python bench/order.py
 	$(BIN)/python bench/loader.py
 	$(BIN)/python bench/manifest.py
+	$(BIN)/python bench/build.py
 
 # Made anew only when what is installed changes.
 $(READY): pyproject.toml constraints.txt
