@@ -46,13 +46,13 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[track,figures,test]'
 	@touch $(READY)
 
-# timm and OpenCLIP ask for torchvision, which pip brings as a CUDA build: they come without what they ask for, and the
-# rest of it is named here. A CPU build of torchvision put in by hand is used.
+# timm and OpenCLIP ask for torchvision, a CUDA build, which would bring all of CUDA: they and it come without what they ask
+# for, and the rest of that is named here. See tests/peers/read.py for how it is imported beside a CPU build of torch.
 peers: $(PEERS)/.ready
 $(PEERS)/.ready: constraints-peers.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/$(PIP) -c constraints-peers.txt torch webdataset megatron-energon huggingface_hub safetensors ftfy regex pandas
-	$(PEERS)/bin/$(PIP) -c constraints-peers.txt --no-deps timm open_clip_torch
+	$(PEERS)/bin/$(PIP) -c constraints-peers.txt --no-deps timm open_clip_torch torchvision
 	@touch $@
 
 clean:

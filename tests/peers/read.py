@@ -7,9 +7,8 @@ height] in the order they came; null for what this reader does not give.
 import json
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 Seen = Iterator[tuple[str | None, int | str | None, int, int]]
 
@@ -41,23 +40,32 @@ def energon(folder: Path) -> Seen:
 
 
 def timm(folder: Path) -> Seen:
-    """The reader behind ``timm.data.create_dataset("wds/...")``; the label is the class index.
-
-    Its module is imported without running the package around it, which wants torchvision for its models.
-    """
-    root = find_spec("timm").submodule_search_locations[0]
-    for name in ("timm", "timm.data", "timm.data.readers"):
-        package = sys.modules[name] = ModuleType(name)
-        package.__path__ = [str(Path(root, *name.split(".")[1:]))]
-    from timm.data.readers.reader_wds import ReaderWds
+    """timm's own data set over tars; the label is the class index."""
+    torchvision_without_operators()
+    from timm.data import create_dataset
 
     names = "::".join(Path(path).name for path in shards(folder))
-    for image, label in ReaderWds(str(folder), split=names):
+    for image, label in create_dataset("wds/", root=str(folder), split=names):
         yield None, label, *image.size
+
+
+def torchvision_without_operators() -> None:
+    """Let torchvision be imported beside a CPU build of torch.
+
+    The registry has it as a CUDA build only. Its compiled operators cannot load then, and its import fails where it
+    describes two of them that no reader uses; named, they need not be there.
+    """
+    import torch
+
+    library = torch.library.Library("torchvision", "DEF")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    torchvision_without_operators.library = library  # the names live as long as it does
 
 
 def open_clip(folder: Path) -> Seen:
     """OpenCLIP's validation data; the label is the caption, which is the class name."""
+    torchvision_without_operators()
     import torch
     from open_clip_train.data import get_data
 

@@ -70,10 +70,5 @@ def test_timm(dataset, ours):
 
 
 def test_open_clip(dataset, ours):
-    if in_peers("python", "-c", "import torchvision").returncode:
-        pytest.skip(
-            "OpenCLIP imports torchvision, which `make peers` leaves out, since pip brings a CUDA build of it; put a "
-            "CPU build into .venv-peers to run this"
-        )
     captions = [[None, dataset.classes[label], *size] for _, label, *size in ours]
     assert read("open_clip", Path(dataset.url) / "shards") == captions
