@@ -227,7 +227,9 @@ def test_receipts_are_compared(copy):
 
 def test_damage_inside_an_image_shows_when_it_is_decoded(tmp_path):
     whole = encode(1, "JPEG", (64, 64))
-    write_tar(tmp_path / "0.tar", [("a.jpg", whole), ("b.jpg", whole[:-900] + b"\xff\xd9"), ("c.png", image(2, "png"))])
+    middle = len(whole) // 2
+    bad = whole[:middle] + b"\xff\xda" * 10 + whole[middle + 20 :]  # scans that begin in the middle of one
+    write_tar(tmp_path / "0.tar", [("a.jpg", whole), ("b.jpg", bad), ("c.png", image(2, "png"))])
     index(tmp_path)
     assert verify(tmp_path).faults == []
     found = verify(tmp_path, decode=True)
