@@ -334,6 +334,26 @@ def test_a_killed_index_goes_on_where_it_was(tmp_path):
     assert tree(out) == tree(tmp_path / "whole")
 
 
+def test_a_full_disk_leaves_nothing_half_written(tmp_path):
+    folder = write_webdataset(tmp_path / "set", samples=300, shard=100)
+    index(folder, tmp_path / "whole")
+    out = tmp_path / "out"
+    program = (
+        "import resource, sys; from shards.index import index; resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000));"
+        "from shards.errors import UserError\n"
+        "try: index(*sys.argv[1:], workers=1)\n"
+        "except UserError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(folder), str(out)], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.startswith("cannot write "), done.stderr
+    assert "File too large" in done.stdout
+    assert [path for path in out.rglob("*") if path.is_file()] == []
+    index(folder, out)
+    assert tree(out) == tree(tmp_path / "whole")
+
+
 def test_what_changed_is_read_again(tmp_path):
     folder = named(tmp_path / "set", ["zebra", "cat"], ["ant", "zebra"])
     index(folder)
