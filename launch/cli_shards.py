@@ -151,29 +151,40 @@ def shards_verify(
 def shards_stats(
     url: Annotated[str, typer.Argument(help="Data set.")],
     exclude: Annotated[str | None, typer.Option(help="Version of the drop list.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with histograms as well.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Count classes, sizes and formats, from the manifest alone."""
+    """Count classes, labels, sizes, formats and repeats, from the manifest alone."""
     from shards.dataset import Dataset
-    from shards.stats import render, stats
+    from shards.stats import stats
+    from shards.stats_view import tables, write_page
 
-    counted = stats(Dataset.open(url, exclude))
+    counted = stats(Dataset.open(url, exclude), progress=True)
+    if html:
+        write_page(html, counted)
     if as_json:
         print(json.dumps(asdict(counted)))
     else:
-        Console().print(render(counted))
+        Console().print(tables(counted))
 
 
 @shards_app.command("show")
 def shards_show(
     url: Annotated[str, typer.Argument(help="Data set.")],
     out: Annotated[Path, typer.Argument(help="PNG to write.")] = Path("contact-sheet.png"),
+    class_names: Annotated[
+        list[str] | None, typer.Option("--class", metavar="NAME", help="Only these; repeat it, or put commas between.")
+    ] = None,
+    keys: Annotated[
+        list[str] | None, typer.Option("--key", metavar="KEY", help="Exactly these samples; repeat it.")
+    ] = None,
     samples: Annotated[int, typer.Option(help="Images on the sheet, at most.")] = 96,
+    exclude: Annotated[str | None, typer.Option(help="Version of the drop list.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a contact sheet: a row of images for each class."""
+    """Write a contact sheet: images of each class, evenly, or those asked for by class or key."""
     from shards.dataset import Dataset
     from shards.show import show
 
-    keys = show(Dataset.open(url), out, samples)
-    print(json.dumps({"sheet": str(out), "keys": keys}) if as_json else out)
+    shown = show(Dataset.open(url, exclude), out, samples, class_names or (), keys or ())
+    print(json.dumps({"sheet": str(out), "keys": shown}) if as_json else out)

@@ -125,9 +125,10 @@ class Dataset:
         """Return the kept samples of a shard; those of the shards used last stay in memory."""
         return self._cached_rows(shard)
 
-    def _read_rows(self, shard: int) -> Rows:
+    def table(self, shard: int, columns: list[str]) -> pa.Table:
+        """Read columns of ``manifest.SAMPLES_SCHEMA``, for the kept samples of a shard; nothing stays in memory."""
         path = manifest.samples_path(shard)
-        table = manifest.read_table(self.store.read(path), columns=ROW_COLUMNS)
+        table = manifest.read_table(self.store.read(path), columns=columns)
         if len(table) != self._raw_sizes[shard]:
             raise UserError(
                 f"{self.url}/{path} has {len(table)} rows, shards.parquet says {self._raw_sizes[shard]}; "
@@ -135,7 +136,10 @@ class Dataset:
             )
         keep = np.ones(len(table), dtype=bool)
         keep[self._dropped[self._dropped_starts[shard] : self._dropped_starts[shard + 1]]] = False
-        table = table.filter(pa.array(keep))
+        return table if keep.all() else table.filter(pa.array(keep))
+
+    def _read_rows(self, shard: int) -> Rows:
+        table = self.table(shard, ROW_COLUMNS)
         tuples: dict[tuple, tuple] = {}  # one object for each distinct tuple
         labels = (tuple(labels) for labels in table["labels"].to_pylist())
         return Rows(

@@ -42,6 +42,8 @@ def read_header(data: bytes) -> Header:
         raise BrokenImageError("empty file")
     if data[:3] == b"\xff\xd8\xff":
         return _read_jpeg(data)
+    if data[:4] == b"RIFF" and len(data) < 8 + int.from_bytes(data[4:8], "little"):
+        raise BrokenImageError("cut short: fewer bytes than its header claims")
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "WEBP")) as image:
             header = Header(image.format.lower(), *image.size, _orientation(image.info.get("exif", b"")))
@@ -51,8 +53,6 @@ def read_header(data: bytes) -> Header:
         raise BrokenImageError("not a jpg, png or webp image") from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise BrokenImageError(str(error)) from error
-    if header.format == "webp" and len(data) < 8 + int.from_bytes(data[4:8], "little"):
-        raise BrokenImageError("cut short: fewer bytes than its header claims")
     return header
 
 

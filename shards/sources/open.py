@@ -9,9 +9,10 @@ from urllib.parse import unquote, urlsplit
 from shards.errors import UserError
 from shards.sources import Source, place
 from shards.sources.folder import Folder
+from shards.sources.table import Table
 from shards.store import Store, open_store
 
-KINDS: dict[str, Callable[..., Source]] = {"folder": Folder}
+KINDS: dict[str, Callable[..., Source]] = {"folder": Folder, "table": Table}
 
 
 def open_source(url: str | Path, kind: str | None = None, *, unpacked: Path, **options: object) -> Source:
@@ -61,6 +62,8 @@ def find_kind(url: str) -> str:
 
 def _kinds_of_file(store: Store, name: str) -> set[str]:
     """Return the kinds that a file could be."""
+    if name.lower().endswith((".csv", ".jsonl", ".parquet")):
+        return {"table"}
     return set()
 
 
