@@ -78,6 +78,21 @@ def test_what_we_built_has_no_faults(tmp_path, workers):
     assert verify(tmp_path / "built", decode=True, workers=workers).faults == []
 
 
+def test_many_labels_with_weights_that_we_built_have_no_faults(tmp_path):
+    labels = [{"labels": ["7", "3"], "weights": [0.1, 0.9]}, {"labels": ["3"]}, {"labels": []}]
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(image(i))
+    lines = [json.dumps({"path": f"{i}.jpg"} | each) for i, each in enumerate(labels)]
+    (tmp_path / "table.jsonl").write_text("\n".join(lines))
+    build(tmp_path / "table.jsonl", tmp_path / "built", captions=True, workers=1)
+    assert verify(tmp_path / "built").faults == []
+    [weighted] = [place for place in range(3) if len(row(tmp_path / "built", place, 0)["labels"]) == 2]
+    change_table(tmp_path / "built", "weights", weighted, [0.5, 0.5], shard=0)
+    assert [(fault.index, fault.reason[:11]) for fault in verify(tmp_path / "built").faults] == [
+        (weighted, "the weights")
+    ]
+
+
 def test_a_changed_byte_of_an_image(copy):
     place = row(copy, 3)
     change(copy / TAR, place["offset"] + place["size"] // 2, b"\0\1\2\3")
@@ -227,7 +242,9 @@ def test_receipts_are_compared(copy):
 
 def test_damage_inside_an_image_shows_when_it_is_decoded(tmp_path):
     whole = encode(1, "JPEG", (64, 64))
-    write_tar(tmp_path / "0.tar", [("a.jpg", whole), ("b.jpg", whole[:-900] + b"\xff\xd9"), ("c.png", image(2, "png"))])
+    middle = len(whole) // 2
+    bad = whole[:middle] + b"\xff\xda" * 10 + whole[middle + 20 :]  # scans that begin in the middle of one
+    write_tar(tmp_path / "0.tar", [("a.jpg", whole), ("b.jpg", bad), ("c.png", image(2, "png"))])
     index(tmp_path)
     assert verify(tmp_path).faults == []
     found = verify(tmp_path, decode=True)
