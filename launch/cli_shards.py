@@ -4,10 +4,13 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from shards.merge import Result
 
 # Torch takes seconds to import, so each command imports what it needs.
 
@@ -18,24 +21,54 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 @shards_app.command("build")
 def shards_build(
-    source: Annotated[Path, typer.Argument(help="Folder with one folder of images a class.")],
-    out: Annotated[Path, typer.Argument(help="Folder of the new data set.")],
+    source: Annotated[
+        str, typer.Argument(help="Folder, table, tars, Parquet, CIFAR or ImageNet archive: path or URL.")
+    ],
+    out: Annotated[str, typer.Argument(help="Folder or URL of the new data set.")],
     shard_samples: Annotated[int, typer.Option(help="Samples a shard, at most.")] = 10_000,
     shard_bytes: Annotated[int, typer.Option(help="Image bytes a shard, at most.")] = 1_000_000_000,
-    workers: Annotated[
-        int | None, typer.Option(help="Processes; default: one for each 10,000 images, up to the cores.")
-    ] = None,
     split: Annotated[str | None, typer.Option(help="Held-out parts, such as val=0.01; the rest is train.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the shuffle.")] = 0,
+    resize_short: Annotated[int | None, typer.Option(help="Shrink to this short side, pixels.")] = None,
+    format: Annotated[str | None, typer.Option(help="Make all images jpg, png or webp.")] = None,
+    quality: Annotated[int | None, typer.Option(help="Of jpg and webp made anew, 1 to 100; default 90.")] = None,
+    decode: Annotated[bool, typer.Option("--decode", help="Decode every image, to find damage inside.")] = False,
+    captions: Annotated[bool, typer.Option("--captions", help="Add KEY.txt with the class names.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Processes; default: the cores, as far as they pay.")] = None,
+    slice_: Annotated[
+        str, typer.Option("--slice", metavar="I/N", help="Build each N-th shard from I; then merge.")
+    ] = "0/1",
     max_rejected: Annotated[int, typer.Option(help="Broken images to leave out before giving up.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built; write nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Build WebDataset shards and their manifest from raw images; a killed build goes on where it was."""
+    """Build WebDataset shards and their manifest from images; a killed build goes on where it was."""
     from shards.build import build, parse_split
+    from shards.encode import Encoding
+    from shards.plan import Slice
 
     built = build(
-        source, out, shard_samples=shard_samples, shard_bytes=shard_bytes, workers=workers,
-        split=parse_split(split) if split else None, max_rejected=max_rejected, progress=True,
+        source, out, shard_samples=shard_samples, shard_bytes=shard_bytes, split=parse_split(split) if split else None,
+        seed=seed, encoding=Encoding(resize_short, format, quality), decode=decode, captions=captions, workers=workers,
+        own=Slice.parse(slice_), max_rejected=max_rejected, dry_run=dry_run, progress=True,
     )  # fmt: skip
+    _print_built(built, as_json)
+    if not (built.finished or dry_run or as_json):
+        print(f"slice {slice_} is done; when all are: patchmill shards merge {out}", file=sys.stderr)
+
+
+@shards_app.command("merge")
+def shards_merge(
+    out: Annotated[str, typer.Argument(help="Folder or URL that all slices were built into.")],
+    as_json: Json = False,
+) -> None:
+    """End a build in slices: write the manifest, once all shards are there."""
+    from shards.merge import merge
+
+    _print_built(merge(out), as_json)
+
+
+def _print_built(built: "Result", as_json: bool) -> None:
     if as_json:
         print(json.dumps(asdict(built)))
         return

@@ -69,13 +69,14 @@ def commit_folder(partial: Path, path: str | Path) -> None:
 
 
 @contextmanager
-def only_one(folder: Path, doing: str, wait: float = 0.0) -> Iterator[None]:
+def only_one(folder: Path, doing: str, wait: float = 0.0, shared: bool = False) -> Iterator[None]:
     """Keep every other process that asks the same out of ``folder``; the lock goes with the process, however that ends.
 
     Args:
         folder: Made if it is not there.
         doing: For the error: ``"build"``, ``"training run"``.
         wait: Seconds to wait for a process that may be on its way out.
+        shared: Let others in that ask with ``shared`` too, and keep only the rest out.
 
     Raises:
         UserError: Another process is at it.
@@ -86,7 +87,7 @@ def only_one(folder: Path, doing: str, wait: float = 0.0) -> Iterator[None]:
         deadline = time.monotonic() + wait
         while True:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:

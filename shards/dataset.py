@@ -188,7 +188,9 @@ def write_exclude(folder: str | Path, version: str, rows: Iterable[tuple[int, in
         if following[:2] == (shard, index):
             raise UserError(f"drop list {version}: sample {index} of shard {shard} is listed twice; drop it once")
     columns = [[row[i] for row in rows] for i in range(3)]
-    manifest.write_table(path, pa.table(columns, schema=manifest.EXCLUDE_SCHEMA))
+    manifest.write_table(
+        dataset.store, manifest.exclude_path(version), pa.table(columns, schema=manifest.EXCLUDE_SCHEMA)
+    )
 
 
 def _read_dropped(store: Store, exclude: str | None) -> np.ndarray:

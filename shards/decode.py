@@ -2,7 +2,8 @@
 
 import io
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import cv2
 import numpy as np
@@ -57,60 +58,59 @@ def decode(data: bytes, key: str, box: Callable[[int, int], Box] | None = None) 
     Raises:
         DecodeError: The content is damaged, or has more than 179 million pixels.
     """
-    try:
+    with _errors(key):
         if data[:3] == b"\xff\xd8\xff":
             image = _decode_jpeg(data, box)
             if image is not None:
                 return image
         return _part(_decode_any(data), box)
+
+
+def decode_shrunk(data: bytes, key: str, short: int, colours: str = "RGB") -> np.ndarray:
+    """Decode an image, at 1/2, 1/4 or 1/8 of its size if it is a JPEG whose short side is still ``short`` pixels then.
+
+    These are the scales that libjpeg-turbo has fast code for. As ``decode`` otherwise.
+
+    Returns:
+        uint8 [height, width, 3], RGB, upright; with ``colours`` GRAY [height, width, 1], luma of ITU-R BT.601, for which
+        a JPEG's colours are not even decoded.
+
+    Raises:
+        DecodeError: As ``decode`` does.
+    """
+    with _errors(key):
+        if data[:3] == b"\xff\xd8\xff":
+            image = _decode_jpeg(data, None, short, colours)
+            if image is not None:
+                return image
+        image = _decode_any(data)
+        return image if colours == "RGB" else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[:, :, None]
+
+
+@contextmanager
+def _errors(key: str) -> Iterator[None]:
+    try:
+        yield
     except _BAD_IMAGE as error:
         reason = "no known image format" if isinstance(error, UnidentifiedImageError) else error
         raise DecodeError(f"cannot decode {key}: {reason}; drop the sample from the data set") from error
 
 
-def decode_grey(data: bytes, key: str, least: int) -> np.ndarray:
-    """Decode an image to grey, upright, for comparing rather than training: fast where JPEG shrinks on the way.
-
-    Args:
-        data: An encoded image.
-        key: Its name, for the error.
-        least: A plain JPEG is decoded at the smallest of its scales with both sides at least so many pixels; anything
-            else, and a smaller image, at its own size.
-
-    Returns:
-        uint8 [height, width], luma of ITU-R BT.601.
-
-    Raises:
-        DecodeError: As for ``decode``.
-    """
-    if data[:3] == b"\xff\xd8\xff":
-        try:
-            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-            if colours not in ("CMYK", "YCCK") and height * width <= _MOST_PIXELS:
-                turn = _exif_turn(data)
-                image = simplejpeg.decode_jpeg(data, "GRAY", min_height=least, min_width=least)
-                return (turn(image) if turn else image)[:, :, 0]
-        except ValueError:
-            pass  # Pillow has to look
-    return cv2.cvtColor(decode(data, key), cv2.COLOR_RGB2GRAY)
-
-
-def _exif_turn(data: bytes) -> Callable[[np.ndarray], np.ndarray] | None:
-    """Return what puts a JPEG upright, None if it is."""
-    exif = data.find(b"Exif\x00\x00", 0, 1 << 16)
-    return _UPRIGHT.get(_orientation(data[exif : exif + (1 << 16)])) if exif >= 0 else None
-
-
-def _decode_jpeg(data: bytes, box: Callable[[int, int], Box] | None) -> np.ndarray | None:
+def _decode_jpeg(
+    data: bytes, box: Callable[[int, int], Box] | None, short: int = 0, to: str = "RGB"
+) -> np.ndarray | None:
     """Decode a plain JPEG; None where Pillow has to look."""
-    turn = _exif_turn(data)
+    exif = data.find(b"Exif\x00\x00", 0, 1 << 16)
+    turn = _UPRIGHT.get(_orientation(data[exif : exif + (1 << 16)])) if exif >= 0 else None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         if colours in ("CMYK", "YCCK") or height * width > _MOST_PIXELS:
             return None
         if box and not turn and (part := decode_part(data, *box(height, width))) is not None:
             return part
-        image = simplejpeg.decode_jpeg(data, "RGB")
+        factor = next((factor for factor in (8, 4, 2) if short and min(height, width) >= short * factor), 1)
+        least = (0, 0) if factor == 1 else (-(-height // factor), -(-width // factor))
+        image = simplejpeg.decode_jpeg(data, to, min_height=least[0], min_width=least[1])
     except ValueError:
         return None
     return _part(np.ascontiguousarray(turn(image)) if turn else image, box)

@@ -14,11 +14,19 @@ class BrokenImageError(ValueError):
 
 
 class Header(NamedTuple):
-    """The true format (jpg, png or webp, whatever the file is called) and the stored size in pixels."""
+    """The true format (jpg, png or webp, whatever the file is called), the stored size, the EXIF orientation.
+
+    Attributes:
+        format: jpg, png or webp.
+        width: Of the stored image, pixels.
+        height: Likewise.
+        orientation: 1 (upright, or nothing said) to 8, as in EXIF 2.32, table 6.
+    """
 
     format: str
     width: int
     height: int
+    orientation: int = 1
 
 
 def read_header(data: bytes) -> Header:
@@ -34,7 +42,7 @@ def read_header(data: bytes) -> Header:
         raise BrokenImageError("empty file")
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
-            header = Header(FORMATS[image.format], *image.size)
+            header = Header(FORMATS[image.format], *image.size, _orientation(image))
             if header.format == "png":
                 image.verify()
     except Image.UnidentifiedImageError as error:
@@ -46,6 +54,16 @@ def read_header(data: bytes) -> Header:
     if header.format == "webp" and len(data) < 8 + int.from_bytes(data[4:8], "little"):
         raise BrokenImageError("cut short: fewer bytes than its header claims")
     return header
+
+
+def _orientation(image: Image.Image) -> int:
+    if "exif" not in image.info:
+        return 1
+    try:
+        orientation = image.getexif().get(0x0112, 1)
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error):  # broken EXIF breaks no image
+        return 1
+    return orientation if orientation in range(1, 9) else 1
 
 
 def _jpeg_ends(data: bytes) -> bool:

@@ -11,14 +11,13 @@ import io
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shards.atomic import whole_file, write_text
 from shards.errors import UserError
+from shards.store import Store
 
 SCHEMA_VERSION = 2
 DATASET = "manifest/dataset.json"
@@ -99,10 +98,10 @@ def digest_with_exclude(base: str, shard: np.ndarray, index: np.ndarray) -> str:
     return hashlib.sha256(base.encode() + pairs.tobytes()).hexdigest()
 
 
-def write_table(path: str | Path, table: pa.Table) -> None:
+def write_table(store: Store, path: str, table: pa.Table) -> None:
     """Write a parquet file that appears whole or not at all."""
-    with whole_file(path) as partial:
-        pq.write_table(table, partial, compression="zstd")
+    with store.new_file(path) as file:
+        pq.write_table(table, file, compression="zstd")
 
 
 def read_table(data: bytes, columns: list[str] | None = None) -> pa.Table:
@@ -110,22 +109,23 @@ def read_table(data: bytes, columns: list[str] | None = None) -> pa.Table:
     return pq.read_table(io.BytesIO(data), columns=columns, use_threads=False)
 
 
-def write_samples(path: str | Path, rows: dict[str, list], receipt: Receipt) -> None:
+def write_samples(store: Store, path: str, rows: dict[str, list], receipt: Receipt) -> None:
     """Write a shard's sample table (columns as in ``SAMPLES_SCHEMA``) with its receipt."""
     schema = SAMPLES_SCHEMA.with_metadata({"receipt": json.dumps(asdict(receipt))})
-    write_table(path, pa.table(rows, schema=schema))
+    write_table(store, path, pa.table(rows, schema=schema))
 
 
-def read_receipt(path: str | Path) -> Receipt:
+def read_receipt(store: Store, path: str) -> Receipt:
     """Read the receipt from the footer of a sample table, without its rows."""
-    fields = json.loads(pq.read_schema(path).metadata[b"receipt"])
+    with store.stream(path) as file:
+        fields = json.loads(pq.read_schema(file).metadata[b"receipt"])
     fields["rejected"] = [tuple(entry) for entry in fields["rejected"]]
     return Receipt(**fields)
 
 
-def write_info(folder: Path, info: Info) -> None:
-    """Write ``dataset.json``: from now on ``folder`` holds a whole data set."""
-    write_text(folder / DATASET, json.dumps(asdict(info), indent=1, sort_keys=True) + "\n")
+def write_info(store: Store, info: Info) -> None:
+    """Write ``dataset.json``: from now on the store holds a whole data set."""
+    store.write(DATASET, (json.dumps(asdict(info), indent=1, sort_keys=True) + "\n").encode())
 
 
 def parse_info(data: bytes, url: str) -> Info:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from shards.decode import decode_grey
+from shards.decode import decode_shrunk
 
 SIDE = 64  # pixels of the small picture
 THUMB = 16  # pixels of the thumbnail kept in memory for every test image
@@ -69,7 +69,7 @@ def small_picture(data: bytes, key: str) -> np.ndarray:
     Raises:
         DecodeError: The image is damaged.
     """
-    grey = decode_grey(data, key, 2 * SIDE)
+    grey = decode_shrunk(data, key, SIDE, "GRAY")
     return cv2.resize(grey, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
 
 

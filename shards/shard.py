@@ -1,57 +1,81 @@
-"""One shard: what it is to hold, its tar written by webdataset, and its receipt."""
+"""One shard: what it is to hold, its tar, its sample table and its receipt."""
 
 import hashlib
 import json
-import tarfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from shards import manifest
-from shards.atomic import whole_file
 from shards.decode import DecodeError, decode
+from shards.encode import ENCODER, Encoding
 from shards.errors import UserError
-from shards.header import BrokenImageError, read_header
+from shards.header import BrokenImageError, Header, read_header
 from shards.manifest import Receipt
-from shards.sources.folder import ImageFile
+from shards.plan import read_job
+from shards.sources import Item
+from shards.sources.reader import Reader
+from shards.store import MissingError, open_store
+from shards.tarwrite import TAR, TarWriter
 
-# Settings of webdataset's TarWriter that keep times and users out of the bytes, and allow long names.
-TAR = {"mtime": 0, "user": "patchmill", "group": "patchmill", "mode": 0o444, "format": "GNU_FORMAT"}
+
+@dataclass(frozen=True)
+class Form:
+    """The form in which every sample of a data set is stored.
+
+    Attributes:
+        classes: Names of the classes, for captions.
+        multi_label: Labels go into KEY.json instead of KEY.cls.
+        encoding: How images are made anew.
+        decode: Decode every image whole, to find damage inside.
+        captions: Add KEY.txt with the names of the classes.
+    """
+
+    classes: list[str]
+    multi_label: bool = False
+    encoding: Encoding = Encoding()  # noqa: RUF009, it is frozen
+    decode: bool = False
+    captions: bool = False
+
+    def settings(self) -> dict:
+        """Return what decides the bytes, beside the classes."""
+        made_anew = self.encoding != Encoding()
+        return {
+            "captions": self.captions,
+            "decode": self.decode,
+            "encoding": asdict(self.encoding) | {"encoder": ENCODER} if made_anew else None,
+            "multi_label": self.multi_label,
+            "tar": TAR,
+        }
 
 
 @dataclass(frozen=True)
 class Job:
-    """One shard to write: these images of ``source``, in this order, into the data set ``folder``."""
+    """One shard to write into the data set ``out``: ``samples`` images, listed in the file ``items``.
 
-    source: Path
-    folder: Path
+    ``plan`` is the digest of the whole plan: together with the number it decides every byte.
+    """
+
+    out: str
     shard: int
-    images: list[ImageFile]
-
-    @property
-    def tar(self) -> Path:
-        """Where the tar goes."""
-        return self.folder / manifest.shard_path(self.shard)
-
-    @property
-    def samples(self) -> Path:
-        """Where the sample table goes, with the receipt in it."""
-        return self.folder / manifest.samples_path(self.shard)
-
-    def plan(self) -> str:
-        """Return the hex digest of what this shard is to hold."""
-        images = [[image.key, image.path, image.label, image.size] for image in self.images]
-        return hashlib.sha256(json.dumps([TAR, images]).encode()).hexdigest()
+    samples: int
+    items: Path
+    plan: str
+    reader: Reader
+    form: Form
 
 
 def finished(job: Job) -> Receipt | None:
-    """Return the receipt of this shard if an earlier build wrote it from the same files, unchanged since."""
+    """Return the receipt of this shard if an earlier build wrote it from the same images, unchanged since."""
+    store, tar = open_store(job.out), manifest.shard_path(job.shard)
     try:
-        receipt, tar = manifest.read_receipt(job.samples), job.tar.stat()
-    except (OSError, ValueError, KeyError, TypeError):  # missing, damaged or written by something else
+        receipt = manifest.read_receipt(store, manifest.samples_path(job.shard))
+        whole = receipt.bytes == store.size(tar)
+    except (UserError, OSError, ValueError, KeyError, TypeError):  # missing, damaged or written by something else
         return None
-    unchanged = all(image.changed <= tar.st_mtime_ns for image in job.images)
-    return receipt if receipt.plan == job.plan() and receipt.bytes == tar.st_size and unchanged else None
+    if not whole or receipt.plan != job.plan:
+        return None
+    written = store.modified(tar)
+    return receipt if all(item.changed <= written for item in read_job(job.items)) else None
 
 
 def write_shard(job: Job) -> Receipt:
@@ -59,64 +83,81 @@ def write_shard(job: Job) -> Receipt:
 
     Raises:
         UserError: An image cannot be read, or is no longer what the plan says.
+        PatchmillError: The network failed, in spite of retries.
     """
-    from webdataset import TarWriter  # here, because it imports torch: only who writes waits for that
-
-    job.samples.unlink(missing_ok=True)  # an old receipt must not vouch for the new tar
+    store, tar = open_store(job.out, create=True), manifest.shard_path(job.shard)
+    items = read_job(job.items)
+    store.delete(manifest.samples_path(job.shard))  # an old receipt must not vouch for the new tar
     rows: dict[str, list] = {name: [] for name in manifest.SAMPLES_SCHEMA.names}
     rejected = []
-    with whole_file(job.tar) as partial:
-        with open(partial, "wb") as file:
-            hashed = _HashedFile(file)
-            with TarWriter(hashed, encoder=False, **TAR) as tar:
-                for image in job.images:
-                    data = _read(job.source / image.path, image.size)
-                    try:
-                        header = read_header(data)
-                        decode(data, image.path)  # damage inside the compressed data shows in no header
-                    except BrokenImageError as error:
-                        rejected.append((image.path, str(error)))
-                        continue
-                    except DecodeError as error:
-                        rejected.append((image.path, str(error.__cause__)))
-                        continue
-                    tar.write({"__key__": image.key, header.format: data, "cls": str(image.label).encode()})
-                    row = (image.key, len(data), header.format, [image.label], header.width, header.height)
-                    for name, value in zip(("key", "size", "format", "labels", "width", "height"), row, strict=True):
-                        rows[name].append(value)
-                    rows["sha256"].append(hashlib.sha256(data).digest())
-            written = file.tell()
-        with tarfile.open(partial, "r:") as tar:  # names are longer than a header block now and then: never guess
-            rows["offset"] = [member.offset_data for member in tar if not member.name.endswith(".cls")]
+    with store.new_file(tar) as path, open(path, "wb", buffering=1 << 20) as file:
+        writer = TarWriter(file)
+        for item, data in job.reader.read_all(items):
+            try:
+                if isinstance(data, MissingError):
+                    raise BrokenImageError("missing")
+                data, header, orientation = _stored(item, data, job.form)
+            except BrokenImageError as error:
+                rejected.append((_name(item), str(error)))
+                continue
+            except DecodeError as error:
+                rejected.append((_name(item), str(error.__cause__)))
+                continue
+            members = {header.format: data, **_members(item, job.form)}
+            places = {
+                extension: writer.add(f"{item.key}.{extension}", members[extension]) for extension in sorted(members)
+            }
+            place = places[header.format]
+            row = {
+                "key": item.key,
+                "offset": place.offset,
+                "size": len(data),
+                "format": header.format,
+                "labels": item.labels,
+                "weights": item.weights or None,
+                "width": header.width,
+                "height": header.height,
+                "orientation": orientation,
+                "member": place.header,
+                "sha256": hashlib.sha256(data).digest(),
+            }
+            for name, value in row.items():
+                rows[name].append(value)
+        writer.close()
     receipt = Receipt(
-        sha256=hashed.digest.hexdigest(),
-        bytes=written,
+        sha256=writer.sha256.hexdigest(),
+        bytes=writer.bytes,
         samples=len(rows["key"]),
         image_bytes=sum(rows["size"]),
-        plan=job.plan(),
+        plan=job.plan,
         rejected=rejected,
     )
-    manifest.write_samples(job.samples, rows, receipt)
+    manifest.write_samples(store, manifest.samples_path(job.shard), rows, receipt)
     return receipt
 
 
-class _HashedFile:
-    """A file to write to that hashes what goes through it."""
+def _stored(item: Item, data: bytes, form: Form) -> tuple[bytes, Header, int]:
+    """Return an image as it is to be stored, its header, and the orientation it had in the source."""
+    source = read_header(data)
+    anew = form.encoding.apply(data, source, item.key)
+    if anew is not None:
+        return anew, read_header(anew), source.orientation
+    if form.decode:
+        decode(data, item.key)
+    return data, source, source.orientation
 
-    def __init__(self, file: BinaryIO):
-        self.file = file
-        self.digest = hashlib.sha256()
 
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        return self.file.write(data)
+def _members(item: Item, form: Form) -> dict[str, bytes]:
+    """Return what is stored beside the image, by extension."""
+    if form.multi_label:
+        labels = {"labels": item.labels} | ({"weights": item.weights} if item.weights else {})
+        members = {"json": json.dumps(labels).encode()}
+    else:
+        members = {"cls": str(item.labels[0]).encode()}
+    if form.captions:
+        members["txt"] = ", ".join(form.classes[label] for label in item.labels).encode()
+    return members
 
 
-def _read(path: Path, size: int) -> bytes:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; mend or remove it, then build again") from error
-    if len(data) != size:
-        raise UserError(f"{path} changed while the build ran; build again when the source is at rest")
-    return data
+def _name(item: Item) -> str:
+    return f"{item.file} at byte {item.offset}" if item.offset else item.file

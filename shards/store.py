@@ -77,6 +77,10 @@ class LocalStore:
         """Return several ranges of one object, in the order asked."""
         return [self.read_range(path, start, length) for start, length in zip(starts, lengths, strict=True)]
 
+    def folders(self) -> list[str]:
+        """Return the sorted names of the folders in the store."""
+        return sorted(entry.name for entry in self._root.iterdir() if entry.is_dir())
+
     def stream(self, path: str) -> io.BufferedIOBase:
         """Open the object for sequential reading; seeking is allowed."""
         try:
@@ -92,6 +96,13 @@ class LocalStore:
         """Return the bytes of the object at ``path``."""
         try:
             return (self._root / path).stat().st_size
+        except OSError as error:
+            raise _failure(self.url, path, error) from error
+
+    def modified(self, path: str) -> int:
+        """Return when the object at ``path`` was written, nanoseconds since 1970."""
+        try:
+            return (self._root / path).stat().st_mtime_ns
         except OSError as error:
             raise _failure(self.url, path, error) from error
 
@@ -173,6 +184,13 @@ class RemoteStore:
         except (BaseError, OSError) as error:
             raise _failure(self.url, path, error) from error
 
+    def modified(self, path: str) -> int:
+        """Return when the object at ``path`` was written, nanoseconds since 1970, by the server's clock."""
+        try:
+            return int(obstore.head(self._store, path)["last_modified"].timestamp() * 1e9)
+        except (BaseError, OSError) as error:
+            raise _failure(self.url, path, error) from error
+
     @contextmanager
     def new_file(self, path: str) -> Iterator[Path]:
         """Yield a local file to write; on a clean exit it becomes the object at ``path``, else nothing happened.
@@ -200,6 +218,13 @@ class RemoteStore:
             pass
         except (BaseError, OSError) as error:
             raise PatchmillError(f"cannot remove {self.url}/{path}: {_reason(error)}") from error
+
+    def folders(self) -> list[str]:
+        """Return the sorted names of the folders in the store. Plain web servers cannot list."""
+        try:
+            return sorted(obstore.list_with_delimiter(self._store)["common_prefixes"])
+        except (BaseError, OSError) as error:
+            raise _failure(self.url, "", error) from error
 
     def list(self, folder: str) -> list[str]:
         """Return the sorted names of the objects directly in ``folder``. Plain web servers cannot list."""

@@ -14,8 +14,8 @@ from tests.shards.images import encode
 @pytest.mark.parametrize(("format", "name"), [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")])
 def test_whole_images_pass_and_cut_ones_do_not(format, name):
     data = encode(1, format, (40, 30))
-    assert read_header(data) == (name, 40, 30)
-    assert read_header(data + b"\0\0") == (name, 40, 30)  # padding behind the end does no harm
+    assert read_header(data) == (name, 40, 30, 1)
+    assert read_header(data + b"\0\0") == (name, 40, 30, 1)  # padding behind the end does no harm
     for keep in (0.02, 0.5, 0.9, 0.99):
         with pytest.raises(BrokenImageError):
             read_header(data[: int(len(data) * keep)])
@@ -30,7 +30,7 @@ def test_exif_size_is_the_stored_one_and_a_thumbnail_is_no_end():
     block = b"Exif\0\0" + exif.tobytes().removeprefix(b"Exif\0\0") + thumbnail
     data = encode(1, size=(40, 30))
     data = data[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + data[2:]
-    assert read_header(data) == ("jpg", 40, 30)
+    assert read_header(data) == ("jpg", 40, 30, 6)
     with pytest.raises(BrokenImageError, match="no end marker"):
         read_header(data[:-2])  # the thumbnail's own end marker is still in it
 

@@ -13,6 +13,7 @@ from shards.dataset import Dataset
 from shards.decode import DecodeError, decode
 from shards.errors import PatchmillError, UserError
 from shards.loader import Loader, evaluation_batches
+from shards.store import open_store
 
 SAMPLES = 53  # prime: nothing divides an epoch
 CROP = InceptionCrop(16)
@@ -211,11 +212,11 @@ def test_an_error_of_a_thread_reaches_the_consumer_and_ends_the_threads(own):
 
 
 def test_several_labels_are_refused_in_plain_words(own):
-    path = own / manifest.samples_path(0)
-    receipt, table = manifest.read_receipt(path), manifest.read_table(path.read_bytes())
+    store, path = open_store(own), manifest.samples_path(0)
+    receipt, table = manifest.read_receipt(store, path), manifest.read_table(store.read(path))
     rows = table.to_pydict()
     rows["labels"] = [[0, 1] for _ in rows["labels"]]
-    manifest.write_samples(path, rows, receipt)
+    manifest.write_samples(store, path, rows, receipt)
     with pytest.raises(UserError, match="2 labels, one is needed"):
         list(islice(loader(Dataset.open(own)), 5))
 

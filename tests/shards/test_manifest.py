@@ -6,6 +6,7 @@ import pytest
 from shards import manifest
 from shards.errors import UserError
 from shards.manifest import Info, Receipt
+from shards.store import open_store
 
 ROWS = {
     "key": ["a/0", "b/1"],
@@ -13,8 +14,11 @@ ROWS = {
     "size": [1000, 2000],
     "format": ["jpg", "png"],
     "labels": [[0], [1, 2]],
+    "weights": [None, [0.25, 0.75]],
     "width": [10, 20],
     "height": [30, 40],
+    "orientation": [1, 6],
+    "member": [0, 2**32 - 1],
     "sha256": [bytes(range(32)), bytes(32)],
 }
 RECEIPT = Receipt("ab" * 32, 10240, 2, 3000, "cd" * 32, [("c/x.jpg", "empty file")])
@@ -23,17 +27,18 @@ INFO = Info(["a", "b"], 2, 10240, 3000, 1, "ef" * 32, {"seed": 0})
 
 def test_sample_table_and_receipt_round_trip(tmp_path):
     path = tmp_path / "000000.parquet"
-    manifest.write_samples(path, ROWS, RECEIPT)
+    store = open_store(tmp_path)
+    manifest.write_samples(store, path.name, ROWS, RECEIPT)
     table = manifest.read_table(path.read_bytes())
     assert table.schema.remove_metadata() == manifest.SAMPLES_SCHEMA
     assert table.to_pydict() == ROWS
-    assert manifest.read_receipt(path) == RECEIPT
+    assert manifest.read_receipt(store, path.name) == RECEIPT
     assert manifest.read_table(path.read_bytes(), columns=["size"]).to_pydict() == {"size": [1000, 2000]}
 
 
 def test_info_round_trips_and_is_the_same_every_time(tmp_path):
-    manifest.write_info(tmp_path / "one", INFO)
-    manifest.write_info(tmp_path / "two", INFO)
+    manifest.write_info(open_store(tmp_path / "one", create=True), INFO)
+    manifest.write_info(open_store(tmp_path / "two", create=True), INFO)
     data = (tmp_path / "one" / manifest.DATASET).read_bytes()
     assert data == (tmp_path / "two" / manifest.DATASET).read_bytes()
     assert manifest.parse_info(data, "url") == INFO
@@ -42,9 +47,9 @@ def test_info_round_trips_and_is_the_same_every_time(tmp_path):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b'{"schema_version": 2}', "schema version 2"),
+        (b'{"schema_version": 1}', "schema version 1"),
         (b'{"schema_ver', "damaged"),
-        (b'{"schema_version": 1}', "damaged"),
+        (b'{"schema_version": 2}', "damaged"),
         (b"[]", "damaged"),
     ],
 )

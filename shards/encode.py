@@ -1,0 +1,67 @@
+"""Images made anew for the shards: turned upright, shrunk, compressed. Without it, a build keeps the original bytes."""
+
+import io
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import PIL
+import simplejpeg
+from PIL import Image
+
+from shards.decode import decode, decode_shrunk
+from shards.header import Header
+
+FORMATS = ("jpg", "png", "webp")
+QUALITY = 90
+ENCODER = f"simplejpeg {simplejpeg.__version__}, opencv {cv2.__version__}, pillow {PIL.__version__}"
+"""What made the bytes: another version may make others, so a build does not mix two."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How images are made anew.
+
+    Attributes:
+        resize_short: Shrink images whose short side is longer to this, pixels; smaller ones keep their size. If nothing
+            else is asked for, they keep their bytes, too.
+        format: jpg, png or webp; None keeps each image's own.
+        quality: Of jpg and webp, 1 to 100; None is 90.
+    """
+
+    resize_short: int | None = None
+    format: str | None = None
+    quality: int | None = None
+
+    def apply(self, data: bytes, header: Header, key: str) -> bytes | None:
+        """Return the image encoded anew, upright and without EXIF; None if its bytes are to stay as they are.
+
+        A JPEG is decoded at 1/2, 1/4 or 1/8 where that is still larger than asked for; pixels are then averaged
+        (area interpolation), so that nothing aliases.
+
+        Raises:
+            DecodeError: The image is damaged.
+        """
+        short = min(header.width, header.height)
+        shrink = self.resize_short is not None and short > self.resize_short
+        if not shrink and self.format in (None, header.format) and self.quality is None:
+            return None
+        image = decode_shrunk(data, key, self.resize_short) if shrink else decode(data, key)
+        if shrink:
+            long = max(1, round(max(header.width, header.height) * self.resize_short / short))
+            wide = image.shape[1] >= image.shape[0]  # after turning it upright
+            size = (long, self.resize_short) if wide else (self.resize_short, long)
+            image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+        return _encode(np.ascontiguousarray(image), self.format or header.format, self.quality or QUALITY)
+
+
+def _encode(image: np.ndarray, format: str, quality: int) -> bytes:
+    """Encode uint8 [height, width, 3] RGB."""
+    if format == "jpg":
+        return simplejpeg.encode_jpeg(image, quality, "RGB", "420")
+    file = io.BytesIO()
+    if format == "png":
+        Image.fromarray(image).save(file, "PNG")
+    else:
+        Image.fromarray(image).save(file, "WEBP", quality=quality)
+    return file.getvalue()
