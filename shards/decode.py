@@ -5,7 +5,6 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import cv2
 import numpy as np
 import PIL
 import simplejpeg
@@ -66,25 +65,23 @@ def decode(data: bytes, key: str, box: Callable[[int, int], Box] | None = None) 
         return _part(_decode_any(data), box)
 
 
-def decode_shrunk(data: bytes, key: str, short: int, colours: str = "RGB") -> np.ndarray:
+def decode_shrunk(data: bytes, key: str, short: int) -> np.ndarray:
     """Decode an image, at 1/2, 1/4 or 1/8 of its size if it is a JPEG whose short side is still ``short`` pixels then.
 
     These are the scales that libjpeg-turbo has fast code for. As ``decode`` otherwise.
 
     Returns:
-        uint8 [height, width, 3], RGB, upright; with ``colours`` GRAY [height, width, 1], luma of ITU-R BT.601, for which
-        a JPEG's colours are not even decoded.
+        uint8 [height, width, 3], RGB, upright.
 
     Raises:
         DecodeError: As ``decode`` does.
     """
     with _errors(key):
         if data[:3] == b"\xff\xd8\xff":
-            image = _decode_jpeg(data, None, short, colours)
+            image = _decode_jpeg(data, None, short)
             if image is not None:
                 return image
-        image = _decode_any(data)
-        return image if colours == "RGB" else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[:, :, None]
+        return _decode_any(data)
 
 
 @contextmanager
@@ -96,9 +93,7 @@ def _errors(key: str) -> Iterator[None]:
         raise DecodeError(f"cannot decode {key}: {reason}; drop the sample from the data set") from error
 
 
-def _decode_jpeg(
-    data: bytes, box: Callable[[int, int], Box] | None, short: int = 0, to: str = "RGB"
-) -> np.ndarray | None:
+def _decode_jpeg(data: bytes, box: Callable[[int, int], Box] | None, short: int = 0) -> np.ndarray | None:
     """Decode a plain JPEG; None where Pillow has to look."""
     exif = data.find(b"Exif\x00\x00", 0, 1 << 16)
     turn = _UPRIGHT.get(_orientation(data[exif : exif + (1 << 16)])) if exif >= 0 else None
@@ -110,7 +105,7 @@ def _decode_jpeg(
             return part
         factor = next((factor for factor in (8, 4, 2) if short and min(height, width) >= short * factor), 1)
         least = (0, 0) if factor == 1 else (-(-height // factor), -(-width // factor))
-        image = simplejpeg.decode_jpeg(data, to, min_height=least[0], min_width=least[1])
+        image = simplejpeg.decode_jpeg(data, "RGB", min_height=least[0], min_width=least[1])
     except ValueError:
         return None
     return _part(np.ascontiguousarray(turn(image)) if turn else image, box)

@@ -4,8 +4,9 @@ In memory about 340 bytes a test image: hash, thumbnail, four places in the list
 comes from. The small pictures of the confirming comparison, 4 kB each, stay on disk and are read one by one.
 """
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,10 +45,11 @@ class Found(NamedTuple):
     likeness: phash.Likeness | None
 
 
-def write_index(folder: Path, parts: Iterator[TestImages], images: int) -> None:
+def write_index(folder: Path, parts: Iterable[TestImages], images: int, about: list[dict]) -> None:
     """Write the index of ``images`` test images, whole or not at all.
 
-    Images without detail (blank, a plain gradient, not decodable) are listed under their SHA-256 alone.
+    Images without detail (blank, a plain gradient, not decodable) are listed under their SHA-256 alone. What is to be
+    said ``about`` the test sets is kept beside, as it is once all ``parts`` are taken.
     """
     partial = partial_folder(folder)
 
@@ -80,10 +82,16 @@ def write_index(folder: Path, parts: Iterator[TestImages], images: int) -> None:
     np.save(partial / "sha256_sorted.npy", prefixes[order])
     for each in (where, sha256, hashes, thumbs):
         each.flush()
+    (partial / "about.json").write_text(json.dumps(about), encoding="utf-8")
     for path in partial.iterdir():
         with open(path, "rb+") as file:
             os.fsync(file.fileno())
     commit_folder(partial, folder)
+
+
+def about(folder: Path) -> list[dict]:
+    """Return what ``write_index`` was told about the test sets."""
+    return json.loads((folder / "about.json").read_text(encoding="utf-8"))
 
 
 class HashIndex:
@@ -91,7 +99,6 @@ class HashIndex:
 
     Attributes:
         where: int32 [images, 3], test set, shard and index of each test image.
-        plain: Number of images without detail, which are only found by their bytes.
     """
 
     def __init__(self, folder: Path):
@@ -106,7 +113,6 @@ class HashIndex:
         self._members = [array(f"members{band}") for band in range(phash.BANDS)]
         self._order, self._sorted = array("sha256_order"), array("sha256_sorted")
         self._pictures = os.open(folder / "pictures", os.O_RDONLY | os.O_CLOEXEC)
-        self.plain = len(self.where) - len(self._members[0])
 
     def __del__(self):
         if hasattr(self, "_pictures"):
@@ -127,14 +133,15 @@ class HashIndex:
         left, right = (int(np.searchsorted(self._sorted, prefix, side)) for side in ("left", "right"))
         return [row for row in self._order[left:right].tolist() if np.array_equal(self._sha256[row], wanted)]
 
-    def near(self, pictures: np.ndarray) -> list[list[Found]]:
+    def near(self, pictures: np.ndarray) -> tuple[list[list[Found]], int]:
         """Find the test images that training images are copies of, as they are or mirrored.
 
         Args:
             pictures: uint8 [n, 64, 64] of the training images.
 
         Returns:
-            For each training image at most one test image of each test set, the first found of the likeliest.
+            For each training image at most one test image of each test set, the first found of the likeliest; and how
+            many training images have no detail to compare.
         """
         found: list[dict[int, Found]] = [{} for _ in pictures]
         detailed = np.flatnonzero(phash.detail_levels(pictures) >= phash.FAINT_LEVELS)
@@ -151,7 +158,7 @@ class HashIndex:
                 likeness = phash.compare(self.picture(row), seen[owner])
                 if likeness:
                     mine[test] = Found(row, mirror, likeness)
-        return [[mine[test] for test in sorted(mine)] for mine in found]
+        return [[mine[test] for test in sorted(mine)] for mine in found], len(pictures) - len(detailed)
 
     def candidates(self, coefficients: np.ndarray, thumbs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Find which test images to compare training images with, by hash and thumbnail.

@@ -69,7 +69,7 @@ def small_picture(data: bytes, key: str) -> np.ndarray:
     Raises:
         DecodeError: The image is damaged.
     """
-    grey = decode_shrunk(data, key, SIDE, "GRAY")
+    grey = cv2.cvtColor(decode_shrunk(data, key, SIDE), cv2.COLOR_RGB2GRAY)
     return cv2.resize(grey, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
 
 
