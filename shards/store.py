@@ -7,28 +7,49 @@ appears whole or not at all.
 
 import io
 import os
+import random
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit
+from uuid import uuid4
 
 import obstore
-from obstore.exceptions import BaseError, NotFoundError
+from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
 
-from shards.atomic import whole_file
+from shards.atomic import fsync_folder, whole_file
 from shards.errors import PatchmillError, UserError
 
 # Server errors, lost connections and time-outs are tried again by obstore, with exponential back-off.
 RETRY = {"max_retries": 10, "retry_timeout": timedelta(minutes=3)}
 OPEN_FILES = 256  # well below the usual limit of 1024 a process
+GAP = 1 << 20  # bytes between two ranges that are fetched along rather than asked for apart
 STREAM_BYTES = 8 << 20  # a request of a sequential remote read: past the size where latency matters
+
+Answer = TypeVar("Answer")
+_ERRORS = (BaseError, OSError, ValueError)  # the last: a path that no store takes
 
 
 class MissingError(UserError):
     """The object that was asked for is not there."""
+
+
+class ExistsError(UserError):
+    """The object that was to be made is there already."""
+
+
+class Entry(NamedTuple):
+    """An object that a listing found."""
+
+    path: str  # relative to the store
+    size: int  # bytes; -1: it cannot be read, as a link to nowhere
+    changed: int  # nanoseconds since 1970, by the clock of the file system or server
 
 
 class _Descriptor:
@@ -117,14 +138,56 @@ class LocalStore:
         with self.new_file(path) as partial:
             partial.write_bytes(data)
 
+    def create(self, path: str, data: bytes) -> None:
+        """Write a whole object that is not there yet; of two who try at once, one gets the ExistsError."""
+        target = self._root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.parent / f".{target.name}.{uuid4().hex}.partial"  # of this try alone
+        try:
+            with open(partial, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(partial, target)  # a rename would write over
+        except FileExistsError as error:
+            raise ExistsError(f"{self.url}/{path} exists, and is never written over") from error
+        finally:
+            partial.unlink(missing_ok=True)
+        fsync_folder(target.parent)
+
     def delete(self, path: str) -> None:
         """Remove the object at ``path`` if it is there."""
         (self._root / path).unlink(missing_ok=True)
 
-    def list(self, folder: str) -> list[str]:
-        """Return the sorted names of the objects directly in ``folder``; none if it is missing."""
+    def list(self, folder: str, below: bool = False) -> list[str]:
+        """Return the sorted names of the objects in ``folder``; none if it is missing.
+
+        Args:
+            folder: Relative to the store.
+            below: Those in folders below it too, as ``sub/folder/name``.
+        """
         here = self._root / folder
-        return sorted(file.name for file in here.iterdir() if file.is_file()) if here.is_dir() else []
+        found = here.rglob("*") if below else here.glob("*")
+        return sorted(path.relative_to(here).as_posix() for path in found if path.is_file())
+
+    def walk(self, folder: str = "") -> Iterator[Entry]:
+        """Yield all objects below ``folder``, sorted folder by folder; hidden ones (``.name``) are passed over."""
+        try:
+            with os.scandir(self._root / folder) as entries:
+                visible = sorted((each for each in entries if not each.name.startswith(".")), key=lambda e: e.name)
+        except OSError as error:
+            raise _failure(self.url, folder, error) from error
+        for entry in visible:
+            path = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.is_dir():
+                yield from self.walk(path)
+                continue
+            try:
+                status = entry.stat()
+            except OSError:
+                yield Entry(path, -1, 0)
+            else:
+                yield Entry(path, status.st_size, status.st_ctime_ns)
 
 
 class RemoteStore:
@@ -135,17 +198,16 @@ class RemoteStore:
     def __init__(self, url: str):
         self.url = url
         try:
-            self._store = obstore.store.from_url(
-                url, client_options={"allow_http": url.startswith("http://")}, retry_config=RETRY
-            )
+            options = {"client_options": {"allow_http": True}} if url.startswith("http://") else {}
+            self._store = obstore.store.from_url(url, retry_config=RETRY, **options)
         except BaseError as error:
             raise UserError(f"cannot open {url}: {_reason(error)}; check the URL") from error
 
     def read(self, path: str) -> bytes:
         """Return the whole object at ``path``, relative to the store."""
         try:
-            return bytes(obstore.get(self._store, path).bytes())
-        except (BaseError, OSError) as error:
+            return _whole_body(lambda: bytes(obstore.get(self._store, path).bytes()))
+        except _ERRORS as error:
             raise _failure(self.url, path, error) from error
 
     def read_range(self, path: str, start: int, length: int) -> bytes:
@@ -154,16 +216,22 @@ class RemoteStore:
 
     def read_ranges(self, path: str, starts: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
         """Return several ranges of one object, in the order asked; near ones share a request."""
-        starts, lengths = [int(start) for start in starts], [int(length) for length in lengths]
+        wanted = [(int(start), int(length)) for start, length in zip(starts, lengths, strict=True)]
+        spans = _spans(wanted)
         try:
-            parts = obstore.get_ranges(self._store, path, starts=starts, lengths=lengths)
-        except (BaseError, OSError) as error:
-            first, last = min(starts), max(map(sum, zip(starts, lengths, strict=True)))
-            raise _failure(self.url, path, error, first, last - first) from error
-        for part, start, length in zip(parts, starts, lengths, strict=True):
-            if len(part) < length:
+            # Each span is one request. Obstore would merge ranges itself, and panic where the object ends inside them.
+            first, ends = [start for start, _ in spans], [end for _, end in spans]
+            parts = _whole_body(lambda: obstore.get_ranges(self._store, path, starts=first, ends=ends, coalesce=0))
+        except _ERRORS as error:
+            raise _failure(self.url, path, error, spans[0][0], spans[-1][1] - spans[0][0]) from error
+        found = []
+        for start, length in wanted:
+            span = bisect_right(first, start) - 1
+            data = bytes(memoryview(parts[span])[start - first[span] : start - first[span] + length])
+            if len(data) < length:
                 raise _too_short(self.url, path, start, length)
-        return [bytes(part) for part in parts]
+            found.append(data)
+        return found
 
     def stream(self, path: str) -> io.BufferedIOBase:
         """Open the object for sequential reading; seeking is allowed."""
@@ -181,28 +249,30 @@ class RemoteStore:
         """Return the bytes of the object at ``path``."""
         try:
             return obstore.head(self._store, path)["size"]
-        except (BaseError, OSError) as error:
+        except _ERRORS as error:
             raise _failure(self.url, path, error) from error
 
     def modified(self, path: str) -> int:
         """Return when the object at ``path`` was written, nanoseconds since 1970, by the server's clock."""
         try:
             return int(obstore.head(self._store, path)["last_modified"].timestamp() * 1e9)
-        except (BaseError, OSError) as error:
+        except _ERRORS as error:
             raise _failure(self.url, path, error) from error
 
     @contextmanager
     def new_file(self, path: str) -> Iterator[Path]:
         """Yield a local file to write; on a clean exit it becomes the object at ``path``, else nothing happened.
 
-        It lies in the system's temporary folder (``TMPDIR``) until it is uploaded.
+        It lies in the system's temporary folder (``TMPDIR``) until it is uploaded. A large file goes up in parts that
+        no reader sees before the last one is there; those of a killed process stay, unseen, until the bucket's rules
+        remove incomplete uploads.
         """
         with tempfile.TemporaryDirectory(prefix="patchmill-") as folder:
             file = Path(folder) / "object"
             yield file
             try:
                 obstore.put(self._store, path, file)
-            except (BaseError, OSError) as error:
+            except _ERRORS as error:
                 raise PatchmillError(f"cannot write {self.url}/{path}: {_reason(error)}") from error
 
     def write(self, path: str, data: bytes) -> None:
@@ -210,29 +280,65 @@ class RemoteStore:
         with self.new_file(path) as partial:
             partial.write_bytes(data)
 
+    def create(self, path: str, data: bytes) -> None:
+        """Write a whole object that is not there yet; of two who try at once, one gets the ExistsError."""
+        try:
+            obstore.put(self._store, path, data, mode="create")
+        except AlreadyExistsError as error:
+            raise ExistsError(f"{self.url}/{path} exists, and is never written over") from error
+        except _ERRORS as error:
+            raise PatchmillError(f"cannot write {self.url}/{path}: {_reason(error)}") from error
+
     def delete(self, path: str) -> None:
         """Remove the object at ``path`` if it is there."""
         try:
             obstore.delete(self._store, path)
         except (NotFoundError, FileNotFoundError):
             pass
-        except (BaseError, OSError) as error:
+        except _ERRORS as error:
             raise PatchmillError(f"cannot remove {self.url}/{path}: {_reason(error)}") from error
 
     def folders(self) -> list[str]:
         """Return the sorted names of the folders in the store. Plain web servers cannot list."""
+        self._check_lists()
         try:
             return sorted(obstore.list_with_delimiter(self._store)["common_prefixes"])
-        except (BaseError, OSError) as error:
+        except _ERRORS as error:
             raise _failure(self.url, "", error) from error
 
-    def list(self, folder: str) -> list[str]:
-        """Return the sorted names of the objects directly in ``folder``. Plain web servers cannot list."""
+    def list(self, folder: str, below: bool = False) -> list[str]:
+        """Return the sorted names of the objects in ``folder``; none if it is missing. Plain web servers cannot list.
+
+        Args:
+            folder: Relative to the store.
+            below: Those in folders below it too, as ``sub/folder/name``.
+        """
+        self._check_lists()
         try:
-            objects = obstore.list_with_delimiter(self._store, folder)["objects"]
-        except (BaseError, OSError) as error:
+            if below:
+                found = [entry for entries in obstore.list(self._store, folder or None) for entry in entries]
+            else:
+                found = obstore.list_with_delimiter(self._store, folder or None)["objects"]
+        except _ERRORS as error:
             raise _failure(self.url, folder, error) from error
-        return sorted(entry["path"].rpartition("/")[2] for entry in objects)
+        return sorted(entry["path"].removeprefix(f"{folder}/") for entry in found)
+
+    def _check_lists(self) -> None:
+        if self.url.startswith(("http://", "https://")):
+            raise UserError(
+                f"plain web servers such as {self.url} cannot list files; name each, as in x-{{000..146}}.tar"
+            )
+
+    def walk(self, folder: str = "") -> Iterator[Entry]:
+        """Yield all objects below ``folder`` in the order of the server; hidden ones (``.name``) are passed over."""
+        self._check_lists()
+        try:
+            for chunk in obstore.list(self._store, folder or None, chunk_size=1000):
+                for found in chunk:
+                    if not any(part.startswith(".") for part in found["path"].split("/")):
+                        yield Entry(found["path"], found["size"], int(found["last_modified"].timestamp() * 1e9))
+        except _ERRORS as error:
+            raise _failure(self.url, folder, error) from error
 
 
 class _RemoteFile(io.RawIOBase):
@@ -262,6 +368,12 @@ class _RemoteFile(io.RawIOBase):
             self._at += length
         return length
 
+    def readall(self) -> bytes:
+        pieces = []
+        while piece := self.read(STREAM_BYTES):
+            pieces.append(piece)
+        return b"".join(pieces)
+
 
 Store = LocalStore | RemoteStore
 
@@ -289,10 +401,35 @@ def open_store(url: str | Path, create: bool = False) -> Store:
     return LocalStore(root)
 
 
+def _spans(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the sorted (start, end) of the fewest requests that cover the (start, length), near ones merged."""
+    spans: list[tuple[int, int]] = []
+    for start, length in sorted(ranges):
+        if spans and start <= spans[-1][1] + GAP:
+            spans[-1] = (spans[-1][0], max(spans[-1][1], start + length))
+        else:
+            spans.append((start, start + length))
+    return spans
+
+
+def _whole_body(request: Callable[[], Answer]) -> Answer:
+    """Ask again, with exponential back-off, where a connection ended inside an answer: obstore leaves that to us."""
+    for attempt in range(RETRY["max_retries"]):
+        try:
+            return request()
+        except BaseError as error:
+            if "response body" not in str(error):
+                raise
+            time.sleep(min(0.1 * 2**attempt, 15) * random.uniform(0.5, 1))  # not all workers at once
+    return request()
+
+
 def _failure(url: str, path: str, error: Exception, start: int | None = None, length: int = 0) -> PatchmillError:
     where = f"{url}/{path}" + (f", bytes {start} to {start + length}" if start is not None else "")
     if isinstance(error, (FileNotFoundError, NotFoundError)):
         return MissingError(f"no object {where}; copy or build the data set again")
+    if length and "416 Range" in str(error):
+        return _too_short(url, path, start, length)
     return PatchmillError(f"cannot read {where}: {_reason(error)}")
 
 
@@ -303,6 +440,21 @@ def _too_short(url: str, path: str, start: int, length: int) -> PatchmillError:
     )
 
 
+# What obstore says, and what it means to the user.
+_HINTS = {
+    "builder error": "for a server without TLS set AWS_ALLOW_HTTP=true in the environment",
+    "//169.254.169.254/": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment, "
+    "or AWS_SKIP_SIGNATURE=true for public data",
+    "privileges": "check the credentials in the environment",
+    "authentication": "check the credentials in the environment",
+    "Range request not supported": "use a server that can send parts of a file",
+    "list request": "check the bucket",
+    "error sending request": "check the network and the address",
+}
+
+
 def _reason(error: Exception) -> str:
-    """Return the first line of an error; obstore adds pages of its internals below it."""
-    return str(error).strip().partition("\n")[0]
+    """Return the first line of an error, and a hint; obstore adds pages of its internals below it."""
+    text = str(error).strip()
+    hints = [hint for sign, hint in _HINTS.items() if sign in text]
+    return "; ".join([text.partition("\n")[0].rstrip(": "), *hints[:1]])

@@ -61,3 +61,12 @@ def clean_key(path: str) -> str:
 def unpacked_path(unpacked: Path, file: str) -> Path:
     """Return where a file ``@/...`` of an item lies."""
     return unpacked / file.removeprefix("@/")
+
+
+def place(url: str) -> tuple[str, str]:
+    """Return the folder or store that holds a file, and the file's name there."""
+    if "://" in url:
+        folder, _, name = url.rpartition("/")
+        return folder, name
+    path = Path(url)
+    return str(path.parent), path.name

@@ -1,15 +1,75 @@
-"""A folder of images, one folder a class: ``SOURCE/CLASS/.../image.jpg``."""
+"""A folder of images, one folder a class: ``SOURCE/CLASS/.../image.jpg``, on disk or in a bucket."""
 
 import os
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 from shards.errors import UserError
+from shards.sources import Item
+from shards.store import open_store
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+
+
+@dataclass
+class Folder:
+    """The images below ``root``: its first-level folders are the classes, hidden files are passed over.
+
+    Raises:
+        UserError: There is no such folder, or it has no class folders.
+    """
+
+    root: str
+    unpacked: Path
+
+    kind = "folder"
+    multi_label = False
+    classes: list[str] = field(init=False)
+    others: dict[str, int] = field(init=False)
+
+    def __post_init__(self):
+        self._store = open_store(self.root)
+        self.classes = [name for name in self._store.folders() if not name.startswith(".")]
+        loose = [name for name in self._store.list("") if not name.startswith(".")]
+        self._loose = Counter(map(_extension, loose))
+        self.others = dict(self._loose)
+        if not self.classes:
+            count = sum(name.lower().endswith(EXTENSIONS) for name in loose)
+            what = f"has {count} images but no class folders" if count else "is empty"
+            raise UserError(
+                f"{self.root} {what}; put the images of each class into a folder: {self.root}/CLASS/name.jpg"
+            )
+
+    def items(self) -> Iterator[Item]:
+        """Yield the images, class by class, sorted folder by folder.
+
+        Raises:
+            UserError: A class has no images, a name is not UTF-8, or something cannot be read.
+        """
+        others = self._loose.copy()
+        for label, name in enumerate(self.classes):
+            empty = True
+            for path, size, changed in self._store.walk(name):
+                if not path.lower().endswith(EXTENSIONS):
+                    others[_extension(path)] += 1
+                    continue
+                if path.encode(errors="ignore").decode() != path:
+                    raise UserError(f"the name of image {path!r} in {self.root} is not UTF-8; rename it")
+                if size < 0:
+                    raise UserError(f"cannot read {self.root}/{path}: it is a link to nowhere; mend or remove it")
+                empty = False
+                file = f"./{path}" if path.startswith("@/") else path  # "@/" means what was unpacked
+                yield Item(os.path.splitext(path)[0].replace(".", "_"), file, 0, size, (label,), (), changed)
+            if empty:
+                raise UserError(
+                    f"class folder {name} of {self.root} has no images ({' '.join(EXTENSIONS)}); "
+                    "add some or remove the folder"
+                )
+        self.others = dict(sorted(others.items()))
 
 
 class ImageFile(NamedTuple):

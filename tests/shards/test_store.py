@@ -1,7 +1,9 @@
-"""Range reads: the same calls, locally and over HTTP, and the errors they give."""
+"""The same calls, locally, over HTTP and on S3, and the errors they give."""
 
 import re
 import threading
+import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -11,36 +13,45 @@ import pytest
 
 from shards import store as store_module
 from shards.errors import PatchmillError, UserError
-from shards.store import MissingError, open_store
+from shards.store import ExistsError, MissingError, open_store
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 
 
 class RangeHandler(SimpleHTTPRequestHandler):
-    """The standard file server, plus byte ranges; the server's first ``failures`` answers are 503."""
+    """The standard file server, plus byte ranges; its first ``bad`` answers are as ``fault`` says."""
 
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
-        if self.server.failures > 0:
-            self.server.failures -= 1
-            return self.send_error(503)
-        found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if not found:
-            return super().do_GET()
-        start, stop = int(found[1]), int(found[2]) + 1
+        self.server.requests += 1
+        fault, self.server.bad = self.server.fault if self.server.bad else "", max(0, self.server.bad - 1)
+        if fault == "error":
+            return self.send_error(500)
         try:
             with open(self.translate_path(self.path), "rb") as file:
                 data = file.read()
         except FileNotFoundError:
             return self.send_error(404)
-        part = data[start:stop]
-        self.send_response(206)
-        self.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(data)}")
+        found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        start, stop = (int(found[1]), int(found[2]) + 1) if found else (0, len(data))
+        part = data[start : stop - (stop - start) // 2 if fault == "short range" else stop]
+        self.send_response(206 if found else 200)
+        if found:
+            self.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(data)}")
         self.send_header("Content-Length", str(len(part)))
         self.end_headers()
-        self.wfile.write(part)
+        if fault == "half body":
+            self.wfile.write(part[: len(part) // 2])
+            self.close_connection = True
+        else:
+            self.wfile.write(part)
 
+    def log_message(self, *_):
+        pass
+
+
+class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
@@ -55,14 +66,18 @@ def folder(tmp_path):
 @pytest.fixture
 def server(folder):
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(RangeHandler, directory=folder)) as server:
-        server.failures = 0
+        server.fault, server.bad, server.requests = "", 0, 0
         threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
         yield server
         server.shutdown()
 
 
-@pytest.fixture(params=["path", "file URL", "http"])
+@pytest.fixture(params=["path", "file URL", "http", "s3"])
 def store(request, folder):
+    if request.param == "s3":
+        store = open_store(f"{request.getfixturevalue('s3')}/a/prefix")
+        store.write("shards/000000.tar", CONTENT)
+        return store
     if request.param == "http":
         server = request.getfixturevalue("server")
         return open_store(f"http://127.0.0.1:{server.server_port}")
@@ -104,19 +119,169 @@ def test_many_threads_share_a_store_with_few_descriptors(folder, monkeypatch):
     assert all(data == bytes([n % 5]) * 50 for n, data in enumerate(reads))
 
 
-def test_server_errors_are_tried_again(server):
-    server.failures = 2
-    store = open_store(f"http://127.0.0.1:{server.server_port}/shards")
-    assert store.read_range("000000.tar", 10, 10) == CONTENT[10:20]
-    assert server.failures == 0
+READS = {
+    "whole": lambda store: store.read("000000.tar") == CONTENT,
+    "range": lambda store: store.read_range("000000.tar", 10, 5000) == CONTENT[10:5010],
+    "ranges": lambda store: (
+        store.read_ranges("000000.tar", [9000, 10], [100, 50]) == [CONTENT[9000:9100], CONTENT[10:60]]
+    ),
+    "stream": lambda store: store.stream("000000.tar").read() == CONTENT,
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+@pytest.mark.parametrize("fault", ["error", "half body"])
+def test_bad_answers_are_asked_for_again(server, read, fault):
+    server.fault, server.bad = fault, 2
+    assert read(open_store(f"http://127.0.0.1:{server.server_port}/shards"))
+    assert server.requests == 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "message", "read"),
+    [
+        (fault, message, read)
+        for fault, message in [
+            ("error", "500 Internal"),
+            ("half body", "response body"),
+            ("short range", "Requested .* got"),
+        ]
+        for name, read in READS.items()
+        if (fault, name) != ("short range", "whole")  # which asks for no range
+    ],
+)
+def test_a_server_that_stays_bad_is_an_error_in_one_line(monkeypatch, server, fault, message, read):
+    monkeypatch.setattr(store_module, "RETRY", {"max_retries": 1})
+    server.fault, server.bad = fault, 99
+    with pytest.raises(PatchmillError, match=rf"http.*000000\.tar.*{message}") as caught:
+        read(open_store(f"http://127.0.0.1:{server.server_port}/shards"))
+    assert "\n" not in str(caught.value)
+    assert server.requests == (1 if fault == "short range" else 2)
 
 
 def test_network_fault_names_url_and_range(monkeypatch, server):
     monkeypatch.setattr(store_module, "RETRY", {"max_retries": 0})
-    server.failures = 1
-    with pytest.raises(PatchmillError, match=r"cannot read http.*x\.tar, bytes 3 to 7: .*503") as caught:
+    server.fault, server.bad = "error", 1
+    with pytest.raises(PatchmillError, match=r"cannot read http.*x\.tar, bytes 3 to 7: .*500") as caught:
         open_store(f"http://127.0.0.1:{server.server_port}").read_range("x.tar", 3, 4)
     assert "\n" not in str(caught.value)
+
+
+def test_near_ranges_share_a_request(server):
+    store = open_store(f"http://127.0.0.1:{server.server_port}/shards")
+    starts, lengths = [5000, 100, 120, 100, 299_999], [10, 50, 10, 5, 1]
+    found = store.read_ranges("000000.tar", starts, lengths)
+    assert found == [CONTENT[s : s + n] for s, n in zip(starts, lengths, strict=True)]
+    assert server.requests == 1
+
+
+def test_spans_merge_what_is_near():
+    gap = store_module.GAP
+    assert store_module._spans([(10, 5), (0, 20), (20 + gap, 1), (22 + 2 * gap, 3)]) == [
+        (0, 21 + gap),
+        (22 + 2 * gap, 25 + 2 * gap),
+    ]
+
+
+def test_a_server_without_ranges_is_told(folder):
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        store = open_store(f"http://127.0.0.1:{server.server_port}/shards")
+        with pytest.raises(PatchmillError, match="use a server that can send parts of a file"):
+            store.read_range("000000.tar", 5, 10)
+        with pytest.raises(PatchmillError, match=r"plain web servers such as .* cannot list"):
+            store.list("")
+        server.shutdown()
+
+
+@pytest.fixture(params=["path", "s3"])
+def empty(request, tmp_path):
+    return open_store(tmp_path / "x" if request.param == "path" else f"{request.getfixturevalue('s3')}/x", create=True)
+
+
+def test_what_is_written_is_there(empty):
+    large = np.random.default_rng(1).bytes(12 << 20)  # above the size from which S3 gets it in parts
+    before = time.time_ns() - 2_000_000_000  # S3 tells whole seconds
+    with empty.new_file("a/b/large.bin") as file:
+        file.write_bytes(large)
+    assert (empty.size("a/b/large.bin"), empty.read_range("a/b/large.bin", 6 << 20, 9)) == (
+        12 << 20,
+        large[6 << 20 :][:9],
+    )
+    assert before < empty.modified("a/b/large.bin") < time.time_ns() + 2_000_000_000
+    with empty.stream("a/b/large.bin") as stream:
+        assert stream.read(100) == large[:100]
+        stream.seek(9 << 20)
+        assert stream.read() == large[9 << 20 :]
+    for path in ("a/small", "a/ü %20 b.txt", "top"):
+        empty.write(path, b"1")
+        empty.write(path, b"22")
+        assert empty.read(path) == b"22"
+    assert empty.list("") == ["top"]
+    assert empty.list("a") == ["small", "ü %20 b.txt"]
+    assert empty.list("a", below=True) == ["b/large.bin", "small", "ü %20 b.txt"]
+    assert empty.list("", below=True) == ["a/b/large.bin", "a/small", "a/ü %20 b.txt", "top"]
+    assert empty.folders() == ["a"]
+    assert empty.list("nothing") == empty.list("nothing", below=True) == []
+    empty.delete("a/small")
+    empty.delete("a/small")
+    assert not empty.exists("a/small")
+
+
+def test_a_failed_write_leaves_the_old_object_and_nothing_else(empty):
+    empty.write("x", b"old")
+
+    def fail():
+        with empty.new_file("x") as file:
+            file.write_bytes(b"half of the n")
+            raise RuntimeError("full disk")
+
+    with pytest.raises(RuntimeError, match="full disk"):
+        fail()
+    assert empty.read("x") == b"old"
+    assert empty.list("", below=True) == ["x"]
+
+
+def test_of_many_who_create_one_object_one_succeeds(empty):
+    def attempt(number):
+        try:
+            empty.create("v/1", b"%d" % number)
+        except ExistsError:
+            return None
+        return number
+
+    with ThreadPoolExecutor(8) as pool:
+        won = [number for number in pool.map(attempt, range(20)) if number is not None]
+    assert [b"%d" % number for number in won] == [empty.read("v/1")]
+    assert empty.list("", below=True) == ["v/1"]
+    with pytest.raises(ExistsError, match="v/1 exists"):
+        empty.create("v/1", b"again")
+
+
+def test_s3_takes_all_from_the_environment(s3, s3_server, monkeypatch):
+    open_store(f"{s3}/data").write("private", b"1")
+    url = f"{s3_server}/{s3.removeprefix('s3://')}/data/public"
+    request = urllib.request.Request(url, b"2", {"x-amz-acl": "public-read", "Content-Type": "x/y"}, method="PUT")
+    urllib.request.urlopen(request, timeout=10)
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+    anonymous = open_store(f"{s3}/data")
+    assert anonymous.read("public") == b"2"
+    with pytest.raises(PatchmillError, match="check the credentials in the environment") as caught:
+        anonymous.read("private")
+    assert "\n" not in str(caught.value)
+    monkeypatch.delenv("AWS_ALLOW_HTTP")
+    with pytest.raises(PatchmillError, match="AWS_ALLOW_HTTP=true"):
+        open_store(f"{s3}/data").read("public")
+
+
+def test_no_bucket_is_an_error_in_one_line(s3):
+    store = open_store("s3://no-such-bucket/x")
+    for call in (store.folders, lambda: store.list(""), lambda: store.write("a", b"1"), lambda: store.read("../a")):
+        with pytest.raises(PatchmillError, match="no-such-bucket") as caught:
+            call()
+        assert "\n" not in str(caught.value)
 
 
 def test_lists_names(folder):

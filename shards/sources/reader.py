@@ -1,0 +1,121 @@
+"""Reads the bytes of a source's items, wherever they are, in order."""
+
+import os
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from shards.errors import PatchmillError, UserError
+from shards.sources import Item, unpacked_path
+from shards.store import MissingError, Store, open_store
+
+AHEAD = 32  # remote reads in flight: enough to hide a round trip of 100 ms behind 300 images a second
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+_store = lru_cache(maxsize=256)(open_store)  # one a bucket or host, so that connections are kept
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads items of one source; may be sent to other processes.
+
+    Attributes:
+        root: Folder or URL that relative files count from.
+        unpacked: Local folder that files ``@/...`` count from.
+    """
+
+    root: str
+    unpacked: Path
+
+    def read(self, item: Item) -> bytes:
+        """Return the bytes of one image.
+
+        Raises:
+            MissingError: There is no such object, and nobody had seen it: it is remote, or its size was unknown.
+            UserError: A local file is gone, unreadable, or no longer as long as the item says.
+            PatchmillError: The network failed, in spite of retries.
+        """
+        store, path = self._place(item.file)
+        whole = item.size < 0 or (item.offset == 0 and not item.file.startswith("@/"))
+        if item.size == 0 and not whole:
+            return b""
+        if store.local and item.size < 0 and not os.path.isfile(os.path.join(store.url, path)):
+            raise MissingError(f"no file {os.path.join(store.url, path)}; mend the path or remove it from the source")
+        if not store.local and path and _odd(path):
+            raise MissingError(f"no object {item.file}; its name is none that {store.url} could have")
+        try:
+            data = store.read(path) if whole else store.read_range(path, item.offset, item.size)
+        except PatchmillError as error:
+            if store.local:
+                raise UserError(f"cannot read {item.file} of {self.root}: {_reason(error)}") from error
+            raise
+        if whole and 0 <= item.size != len(data):
+            raise UserError(
+                f"{item.file} of {self.root} changed while the build ran ({item.size} bytes, now {len(data)}); build "
+                "again when the source is at rest"
+            )
+        return data
+
+    def read_all(self, items: Iterable[Item]) -> Iterator[tuple[Item, bytes | MissingError]]:
+        """Yield items in order, each with its bytes, or with the error that says it is not there.
+
+        Remote images are read ahead by threads; local ones are read when their turn comes.
+
+        Raises:
+            UserError, PatchmillError: As from ``read``.
+        """
+        waiting: deque[tuple[Item, Future | None]] = deque()
+        pool = ThreadPoolExecutor(AHEAD)
+        try:
+            for item in items:
+                remote = not self._place(item.file)[0].local
+                waiting.append((item, pool.submit(self._try, item) if remote else None))
+                while waiting and (waiting[0][1] is None or len(waiting) > AHEAD):
+                    yield self._next(waiting)
+            while waiting:
+                yield self._next(waiting)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _next(self, waiting: deque[tuple[Item, Future | None]]) -> tuple[Item, bytes | MissingError]:
+        item, future = waiting.popleft()
+        return item, future.result() if future else self._try(item)
+
+    def _try(self, item: Item) -> bytes | MissingError:
+        try:
+            return self.read(item)
+        except MissingError as error:
+            return error
+
+    def _place(self, file: str) -> tuple[Store, str]:
+        """Return the store that holds a file, and its path there."""
+        if file.startswith("@/"):
+            return _store("/"), str(unpacked_path(self.unpacked.absolute(), file))
+        if file.startswith("/"):
+            return _store("/"), file
+        if not _URL.match(file):
+            return _store(self.root), file.removeprefix("./")
+        parts = urlsplit(file)
+        if parts.scheme == "file":
+            return _store("/"), unquote(parts.path)
+        if parts.scheme not in ("http", "https"):  # a bucket: the rest is a key, in which nothing is quoted
+            bucket, _, key = file.partition("://")[2].partition("/")
+            return _store(f"{parts.scheme}://{bucket}"), key
+        path = unquote(parts.path.lstrip("/"))
+        if parts.query or "%2F" in parts.path.upper() or _odd(path):  # no path of a store: only the URL names it
+            return _store(file), ""
+        return _store(f"{parts.scheme}://{parts.netloc}"), path
+
+
+def _odd(path: str) -> bool:
+    return any(part in ("", ".", "..") for part in path.split("/"))
+
+
+def _reason(error: PatchmillError) -> str:
+    why = error.__cause__.strerror if isinstance(error.__cause__, OSError) else error
+    return f"{why}; mend or remove it, then build again"

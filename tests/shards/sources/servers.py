@@ -1,0 +1,53 @@
+"""Real servers for the tests of sources: S3 (moto's) and HTTP with ranges, on free ports."""
+
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import obstore
+
+
+class RangeHandler(SimpleHTTPRequestHandler):
+    """The standard file server, plus byte ranges."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if not found:
+            return super().do_GET()
+        try:
+            data = Path(self.translate_path(self.path)).read_bytes()
+        except FileNotFoundError:
+            return self.send_error(404)
+        part = data[int(found[1]) : int(found[2]) + 1]
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {found[1]}-{int(found[1]) + len(part) - 1}/{len(data)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
+
+    def log_message(self, *_):
+        pass
+
+
+@contextmanager
+def serve(folder: Path) -> Iterator[str]:
+    """Yield the URL of a web server that serves ``folder``."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(RangeHandler, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def upload(folder: Path, url: str) -> str:
+    """Copy all files below ``folder`` to a bucket's prefix; return its URL."""
+    store = obstore.store.from_url(url, client_options={"allow_http": True})
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            obstore.put(store, path.relative_to(folder).as_posix(), path)
+    return url

@@ -1,0 +1,86 @@
+"""Folders of class folders, on disk and in a bucket."""
+
+import pytest
+
+from shards.errors import UserError
+from shards.sources.folder import scan
+from shards.sources.open import open_source
+from shards.sources.reader import Reader
+from tests.shards.images import encode, make_source
+from tests.shards.sources.servers import upload
+
+NAMES = ["a b/c d.jpg", "dots.and.more/x.y.z.jpeg", "Ünï/日本.png", "q/%20+~#[1].webp", "@/at.jpg", "q/deep/er/x.JPG"]
+
+
+@pytest.fixture
+def odd(tmp_path):
+    for number, name in enumerate(NAMES):
+        path = tmp_path / "odd" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(number, "PNG"))
+    (tmp_path / "odd/q/notes.txt").touch()
+    (tmp_path / "odd/README").touch()
+    (tmp_path / "odd/.cache").mkdir()
+    (tmp_path / "odd/.cache/x.jpg").touch()
+    (tmp_path / "odd/q/.hidden.jpg").touch()
+    return tmp_path / "odd"
+
+
+def contents(url, tmp_path):
+    source = open_source(url, unpacked=tmp_path / "unpacked")
+    assert source.kind == "folder"
+    reader = Reader(source.root, tmp_path / "unpacked")
+    found = {item.key: (source.classes[item.labels[0]], data) for item, data in reader.read_all(source.items())}
+    assert source.others == {".txt": 1, "no extension": 1}
+    return found
+
+
+def test_odd_names_are_the_same_on_disk_and_in_a_bucket(odd, s3, tmp_path):
+    local = contents(odd, tmp_path)
+    assert local == {
+        name.rpartition(".")[0].replace(".", "_"): (name.split("/")[0], encode(number, "PNG"))
+        for number, name in enumerate(NAMES)
+    }
+    assert contents(odd.as_uri(), tmp_path) == local
+    assert contents(upload(odd, f"{s3}/some/prefix"), tmp_path) == local
+
+
+def test_items_are_what_the_scan_of_old_found(tmp_path):
+    source = make_source(tmp_path / "source")
+    found, ours = scan(source), open_source(source, unpacked=tmp_path)
+    assert ours.classes == found.classes
+    items = [(item.key, item.file, item.labels[0], item.size, item.changed) for item in ours.items()]
+    assert sorted(items) == found.images
+
+
+def test_items_come_twice_the_same(odd, tmp_path):
+    source = open_source(odd, unpacked=tmp_path)
+    assert list(source.items()) == list(source.items())
+    assert source.others == {".txt": 1, "no extension": 1}
+
+
+def test_an_empty_class_is_an_error(odd, s3, tmp_path):
+    (odd / "zebra").mkdir()
+    (odd / "zebra/readme.md").touch()
+    for url in (odd, upload(odd, s3)):
+        with pytest.raises(UserError, match=r"class folder zebra .* no images"):
+            list(open_source(url, unpacked=tmp_path).items())
+
+
+def test_what_is_no_folder_of_folders(tmp_path, s3):
+    with pytest.raises(UserError, match=r"no folder or file .*nothing; check"):
+        open_source(tmp_path / "nothing", unpacked=tmp_path)
+    with pytest.raises(UserError, match="is empty"):
+        open_source(s3, unpacked=tmp_path)
+    (tmp_path / "a.jpg").touch()
+    with pytest.raises(UserError, match="1 images but no class folders"):
+        open_source(tmp_path, unpacked=tmp_path)
+    with pytest.raises(UserError, match="cannot list"):
+        open_source("http://127.0.0.1:9/images", unpacked=tmp_path)
+    (tmp_path / "a.zip").touch()
+    with pytest.raises(UserError, match=r"a\.zip is nothing that is known here; .*folder"):
+        open_source(tmp_path / "a.zip", unpacked=tmp_path)
+    with pytest.raises(UserError, match="no source of kind zip"):
+        open_source(tmp_path, "zip", unpacked=tmp_path)
+    with pytest.raises(UserError, match="folder has no option label; it takes none"):
+        open_source(tmp_path, "folder", unpacked=tmp_path, label="x")

@@ -1,0 +1,113 @@
+"""Reading items in order, from disk, S3 and the web, and what is missing or has changed."""
+
+import pickle
+import time
+
+import pytest
+
+from shards.errors import PatchmillError, UserError
+from shards.sources import Item
+from shards.sources import reader as reader_module
+from shards.sources.reader import Reader
+from shards.store import MissingError
+from tests.shards.sources.servers import serve, upload
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for number in range(100):
+        (tmp_path / f"a b {number}.bin").write_bytes(b"%d " % number * 50)
+    return tmp_path
+
+
+def item(file, offset=0, size=-1):
+    return Item("key", str(file), offset, size, (0,))
+
+
+def expected(number, offset=0, size=None):
+    return (b"%d " % number * 50)[offset:][:size]
+
+
+@pytest.mark.parametrize("where", ["disk", "s3", "web"])
+def test_wholes_and_ranges_come_in_order(folder, where, request):
+    root = str(folder)
+    if where == "s3":
+        root = upload(folder, request.getfixturevalue("s3"))
+    with serve(folder) as url:
+        reader = pickle.loads(pickle.dumps(Reader(url if where == "web" else root, folder / "unpacked")))
+        items = [item(f"a b {number}.bin") for number in range(100)]
+        items += [item(f"a b {number}.bin", 3, 7) for number in range(100)]
+        got = list(reader.read_all(iter(items)))
+        assert [each for each, _ in got] == items
+        assert [data for _, data in got[:100]] == [expected(number) for number in range(100)]
+        assert [data for _, data in got[100:]] == [expected(number, 3, 7) for number in range(100)]
+
+
+def test_each_kind_of_file_name(folder, s3):
+    (folder / "unpacked").mkdir()
+    (folder / "unpacked/x.bin").write_bytes(b"0123456789")
+    (folder / "a?b&c.bin").write_bytes(b"odd")
+    upload(folder, f"{s3}/p")
+    with serve(folder) as url:
+        reader = Reader(str(folder), folder / "unpacked")
+        for file, data in {
+            "a b 7.bin": expected(7),
+            "./a b 7.bin": expected(7),
+            f"{folder}/a b 7.bin": expected(7),
+            (folder / "a b 7.bin").as_uri(): expected(7),
+            f"{s3}/p/a b 7.bin": expected(7),
+            f"{url}/a%20b%207.bin": expected(7),
+            f"{url}/a%20b%207.bin?width=5&x=a/b": expected(7),
+            f"{url}/a%3Fb%26c.bin": b"odd",
+            f"{url}/./unpacked/../a%20b%207.bin": expected(7),
+        }.items():
+            assert reader.read(item(file)) == data, file
+        assert reader.read(item("@/x.bin", 0, 4)) == b"0123"
+        assert reader.read(item("@/x.bin", 4, 6)) == b"456789"
+        assert reader.read(item("@/x.bin", 4, 0)) == b""
+
+
+def test_what_is_missing_takes_its_turn(folder, s3):
+    upload(folder, s3)
+    with serve(folder) as url:
+        reader = Reader(str(folder), folder)
+        files = [f"{s3}/a b 1.bin", f"{s3}/none", f"{url}/none", "none", "../none", "a b 2.bin", ".", f"{s3}/../x"]
+        got = [data for _, data in reader.read_all(map(item, files))]
+    assert [isinstance(data, MissingError) for data in got] == [False, True, True, True, True, False, True, True]
+    assert got[0] == expected(1)
+    assert got[5] == expected(2)
+
+
+def test_a_file_that_changed_or_went_away_is_an_error(folder):
+    reader = Reader(str(folder), folder)
+    with pytest.raises(UserError, match=r"a b 1\.bin .* changed while the build ran"):
+        reader.read(item("a b 1.bin", 0, 99))
+    with pytest.raises(UserError, match=r"cannot read gone\.bin .*: No such file") as caught:
+        reader.read(item("gone.bin", 0, 99))
+    assert not isinstance(caught.value, MissingError)
+    with pytest.raises(UserError, match="ends before byte"):
+        reader.read(item("a b 1.bin", 50, 999))
+
+
+def test_a_dead_server_is_an_error_not_a_missing_image(monkeypatch):
+    monkeypatch.setattr("shards.store.RETRY", {"max_retries": 0})
+    reader_module._store.cache_clear()
+    with pytest.raises(PatchmillError, match="cannot read") as caught:
+        list(Reader("/", "/").read_all([item("http://127.0.0.1:9/x.jpg")]))
+    assert not isinstance(caught.value, MissingError)
+    reader_module._store.cache_clear()
+
+
+def test_reads_ahead(folder, monkeypatch):
+    read = Reader.read
+
+    def slow(self, item):
+        time.sleep(0.05)
+        return read(self, item)
+
+    monkeypatch.setattr(Reader, "read", slow)
+    with serve(folder) as url:
+        start = time.monotonic()
+        got = list(Reader(url, folder).read_all(item(f"a b {number}.bin") for number in range(64)))
+    assert [data for _, data in got] == [expected(number) for number in range(64)]
+    assert time.monotonic() - start < 64 * 0.05 / 3
