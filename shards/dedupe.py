@@ -45,6 +45,7 @@ FINDINGS_SCHEMA = pa.schema(
         ("mirrored", pa.bool_()),
         ("whole", pa.float32()),  # correlation of the small pictures
         ("detail", pa.float32()),  # correlation of their middle frequencies
+        ("mismatch", pa.float32()),  # of detail where it is greatest
         ("moved", pa.float32()),  # how far a corner lay from where it belongs, of the side: a crop
     ]
 )
@@ -324,7 +325,7 @@ def _one_a_test(index: HashIndex, sample: Sample, near: list[hashindex.Found]) -
 def _add(rows: dict[str, list], job: _Job, at: int, key: str, match: hashindex.Found, index: HashIndex) -> None:
     test, test_shard, test_index = index.where[match.row].tolist()
     name, url = job.tests[test]
-    likeness = match.likeness or phash.Likeness(1.0, 1.0, 0.0)
+    likeness = match.likeness or phash.Likeness(1.0, 1.0, 0.0, 0.0)
     row = {
         "shard": job.shard, "index": at, "key": key, "test": name, "test_shard": test_shard, "test_index": test_index,
         "test_key": _open(url).rows(test_shard).keys[test_index].as_py(),

@@ -109,7 +109,7 @@ def _pairs(name: str, pairs: pa.Table, train: Dataset, test: Dataset) -> str:
     rows = [row for row in pairs.to_pylist() if row["test"] == name]
     if not rows:
         return f"<h2>{html.escape(name)}</h2><p class=note>No copies found.</p>"
-    rows.sort(key=lambda row: (row["kind"] == "exact", row["detail"], row["shard"], row["index"]))
+    rows.sort(key=lambda row: (row["kind"] == "exact", -row["mismatch"], row["shard"], row["index"]))
     shown = rows[:PAIRS]
     said = f"All {len(rows):,}" if len(shown) == len(rows) else f"{len(shown):,} of {len(rows):,}"
     figures = "".join(
@@ -124,12 +124,12 @@ def _pairs(name: str, pairs: pa.Table, train: Dataset, test: Dataset) -> str:
 
 
 def _caption(row: dict) -> str:
-    if row["kind"] == "exact":
-        how = "same bytes"
-    else:
-        how = f"{'mirrored, ' if row['mirrored'] else ''}pictures {row['whole']:.3f}, detail {row['detail']:.3f}"
-        how += f", corner moved {100 * row['moved']:.1f} %" if row["moved"] else ""
-    return f"<b>{how}</b><br>{html.escape(row['key'])}<br>{html.escape(row['test_key'])}"
+    how = ["same bytes"]
+    if row["kind"] == "near":
+        how = ["mirrored"] * row["mirrored"]
+        how += [f"pictures {row['whole']:.3f}, detail {row['detail']:.3f}, mismatch {row['mismatch']:.2f}"]
+        how += [f"corner moved {100 * row['moved']:.1f} %"] * (row["moved"] > 0)
+    return f"<b>{', '.join(how)}</b><br>{html.escape(row['key'])}<br>{html.escape(row['test_key'])}"
 
 
 def _image(dataset: Dataset, shard: int, index: int) -> str:

@@ -28,8 +28,11 @@ LEAST_WHOLE = 0.92
 LEAST_DETAIL = 0.85
 LEAST_FAINT_DETAIL = 0.95
 CLEAR_LEVELS, FAINT_LEVELS = 2.0, 1.0
+MOST_MISMATCH = 0.5  # of detail, anywhere: drawings from one template differ in one place alone, copies differ evenly
 MOST_MOVED = 0.1  # of the side: how far a corner may lie from where it belongs, for copies that were cropped
 LEAST_COMMON = 0.7  # of the area
+_NOISE_LEVELS = 6.0  # of detail: what a mismatch is measured against where there is little
+_MARGIN = np.ones((7, 7), np.uint8)  # around the common area, where detail is not its own
 
 THRESHOLDS = {
     "reliable coefficient, at least": RELIABLE,
@@ -40,6 +43,7 @@ THRESHOLDS = {
     "the same where detail is faint": LEAST_FAINT_DETAIL,
     "detail is faint below (grey levels)": CLEAR_LEVELS,
     "detail is missing below (grey levels)": FAINT_LEVELS,
+    "mismatch of detail in one place, at most": MOST_MISMATCH,
     "corner moved, at most (of the side)": MOST_MOVED,
 }
 
@@ -56,10 +60,18 @@ _STEPS = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 40, 1e-4)
 
 
 class Likeness(NamedTuple):
-    """How alike two small pictures are: correlations in [-1, 1], and how far a corner moved, of the side."""
+    """How alike two small pictures are.
+
+    Attributes:
+        whole: Their correlation, in [-1, 1].
+        detail: The correlation of their middle frequencies.
+        mismatch: Share of the detail that differs where they differ most, 0 to about 2.
+        moved: How far a corner lies from where it belongs, of the side.
+    """
 
     whole: float
     detail: float
+    mismatch: float
     moved: float
 
 
@@ -172,6 +184,7 @@ def _compare_aligned(one: np.ndarray, other: np.ndarray) -> Likeness | None:
     if moved > MOST_MOVED or common.mean() < LEAST_COMMON:
         return None
     other = cv2.warpAffine(other, move, (SIDE, SIDE), flags=how, borderMode=cv2.BORDER_REPLICATE)
+    common = cv2.erode(common.astype(np.uint8), _MARGIN, borderValue=1) > 0
     return _verdict(one, other, common, moved)
 
 
@@ -179,13 +192,22 @@ def _verdict(one: np.ndarray, other: np.ndarray, where: np.ndarray, moved: float
     whole = _correlation(one[where], other[where])
     if whole < LEAST_WHOLE:
         return None
-    one, other = _detail(one)[where], _detail(other)[where]
-    levels = min(one.std(), other.std())
+    one, other = _detail(one) * where, _detail(other) * where
+    levels = min(one[where].std(), other[where].std())
     if levels < FAINT_LEVELS:
         return None
-    detail = _correlation(one, other)
-    alike = detail >= (LEAST_DETAIL if levels >= CLEAR_LEVELS else LEAST_FAINT_DETAIL)
-    return Likeness(whole, detail, moved) if alike else None
+    detail = _correlation(one[where], other[where])
+    if detail < (LEAST_DETAIL if levels >= CLEAR_LEVELS else LEAST_FAINT_DETAIL):
+        return None
+    mismatch = _mismatch(one, other)
+    return Likeness(whole, detail, mismatch, moved) if mismatch <= MOST_MISMATCH else None
+
+
+def _mismatch(one: np.ndarray, other: np.ndarray) -> float:
+    """Return the share of detail that differs, at the place where it is greatest; contrast may differ everywhere."""
+    other = other * ((one * other).sum() / (other * other).sum())
+    around = [cv2.GaussianBlur(squares, (0, 0), 3) for squares in ((one - other) ** 2, one**2 + other**2)]
+    return float((around[0] / (around[1] + _NOISE_LEVELS**2)).max())
 
 
 def _detail(picture: np.ndarray) -> np.ndarray:
