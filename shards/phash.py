@@ -56,6 +56,9 @@ _WAVES = _WAVES.astype(np.float32)
 _MIRROR = np.where(_COLUMNS % 2, -1, 1).astype(np.float32)  # odd waves turn their sign when read from the right
 _WIDTH = BITS // BANDS
 _CORNERS = np.array([[0, 0, 1], [SIDE - 1, 0, 1], [0, SIDE - 1, 1], [SIDE - 1, SIDE - 1, 1]], np.float32)
+_AT = np.linspace(-1, 1, SIDE)
+_SURFACES = np.stack([np.outer(_AT**i, _AT**j).ravel() for i in range(3) for j in range(3 - i)], -1)
+_SURFACES = np.linalg.qr(_SURFACES)[0].astype(np.float32)  # planes and parabolas
 _STEPS = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 40, 1e-4)
 
 
@@ -211,7 +214,11 @@ def _mismatch(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def _detail(picture: np.ndarray) -> np.ndarray:
-    """Keep the middle frequencies: not the noise of encoders, not the gradients that all skies share."""
+    """Keep the middle frequencies: not the noise of encoders, not the gradients that all skies share.
+
+    The smooth surface goes first: blurred at the border, where pixels are mirrored, it would leave a frame of its own.
+    """
+    picture = picture - (_SURFACES @ (_SURFACES.T @ picture.ravel())).reshape(SIDE, SIDE)
     return cv2.GaussianBlur(picture, (0, 0), 1) - cv2.GaussianBlur(picture, (0, 0), 6)
 
 

@@ -10,7 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(("name", "rows", "peers"), [("order", 4, set()), ("loader", 4, {"webdataset"})])
+@pytest.mark.parametrize(
+    ("name", "rows", "peers"), [("order", 4, set()), ("loader", 4, {"webdataset"}), ("dedupe", 21, set())]
+)
 def test_quick_form_writes_the_contract(name, rows, peers, tmp_path):
     out = tmp_path / "out.json"
     command = [sys.executable, f"bench/{name}.py", "--quick", "--json", str(out)]
