@@ -163,6 +163,12 @@ class Dataset:
         return [name.removesuffix(".parquet") for name in self.store.list(manifest.EXCLUDE)]
 
 
+def check_exclude_name(version: str) -> None:
+    """Raise a UserError unless ``version`` is a name that a drop list can have."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", version):
+        raise UserError(f"drop list name {version!r}: use letters, digits, dots, dashes and underscores")
+
+
 def write_exclude(folder: str | Path, version: str, rows: Iterable[tuple[int, int, str]]) -> None:
     """Write a drop list of a local data set, for ``Dataset.open(folder, exclude=version)``.
 
@@ -174,8 +180,7 @@ def write_exclude(folder: str | Path, version: str, rows: Iterable[tuple[int, in
     Raises:
         UserError: The version exists, its name is no plain word, or a row names no sample or one twice.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", version):
-        raise UserError(f"drop list name {version!r}: use letters, digits, dots, dashes and underscores")
+    check_exclude_name(version)
     dataset = Dataset.open(folder)
     path = Path(folder) / manifest.exclude_path(version)
     if path.exists():

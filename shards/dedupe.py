@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from shards import hashindex, manifest, phash
 from shards.atomic import only_one, whole_file, write_text
-from shards.dataset import Dataset, Sample, write_exclude
+from shards.dataset import Dataset, Sample, check_exclude_name, write_exclude
 from shards.decode import DECODER, DecodeError
 from shards.dedupereport import write_report
 from shards.errors import UserError
@@ -159,6 +159,7 @@ def dedupe(
     Raises:
         UserError: A data set or drop list is not there, ``version`` is, or ``out`` belongs to another task.
     """
+    check_exclude_name(version)
     Dataset.open(url, base)  # says so if there is no such list
     raw = Dataset.open(url)
     if workers is not None and workers < 1:
@@ -269,7 +270,7 @@ def _hash_shard(job: _Job) -> tuple[int, int, int]:
             try:
                 pictures[index] = phash.small_picture(sample.image, sample.key)
             except DecodeError as error:
-                undecodable.append((sample.key, str(error.__cause__)))
+                undecodable.append((sample.key, _reason(error, sample.key)))
     plain = int((phash.detail_levels(pictures) < phash.FAINT_LEVELS).sum()) - len(undecodable)
     where = np.stack([np.full(count, job.test), np.full(count, job.shard), np.arange(count)], axis=1)
     sha256 = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
@@ -299,7 +300,7 @@ def _scan_shard(job: _Job) -> tuple[int, int, int]:
                 pictures.append(phash.small_picture(sample.image, sample.key))
                 whose.append(i)
             except DecodeError as error:
-                undecodable.append((sample.key, str(error.__cause__)))
+                undecodable.append((sample.key, _reason(error, sample.key)))
         if pictures:
             found, without_detail = index.near(np.stack(pictures))
             plain += without_detail
@@ -312,6 +313,11 @@ def _scan_shard(job: _Job) -> tuple[int, int, int]:
     schema = FINDINGS_SCHEMA.with_metadata({"about": json.dumps(about)})
     manifest.write_table(open_store(job.out), job.path, pa.table(rows, schema=schema))
     return about["images"], int(dataset.rows(job.shard).size.sum()), len(undecodable)
+
+
+def _reason(error: DecodeError, key: str) -> str:
+    """Return what is wrong with an image: the error without the key and the advice, for a list of them."""
+    return str(error).removeprefix(f"cannot decode {key}: ").rpartition(";")[0]
 
 
 def _one_a_test(index: HashIndex, sample: Sample, near: list[hashindex.Found]) -> list[hashindex.Found]:
