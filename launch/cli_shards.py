@@ -147,6 +147,48 @@ def shards_verify(
         raise typer.Exit(1)
 
 
+@shards_app.command("dedupe")
+def shards_dedupe(
+    url: Annotated[str, typer.Argument(help="Training set.")],
+    against: Annotated[
+        list[str] | None, typer.Option(help="Test set whose images must not be in it; once each.")
+    ] = None,
+    version: Annotated[str, typer.Option(help="Name of the new drop list.")] = "dedupe-1",
+    exclude: Annotated[str | None, typer.Option(help="Older drop list, which the new one takes in.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of report and findings, shared by slices; default: VERSION.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; default: the cores.")] = None,
+    slice_: Annotated[
+        str, typer.Option("--slice", metavar="I/N", help="Scan each N-th shard from I; the last to end finishes.")
+    ] = "0/1",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write the report, but no drop list.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List training images that are copies of test images; a killed run goes on where it was."""
+    from shards.dedupe import dedupe
+    from shards.plan import Slice
+
+    found = dedupe(
+        url, against or [], version=version, base=exclude, out=out, workers=workers, own=Slice.parse(slice_),
+        dry_run=dry_run, progress=True,
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps(asdict(found)))
+        return
+    for test in found.tests:
+        print(f"{test.name}: {test.exact:,} same bytes, {test.near:,} same picture ({test.mirrored:,} mirrored)")
+    if found.undecodable:
+        print(f"{len(found.undecodable):,} training images cannot be decoded", file=sys.stderr)
+    if not found.finished:
+        print(f"{found.shards_left:,} of {found.shards:,} shards are still to be scanned", file=sys.stderr)
+        return
+    print(f"{found.copies:,} of {found.images:,} training images are copies of test images")
+    if found.exclude:
+        print(f"drop list: {found.exclude}, {found.dropped:,} samples")
+    print(f"report: {found.report}")
+
+
 @shards_app.command("stats")
 def shards_stats(
     url: Annotated[str, typer.Argument(help="Data set.")],

@@ -243,14 +243,19 @@ def write_exclude(url: str | Path, version: str, rows: Iterable[tuple[int, int, 
         raise UserError(f"drop list {version} of {url} exists and never changes; choose another name") from error
 
 
+def check_exclude_name(version: str) -> None:
+    """Raise a UserError unless ``version`` is a name that a drop list can have."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", version):
+        raise UserError(f"drop list name {version!r}: use letters, digits, dots, dashes and underscores")
+
+
 def check_version(dataset: Dataset, version: str) -> None:
     """Check the name of a drop list that is to be written later.
 
     Raises:
         UserError: It is no plain word, or there is such a list already.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", version):
-        raise UserError(f"drop list name {version!r}: use letters, digits, dots, dashes and underscores")
+    check_exclude_name(version)
     if dataset.store.exists(manifest.exclude_path(version)):
         raise UserError(f"drop list {version} of {dataset.url} exists and never changes; choose another name")
 
