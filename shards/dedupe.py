@@ -60,7 +60,7 @@ class TestSet:
         url: Where it is.
         images: Their number.
         undecodable: (key, reason) of images that are only found by their bytes.
-        plain: Images without detail (blank, a gradient), which are only found by their bytes too.
+        blank: Blank images, which are only found by their bytes too.
         exact: Training images with the bytes of one of its images.
         near: Training images that show the picture of one of its images.
         mirrored: Those of ``near`` that show it mirrored.
@@ -73,7 +73,7 @@ class TestSet:
     url: str
     images: int
     undecodable: list[tuple[str, str]]
-    plain: int
+    blank: int
     exact: int
     near: int
     mirrored: int
@@ -91,7 +91,7 @@ class Result:
         shards_left: Still to scan, by this slice or another.
         images: Training images scanned.
         undecodable: (key, reason) of training images that were only compared by their bytes.
-        plain: Training images without detail, which were too.
+        blank: Blank training images, which were too.
         copies: Training images that are copies of test images.
         dropped: Samples on the drop list: the copies, and what the list it builds on has.
         exclude: Version of the drop list; None if there is none yet.
@@ -106,7 +106,7 @@ class Result:
     shards_left: int
     images: int
     undecodable: list[tuple[str, str]]
-    plain: int
+    blank: int
     copies: int
     dropped: int
     exclude: str | None
@@ -243,14 +243,14 @@ def _make_index(
     with ImageProgress("hashing test images", images, images - left, "undecodable", progress) as bar:
         for _, (count, size, undecodable) in run_jobs(_hash_shard, todo, min(workers, max(len(todo), 1))):
             bar.advance(count, size, undecodable)
-    about = [{"images": len(test), "undecodable": [], "plain": 0} for test in tests]
+    about = [{"images": len(test), "undecodable": [], "blank": 0} for test in tests]
 
     def parts() -> Iterator[TestImages]:
         for job in jobs:
             with np.load(out / job.path) as part:
                 said = json.loads(str(part["about"]))
                 about[job.test]["undecodable"] += said["undecodable"]
-                about[job.test]["plain"] += said["plain"]
+                about[job.test]["blank"] += said["blank"]
                 yield TestImages(part["where"], part["sha256"], part["pictures"])
 
     hashindex.write_index(out / "index", parts(), images, about)
@@ -271,10 +271,10 @@ def _hash_shard(job: _Job) -> tuple[int, int, int]:
                 pictures[index] = phash.small_picture(sample.image, sample.key)
             except DecodeError as error:
                 undecodable.append((sample.key, _reason(error, sample.key)))
-    plain = int((phash.detail_levels(pictures) < phash.FAINT_LEVELS).sum()) - len(undecodable)
+    blank = int(phash.blank(pictures).sum()) - len(undecodable)
     where = np.stack([np.full(count, job.test), np.full(count, job.shard), np.arange(count)], axis=1)
     sha256 = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
-    about = json.dumps({"undecodable": undecodable, "plain": plain})
+    about = json.dumps({"undecodable": undecodable, "blank": blank})
     with whole_file(job.out / job.path) as partial, open(partial, "wb") as file:
         np.savez(file, where=where.astype(np.int32), sha256=sha256, pictures=pictures, about=np.array(about))
     return count, int(dataset.rows(job.shard).size.sum()), len(undecodable)
@@ -291,7 +291,7 @@ def _scan_shard(job: _Job) -> tuple[int, int, int]:
     """Look up all images of a training shard; return images, bytes and how many cannot be decoded."""
     dataset, index = _open(job.url), _open_index(job.out / "index")
     rows: dict[str, list] = {name: [] for name in FINDINGS_SCHEMA.names}
-    undecodable, plain = [], 0
+    undecodable, blank = [], 0
     for start, samples in _chunks(dataset, job.shard):
         pictures, whose = [], []
         near: list[list[hashindex.Found]] = [[] for _ in samples]
@@ -302,14 +302,14 @@ def _scan_shard(job: _Job) -> tuple[int, int, int]:
             except DecodeError as error:
                 undecodable.append((sample.key, _reason(error, sample.key)))
         if pictures:
-            found, without_detail = index.near(np.stack(pictures))
-            plain += without_detail
+            found, more_blank = index.near(np.stack(pictures))
+            blank += more_blank
             for i, matches in zip(whose, found, strict=True):
                 near[i] = matches
         for i, sample in enumerate(samples):
             for match in _one_a_test(index, sample, near[i]):
                 _add(rows, job, start + i, sample.key, match, index)
-    about = {"images": int(dataset.shard_sizes[job.shard]), "undecodable": undecodable, "plain": plain}
+    about = {"images": int(dataset.shard_sizes[job.shard]), "undecodable": undecodable, "blank": blank}
     schema = FINDINGS_SCHEMA.with_metadata({"about": json.dumps(about)})
     manifest.write_table(open_store(job.out), job.path, pa.table(rows, schema=schema))
     return about["images"], int(dataset.rows(job.shard).size.sum()), len(undecodable)
@@ -378,7 +378,7 @@ def _finish(jobs: list[_Job], raw: Dataset, tests: list[Dataset], version: str |
         shards_left=len(jobs) - len(done),
         images=sum(scan["images"] for scan in scans),
         undecodable=[tuple(entry) for scan in scans for entry in scan["undecodable"]],
-        plain=sum(scan["plain"] for scan in scans),
+        blank=sum(scan["blank"] for scan in scans),
         copies=copies,
         dropped=len(drop),
         exclude=version if finished else None,
@@ -429,7 +429,7 @@ def _test_sets(pairs: pa.Table, names: tuple[tuple[str, str], ...], about: list[
             url=url,
             images=said["images"],
             undecodable=[tuple(entry) for entry in said["undecodable"]],
-            plain=said["plain"],
+            blank=said["blank"],
             exact=kinds[name, "exact"],
             near=kinds[name, "near"],
             mirrored=mirrored[name],

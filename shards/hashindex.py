@@ -48,7 +48,7 @@ class Found(NamedTuple):
 def write_index(folder: Path, parts: Iterable[TestImages], images: int, about: list[dict]) -> None:
     """Write the index of ``images`` test images, whole or not at all.
 
-    Images without detail (blank, a plain gradient, not decodable) are listed under their SHA-256 alone. What is to be
+    Blank images, and those that cannot be decoded, are listed under their SHA-256 alone. What is to be
     said ``about`` the test sets is kept beside, as it is once all ``parts`` are taken.
     """
     partial = partial_folder(folder)
@@ -58,7 +58,7 @@ def write_index(folder: Path, parts: Iterable[TestImages], images: int, about: l
 
     where, sha256 = array("where", np.int32, 3), array("sha256", np.uint8, 32)
     hashes, thumbs = array("hashes", np.uint64), array("thumbs", np.uint8, phash.THUMB**2)
-    plain = np.empty(images, bool)
+    blank = np.empty(images, bool)
     at = 0
     with open(partial / "pictures", "wb") as file:
         for part in parts:
@@ -67,13 +67,13 @@ def write_index(folder: Path, parts: Iterable[TestImages], images: int, about: l
                 here = slice(at, at + len(where_))
                 where[here], sha256[here], thumbs[here] = where_, sha256_, phash.thumbs(pictures)
                 hashes[here] = phash.hashes(phash.coefficients(pictures))
-                plain[here] = phash.detail_levels(pictures) < phash.FAINT_LEVELS
+                blank[here] = phash.blank(pictures)
                 file.write(pictures.tobytes())
                 at += len(where_)
-    detailed = np.flatnonzero(~plain).astype(np.int32)
-    keys = phash.bands(hashes[detailed])
+    shown = np.flatnonzero(~blank).astype(np.int32)
+    keys = phash.bands(hashes[shown])
     for band in range(phash.BANDS):
-        np.save(partial / f"members{band}.npy", detailed[np.argsort(keys[:, band], kind="stable")])
+        np.save(partial / f"members{band}.npy", shown[np.argsort(keys[:, band], kind="stable")])
         counts = np.bincount(keys[:, band], minlength=BUCKETS)
         np.save(partial / f"starts{band}.npy", np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
     prefixes = _prefixes(sha256)
@@ -141,24 +141,24 @@ class HashIndex:
 
         Returns:
             For each training image at most one test image of each test set, the first found of the likeliest; and how
-            many training images have no detail to compare.
+            many training images are blank.
         """
         found: list[dict[int, Found]] = [{} for _ in pictures]
-        detailed = np.flatnonzero(phash.detail_levels(pictures) >= phash.FAINT_LEVELS)
-        upright = pictures[detailed]
+        shown = np.flatnonzero(~phash.blank(pictures))
+        upright = pictures[shown]
         upright_coefficients = phash.coefficients(upright)
         for mirror in (False, True):
             seen = phash.mirrored(upright) if mirror else upright
             each = phash.mirrored_coefficients(upright_coefficients) if mirror else upright_coefficients
             owners, rows = self.candidates(each, phash.thumbs(seen))
             for owner, row in zip(owners.tolist(), rows.tolist(), strict=True):
-                mine, test = found[detailed[owner]], int(self.where[row, 0])
+                mine, test = found[shown[owner]], int(self.where[row, 0])
                 if test in mine:
                     continue
                 likeness = phash.compare(self.picture(row), seen[owner])
                 if likeness:
                     mine[test] = Found(row, mirror, likeness)
-        return [[mine[test] for test in sorted(mine)] for mine in found], len(pictures) - len(detailed)
+        return [[mine[test] for test in sorted(mine)] for mine in found], len(pictures) - len(shown)
 
     def candidates(self, coefficients: np.ndarray, thumbs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Find which test images to compare training images with, by hash and thumbnail.

@@ -119,10 +119,10 @@ def test_every_kind_of_copy_is_found_and_dropped(sets, train, tmp_path):
 
 def test_blank_and_broken_images_are_counted_and_never_near(sets, train, tmp_path):
     found = dedupe(train, against(sets), out=tmp_path / "out", workers=1)
-    assert (found.plain, found.undecodable) == (1, [("taken/broken", "no known image format")])
+    assert (found.blank, found.undecodable) == (1, [("taken/broken", "no known image format")])
     val, other = found.tests
-    assert (val.plain, [key for key, _ in val.undecodable]) == (1, ["b/broken"])
-    assert (other.plain, other.undecodable) == (0, [])
+    assert (val.blank, [key for key, _ in val.undecodable]) == (1, ["b/broken"])
+    assert (other.blank, other.undecodable) == (0, [])
 
 
 def test_what_cannot_be_compared_is_still_found_by_its_bytes(sets, train, tmp_path):

@@ -81,14 +81,26 @@ def test_drawings_from_one_template_are_no_copies():
     assert correlation > phash.LEAST_WHOLE  # else this test would show nothing
 
 
-def test_pictures_without_detail_are_never_alike():
-    across = np.linspace(0, 255, 64)
-    plain = [np.full((64, 64), 128), np.zeros((64, 64)), np.tile(across, (64, 1)), np.tile(across[:, None], (1, 64))]
-    plain += [across[:, None] / 2 + across**2 / 510]  # a sky that darkens towards the corners
+def test_blank_pictures_are_never_alike():
     rng = np.random.default_rng(0)
+    slope = np.linspace(-9, 9, 64)
+    plain = [np.full((64, 64), 128), np.zeros((64, 64)), 128 + np.tile(slope, (64, 1)), 128 + np.tile(slope, (64, 1)).T]
     noisy = [(each + rng.normal(0, 1, (64, 64))).clip(0, 255).astype(np.uint8) for each in plain for _ in range(2)]
-    assert (phash.detail_levels(np.stack(noisy)) < phash.FAINT_LEVELS).all()
+    assert phash.blank(np.stack(noisy)).all()
     assert not any(phash.compare(one, other) for one, other in combinations(noisy, 2))
+
+
+def test_plain_skies_are_copies_only_if_their_levels_agree():
+    """Gradients correlate with each other; a re-encoded one has the same levels."""
+    down = np.tile(np.linspace(90, 220, 64)[:, None], (1, 64))
+    across = np.linspace(-1, 1, 64)
+    skies = [down, down * 0.9, down + 6, down - 12 * across**2, np.linspace(60, 250, 64)[:, None].repeat(64, 1)]
+    assert np.corrcoef(np.stack([sky.ravel() for sky in skies])).min() > phash.LEAST_WHOLE
+    rng = np.random.default_rng(0)
+    noisy = [[(sky + rng.normal(0, 0.6, (64, 64))).clip(0, 255).astype(np.uint8) for _ in range(2)] for sky in skies]
+    assert not phash.blank(np.concatenate(noisy)).any()
+    for (i, one), (j, other) in combinations([(i, each) for i, pair in enumerate(noisy) for each in pair], 2):
+        assert (phash.compare(one, other) is not None) == (i == j)
 
 
 def index_of(pictures: np.ndarray, folder) -> HashIndex:
