@@ -1,12 +1,17 @@
 # make        check what pip cannot bring, and install everything else into .venv
 # make demo   the main job on real images, and its result
 # make test   the tests (10 minutes at most on 2 cores)
+# make test-slow   the long ones
+# make peers       other projects' readers, into .venv-peers
+# make test-peers  our shards in their hands
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+PEERS  := .venv-peers
+PIP    := python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test test-slow test-peers peers lint bench clean
 
 # The native JPEG decoder is built at once if it is not there, and gone on without if it cannot be.
 setup: $(READY)
@@ -18,6 +23,12 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+test-peers: setup peers
+	$(BIN)/python -m pytest -m peers tests/peers
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -25,6 +36,8 @@ lint: $(READY)
 bench: setup
 	$(BIN)/python bench/order.py
 	$(BIN)/python bench/loader.py
+	$(BIN)/python bench/manifest.py
+	$(BIN)/python bench/build.py
 
 # Made anew only when what is installed changes.
 $(READY): pyproject.toml constraints.txt
@@ -33,5 +46,14 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[track,figures,test]'
 	@touch $(READY)
 
+# timm and OpenCLIP ask for torchvision, a CUDA build, which would bring all of CUDA: they and it come without what they ask
+# for, and the rest of that is named here. See tests/peers/read.py for how it is imported beside a CPU build of torch.
+peers: $(PEERS)/.ready
+$(PEERS)/.ready: constraints-peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/$(PIP) -c constraints-peers.txt torch webdataset megatron-energon huggingface_hub safetensors ftfy regex pandas
+	$(PEERS)/bin/$(PIP) -c constraints-peers.txt --no-deps timm open_clip_torch torchvision
+	@touch $@
+
 clean:
-	rm -rf $(VENV) runs build *.egg-info shards/native/*.so
+	rm -rf $(VENV) $(PEERS) runs build *.egg-info shards/native/*.so

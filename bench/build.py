@@ -1,8 +1,8 @@
 """Building shards: keeping the bytes against plain tar, and shrinking against a Pillow and webdataset loop.
 
-Keeping: MB/s of JPEGs of 110 kB, from files to disk (fsync on both sides), our hashes, checks of the
-images, offsets and manifest included. Shrinking: 500 × 375 to a short side of 256, JPEG quality 90, images/s; the peer is
-the loop that everybody writes, in one process: Pillow's open, resize, save, webdataset's ShardWriter.
+Keeping: MB/s of JPEGs of 110 kB, from files to disk (fsync on both sides); our hashes, checks of images, offsets and
+manifest are included. Shrinking: 500 × 375 to a short side of 256, JPEG quality 90, images/s; the peer is the loop that
+everybody writes, in one process: Pillow's open, resize, save, webdataset's ShardWriter.
 """
 
 import io

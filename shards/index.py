@@ -94,14 +94,14 @@ def index(
     if max_rejected < 0:
         raise UserError(f"--max-rejected {max_rejected}: must be at least 0")
     tars, paths = find_tars(url)
-    store = tars if out is None else open_store(out, create=True)
-    if store.url.startswith(("http://", "https://")):
-        raise UserError(f"{store.url} takes no files: a web server; give --out, a folder for the manifest")
     reading = Reading(LabelRule.parse(label), image.lower().removeprefix("."), _read_classes(classes))
-    elsewhere = None if _place(store) == _place(tars) else _place(tars)
     settings = {"source": "index", **reading.settings}
-    jobs = [Job(_place(tars), path, _place(store), shard, reading) for shard, path in enumerate(paths)]
     try:
+        store = tars if out is None else open_store(out, create=True)
+        if store.url.startswith(("http://", "https://")):
+            raise UserError(f"{store.url} takes no files: a web server; give --out, a folder for the manifest")
+        jobs = [Job(_place(tars), path, _place(store), shard, reading) for shard, path in enumerate(paths)]
+        elsewhere = None if _place(store) == _place(tars) else _place(tars)
         with _alone_in(store):
             whole = _check_output(store, jobs, settings, elsewhere)
             receipts, read = _index_all(jobs, tars, workers, max_rejected, progress)
@@ -112,7 +112,8 @@ def index(
             return _result(store, tars, jobs, receipts, read)
     except OSError as error:
         raise UserError(
-            f"cannot write {error.filename or store.url}: {error.strerror}; mend that, or give --out another folder"
+            f"cannot write {error.filename or out or tars.url}: {error.strerror}; mend that, or give --out another "
+            "folder"
         ) from error
 
 

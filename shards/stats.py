@@ -4,87 +4,121 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
-from rich.console import Group
-from rich.table import Table
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from shards.dataset import Dataset
+from shards.histogram import Bar, Histogram
+from shards.progress import ImageProgress
+from shards.repeats import Repeats, repeats
 
-PERCENTS = (0, 5, 50, 95, 100)
-BAR = 40  # characters of the longest bar
+PERCENTS = (0, 5, 25, 50, 75, 95, 100)
+COLUMNS = ["size", "format", "labels", "width", "height", "orientation"]
+SQUARE, STEPS = 32 << 10, 1 << 10
+"""An aspect ratio is counted as a whole number: that of a square plus 1,024 for each doubling."""
 
 
 @dataclass(frozen=True)
 class Stats:
-    """Counts over the kept samples of a data set.
+    """Counts over the kept samples of a data set. Sizes are as stored: EXIF orientation is not applied.
 
     Attributes:
         url: Where the data set is.
+        exclude: The version of its drop list in use, or None.
         samples: Their number.
         shards: Number of shards.
-        classes: Samples of each class, by name, in label order.
-        formats: Images of each format.
-        labels_per_image: How many images have so many labels.
         bytes: Of all images.
-        percentiles: ``width``, ``height`` (pixels) and ``bytes`` of an image at 0, 5, 50, 95 and 100 %.
+        classes: Samples of each class, by name, in label order; weights of labels do not count.
+        unlabelled: Samples without a label.
+        labels_per_image: How many images have so many labels.
+        formats: Images of each format.
+        orientations: Images of each EXIF orientation of their source, 1 to 8 (1: upright or none; 0: not recorded).
+        percentiles: ``width``, ``height``, ``short side`` (pixels), ``aspect`` (width / height) and ``bytes`` of an
+            image at 0, 5, 25, 50, 75, 95 and 100 %. Aspect to 0.1 %; the others exactly below 131,072, and to 1 in
+            65,536 above.
+        histograms: The same quantities as bars of equal ratio.
+        repeated_keys: Keys that occur more than once.
+        repeated_images: Images that are there more than once, byte for byte.
     """
 
     url: str
+    exclude: str | None
     samples: int
     shards: int
-    classes: dict[str, int]
-    formats: dict[str, int]
-    labels_per_image: dict[int, int]
     bytes: int
-    percentiles: dict[str, list[int]]
+    classes: dict[str, int]
+    unlabelled: int
+    labels_per_image: dict[int, int]
+    formats: dict[str, int]
+    orientations: dict[int, int]
+    percentiles: dict[str, list[float]]
+    histograms: dict[str, list[Bar]]
+    repeated_keys: Repeats
+    repeated_images: Repeats
 
 
-def stats(dataset: Dataset) -> Stats:
-    """Count what is in a data set; reads every sample table once."""
+def stats(dataset: Dataset, progress: bool = False) -> Stats:
+    """Count what is in a data set; memory is 8 bytes a sample and a few megabytes.
+
+    Args:
+        dataset: Its drop list counts as not there.
+        progress: Show progress bars on stderr, one for each time the sample tables are read.
+    """
     classes = np.zeros(len(dataset.classes), np.int64)
-    formats: Counter[str] = Counter()
-    labels_per_image: Counter[int] = Counter()
-    columns = {"width": [], "height": [], "bytes": []}
-    for shard in range(len(dataset.shard_sizes)):
-        rows = dataset.rows(shard)
-        for column, values in zip(columns.values(), (rows.width, rows.height, rows.size), strict=True):
-            column.append(values)
-        formats.update(rows.format)
-        for labels, count in Counter(rows.labels).items():
-            labels_per_image[len(labels)] += count
-            classes[list(labels)] += count
-    whole = {name: np.concatenate(parts) for name, parts in columns.items()}
+    formats, orientations, labels_per_image = Counter(), Counter(), Counter()
+    sizes = {name: Histogram() for name in ("width", "height", "short side", "aspect", "bytes")}
+    with ImageProgress("counting", len(dataset), show=progress) as bar:
+        for shard in range(len(dataset.shard_sizes)):
+            table = dataset.table(shard, COLUMNS)
+            width, height, size = (table[name].to_numpy() for name in ("width", "height", "size"))
+            aspect = np.rint(STEPS * np.log2(width / height)).astype(np.int64) + SQUARE
+            every = (width, height, np.minimum(width, height), aspect, size)
+            for histogram, values in zip(sizes.values(), every, strict=True):
+                histogram.add(values)
+            classes += np.bincount(pc.list_flatten(table["labels"]).to_numpy(), minlength=len(classes))
+            _count(labels_per_image, pc.list_value_length(table["labels"]).fill_null(0))
+            _count(formats, table["format"])
+            _count(orientations, table["orientation"].fill_null(0))
+            bar.advance(len(table), int(size.sum()))
+    histograms = {name: histogram.bars() for name, histogram in sizes.items()}
+    histograms["aspect"] = _aspect_bars(sizes["aspect"])
+    percentiles = {
+        name: [histogram.percentile(percent) for percent in PERCENTS] if len(dataset) else []
+        for name, histogram in sizes.items()
+    }
+    percentiles["aspect"] = [_ratio(number) for number in percentiles["aspect"]]
     return Stats(
         url=dataset.url,
+        exclude=dataset.exclude,
         samples=len(dataset),
         shards=len(dataset.shard_sizes),
+        bytes=sizes["bytes"].sum,
         classes=dict(zip(dataset.classes, classes.tolist(), strict=True)),
-        formats=dict(sorted(formats.items())),
+        unlabelled=labels_per_image[0],
         labels_per_image=dict(sorted(labels_per_image.items())),
-        bytes=int(whole["bytes"].sum()),
-        percentiles={
-            name: np.percentile(values, PERCENTS, method="nearest").tolist() if len(values) else []
-            for name, values in whole.items()
-        },
+        formats=dict(sorted(formats.items())),
+        orientations=dict(sorted(orientations.items())),
+        percentiles=percentiles,
+        histograms=histograms,
+        repeated_keys=repeats(dataset, "key", progress),
+        repeated_images=repeats(dataset, "sha256", progress),
     )
 
 
-def render(found: Stats) -> Group:
-    """Return the tables to print on a terminal with rich."""
-    total = Table(title=found.url, show_header=False)
-    total.add_row("samples", f"{found.samples:,}")
-    total.add_row("shards", f"{found.shards:,}")
-    total.add_row("classes", f"{len(found.classes):,}")
-    total.add_row("image bytes", f"{found.bytes:,}")
-    total.add_row("formats", ", ".join(f"{name} {count:,}" for name, count in found.formats.items()))
-    labels = (f"{count:,} with {number}" for number, count in found.labels_per_image.items())
-    total.add_row("labels an image", ", ".join(labels))
+def _count(counter: Counter, values: pa.ChunkedArray) -> None:
+    for found in values.value_counts().to_pylist():
+        counter[found["values"]] += found["counts"]
 
-    sizes = Table("an image's", *(f"{percent} %" for percent in PERCENTS), title="percentiles")
-    for name, values in found.percentiles.items():
-        sizes.add_row(name, *(f"{value:,}" for value in values))
 
-    classes = Table("class", "images", "", title="classes")
-    longest = max(found.classes.values(), default=0)
-    for name, count in found.classes.items():
-        classes.add_row(name, f"{count:,}", "█" * round(BAR * count / max(longest, 1)))
-    return Group(total, sizes, classes)
+def _ratio(number: int) -> float:
+    return round(2 ** ((number - SQUARE) / STEPS), 4)
+
+
+def _aspect_bars(aspect: Histogram) -> list[Bar]:
+    """Return bars whose edges are powers of two, or of a root of it, so that a square begins one."""
+    if aspect.least is None:
+        return []
+    spread = aspect.greatest - aspect.least
+    width = next(width for width in (STEPS // 8, STEPS // 4, STEPS // 2, STEPS, 4 * STEPS) if spread < 30 * width)
+    edges = list(range(aspect.least // width * width, aspect.greatest + width + 1, width))
+    return [Bar(_ratio(low), _ratio(high), count) for low, high, count in aspect.bars_between(edges)]

@@ -90,7 +90,7 @@ class TarScan:
 
     def _members(self) -> Iterator[tuple[str, Member]]:
         with self._store.stream(self._path) as stream:
-            tape = _Tape(stream, self.bytes, hashlib.sha256() if self._hashed else None)
+            tape = _Tape(stream, self.bytes, hashlib.sha256() if self._hashed else None, self.name)
             for header in self._headers(tape):
                 where, end = header.offset_data, header.offset_data + header.size
                 if header.size < 0 or (header.isreg() and end > self.bytes):
@@ -151,8 +151,8 @@ class TarScan:
 class _Tape:
     """A stream for ``tarfile`` that goes forward only, remembers its last block and may hash all that passes."""
 
-    def __init__(self, stream: BinaryIO, size: int, hash: "hashlib._Hash | None"):
-        self._stream, self._size, self.hash = stream, size, hash
+    def __init__(self, stream: BinaryIO, size: int, hash: "hashlib._Hash | None", name: str):
+        self._stream, self._size, self.hash, self._name = stream, size, hash, name
         self._at = 0
         self.block = b""
 
@@ -160,7 +160,10 @@ class _Tape:
         return self._at
 
     def read(self, length: int) -> bytes:
-        data = self._stream.read(max(0, min(length, self._size - self._at)))  # never more memory than there is tar
+        try:
+            data = self._stream.read(max(0, min(length, self._size - self._at)))  # never more memory than there is tar
+        except OSError as error:
+            raise DamagedTarError(f"{self._name} cannot be read at byte {self._at}: {error.strerror}") from error
         self._at += len(data)
         if self.hash:
             self.hash.update(data)

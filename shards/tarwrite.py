@@ -13,6 +13,27 @@ from typing import BinaryIO, NamedTuple
 TAR = {"mtime": 0, "user": "patchmill", "group": "patchmill", "mode": 0o444, "format": "PAX_FORMAT"}
 
 
+def _tarfile_header(name: str, size: int) -> bytes:
+    """Return the header of a member, as tarfile makes it: several blocks if the name is long or not ASCII."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mtime, info.mode = size, TAR["mtime"], TAR["mode"]
+    info.uname, info.gname = TAR["user"], TAR["group"]
+    return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+
+
+_BLANK = _tarfile_header("", 0)
+_BLANK_SUM = 8 * ord(" ") + sum(_BLANK[100:124]) + sum(_BLANK[136:148]) + sum(_BLANK[156:])
+
+
+def _header(name: str, size: int) -> bytes:
+    """Return what ``_tarfile_header`` does; for a common name in a tenth of the time, by filling in three fields."""
+    if len(name) > tarfile.LENGTH_NAME or not name.isascii() or size >= 8**11:
+        return _tarfile_header(name, size)
+    name_field, size_field = name.encode(), b"%011o\0" % size
+    checksum = b"%06o\0 " % (_BLANK_SUM + sum(name_field) + sum(size_field))
+    return name_field.ljust(100, b"\0") + _BLANK[100:124] + size_field + _BLANK[136:148] + checksum + _BLANK[156:]
+
+
 class Member(NamedTuple):
     """Where a member's data begins in the tar, and the CRC-32 of the 512 bytes of header before it."""
 
@@ -30,10 +51,7 @@ class TarWriter:
 
     def add(self, name: str, data: bytes) -> Member:
         """Append a file; ``name`` is KEY.EXTENSION."""
-        info = tarfile.TarInfo(name)
-        info.size, info.mtime, info.mode = len(data), TAR["mtime"], TAR["mode"]
-        info.uname, info.gname = TAR["user"], TAR["group"]
-        header = info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")  # a long name takes several blocks
+        header = _header(name, len(data))
         member = Member(self.bytes + len(header), zlib.crc32(header[-tarfile.BLOCKSIZE :]))
         self._write(header)
         self._write(data)

@@ -10,7 +10,16 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(("name", "rows", "peers"), [("order", 4, set()), ("loader", 4, {"webdataset"})])
+@pytest.mark.parametrize(
+    ("name", "rows", "peers"),
+    [
+        ("order", 4, set()),
+        ("loader", 4, {"webdataset"}),
+        ("manifest", 16, set()),
+        ("dedupe", 21, set()),
+        ("build", 6, {"tar, 1 worker", "tar, 2 workers", "Pillow + webdataset, 1 worker", "1 worker, 2 workers"}),
+    ],
+)
 def test_quick_form_writes_the_contract(name, rows, peers, tmp_path):
     out = tmp_path / "out.json"
     command = [sys.executable, f"bench/{name}.py", "--quick", "--json", str(out)]

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -29,19 +30,29 @@ def write_tar(path: Path, members: list[tuple[str, bytes]], format: int = tarfil
     return path
 
 
-def write_webdataset(folder: Path, samples: int = 24, shard: int = 10, classes: int = 3) -> Path:
+Picture = Callable[[int], bytes]
+
+
+def write_webdataset(
+    folder: Path, samples: int = 24, shard: int = 10, classes: int = 3, picture: Picture = image
+) -> Path:
     """Write a set with the stock ``webdataset.ShardWriter``."""
     from webdataset import ShardWriter
 
     folder.mkdir(parents=True, exist_ok=True)
     with ShardWriter(str(folder / "set-%06d.tar"), maxcount=shard, verbose=0) as writer:
         for i in range(samples):
-            writer.write({"__key__": f"sample{i:05d}", "jpg": image(i), "cls": i % classes, "json": {"n": i}})
+            writer.write({"__key__": f"sample{i:05d}", "jpg": picture(i), "cls": i % classes, "json": {"n": i}})
     return folder
 
 
-def write_img2dataset(folder: Path, samples: int = 12, shard: int = 5) -> Path:
-    """Write a set in the layout of img2dataset: captions and metadata beside each image, tables beside each tar."""
+def write_img2dataset(
+    folder: Path, samples: int = 12, shard: int = 5, picture: Picture = image, classes: int | None = None
+) -> Path:
+    """Write a set in the layout of img2dataset: captions and metadata beside each image, tables beside each tar.
+
+    With ``classes``, the metadata have a label, as with ``--save_additional_columns '["label"]'``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for number, start in enumerate(range(0, samples, shard)):
         members, rows = [], []
@@ -52,9 +63,11 @@ def write_img2dataset(folder: Path, samples: int = 12, shard: int = 5) -> Path:
                 "error_message": None, "width": 20, "height": 16, "original_width": 40, "original_height": 32,
                 "exif": "{}", "sha256": "0" * 64,
             }  # fmt: skip
+            if classes is not None:
+                row["label"] = i % classes
             rows.append(row)
             members += [
-                (f"{key}.jpg", image(i)),
+                (f"{key}.jpg", picture(i)),
                 (f"{key}.json", json.dumps(row, indent=4).encode()),
                 (f"{key}.txt", row["caption"].encode()),
             ]

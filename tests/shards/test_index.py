@@ -17,7 +17,9 @@ from http.server import ThreadingHTTPServer
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from launch.cli import app
 from shards import manifest
 from shards.dataset import Dataset, write_exclude
 from shards.errors import UserError
@@ -332,6 +334,26 @@ def test_a_killed_index_goes_on_where_it_was(tmp_path):
     assert tree(out) == tree(tmp_path / "whole")
 
 
+def test_a_full_disk_leaves_nothing_half_written(tmp_path):
+    folder = write_webdataset(tmp_path / "set", samples=300, shard=100)
+    index(folder, tmp_path / "whole")
+    out = tmp_path / "out"
+    program = (
+        "import resource, sys; from shards.index import index; resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000));"
+        "from shards.errors import UserError\n"
+        "try: index(*sys.argv[1:], workers=1)\n"
+        "except UserError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(folder), str(out)], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.startswith("cannot write "), done.stderr
+    assert "File too large" in done.stdout
+    assert [path for path in out.rglob("*") if path.is_file()] == []
+    index(folder, out)
+    assert tree(out) == tree(tmp_path / "whole")
+
+
 def test_what_changed_is_read_again(tmp_path):
     folder = named(tmp_path / "set", ["zebra", "cat"], ["ant", "zebra"])
     index(folder)
@@ -426,7 +448,9 @@ def names(url):
 def test_which_tars_a_url_means(tmp_path, monkeypatch):
     for name in ("b.tar", "a.tar", ".hidden.tar", "a10.tar", "a2.tar", "t/x.tar", "v/y.tar", "t/deep/z.tar"):
         write_tar(tmp_path / name, [])
-    (tmp_path / "a.parquet").write_bytes(b"")
+    for name in ("a.parquet", "a_stats.json", "a.tar.idx", ".nv-meta/index.sqlite", ".nv-meta/dataset.yaml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)  # of img2dataset and Energon
+        (tmp_path / name).write_bytes(b"")
     assert (
         names(tmp_path) == names(f"{tmp_path}/") == names(tmp_path.as_uri()) == ["a.tar", "a10.tar", "a2.tar", "b.tar"]
     )
@@ -585,3 +609,20 @@ def test_rows_hold_little(tmp_path):
     rows = Dataset.open(tmp_path).rows(0)
     assert rows.weights is None
     assert rows.member.dtype == np.uint32
+
+
+def test_the_command_says_what_it_found(tmp_path):
+    runner = CliRunner()
+    write_img2dataset(tmp_path / "captions")
+    done = runner.invoke(app, ["shards", "index", str(tmp_path / "captions")])
+    assert done.exit_code == 0
+    assert "12 samples in 3 shards, " in done.stdout
+    assert "no sample has a label: captions" in done.stdout
+    write_tar(tmp_path / "set" / "0.tar", [("a.jpg", image(0)), ("a.cls", b"3"), ("b.jpg", image(1)), ("c.jpg", b"")])
+    command = ["shards", "index", str(tmp_path / "set"), "--max-rejected", "1"]
+    done = runner.invoke(app, command)
+    assert "4 classes, 1 samples without label" in done.stdout
+    assert "left out: 0.tar c: empty file" in done.stdout
+    done = runner.invoke(app, [*command, "--json"])
+    made = json.loads(done.stdout)
+    assert (made["read"], made["samples"], made["rejected"]) == (0, 2, [["0.tar c", "empty file"]])

@@ -1,6 +1,7 @@
 """Files of the manifest: what is written is what is read, and nothing but the data decides the bytes."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from shards import manifest
@@ -72,3 +73,26 @@ def test_digest_sees_classes_shards_and_their_order():
     dropped = manifest.digest_with_exclude(base, shard, index)
     assert dropped == manifest.digest_with_exclude(base, shard, index)
     assert len({base, dropped, manifest.digest_with_exclude(base, index, shard)}) == 3
+
+
+def test_a_sample_costs_little_more_than_its_hashes(tmp_path):
+    rng = np.random.default_rng(0)
+    count = 5000
+    size = rng.lognormal(11.5, 0.5, count).astype(np.int64)
+    rows = {
+        "key": [f"n{label:08d}/n{label:08d}_{label}" for label in rng.integers(0, 20_000, count).tolist()],
+        "offset": np.cumsum(size + 1024),
+        "size": size,
+        "format": ["jpg"] * count,
+        "labels": rng.integers(0, 20_000, (count, 1)).tolist(),
+        "weights": [None] * count,
+        "width": [500] * count,
+        "height": [375] * count,
+        "orientation": [1] * count,
+        "member": rng.integers(0, 1 << 32, count, dtype=np.uint32),
+        "sha256": [rng.bytes(32) for _ in range(count)],
+    }
+    path = tmp_path / "000000.parquet"
+    manifest.write_samples(open_store(tmp_path), path.name, rows, RECEIPT)
+    assert manifest.read_table(path.read_bytes()).to_pydict() == pa.table(rows, manifest.SAMPLES_SCHEMA).to_pydict()
+    assert path.stat().st_size / count < 36 + 18  # 36 are hash and checksum, which do not compress

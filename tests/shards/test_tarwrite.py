@@ -13,6 +13,8 @@ SAMPLES = [
     ("a/b", {"jpg": b"x" * 511, "cls": b"3"}),
     ("n01440764/n01440764_10026", {"jpg": bytes(range(256)) * 512, "cls": b"12"}),
     ("ü" * 60 + "/" + "long " * 40, {"png": b"", "json": b"{}"}),  # longer than a header block holds
+    ("k" * 95, {"webp": b"y" * 513}),  # 100 characters: just fits
+    ("k" * 96, {"webp": b"y" * 1}),  # just does not
     ("k" * 97, {"webp": b"y" * 512, "txt": "ß".encode()}),
 ]
 

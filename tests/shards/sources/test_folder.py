@@ -3,10 +3,9 @@
 import pytest
 
 from shards.errors import UserError
-from shards.sources.folder import scan
 from shards.sources.open import open_source
 from shards.sources.reader import Reader
-from tests.shards.images import encode, make_source
+from tests.shards.images import encode
 from tests.shards.sources.servers import upload
 
 NAMES = ["a b/c d.jpg", "dots.and.more/x.y.z.jpeg", "Ünï/日本.png", "q/%20+~#[1].webp", "@/at.jpg", "q/deep/er/x.JPG"]
@@ -43,14 +42,6 @@ def test_odd_names_are_the_same_on_disk_and_in_a_bucket(odd, s3, tmp_path):
     }
     assert contents(odd.as_uri(), tmp_path) == local
     assert contents(upload(odd, f"{s3}/some/prefix"), tmp_path) == local
-
-
-def test_items_are_what_the_scan_of_old_found(tmp_path):
-    source = make_source(tmp_path / "source")
-    found, ours = scan(source), open_source(source, unpacked=tmp_path)
-    assert ours.classes == found.classes
-    items = [(item.key, item.file, item.labels[0], item.size, item.changed) for item in ours.items()]
-    assert sorted(items) == found.images
 
 
 def test_items_come_twice_the_same(odd, tmp_path):

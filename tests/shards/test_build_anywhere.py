@@ -1,0 +1,218 @@
+"""Builds from and into buckets, bad images of every sort, and disks that fill up."""
+
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shards import manifest
+from shards.build import build
+from shards.dataset import Dataset
+from shards.decode import decode
+from shards.encode import Encoding
+from shards.errors import UserError
+from shards.merge import merge
+from shards.plan import Slice
+from shards.store import open_store
+from tests.shards.images import encode, make_source, tree
+from tests.shards.sources.servers import upload
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return make_source(tmp_path_factory.mktemp("source"), classes=2, each=8)
+
+
+def download(url):
+    """Every object of a data set, by its name."""
+    store = open_store(url)
+    names = [f"{below}/{name}" for below in ("shards", "manifest", "manifest/samples") for name in store.list(below)]
+    return {name: store.read(name) for name in names}
+
+
+def test_from_a_bucket_into_a_bucket(source, s3, tmp_path):
+    build(source, tmp_path / "out", shard_samples=5, workers=1)
+    upload(source, f"{s3}/images")
+    build(f"{s3}/images", f"{s3}/sets/one", shard_samples=5, workers=2)
+    assert download(f"{s3}/sets/one") == tree(tmp_path / "out")
+    assert len(Dataset.open(f"{s3}/sets/one")) == 16
+    before = open_store(f"{s3}/sets/one").modified(manifest.shard_path(0))
+    build(f"{s3}/images", f"{s3}/sets/one", shard_samples=5, workers=1)  # all there
+    assert open_store(f"{s3}/sets/one").modified(manifest.shard_path(0)) == before
+    with pytest.raises(UserError, match="already holds another data set"):
+        build(f"{s3}/images", f"{s3}/sets/one", shard_samples=4, workers=1)
+
+
+def test_slices_into_a_bucket_and_a_lost_shard(source, s3, tmp_path):
+    build(source, tmp_path / "out", shard_samples=5, workers=1)
+    for index in range(2):
+        build(source, f"{s3}/set", shard_samples=5, workers=1, own=Slice(index, 2))
+    open_store(f"{s3}/set").delete(manifest.shard_path(1))
+    with pytest.raises(UserError, match=r"1 of 4 shards are not built yet.*000001\.tar"):
+        merge(f"{s3}/set")
+    build(source, f"{s3}/set", shard_samples=5, workers=1, own=Slice(1, 2))
+    assert merge(f"{s3}/set").parts["all"].samples == 16
+    assert download(f"{s3}/set") == tree(tmp_path / "out")
+
+
+def bomb():
+    """A whole JPEG whose header claims 65,000 × 65,000 pixels."""
+    data = bytearray(encode(1))
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = (65000).to_bytes(2, "big") * 2
+    return bytes(data)
+
+
+def saved(image, format, **options):
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))
+BROKEN = {
+    "empty.jpg": (b"", "empty file"),
+    "cut.jpg": (encode(1)[:-30], "cut short: no end marker"),
+    "cut2.png": (encode(1, "PNG")[:-30], "runcated"),
+    "cut3.webp": (encode(1, "WEBP")[:-30], "cut short"),
+    "text.jpg": (b"<html>not found</html>", "not a jpg, png or webp image"),
+    "gif.png": (saved(NOISE, "GIF"), "not a jpg, png or webp image"),
+    "bomb.jpg": (bomb(), "4,225,000,000 pixels"),
+}
+ODD = {  # fine, though unusual: name, content, format
+    "liar.png": (encode(2), "jpg"),
+    "cmyk.jpg": (saved(NOISE.convert("CMYK"), "JPEG"), "jpg"),
+    "deep.png": (saved(Image.fromarray((np.arange(1200).reshape(30, 40) * 54).astype(np.uint16)), "PNG"), "png"),
+    "animated.webp": (saved(NOISE, "WEBP", save_all=True, append_images=[NOISE.rotate(90)]), "webp"),
+    "animated2.png": (saved(NOISE, "PNG", save_all=True, append_images=[NOISE.rotate(90)]), "png"),
+    "palette.png": (saved(NOISE.convert("P"), "PNG", transparency=0), "png"),
+    "a name with spaces.jpg": (encode(3), "jpg"),
+    "many.dots.in.it.jpg": (encode(4), "jpg"),
+    "Ünïcödé 日本.jpg": (encode(5), "jpg"),
+    "'quoted\" $(x) ;%20#.jpg": (encode(6), "jpg"),
+}
+
+
+@pytest.mark.parametrize("encoding", [Encoding(), Encoding(resize_short=12, format="jpg")], ids=["keep", "anew"])
+def test_odd_images_are_kept_and_broken_ones_listed_with_reasons(tmp_path, encoding):
+    (tmp_path / "images/things").mkdir(parents=True)
+    for name, (data, _) in {**BROKEN, **ODD}.items():
+        (tmp_path / "images/things" / name).write_bytes(data)
+    made = build(tmp_path / "images", tmp_path / "out", workers=1, max_rejected=len(BROKEN), encoding=encoding)
+    rejected = dict(made.parts["all"].rejected)
+    assert sorted(rejected) == sorted(f"things/{name}" for name in BROKEN)
+    for name, (_, reason) in BROKEN.items():
+        assert reason in rejected[f"things/{name}"]
+    dataset = Dataset.open(tmp_path / "out")
+    samples = {sample.key: sample for sample in map(dataset.__getitem__, range(len(dataset)))}
+    assert len(samples) == len(ODD)
+    for name, (data, format) in ODD.items():
+        sample = samples["things/" + name.rpartition(".")[0].replace(".", "_")]
+        image = decode(sample.image, sample.key)
+        if encoding == Encoding():
+            assert (sample.image, sample.format) == (data, format)
+        else:
+            assert sample.format == "jpg"
+            assert min(image.shape[:2]) == 12
+
+
+def test_orientation_is_honoured_and_recorded(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "images/a").mkdir(parents=True)
+    (tmp_path / "images/a/turned.jpg").write_bytes(saved(NOISE, "JPEG", exif=exif))
+
+    def row(name, **settings):
+        build(tmp_path / "images", tmp_path / name, workers=1, **settings)
+        return manifest.read_table(open_store(tmp_path / name).read(manifest.samples_path(0))).to_pylist()[0]
+
+    kept = row("kept")
+    assert (kept["width"], kept["height"], kept["orientation"]) == (40, 30, 6)
+    anew = row("anew", encoding=Encoding(quality=95))
+    assert (anew["width"], anew["height"], anew["orientation"]) == (30, 40, 6)
+    images = [decode(Dataset.open(tmp_path / name)[0].image, "key").shape for name in ("kept", "anew")]
+    assert images == [(40, 30, 3)] * 2
+
+
+def test_captions_are_class_names(source, tmp_path):
+    import webdataset as wds
+
+    build(source, tmp_path / "out", workers=1, captions=True)
+    samples = list(wds.WebDataset(str(tmp_path / "out/shards/000000.tar"), shardshuffle=False))
+    assert len(samples) == 16
+    for sample in samples:
+        assert sample["txt"].decode() == f"class.{sample['cls'].decode()}"
+
+
+def test_full_disk_leaves_nothing_half_written(source, tmp_path):
+    program = """
+import resource, sys
+from shards.build import build
+from shards.errors import UserError
+resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, resource.RLIM_INFINITY))
+try:
+    build(sys.argv[1], sys.argv[2], shard_samples=6, workers=int(sys.argv[3]))
+except UserError as error:
+    sys.exit(str(error))
+"""
+    for workers in ("1", "2"):
+        out = tmp_path / f"out{workers}"
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(source), str(out), workers],
+            capture_output=True, text=True, timeout=60, check=False,
+      )  # fmt: skip
+        assert "cannot write" in done.stderr
+        assert "File too large" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not list(out.rglob(manifest.DATASET))
+        assert not list(out.rglob("*.partial"))
+        for tar in out.rglob("*.tar"):
+            assert tar.stat().st_size % 10240 == 0
+        build(source, out, shard_samples=6, workers=1)
+        build(source, tmp_path / "fresh", shard_samples=6, workers=1)
+        assert tree(out) == tree(tmp_path / "fresh")
+
+
+def test_small_disk(source, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=24k", "tmpfs", disk], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("no right to mount a file system")
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*No space left on device; mend that and run"):
+            build(source, disk / "out", shard_samples=4, workers=1)
+        assert not list(disk.rglob("*.partial"))
+        subprocess.run(["mount", "-o", "remount,size=4m", disk], check=True)
+        build(source, disk / "out", shard_samples=4, workers=1)
+        build(source, tmp_path / "fresh", shard_samples=4, workers=1)
+        assert tree(disk / "out") == tree(tmp_path / "fresh")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_dry_run_writes_nothing(source, tmp_path):
+    planned = build(source, tmp_path / "out", shard_samples=5, split={"val": 0.3}, dry_run=True)
+    assert not (tmp_path / "out").exists()
+    made = build(source, tmp_path / "out", shard_samples=5, split={"val": 0.3}, workers=1)
+    for name, part in planned.parts.items():
+        assert (part.samples, part.shards) == (made.parts[name].samples, made.parts[name].shards)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "message"),
+    [
+        (Encoding(resize_short=0), "--resize-short 0"),
+        (Encoding(quality=101), "--quality 101"),
+        (Encoding(format="gif"), "--format gif: the formats are jpg, png, webp"),
+    ],
+)
+def test_bad_encodings(source, tmp_path, encoding, message):
+    with pytest.raises(UserError, match=message):
+        build(source, tmp_path / "out", encoding=encoding)
+    assert not (tmp_path / "out").exists()

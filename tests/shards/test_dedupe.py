@@ -1,0 +1,287 @@
+"""``shards dedupe`` on real data sets: what it finds and writes, stopped on the way, and asked wrongly."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from shards import manifest
+from shards.build import build
+from shards.dataset import Dataset, write_exclude
+from shards.dedupe import dedupe
+from shards.errors import UserError
+from shards.plan import Slice
+from tests.shards.images import tree
+from tests.shards.photographs import jpeg, photographs
+
+ROOT = Path(__file__).parents[2]
+COPIES = {"bytes": ("exact", False), "quality": ("near", False), "half": ("near", False), "mirror": ("near", True),
+          "cut": ("near", False), "dark": ("near", False)}  # fmt: skip
+
+
+def write(folder: Path, images: dict[str, bytes]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in images.items():
+        (folder / f"{name}.jpg").write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory) -> Path:
+    """A training set with one copy of each kind, and two test sets; each has a blank image and one that is broken."""
+    folder = tmp_path_factory.mktemp("sets")
+    tests, others = photographs(10), photographs(40, seed=1)
+    blank = np.full((160, 160, 3), 200, np.uint8)
+    write(folder / "source/val/a", {f"t{i}": jpeg(image, 95) for i, image in enumerate(tests[:6])})
+    write(folder / "source/val/b", {"blank": jpeg(blank, 95), "broken": jpeg(tests[9], 95)})
+    write(folder / "source/other/a", {f"u{i}": jpeg(image, 95) for i, image in enumerate([tests[0], *tests[6:9]])})
+    write(folder / "source/train/own", {f"o{i}": jpeg(image, 90) for i, image in enumerate(others)})
+    half = Image.fromarray(tests[2]).resize((80, 80), Image.LANCZOS)
+    write(folder / "source/train/taken", {
+        "bytes": jpeg(tests[0], 95), "quality": jpeg(tests[1], 35), "half": jpeg(np.asarray(half), 85),
+        "mirror": jpeg(tests[3][:, ::-1], 85), "cut": jpeg(tests[4][4:, 5:], 90),
+        "dark": jpeg((tests[5] * 0.7).astype(np.uint8), 85), "blank": jpeg(blank, 60), "broken": jpeg(others[0], 80),
+    })  # fmt: skip
+    for name in ("train", "val", "other"):
+        build(folder / "source" / name, folder / name, shard_samples=8, workers=1)
+    for name, key in (("train", "taken/broken"), ("val", "b/broken")):
+        overwrite(folder / name, key)
+    return folder
+
+
+def overwrite(url: Path, key: str) -> None:
+    """Spoil the bytes of an image inside its tar."""
+    dataset = Dataset.open(url)
+    for shard in range(len(dataset.shard_sizes)):
+        rows = dataset.rows(shard)
+        if key in rows.key:
+            index = rows.key.index(key)
+            with open(url / manifest.shard_path(shard), "rb+") as file:
+                file.seek(rows.offset[index])
+                file.write(b"spoilt" * (int(rows.size[index]) // 6))
+
+
+@pytest.fixture
+def train(sets, tmp_path) -> Path:
+    """A training set of this test alone: links to the shards, an own manifest."""
+    folder = tmp_path / "train"
+    for name, data in tree(sets / "train/manifest").items():
+        path = folder / "manifest" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    (folder / "shards").symlink_to(sets / "train/shards")
+    return folder
+
+
+def against(sets: Path) -> list[Path]:
+    return [sets / "val", sets / "other"]
+
+
+def keys(dataset: Dataset) -> set[str]:
+    return {key for shard in range(len(dataset.shard_sizes)) for key in dataset.rows(shard).key}
+
+
+def outcome(out: Path, train: Path) -> dict[str, bytes]:
+    files = [out / "pairs.parquet", out / "report.html", *sorted((train / manifest.EXCLUDE).glob("*"))]
+    return {path.name: path.read_bytes() for path in files}
+
+
+def test_every_kind_of_copy_is_found_and_dropped(sets, train, tmp_path):
+    before = tree(train / "manifest")
+    found = dedupe(train, against(sets), out=tmp_path / "out", workers=1)
+    assert found.finished
+    pairs = pq.read_table(found.pairs).to_pylist()
+    of_val = {pair["key"]: (pair["kind"], pair["mirrored"]) for pair in pairs if pair["test"].endswith("/val")}
+    assert of_val == {f"taken/{name}": how for name, how in COPIES.items()}
+    assert [(pair["key"], pair["test_key"], pair["kind"]) for pair in pairs if pair["test"].endswith("/other")] == [
+        ("taken/bytes", "a/u0", "exact")
+    ]
+    for pair in pairs:  # places are raw ones, on both sides
+        assert Dataset.open(train).rows(pair["shard"]).key[pair["index"]] == pair["key"]
+        test = sets / pair["test"].rpartition("/")[2]
+        assert Dataset.open(test).rows(pair["test_shard"]).key[pair["test_index"]] == pair["test_key"]
+    kept = Dataset.open(train, exclude="dedupe-1")
+    assert keys(Dataset.open(train)) - keys(kept) == set(of_val)
+    val, other = found.tests
+    assert (val.images, val.exact, val.near, val.mirrored, val.hit) == (8, 1, 5, 1, 6)
+    assert (other.images, other.exact, other.near, other.hit) == (4, 1, 0, 1)
+    assert (found.images, found.copies, found.dropped) == (48, 6, 6)
+    after = tree(train / "manifest")
+    assert {name: after[name] for name in before} == before
+
+
+def test_blank_and_broken_images_are_counted_and_never_near(sets, train, tmp_path):
+    found = dedupe(train, against(sets), out=tmp_path / "out", workers=1)
+    assert (found.plain, found.undecodable) == (1, [("taken/broken", "no known image format")])
+    val, other = found.tests
+    assert (val.plain, [key for key, _ in val.undecodable]) == (1, ["b/broken"])
+    assert (other.plain, other.undecodable) == (0, [])
+
+
+def test_what_cannot_be_compared_is_still_found_by_its_bytes(sets, train, tmp_path):
+    found = dedupe(sets / "val", [train], out=tmp_path / "out", workers=1, dry_run=True)
+    assert found.copies == 6  # a copy seen from the other side is one too
+    write(tmp_path / "source/x", {"blank": jpeg(np.full((160, 160, 3), 200, np.uint8), 95), "o": b""})
+    (tmp_path / "source/x/o.jpg").unlink()
+    build(tmp_path / "source", tmp_path / "blanks", workers=1)
+    found = dedupe(tmp_path / "blanks", [sets / "val"], out=tmp_path / "out2", workers=1)
+    assert (found.copies, found.tests[0].exact) == (1, 1)
+
+
+def test_slices_and_workers_change_nothing(sets, tmp_path, train):
+    whole = dedupe(train, against(sets), out=tmp_path / "whole", workers=1)
+    expected = outcome(tmp_path / "whole", train)
+    (train / manifest.exclude_path("dedupe-1")).unlink()
+    first = dedupe(train, against(sets), out=tmp_path / "cut", workers=2, own=Slice(1, 2))
+    assert not first.finished
+    assert first.shards_left == 3
+    assert first.exclude is first.report is first.pairs is None
+    assert not (train / manifest.EXCLUDE).exists() or not list((train / manifest.EXCLUDE).iterdir())
+    last = dedupe(train, against(sets), out=tmp_path / "cut", workers=1, own=Slice(0, 2))
+    assert last.finished
+    assert outcome(tmp_path / "cut", train) == expected
+    assert (last.images, last.copies, last.tests) == (whole.images, whole.copies, whole.tests)
+
+
+def test_asked_again_it_reads_no_image_and_changes_nothing(sets, train, tmp_path):
+    dedupe(train, against(sets), out=tmp_path / "out", workers=1)
+    expected = outcome(tmp_path / "out", train)
+    findings = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/findings").iterdir()}
+    dedupe(train, against(sets), out=tmp_path / "out", workers=1)
+    assert outcome(tmp_path / "out", train) == expected
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out/findings").iterdir()} == findings
+
+
+def test_a_killed_run_goes_on_where_it_was(sets, train, tmp_path):
+    expected_train = tmp_path / "expected"
+    expected_train.mkdir()
+    for name in ("manifest", "shards"):
+        (expected_train / name).symlink_to(sets / "train" / name)
+    dedupe(expected_train, against(sets), out=tmp_path / "expected-out", workers=1, dry_run=True)
+    command = [sys.executable, "-m", "launch.cli", "shards", "dedupe", str(train), "--out", "out", "--workers", "1"]
+    command += [part for test in against(sets) for part in ("--against", str(test))]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    running = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out/findings/000000.parquet").exists():
+        assert time.monotonic() < deadline
+        assert running.poll() is None
+        time.sleep(0.002)
+    running.send_signal(signal.SIGKILL)
+    running.wait(10)
+    there = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/findings").glob("*.parquet")}
+    assert there
+    found = dedupe(train, against(sets), out=tmp_path / "out", workers=1)
+    assert {path: path.stat().st_mtime_ns for path in there} == there
+    assert found.copies == 6
+    assert (tmp_path / "out/pairs.parquet").read_bytes() == (tmp_path / "expected-out/pairs.parquet").read_bytes()
+
+
+def test_an_older_drop_list_is_taken_in(sets, train, tmp_path):
+    dataset = Dataset.open(train)
+    taken = next((s, dataset.rows(s).key.index("taken/half")) for s in range(6) if "taken/half" in dataset.rows(s).key)
+    blurred = next((s, i) for s in range(6) for i, key in enumerate(dataset.rows(s).key) if key == "own/o3")
+    write_exclude(train, "v1", [(*taken, "upside down"), (*blurred, "blurred")])
+    found = dedupe(train, against(sets), version="v2", base="v1", out=tmp_path / "out", workers=1)
+    assert (found.copies, found.dropped) == (6, 7)
+    rows = pq.read_table(train / manifest.exclude_path("v2")).to_pylist()
+    reasons = {(row["shard"], row["index"]): row["reason"] for row in rows}
+    assert (reasons[taken], reasons[blurred]) == ("upside down", "blurred")
+    assert sum("copy (near, mirrored) of a/t3 in " in reason for reason in reasons.values()) == 1
+    with pytest.raises(UserError, match="no drop list 'v0'"):
+        dedupe(train, against(sets), version="v3", base="v0", out=tmp_path / "out3")
+
+
+def test_a_dry_run_writes_the_report_and_no_drop_list(sets, train, tmp_path):
+    before = tree(train / "manifest")
+    found = dedupe(train, against(sets), out=tmp_path / "out", workers=1, dry_run=True)
+    assert found.exclude is None
+    assert tree(train / "manifest") == before
+    page = (tmp_path / "out/report.html").read_text()
+    assert "none: a dry run" in page
+
+
+def test_the_report_stands_alone_and_shows_the_pairs(sets, train, tmp_path):
+    found = dedupe(train, against(sets), out=tmp_path / "out", workers=1)
+    page = Path(found.report).read_text()
+    assert page.count('src="data:image/jpeg;base64,') == page.count("<img") == 14
+    assert "http" not in page
+    for text in ("6 of 48 training images", "taken/mirror", "same bytes", "dedupe-1, 6 samples", "taken/broken"):
+        assert text in page
+
+
+def test_a_training_set_in_a_bucket(sets, train, tmp_path, s3):
+    import obstore
+
+    store = obstore.store.from_url(s3)
+    for name in ("manifest", "shards"):
+        for path, data in tree(sets / "train" / name).items():
+            obstore.put(store, f"set/{name}/{path}", data)
+    found = dedupe(f"{s3}/set", against(sets), out=tmp_path / "out", workers=1)
+    assert found.copies == 6
+    local = dedupe(train, against(sets), out=tmp_path / "local", workers=1)
+    assert (tmp_path / "out/pairs.parquet").read_bytes() == Path(local.pairs).read_bytes()
+    assert len(Dataset.open(f"{s3}/set", exclude="dedupe-1")) == 42
+    again = dedupe(f"{s3}/set", against(sets), out=tmp_path / "out", workers=1)
+    assert again.exclude == "dedupe-1"
+    with pytest.raises(UserError, match="exists and never changes"):
+        dedupe(f"{s3}/set", against(sets), out=tmp_path / "new", workers=1)
+
+
+@pytest.mark.parametrize(("version", "message"), [("../x", "letters, digits"), ("v1", "choose another --version")])
+def test_bad_names_are_refused_before_anything_is_read(sets, train, tmp_path, version, message):
+    write_exclude(train, "v1", [(0, 0, "x")])
+    with pytest.raises(UserError, match=message):
+        dedupe(train, against(sets), version=version, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_something_else_is_refused(sets, train, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thesis.txt").write_text("dear to me")
+    with pytest.raises(UserError, match="holds something else"):
+        dedupe(train, against(sets), out=tmp_path / "full")
+    dedupe(train, [sets / "val"], out=tmp_path / "out", workers=1)
+    with pytest.raises(UserError, match=r"another dedupe \(tests differ\)"):
+        dedupe(train, [sets / "other"], version="v2", out=tmp_path / "out")
+
+
+def refused(*arguments: object, cwd: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.cli", "shards", "dedupe", *map(str, arguments)], cwd=cwd, capture_output=True,
+        text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+    return done.stderr
+
+
+def test_mistakes_on_the_command_line(sets, train, tmp_path):
+    assert "--against URL" in refused(train, cwd=tmp_path)
+    assert "no folder" in refused("nowhere", "--against", sets / "val", cwd=tmp_path)
+    assert "no folder nowhere" in refused(train, "--against", "nowhere", cwd=tmp_path)
+    assert "the training set itself" in refused(train, "--against", sets / "train", cwd=tmp_path)
+    twice = refused(train, "--against", sets / "val", "--against", sets / "val", cwd=tmp_path)
+    assert "name each data set once" in twice
+    assert "write I/N" in refused(train, "--against", sets / "val", "--slice", "2/2", cwd=tmp_path)
+    assert "--workers 0" in refused(train, "--against", sets / "val", "--workers", "0", cwd=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["train"]
+
+
+def test_the_command_line_says_what_it_found(sets, train, tmp_path):
+    command = [sys.executable, "-m", "launch.cli", "shards", "dedupe", str(train), "--against", str(sets / "val")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, "--workers", "1", "--json"], cwd=tmp_path, env=environment, capture_output=True,
+                          text=True, timeout=60, check=True)  # fmt: skip
+    said = json.loads(done.stdout)
+    assert (said["copies"], said["exclude"], said["report"]) == (6, "dedupe-1", "dedupe-1/report.html")
+    assert (tmp_path / "dedupe-1/report.html").is_file()
