@@ -178,6 +178,11 @@ def test_bad_files(tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="no Parquet files"):
         open_source(tmp_path / "none", "parquet", unpacked=tmp_path)
+    (tmp_path / "mixed").mkdir()
+    write(tmp_path / "mixed/a.parquet", [0])
+    pq.write_table(pa.table({"text": ["x"]}), tmp_path / "mixed/b.parquet")
+    with pytest.raises(UserError, match=r"b\.parquet has no column label, as a\.parquet has"):
+        open_source(tmp_path / "mixed", unpacked=tmp_path)
     write(tmp_path / "y.parquet", [0, 5])
     with pytest.raises(UserError, match="label 5 is beyond the 3 classes"):
         open_source(tmp_path / "y.parquet", unpacked=tmp_path)
