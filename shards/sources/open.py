@@ -91,8 +91,8 @@ def _kinds_of_file(store: Store, name: str) -> set[str]:
         if first.endswith(".tar"):
             return {"imagenet"}
         raise UserError(
-            f"{store.url}/{name} is a compressed tar, neither of CIFAR nor of class tars, in which no image can be read on "
-            "its own; unpack it to a plain .tar first"
+            f"{store.url}/{name} is a compressed tar, neither of CIFAR nor of class tars; unpack it to a "
+            "plain .tar first, in which images can be read one by one"
         )
     if end.endswith(".tar"):
         return {"imagenet"} if is_tar_of_tars(store, name) or is_validation(store, name) else {"tars"}
