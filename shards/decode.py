@@ -11,6 +11,7 @@ import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from shards.errors import PatchmillError
+from shards.header import MOST_PIXELS
 from shards.jpegcrop import decode_part
 
 DECODER = f"simplejpeg {simplejpeg.__version__}, pillow {PIL.__version__}"
@@ -19,7 +20,6 @@ DECODER = f"simplejpeg {simplejpeg.__version__}, pillow {PIL.__version__}"
 Box = tuple[int, int, int, int]
 """Top, left, height and width of a part of an image, pixels."""
 
-_MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # where Pillow, too, refuses
 _ORIENTATION = 0x0112
 _BAD_EXIF = (SyntaxError, ValueError, struct.error)
 _BAD_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
@@ -99,7 +99,7 @@ def _decode_jpeg(data: bytes, box: Callable[[int, int], Box] | None, short: int 
     turn = _UPRIGHT.get(_orientation(data[exif : exif + (1 << 16)])) if exif >= 0 else None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        if colours in ("CMYK", "YCCK") or height * width > _MOST_PIXELS:
+        if colours in ("CMYK", "YCCK") or height * width > MOST_PIXELS:
             return None
         if box and not turn and (part := decode_part(data, *box(height, width))) is not None:
             return part

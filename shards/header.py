@@ -2,11 +2,13 @@
 
 import io
 import struct
+import warnings
 from typing import NamedTuple
 
 from PIL import Image
 
-_MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # where Pillow, too, refuses
+MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # where Pillow refuses; from half of that on, it warns
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 class BrokenImageError(ValueError):
@@ -88,8 +90,8 @@ def _check_frame(height: int, width: int, bits: int, components: int) -> None:
         raise BrokenImageError(f"an image of {width} x {height} pixels")
     if bits != 8 or components not in (1, 3, 4):
         raise BrokenImageError(f"a JPEG of {components} components of {bits} bits, which nothing here decodes")
-    if height * width > _MOST_PIXELS:
-        raise BrokenImageError(f"{height * width:,} pixels, more than {_MOST_PIXELS:,}: a decompression bomb?")
+    if height * width > MOST_PIXELS:
+        raise BrokenImageError(f"{height * width:,} pixels, more than {MOST_PIXELS:,}: a decompression bomb?")
 
 
 def _orientation(exif: bytes) -> int:
