@@ -11,8 +11,10 @@ from shards.build import build
 from shards.dataset import Dataset
 from shards.errors import UserError
 from shards.sources.open import KINDS, find_kind, open_source
+from shards.store import open_store
 from tests.shards.images import encode, make_source, tree
 from tests.shards.sources import test_cifar, test_imagenet, test_parquet, test_tars
+from tests.shards.sources.servers import upload
 
 
 def test_two_kinds_in_one_folder_must_be_told(tmp_path):
@@ -89,3 +91,15 @@ def test_each_kind_is_built_to_the_end(kind, tmp_path):
         trees.append(tree(out))
     assert trees[0] == trees[1]
     assert not [name for name in trees[0] if name.endswith((".bin", ".lock", ".partial"))]  # what was unpacked is gone
+
+
+def test_from_a_bucket_into_a_bucket(s3, tmp_path):
+    test_imagenet.write_train(tmp_path / "x.tar")
+    build(tmp_path / "x.tar", tmp_path / "out", workers=1, shard_samples=4)
+    upload(tmp_path, f"{s3}/in")
+    build(f"{s3}/in/x.tar", f"{s3}/out", workers=2, shard_samples=4)
+    local, remote = Dataset.open(tmp_path / "out"), Dataset.open(f"{s3}/out")
+    assert [local[n].key for n in range(15)] == [remote[n].key for n in range(15)]
+    assert (
+        open_store(f"{s3}/out").read("manifest/dataset.json") == (tmp_path / "out/manifest/dataset.json").read_bytes()
+    )

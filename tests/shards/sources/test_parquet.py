@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -169,6 +170,20 @@ def test_killed_at_any_rename(hub, tmp_path):
         list(Parquet(str(hub), tmp_path / f"u{kill_at}").items())
         after = tree(tmp_path / f"u{kill_at}")
         assert {name: data for name, data in after.items() if not name.endswith(".lock")} == whole
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path):
+    path = write(tmp_path / "x.parquet", [0] * 400)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    source = Parquet(str(path), tmp_path / "u")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            list(source.items())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert all(name.endswith(".lock") for name in tree(tmp_path / "u"))
+    assert len(list(source.items())) == 400
 
 
 def test_bad_files(tmp_path):
