@@ -85,20 +85,25 @@ def _kinds_of_file(store: Store, name: str) -> set[str]:
     if end.endswith(".parquet"):
         return {"parquet" if image_columns(read_schema(store, name)) else "table"}
     if end.endswith((".tar.gz", ".tgz")):
-        inside = _first_names(store, name)
-        if any(cifar.is_mark(member) for member in inside):
+        first = _first_name(store, name)
+        if cifar.is_mark(first):
             return {"cifar"}
-        return {"imagenet"} if any(member.endswith(".tar") for member in inside) else set()
+        if first.endswith(".tar"):
+            return {"imagenet"}
+        raise UserError(
+            f"{store.url}/{name} is a compressed tar, neither of CIFAR nor of class tars; unpack it to a "
+            "plain .tar first, in which images can be read one by one"
+        )
     if end.endswith(".tar"):
         return {"imagenet"} if is_tar_of_tars(store, name) or is_validation(store, name) else {"tars"}
     return set()
 
 
-def _first_names(store: Store, name: str) -> list[str]:
-    """Return the names of the first members of a compressed tar."""
+def _first_name(store: Store, name: str) -> str:
+    """Return the name of the first file in a compressed tar."""
     try:
         with store.stream(name) as stream, tarfile.open(fileobj=stream, mode="r|gz") as archive:
-            return [member.name for member in islice(archive, 5)]
+            return next((member.name for member in archive if member.isreg()), "")
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise UserError(f"{store.url}/{name} is no tar, or a damaged one: {error}; get it again") from error
 

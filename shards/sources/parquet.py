@@ -130,7 +130,13 @@ class Parquet:
     def _batches(self, file: Entry, wanted: list[str], rows: int) -> Iterator[pa.RecordBatch]:
         try:
             with self._store.stream(file.path) as stream:
-                yield from pq.ParquetFile(stream).iter_batches(rows, columns=wanted, use_threads=False)
+                parquet = pq.ParquetFile(stream)
+                if lacking := set(wanted) - set(parquet.schema_arrow.names):
+                    raise UserError(
+                        f"{self.root}/{file.path} has no column {min(lacking)}, as {self._files[0].path} has; give a "
+                        "folder with files of one kind"
+                    )
+                yield from parquet.iter_batches(rows, columns=wanted, use_threads=False)
         except (pa.ArrowException, OSError) as error:
             reason = str(error).partition("\n")[0]
             raise UserError(f"{self.root}/{file.path} is damaged: {reason}; get or make it again") from error

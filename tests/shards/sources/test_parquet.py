@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -171,6 +172,20 @@ def test_killed_at_any_rename(hub, tmp_path):
         assert {name: data for name, data in after.items() if not name.endswith(".lock")} == whole
 
 
+def test_a_full_disk_leaves_nothing_half_written(tmp_path):
+    path = write(tmp_path / "x.parquet", [0] * 400)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    source = Parquet(str(path), tmp_path / "u")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            list(source.items())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert all(name.endswith(".lock") for name in tree(tmp_path / "u"))
+    assert len(list(source.items())) == 400
+
+
 def test_bad_files(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(UserError, match=r"x\.parquet is no Parquet file"):
@@ -178,6 +193,11 @@ def test_bad_files(tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="no Parquet files"):
         open_source(tmp_path / "none", "parquet", unpacked=tmp_path)
+    (tmp_path / "mixed").mkdir()
+    write(tmp_path / "mixed/a.parquet", [0])
+    pq.write_table(pa.table({"text": ["x"]}), tmp_path / "mixed/b.parquet")
+    with pytest.raises(UserError, match=r"b\.parquet has no column label, as a\.parquet has"):
+        open_source(tmp_path / "mixed", unpacked=tmp_path)
     write(tmp_path / "y.parquet", [0, 5])
     with pytest.raises(UserError, match="label 5 is beyond the 3 classes"):
         open_source(tmp_path / "y.parquet", unpacked=tmp_path)

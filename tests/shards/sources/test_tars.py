@@ -4,6 +4,8 @@ import io
 import json
 import tarfile
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from shards.errors import UserError
@@ -73,9 +75,9 @@ def test_img2dataset_layout_with_labels_in_json(tmp_path):
             about = {"url": "http://x", "labels": [["cat", "dog"], [], ["ape"]][n], "weights": [[0.5, 1], [], [1]][n]}
             samples += [(f"{key}.jpg", encode(n)), (f"{key}.json", json.dumps(about).encode()), (f"{key}.txt", b"hi")]
         write(tmp_path / f"set/{shard:05d}.tar", samples)
-        (tmp_path / f"set/{shard:05d}.parquet").write_bytes(b"metadata of another program, not looked into")
+        pq.write_table(pa.table({"url": ["http://x"]}), tmp_path / f"set/{shard:05d}.parquet")
         (tmp_path / f"set/{shard:05d}_stats.json").write_text("{}")
-    source = open_source(tmp_path / "set", "tars", unpacked=tmp_path / "u")
+    source = open_source(tmp_path / "set", unpacked=tmp_path / "u")
     assert source.classes == ["ape", "cat", "dog"]
     assert source.multi_label
     items = list(source.items())
