@@ -25,6 +25,22 @@ def shards_build(
         str, typer.Argument(help="Folder, table, tars, Parquet, CIFAR or ImageNet archive: path or URL.")
     ],
     out: Annotated[str, typer.Argument(help="Folder or URL of the new data set.")],
+    kind: Annotated[
+        str | None,
+        typer.Option(help="Of the source, if it cannot be told: folder, table, parquet, cifar, imagenet, tars."),
+    ] = None,
+    image: Annotated[str | None, typer.Option(help="Column of images; of tars, the image's extension.")] = None,
+    label: Annotated[str | None, typer.Option(help="Column of labels; of tars, cls, txt, json:FIELD ...")] = None,
+    weight: Annotated[str | None, typer.Option(help="Column of the labels' weights.")] = None,
+    key: Annotated[str | None, typer.Option(help="Column of keys; default: made of paths or rows.")] = None,
+    separator: Annotated[str | None, typer.Option(help="Between several labels in one CSV cell.")] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="File with the name of a class a line; default: all names.")
+    ] = None,
+    devkit: Annotated[
+        str | None, typer.Option(help="ILSVRC2012_devkit_t12.tar.gz; default: beside the images.")
+    ] = None,
+    real: Annotated[str | None, typer.Option(help="real.json, ReaL labels for ImageNet's validation images.")] = None,
     shard_samples: Annotated[int, typer.Option(help="Samples a shard, at most.")] = 10_000,
     shard_bytes: Annotated[int, typer.Option(help="Image bytes a shard, at most.")] = 1_000_000_000,
     split: Annotated[str | None, typer.Option(help="Held-out parts, such as val=0.01; the rest is train.")] = None,
@@ -47,11 +63,28 @@ def shards_build(
     from shards.encode import Encoding
     from shards.plan import Slice
 
+    options = {
+        "image": image, "label": label, "weight": weight, "key": key, "separator": separator, "classes": classes,
+        "devkit": devkit, "real": real,
+    }  # fmt: skip
     built = build(
-        source, out, shard_samples=shard_samples, shard_bytes=shard_bytes, split=parse_split(split) if split else None,
-        seed=seed, encoding=Encoding(resize_short, format, quality), decode=decode, captions=captions, workers=workers,
-        own=Slice.parse(slice_), max_rejected=max_rejected, dry_run=dry_run, progress=True,
-    )  # fmt: skip
+        source,
+        out,
+        kind=kind,
+        options={name: value for name, value in options.items() if value is not None},
+        shard_samples=shard_samples,
+        shard_bytes=shard_bytes,
+        split=parse_split(split) if split else None,
+        seed=seed,
+        encoding=Encoding(resize_short, format, quality),
+        decode=decode,
+        captions=captions,
+        workers=workers,
+        own=Slice.parse(slice_),
+        max_rejected=max_rejected,
+        dry_run=dry_run,
+        progress=True,
+    )
     _print_built(built, as_json)
     if not (built.finished or dry_run or as_json):
         print(f"slice {slice_} is done; when all are: patchmill shards merge {out}", file=sys.stderr)

@@ -188,8 +188,8 @@ def _with_path(
 def _check_part(value: str, found: re.Match, by_name: dict[str, StageTable], where: str) -> None:
     """Check that ``{shards}/part`` names a part that its stage will make."""
     source = by_name[found[1]]
-    if source.kind != "shards":
-        return
+    if source.kind != "shards" or source.set.get("kind") in ("cifar", "imagenet", "parquet"):
+        return  # these may have parts of their own
     split = source.set.get("split") or {}
     parts = ["/train", *(f"/{part}" for part in split)] if split else [""]
     if value[found.end() :] not in parts:

@@ -11,11 +11,19 @@ from pipeline.config import Settings, TrainSettings
 
 
 class ShardsStage(Settings):
-    """Raw images into shards: ``patchmill shards build``."""
+    """Images into shards: ``patchmill shards build``."""
 
     source: str
+    kind: str | None = None
+    options: dict[str, str] = {}  # of that kind of source: image, label, classes ...
     split: dict[str, float] = {}
+    seed: int = 0
     shard_samples: int = Field(10_000, gt=0)
+    shard_bytes: int = Field(1_000_000_000, gt=0)
+    resize_short: int | None = Field(None, gt=0)
+    format: Literal["jpg", "png", "webp"] | None = None
+    quality: int | None = Field(None, ge=1, le=100)
+    decode: bool = False
     workers: int | None = Field(None, gt=0)
     max_rejected: int = Field(0, ge=0)
 
@@ -67,9 +75,23 @@ class Kind:
 
 
 def _shards(s: ShardsStage, folder: Path, run: Path) -> list[str]:
-    arguments = ["shards", "build", s.source, str(folder / "data"), "--shard-samples", str(s.shard_samples)]
-    arguments += ["--max-rejected", str(s.max_rejected)]
-    arguments += ["--workers", str(s.workers)] if s.workers else []
+    arguments = ["shards", "build", s.source, str(folder / "data")]
+    for name in (
+        "kind",
+        "seed",
+        "shard_samples",
+        "shard_bytes",
+        "resize_short",
+        "format",
+        "quality",
+        "workers",
+        "max_rejected",
+    ):
+        value = getattr(s, name)
+        arguments += [f"--{name.replace('_', '-')}", str(value)] if value is not None else []
+    for name, value in s.options.items():
+        arguments += [f"--{name}", value]
+    arguments += ["--decode"] if s.decode else []
     if s.split:
         arguments += ["--split", ",".join(f"{part}={share}" for part, share in s.split.items())]
     return arguments

@@ -189,29 +189,32 @@ def _at_least(name: str, value: int, least: int) -> None:
 def _workplace(out: str | Path, own: Slice, dry_run: bool) -> Iterator[_Workplace]:
     """Keep other builds out, and yield folders to work in: inside a local ``out``, else in the temporary folder.
 
-    Slices on one file system share what is unpacked, so only a merge removes it there.
+    What is unpacked stays for the next try. Slices on one file system share it, so there a merge removes it.
     """
     if dry_run:
         with tempfile.TemporaryDirectory(prefix="patchmill-") as folder:
             yield _Workplace(Path(folder), Path(folder) / "plan", Path(folder) / "unpacked")
         return
-    sliced = own.count > 1
-    local = Path(store_path) if (store_path := _local_path(out)) else None
+    name = f"slice-{own.index}-of-{own.count}"
+    local = _local_path(out)
     if local:
-        base = local / ".build"
-    else:  # the same folder for every try
-        base = Path(tempfile.gettempdir()) / f"patchmill-build-{hashlib.sha256(str(out).encode()).hexdigest()[:16]}"
-    plan = base / f"slice-{own.index}-of-{own.count}"
+        base, shared = local / ".build", own.count > 1
+    else:  # the same folder for every try of this slice
+        of = hashlib.sha256(f"{out} {name}".encode()).hexdigest()[:16]
+        base, shared = Path(tempfile.gettempdir()) / f"patchmill-build-{of}", False
+    work = _Workplace(base / "begin", base / name, base / "unpacked")
     fresh = local and not local.exists()
+    finished = False
     try:
-        with only_one(local or base, "build", shared=sliced), only_one(plan, "build of this slice"):
-            for old in plan.iterdir():
+        with only_one(local or base, "build", shared=shared), only_one(work.plan, "build of this slice"):
+            for old in work.plan.iterdir():  # what a killed try left
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
             try:
-                yield _Workplace(base / "begin", plan, base / "unpacked")
+                yield work
+                finished = True
             finally:
-                shutil.rmtree(plan)
-                if not (sliced and local):
+                shutil.rmtree(work.plan)
+                if not shared and (finished or not work.unpacked.exists()):
                     shutil.rmtree(base)
     except UserError:
         if fresh and not any(path.is_file() for path in local.rglob("*")):
@@ -219,11 +222,11 @@ def _workplace(out: str | Path, own: Slice, dry_run: bool) -> Iterator[_Workplac
         raise
 
 
-def _local_path(url: str | Path) -> str | None:
+def _local_path(url: str | Path) -> Path | None:
     """Return the path of a local folder; None of a remote one."""
     if str(url).startswith("file://"):
-        return open_store(url, create=True).url
-    return None if "://" in str(url) else str(url)
+        return Path(open_store(url, create=True).url)
+    return None if "://" in str(url) else Path(url)
 
 
 def _check_output(out: str | Path, building: Building, own: Slice) -> None:

@@ -2,17 +2,32 @@
 
 import inspect
 import re
+import tarfile
+import zlib
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from shards.errors import UserError
-from shards.sources import Source, place
-from shards.sources.folder import Folder
+from shards.sources import Source, cifar, place
+from shards.sources.cifar import Cifar
+from shards.sources.folder import EXTENSIONS, Folder
+from shards.sources.imagenet import CLASS_TAR, TRAIN, VAL, ImageNet, is_tar_of_tars, is_validation
+from shards.sources.parquet import Parquet, image_columns, read_schema
 from shards.sources.table import Table
+from shards.sources.tars import Tars
 from shards.store import Store, open_store
 
-KINDS: dict[str, Callable[..., Source]] = {"folder": Folder, "table": Table}
+KINDS: dict[str, Callable[..., Source]] = {
+    "folder": Folder,
+    "table": Table,
+    "parquet": Parquet,
+    "cifar": Cifar,
+    "imagenet": ImageNet,
+    "tars": Tars,
+}
+LOOK = 1000  # files of a folder that are looked at to find out its kind
 
 
 def open_source(url: str | Path, kind: str | None = None, *, unpacked: Path, **options: object) -> Source:
@@ -48,6 +63,8 @@ def find_kind(url: str) -> str:
     """
     remote = "://" in url
     root, name = place(url)
+    if name.endswith(".tar") and re.search(r"[{*?\[]", url) and (remote or not Path(url).exists()):
+        return "tars"
     if Path(url).is_file() if not remote else re.search(r"\.(csv|jsonl|parquet|tar|gz|tgz)$", name.lower()):
         kinds = _kinds_of_file(open_store(root), name)
     elif remote or Path(url).is_dir():
@@ -62,14 +79,53 @@ def find_kind(url: str) -> str:
 
 def _kinds_of_file(store: Store, name: str) -> set[str]:
     """Return the kinds that a file could be."""
-    if name.lower().endswith((".csv", ".jsonl", ".parquet")):
+    end = name.lower()
+    if end.endswith((".csv", ".jsonl")):
         return {"table"}
+    if end.endswith(".parquet"):
+        return {"parquet" if image_columns(read_schema(store, name)) else "table"}
+    if end.endswith((".tar.gz", ".tgz")):
+        first = _first_name(store, name)
+        if cifar.is_mark(first):
+            return {"cifar"}
+        if first.endswith(".tar"):
+            return {"imagenet"}
+        raise UserError(
+            f"{store.url}/{name} is a compressed tar, neither of CIFAR nor of class tars; unpack it to a "
+            "plain .tar first, in which images can be read one by one"
+        )
+    if end.endswith(".tar"):
+        return {"imagenet"} if is_tar_of_tars(store, name) or is_validation(store, name) else {"tars"}
     return set()
 
 
+def _first_name(store: Store, name: str) -> str:
+    """Return the name of the first file in a compressed tar."""
+    try:
+        with store.stream(name) as stream, tarfile.open(fileobj=stream, mode="r|gz") as archive:
+            return next((member.name for member in archive if member.isreg()), "")
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise UserError(f"{store.url}/{name} is no tar, or a damaged one: {error}; get it again") from error
+
+
 def _kinds_of_folder(store: Store) -> set[str]:
-    """Return the kinds that a folder could be; a folder of folders, or of nothing, at least tries to be images."""
-    return {"folder"}
+    """Return the kinds that a folder could be, by the files that come first; at least it may try to be images."""
+    kinds = set()
+    for entry in islice(store.walk(), LOOK):
+        folder, _, name = entry.path.rpartition("/")
+        if not folder and (name in (TRAIN, VAL) or CLASS_TAR.fullmatch(name)):
+            kinds.add("imagenet")
+        elif cifar.is_mark(f"{store.url}/{entry.path}") and folder.count("/") == 0:
+            kinds.add("cifar")
+        elif name.endswith(".tar") and not folder:
+            kinds.add("tars")
+        elif name.endswith(".parquet") and "parquet" not in kinds and image_columns(read_schema(store, entry.path)):
+            kinds.add("parquet")
+        elif folder and name.lower().endswith(EXTENSIONS):
+            kinds.add("folder")
+    if "imagenet" in kinds:  # with other tars beside
+        kinds.discard("tars")
+    return kinds or {"folder"}
 
 
 def _plain(url: str) -> str:

@@ -8,7 +8,6 @@ import io
 import json
 import os
 import posixpath
-import re
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ import pyarrow.parquet as pq
 
 from shards.errors import UserError
 from shards.sources import Item, clean_key, columns, place
+from shards.sources.columns import Batch, LabelCells
 from shards.store import open_store
 
 IMAGE = (
@@ -30,8 +30,6 @@ IMAGE = (
 )  # fmt: skip
 WEIGHT = ("weight", "weights", "label_weights")
 ROWS = 10_000  # of a batch
-
-Batch = dict[str, list]  # values by column; a column may be missing where no row has it
 
 
 class Table:
@@ -69,7 +67,6 @@ class Table:
         self.root, self._name = place(url)
         self.others: dict[str, int] = {}
         self._store = open_store(self.root)
-        self._separator = separator
         form = Path(self._name).suffix.lower()
         if form not in _FORMS:
             raise UserError(f"table {url}: cannot read {form or 'no extension'}; the forms are {', '.join(_FORMS)}")
@@ -90,7 +87,10 @@ class Table:
             raise UserError(
                 f"{url} has no column of labels among {', '.join(names)}; say which, as in label={names[0]}"
             )
-        self.multi_label, found = self._survey()
+        self._labels = LabelCells(self._label, self._weight, separator, self._error)
+        self.multi_label, found, bare = self._labels.survey(self._rows())
+        if bare and not self.multi_label:
+            raise self._error(bare[0], f"has no label in column {self._label}")
         self.classes = columns.read_classes(classes) if classes else columns.name_classes(found, url)
         self._number = columns.number_labels(found, self.classes, url)
 
@@ -109,7 +109,7 @@ class Table:
             if self._key and (key is None or not str(key).strip()):
                 raise self._error(row, f"has no key in column {self._key}")
             image = image.strip()
-            labels, weights = self._labels(row, batch, at)
+            labels, weights = self._labels.read(row, batch, at)
             web = "://" in image
             size, changed = _look(os.path.join(self.root, image)) if local and not web else (-1, 0)
             yield Item(
@@ -122,19 +122,6 @@ class Table:
                 changed,
             )
 
-    def _survey(self) -> tuple[bool, set]:
-        """Return whether rows have several or weighted labels, and all labels that there are."""
-        multi, found, bare = bool(self._weight or self._separator), set(), 0
-        for row, batch, at in self._rows():
-            labels, _ = self._labels(row, batch, at)
-            found.update(labels)
-            multi = multi or (self._label != "" and isinstance(batch[self._label][at], (list, dict)))
-            if not (labels or bare):
-                bare = row
-        if bare and not multi:
-            raise self._error(bare, f"has no label in column {self._label}")
-        return multi, found
-
     def _rows(self) -> Iterator[tuple[int, Batch, int]]:
         """Yield each row's number, counted from 1, with its batch and its place there."""
         wanted = [name for name in (self._image, self._label, self._weight, self._key) if name]
@@ -144,68 +131,6 @@ class Table:
                 for at in range(len(batch[self._image])):
                     row += 1
                     yield row, batch, at
-
-    def _labels(self, row: int, batch: Batch, at: int) -> tuple[list[int | str], list[float]]:
-        """Return the labels of a row and their weights; no weights: all are 1."""
-        cell = batch[self._label][at] if self._label else None
-        plain = not (self._weight or self._separator)
-        if plain and (
-            (type(cell) is str and cell == cell.strip() and cell[:1] not in ("", "-"))
-            or (type(cell) is int and cell >= 0)
-        ):
-            return [cell], []
-        weights = self._parse(row, batch[self._weight][at]) if self._weight else None
-        if isinstance(weights, dict):
-            cell = weights
-        cell = _as_dict(cell)
-        if isinstance(cell, dict):
-            cell = {label: weight for label, weight in cell.items() if weight is not None}  # a struct has all fields
-            cell, weights = list(cell), list(cell.values())
-        elif self._separator and isinstance(cell, str):
-            cell = [part.strip() for part in cell.split(self._separator) if part.strip()]
-        several = isinstance(cell, list)
-        labels = [self._label_of(row, label) for label in (cell if several else [cell])]
-        if labels == [None] and not several:
-            labels = []
-        if None in labels or len(set(labels)) < len(labels):
-            raise self._error(row, f"has the labels {cell}, one of them empty or twice")
-        return labels, self._weights(row, labels, weights)
-
-    def _label_of(self, row: int, label: object) -> int | str | None:
-        if isinstance(label, float) and label.is_integer():  # what integers with gaps become in other programs
-            label = int(label)
-        if isinstance(label, str):
-            label = label.strip()
-            label = int(label) if re.fullmatch("-[0-9]{1,9}", label) else label
-        if label is None or label == "" or label == -1 or label != label:
-            return None
-        if isinstance(label, bool) or not isinstance(label, (int, str)) or (isinstance(label, int) and label < 0):
-            raise self._error(row, f"has the label {str(label)[:50]!r}, which is neither a class index nor a name")
-        return label
-
-    def _parse(self, row: int, cell: object) -> object:
-        """Return weights as numbers; in CSV they stand as JSON, or with the separator between them."""
-        if not isinstance(cell, str):
-            return _as_dict(cell)
-        try:
-            if cell.lstrip().startswith(("{", "[")):
-                return json.loads(cell)
-            return [
-                float(part) for part in (cell.split(self._separator) if self._separator else [cell]) if part.strip()
-            ]
-        except (ValueError, RecursionError) as error:
-            raise self._error(row, f"has the weights {cell[:50]!r}, which are no numbers") from error
-
-    def _weights(self, row: int, labels: list, weights: object) -> list[float]:
-        if weights is None or weights == []:
-            return []
-        weights = weights if isinstance(weights, list) else [weights]
-        if len(weights) != len(labels):
-            raise self._error(row, f"has {len(weights)} weights for {len(labels)} labels")
-        for weight in weights:
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
-                raise self._error(row, f"has the weight {weight!r}; a weight is a number from 0 on")
-        return [float(weight) for weight in weights]
 
     def _file(self, path: str) -> str:
         """Return a relative path as items have it. In a bucket or on the web, ``..`` must go."""
@@ -231,11 +156,6 @@ def _in_one_line(url: str) -> Iterator[None]:
     except (pa.ArrowException, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error).partition("\n")[0]
         raise UserError(f"cannot read table {url}: {reason}; mend the table") from error
-
-
-def _as_dict(cell: object) -> object:
-    """Return a map of Parquet, which comes as a list of pairs, as a dict, and anything else as it is."""
-    return dict(cell) if isinstance(cell, list) and cell and isinstance(cell[0], tuple) else cell
 
 
 def _look(path: str) -> tuple[int, int]:

@@ -5,7 +5,7 @@ import pytest
 from shards.errors import UserError
 from shards.sources.open import open_source
 from shards.sources.reader import Reader
-from tests.shards.images import encode
+from tests.shards.images import encode, make_source
 from tests.shards.sources.servers import upload
 
 NAMES = ["a b/c d.jpg", "dots.and.more/x.y.z.jpeg", "Ünï/日本.png", "q/%20+~#[1].webp", "@/at.jpg", "q/deep/er/x.JPG"]
@@ -42,6 +42,17 @@ def test_odd_names_are_the_same_on_disk_and_in_a_bucket(odd, s3, tmp_path):
     }
     assert contents(odd.as_uri(), tmp_path) == local
     assert contents(upload(odd, f"{s3}/some/prefix"), tmp_path) == local
+
+
+def test_keys_are_paths_without_extension_and_dots(tmp_path):
+    source = make_source(tmp_path / "source")
+    items = list(open_source(source, unpacked=tmp_path).items())
+    files = {path.relative_to(source).as_posix(): path for path in source.rglob("*") if path.is_file()}
+    assert {item.file for item in items} == set(files)
+    assert all(item.key == item.file.rpartition(".")[0].replace(".", "_") for item in items)
+    assert all(item.size == files[item.file].stat().st_size for item in items)
+    assert all(item.changed == files[item.file].stat().st_ctime_ns for item in items)
+    assert "class_0/deep/er/im_4" in {item.key for item in items}
 
 
 def test_items_come_twice_the_same(odd, tmp_path):

@@ -1,0 +1,130 @@
+"""Tars that are WebDataset shards already: to be shuffled, split, re-encoded or cut anew.
+
+Each tar is walked once, by its headers and the small members with labels; what was found is kept beside the build, so
+that slices on one file system share the work, and a killed build need not do it again.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow as pa
+
+from shards.errors import UserError
+from shards.header import BrokenImageError
+from shards.labels import LabelError, LabelRule
+from shards.sources import Item, clean_key, columns
+from shards.sources.unpack import harmless, look, unpack
+from shards.store import Store, open_store
+from shards.tarindex import Reading
+from shards.tarlist import find_tars
+from shards.tarscan import TarScan
+from shards.workers import cores, run_jobs
+
+TARS = 16  # to go through, for one more process to pay
+
+
+class Tars:
+    """The images of WebDataset tars, under the same keys. Other members than image and labels are not kept.
+
+    Args:
+        url: A folder, a pattern such as ``x-{000..146}.tar``, or one tar.
+        unpacked: Where it is kept what the tars hold.
+        label: Where labels stand, ``EXTENSION`` or ``EXTENSION:FIELD``; by default in ``cls``, or else in ``json``.
+        image: Extension of the image, where a sample has several.
+        classes: File with the name of a class a line. Otherwise the classes are all names found, sorted, or numbers.
+
+    Raises:
+        UserError: There are no tars, some are damaged, or labels cannot be understood.
+    """
+
+    kind = "tars"
+
+    def __init__(self, url: str, unpacked: Path, *, label: str = "", image: str = "", classes: str = ""):
+        self.url = url
+        store, self._paths = find_tars(url)
+        self.root = store.url
+        self.others: dict[str, int] = {}
+        reading = Reading(LabelRule.parse(label), image.lower().removeprefix("."))
+        self._jobs = [_Job(store.url, path, unpacked, reading) for path in self._paths]
+        for _ in run_jobs(_scan_if_free, self._jobs, min(cores(), len(self._jobs) // TARS)):
+            pass
+        found, self.multi_label = set(), False
+        for job in self._jobs:
+            for labels, weights in _labels(job.table()):
+                found.update(labels)
+                self.multi_label = self.multi_label or bool(weights) or len(labels) != 1
+        self.classes = columns.read_classes(classes) if classes else columns.name_classes(found, url)
+        self._number = columns.number_labels(found, self.classes, url)
+
+    def items(self) -> Iterator[Item]:
+        """Yield the images tar by tar, in the order of the tar."""
+        others: Counter[str] = Counter()
+        for job in self._jobs:
+            table = job.table()
+            others.update(json.loads(table.schema.metadata[b"others"]))
+            changed = look(open_store(self.root), job.path).changed
+            rows = zip(*(table[name].to_pylist() for name in ("key", "offset", "size")), _labels(table), strict=True)
+            for key, offset, size, (labels, weights) in rows:
+                numbers = tuple(self._number[label] for label in labels)
+                if len(set(numbers)) < len(numbers):
+                    raise UserError(f"{self.root}/{job.path}: {key} has one class twice, {labels}; mend the labels")
+                yield Item(clean_key(f"{key}."), job.path, offset, size, numbers, weights, changed)
+        self.others = dict(sorted(others.items()))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One tar to walk through."""
+
+    root: str
+    path: str
+    unpacked: Path
+    reading: Reading
+
+    def table(self, wait: bool = True) -> pa.Table | None:
+        """Return what the tar holds: a row a sample."""
+        store = open_store(self.root)
+        settings = json.dumps(self.reading.settings, sort_keys=True)
+        name = f"{harmless(self.path)}-{harmless(settings)[-8:]}"
+        return unpack(self.unpacked, name, look(store, self.path), lambda _: self._walk(store, _), wait)
+
+    def _walk(self, store: Store, _: BinaryIO) -> pa.Table:
+        rows: dict[str, list] = {"key": [], "offset": [], "size": [], "labels": []}
+        others: Counter[str] = Counter()
+        scan = TarScan(store, self.path, self.reading.label.wants)
+        for sample in scan:
+            try:
+                image = self.reading.image_of(sample.members)
+                found = self.reading.label.find(sample.members)
+            except LabelError as error:
+                raise UserError(
+                    f"{scan.name}: the labels of {sample.key} make no sense: {error}; say where labels stand, as in "
+                    "label=json:FIELD"
+                ) from error
+            except BrokenImageError as error:
+                if "several" in str(error):
+                    raise UserError(f"{scan.name}: {sample.key} has {error}; as in image=jpg") from error
+                others["samples without image"] += 1
+                continue
+            row = (sample.key, image.offset, image.size, json.dumps([found.labels, found.weights]))
+            for column, value in zip(rows.values(), row, strict=True):
+                column.append(value)
+        schema = pa.schema(
+            [("key", pa.string()), ("offset", pa.int64()), ("size", pa.int64()), ("labels", pa.string())]
+        )
+        return pa.table(rows, schema.with_metadata({"others": json.dumps(others + scan.skipped)}))
+
+
+def _scan_if_free(job: _Job) -> None:
+    """Walk through a tar, unless that is done or another process is at it."""
+    job.table(wait=False)
+
+
+def _labels(table: pa.Table) -> Iterator[tuple[list[int | str], tuple[float, ...]]]:
+    for text in table["labels"].to_pylist():
+        labels, weights = json.loads(text)
+        yield labels, tuple(weights)
