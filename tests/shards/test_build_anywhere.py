@@ -66,6 +66,12 @@ def bomb():
     return bytes(data)
 
 
+def no_pixels():
+    """A PNG with a header and an end, and nothing between them."""
+    data = encode(1, "PNG")
+    return data[:33] + data[-12:]
+
+
 def saved(image, format, **options):
     file = io.BytesIO()
     image.save(file, format, **options)
@@ -78,6 +84,7 @@ BROKEN = {
     "cut.jpg": (encode(1)[:-30], "cut short: no end marker"),
     "cut2.png": (encode(1, "PNG")[:-30], "runcated"),
     "cut3.webp": (encode(1, "WEBP")[:-30], "cut short"),
+    "nothing.png": (no_pixels(), "index out of range"),
     "text.jpg": (b"<html>not found</html>", "not a jpg, png or webp image"),
     "gif.png": (saved(NOISE, "GIF"), "not a jpg, png or webp image"),
     "bomb.jpg": (bomb(), "4,225,000,000 pixels"),
