@@ -107,7 +107,8 @@ def _print_built(built: "Result", as_json: bool) -> None:
         return
     for name, part in built.parts.items():
         rejected = f", {len(part.rejected)} images rejected" if part.rejected else ""
-        print(f"{name}: {part.samples:,} samples in {part.shards} shards, {part.bytes:,} bytes{rejected}: {part.url}")
+        what = f"{part.samples:,} samples of {len(built.classes):,} classes in {part.shards:,} shards"
+        print(f"{name}: {what}, {part.bytes:,} bytes{rejected}: {part.url}")
     if built.others:
         print("left out: " + ", ".join(f"{count} {suffix}" for suffix, count in built.others.items()), file=sys.stderr)
 

@@ -10,12 +10,13 @@ import simplejpeg
 from PIL import Image
 
 from shards.decode import decode, decode_shrunk
-from shards.header import Header
+from shards.header import BrokenImageError, Header
 
 cv2.setNumThreads(1)  # shards are written in parallel already
 
 FORMATS = ("jpg", "png", "webp")
 QUALITY = 90
+_LONGEST = {"jpg": 65_500, "png": 1 << 31, "webp": 16_383}  # sides that the encoders take, pixels
 ENCODER = f"simplejpeg {simplejpeg.__version__}, opencv {cv2.__version__}, pillow {PIL.__version__}"
 """What made the bytes: another version may make others, so a build does not mix two."""
 
@@ -43,6 +44,7 @@ class Encoding:
 
         Raises:
             DecodeError: The image is damaged.
+            BrokenImageError: It is too large for the format.
         """
         short = min(header.width, header.height)
         shrink = self.resize_short is not None and short > self.resize_short
@@ -73,6 +75,9 @@ def _shrink(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def _encode(image: np.ndarray, format: str, quality: int) -> bytes:
     """Encode uint8 [height, width, 3] RGB."""
+    if max(image.shape) > _LONGEST[format]:
+        size = f"{image.shape[1]} x {image.shape[0]}"
+        raise BrokenImageError(f"{size} pixels are too many for {format}, which ends at {_LONGEST[format]} a side")
     if format == "jpg":
         return simplejpeg.encode_jpeg(image, quality, "RGB", "420")
     file = io.BytesIO()

@@ -5,14 +5,16 @@ kept descriptors: 2 µs for a 5 kB sample, against 53 µs through obstore's own 
 appears whole or not at all.
 """
 
+import fcntl
 import io
 import os
 import random
+import shutil
 import tempfile
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -26,8 +28,9 @@ from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
 from shards.atomic import fsync_folder, whole_file
 from shards.errors import PatchmillError, UserError
 
-# Server errors, lost connections and time-outs are tried again by obstore, with exponential back-off.
-RETRY = {"max_retries": 10, "retry_timeout": timedelta(minutes=3)}
+# Server errors, lost connections and time-outs are tried again by obstore, with exponential back-off: the time decides,
+# since ten tries are over in two seconds.
+RETRY = {"max_retries": 1000, "retry_timeout": timedelta(minutes=3)}
 OPEN_FILES = 256  # well below the usual limit of 1024 a process
 GAP = 1 << 20  # bytes between two ranges that are fetched along rather than asked for apart
 STREAM_BYTES = 8 << 20  # a request of a sequential remote read: past the size where latency matters
@@ -271,8 +274,8 @@ class RemoteStore:
         no reader sees before the last one is there; those of a killed process stay, unseen, until the bucket's rules
         remove incomplete uploads.
         """
-        with tempfile.TemporaryDirectory(prefix="patchmill-") as folder:
-            file = Path(folder) / "object"
+        with _locked_folder() as folder:
+            file = folder / "object"
             yield file
             try:
                 obstore.put(self._store, path, file)
@@ -343,6 +346,33 @@ class RemoteStore:
                         yield Entry(found["path"], found["size"], int(found["last_modified"].timestamp() * 1e9))
         except _ERRORS as error:
             raise _failure(self.url, folder, error) from error
+
+
+@contextmanager
+def _locked_folder() -> Iterator[Path]:
+    """Yield a temporary folder, after removing those that killed processes left: the lock goes with the process."""
+    for old in Path(tempfile.gettempdir()).glob("patchmill-upload-*"):
+        with suppress(OSError):  # somebody else's, or gone meanwhile
+            if time.time() - old.stat().st_mtime > 60 and (lock := _lock(old)):
+                shutil.rmtree(old)
+                os.close(lock)
+    with tempfile.TemporaryDirectory(prefix="patchmill-upload-") as folder:
+        lock = _lock(Path(folder))
+        try:
+            yield Path(folder)
+        finally:
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Return a locked descriptor of a folder, or None if another process has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 class _RemoteFile(io.RawIOBase):
@@ -418,7 +448,7 @@ def _spans(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 def _whole_body(request: Callable[[], Answer]) -> Answer:
     """Ask again, with exponential back-off, where a connection ended inside an answer: obstore leaves that to us."""
-    for attempt in range(RETRY["max_retries"]):
+    for attempt in range(min(RETRY["max_retries"], 10)):
         try:
             return request()
         except BaseError as error:

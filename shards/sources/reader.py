@@ -55,6 +55,9 @@ class Reader:
             raise BrokenImageError("missing")
         if not store.local and path and _odd(path):
             raise BrokenImageError("missing")  # the store could have no such name
+        page = item.size < 0 and store.url.startswith(("http://", "https://"))
+        if page and web.is_unknown(urlsplit(store.url).hostname):
+            raise BrokenImageError("unknown host")
         try:
             data = store.read(path) if whole else store.read_range(path, item.offset, item.size)
         except MissingError as error:
@@ -64,7 +67,7 @@ class Reader:
         except PatchmillError as error:
             if store.local:
                 raise UserError(f"cannot read {item.file} of {self.root}: {_reason(error)}") from error
-            if item.size >= 0 or not store.url.startswith(("http://", "https://")):
+            if not page:
                 raise
             return _ask_again(f"{store.url}/{quote(path)}" if path else store.url, error)
         if whole and 0 <= item.size != len(data):
@@ -133,7 +136,7 @@ def _ask_again(url: str, error: PatchmillError) -> bytes:
     """Return a page that could not be read, if it can be had in another way, or raise why it cannot."""
     if web.lacks_length(error.__cause__):
         return web.fetch(url)
-    reason = web.refusal(url, error.__cause__)
+    reason = web.refusal(error.__cause__)
     if reason:
         raise BrokenImageError(reason) from error
     raise error

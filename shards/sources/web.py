@@ -3,10 +3,11 @@
 import re
 import socket
 import time
+from functools import lru_cache
 from http.client import HTTPException
 from urllib.error import HTTPError
-from urllib.parse import quote, urlsplit
-from urllib.request import Request, urlopen
+from urllib.parse import quote
+from urllib.request import Request, getproxies, urlopen
 
 from shards.errors import PatchmillError
 from shards.header import BrokenImageError
@@ -15,20 +16,30 @@ from shards.store import RETRY
 TIMEOUT = 60  # seconds without a byte
 
 
-def refusal(url: str, error: Exception) -> str | None:
-    """Return why asking again will never help, in a few words; None if it might.
+@lru_cache(maxsize=10_000)
+def is_unknown(host: str) -> bool:
+    """Tell whether there is no such host: a retry would ask for it for minutes.
 
-    Args:
-        url: What was asked for.
-        error: Of ``obstore``, whose text is all that tells.
+    It is not known to be so while the name service is not there itself, or where a proxy looks up names.
     """
+    if {"http", "https", "all"} & getproxies().keys():
+        return False
+    try:
+        socket.getaddrinfo(host, None)
+    except socket.gaierror as error:
+        return error.errno in (socket.EAI_NONAME, socket.EAI_NODATA)
+    except UnicodeError:  # no name that a host could have
+        return True
+    return False
+
+
+def refusal(error: Exception) -> str | None:
+    """Return why asking again will never help, in a few words; None if it might. The text of ``obstore`` tells."""
     text = str(error)
     if answer := re.search(r"non-2xx status code: (4\d\d [^:\n]*)", text):
         return _for_good(answer[1].strip())
     if "error following redirect" in text:
         return "redirected for ever"
-    if "dns error" in text and _unknown(urlsplit(url).hostname):
-        return "unknown host"
     return None
 
 
@@ -47,7 +58,7 @@ def fetch(url: str) -> bytes:
         PatchmillError: The network failed, in spite of retries.
     """
     request = Request(quote(url, safe="%/:=&?~#+!$,;'@()*[]"), headers={"User-Agent": "patchmill"})
-    for attempt in range(RETRY["max_retries"] + 1):
+    for attempt in range(min(RETRY["max_retries"], 10) + 1):
         try:
             with urlopen(request, timeout=TIMEOUT) as answer:
                 return answer.read()
@@ -62,14 +73,3 @@ def fetch(url: str) -> bytes:
 def _for_good(answer: str) -> str | None:
     """Return a status that will not change; too slow (408) and too many requests (429) may."""
     return answer if answer.startswith("4") and answer[:3] not in ("408", "429") else None
-
-
-def _unknown(host: str) -> bool:
-    """Tell whether the name service knows that there is no such host; it may also not be there itself."""
-    try:
-        socket.getaddrinfo(host, None)
-    except socket.gaierror as error:
-        return error.errno in (socket.EAI_NONAME, socket.EAI_NODATA)
-    except UnicodeError:  # no name that a host could have
-        return True
-    return False

@@ -157,6 +157,61 @@ def test_orientation_is_honoured_and_recorded(tmp_path):
     assert images == [(40, 30, 3)] * 2
 
 
+def test_images_too_large_for_the_format_are_rejected(tmp_path):
+    (tmp_path / "images/a").mkdir(parents=True)
+    (tmp_path / "images/a/long.png").write_bytes(saved(Image.new("RGB", (70_000, 2)), "PNG"))
+    (tmp_path / "images/a/fine.png").write_bytes(encode(1, "PNG"))
+    for format, limit in [("jpg", 65_500), ("webp", 16_383)]:
+        made = build(
+            tmp_path / "images", tmp_path / format, workers=1, max_rejected=1, encoding=Encoding(format=format)
+        )  # fmt: skip
+        assert made.parts["all"].samples == 1
+        reason = f"70000 x 2 pixels are too many for {format}, which ends at {limit} a side"
+        assert made.parts["all"].rejected == [("a/long.png", reason)]
+
+
+def test_a_source_is_never_written_to(tmp_path):
+    raw = make_source(tmp_path / "raw/train", classes=2, each=3)
+    before = tree(tmp_path / "raw")
+    for source, out in [
+        (raw, tmp_path / "raw"),
+        (raw, raw / "out"),
+        (raw, (raw / "out").as_uri()),
+        (raw.as_uri(), raw),
+    ]:
+        with pytest.raises(UserError, match="lies in the source"):
+            build(source, out, split={"val": 0.4}, workers=1)
+        assert tree(tmp_path / "raw") == before
+    build(raw, tmp_path / "set", workers=1)
+    before = tree(tmp_path / "set")
+    for source in (tmp_path / "set/shards", tmp_path / "set/shards/000000.tar"):
+        with pytest.raises(UserError, match="would be written over the source"):
+            build(source, tmp_path / "set", kind="tars", shard_samples=2, workers=1)
+        assert tree(tmp_path / "set") == before
+
+
+def test_a_refused_build_leaves_nothing_behind_and_does_not_list_the_source(source, tmp_path):
+    build(source, tmp_path / "set", workers=1)
+    before = tree(tmp_path / "set")
+    with pytest.raises(UserError, match=r"already holds another data set \(shard_samples differ\)"):
+        build(tmp_path / "not there at all", tmp_path / "set", shard_samples=2, workers=1)
+    with pytest.raises(UserError, match=r"images, classes differ"):
+        build(make_source(tmp_path / "other", classes=3, each=2), tmp_path / "set", workers=1)
+    assert tree(tmp_path / "set") == before
+    assert not (tmp_path / "set/.build").exists()
+
+
+def test_parts_of_an_earlier_try_are_cleared(source, tmp_path):
+    images = make_source(tmp_path / "images", classes=2, each=8)
+    (images / "class.0/broken.jpg").touch()
+    with pytest.raises(UserError, match="1 broken image"):
+        build(images, tmp_path / "out", shard_samples=2, workers=1)
+    assert list((tmp_path / "out/shards").iterdir())
+    build(images, tmp_path / "out", shard_samples=2, split={"val": 0.4}, max_rejected=1, workers=1)
+    build(images, tmp_path / "fresh", shard_samples=2, split={"val": 0.4}, max_rejected=1, workers=1)
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+
+
 def test_captions_are_class_names(source, tmp_path):
     import webdataset as wds
 
