@@ -1,28 +1,23 @@
 """Encoded image bytes to RGB pixels."""
 
 import io
-import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import numpy as np
 import PIL
 import simplejpeg
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from shards.errors import PatchmillError
 from shards.header import MOST_PIXELS
 from shards.jpegcrop import decode_part
+from shards.orientation import read_orientation
 
 DECODER = f"simplejpeg {simplejpeg.__version__}, pillow {PIL.__version__}"
 """What made the pixels: part of a run's state. The crop decoder makes the same ones and is not named."""
 
 Box = tuple[int, int, int, int]
 """Top, left, height and width of a part of an image, pixels."""
-
-_ORIENTATION = 0x0112
-_BAD_EXIF = (SyntaxError, ValueError, struct.error)
-_BAD_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 # What to do with an array stored in each EXIF orientation (EXIF 2.32, table 6).
 _UPRIGHT = {
@@ -57,12 +52,8 @@ def decode(data: bytes, key: str, box: Callable[[int, int], Box] | None = None) 
     Raises:
         DecodeError: The content is damaged, or has more than 179 million pixels.
     """
-    with _errors(key):
-        if data[:3] == b"\xff\xd8\xff":
-            image = _decode_jpeg(data, box)
-            if image is not None:
-                return image
-        return _part(_decode_any(data), box)
+    image = _decode_jpeg(data, box)
+    return _part(_decode_any(data, key), box) if image is None else image
 
 
 def decode_shrunk(data: bytes, key: str, short: int) -> np.ndarray:
@@ -76,27 +67,15 @@ def decode_shrunk(data: bytes, key: str, short: int) -> np.ndarray:
     Raises:
         DecodeError: As ``decode`` does.
     """
-    with _errors(key):
-        if data[:3] == b"\xff\xd8\xff":
-            image = _decode_jpeg(data, None, short)
-            if image is not None:
-                return image
-        return _decode_any(data)
-
-
-@contextmanager
-def _errors(key: str) -> Iterator[None]:
-    try:
-        yield
-    except _BAD_IMAGE as error:
-        reason = "no known image format" if isinstance(error, UnidentifiedImageError) else error
-        raise DecodeError(f"cannot decode {key}: {reason}; drop the sample from the data set") from error
+    image = _decode_jpeg(data, None, short)
+    return _decode_any(data, key) if image is None else image
 
 
 def _decode_jpeg(data: bytes, box: Callable[[int, int], Box] | None, short: int = 0) -> np.ndarray | None:
-    """Decode a plain JPEG; None where Pillow has to look."""
-    exif = data.find(b"Exif\x00\x00", 0, 1 << 16)
-    turn = _UPRIGHT.get(_orientation(data[exif : exif + (1 << 16)])) if exif >= 0 else None
+    """Decode a plain JPEG, upright; None where Pillow has to look."""
+    if data[:3] != b"\xff\xd8\xff":
+        return None
+    turn = _UPRIGHT.get(read_orientation(data))
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         if colours in ("CMYK", "YCCK") or height * width > MOST_PIXELS:
@@ -118,20 +97,23 @@ def _part(image: np.ndarray, box: Callable[[int, int], Box] | None) -> np.ndarra
     return image[top : top + height, left : left + width]
 
 
-def _orientation(exif: bytes) -> int:
-    tags = Image.Exif()
+def _decode_any(data: bytes, key: str) -> np.ndarray:
+    """Decode what Pillow reads, upright."""
     try:
-        tags.load(exif)
-        return tags.get(_ORIENTATION, 1)
-    except _BAD_EXIF:
-        return 1
+        image = _decode_stored(data)
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001, damaged images make Pillow raise anything
+        cause = ValueError("no known image format") if isinstance(error, UnidentifiedImageError) else error
+        raise DecodeError(f"cannot decode {key}: {cause}; drop the sample from the data set") from cause
+    turn = _UPRIGHT.get(read_orientation(data))
+    return np.ascontiguousarray(turn(image)) if turn else image
 
 
-def _decode_any(data: bytes) -> np.ndarray:
+def _decode_stored(data: bytes) -> np.ndarray:
+    """Decode what Pillow reads, as it is stored."""
     with Image.open(io.BytesIO(data)) as image:
         image.load()
-        if image.getexif().get(_ORIENTATION, 1) != 1:
-            image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to 8
             grey = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
             return np.repeat(grey[:, :, None], 3, axis=2)

@@ -14,7 +14,7 @@ from shards.manifest import Receipt
 from shards.plan import read_job
 from shards.sources import Item
 from shards.sources.reader import Reader
-from shards.store import MissingError, Store, open_store
+from shards.store import Store, open_store
 from shards.tarwrite import TAR, TarWriter
 
 
@@ -93,8 +93,8 @@ def write_shard(job: Job) -> Receipt:
         writer = TarWriter(file)
         for item, data in job.reader.read_all(items):
             try:
-                if isinstance(data, MissingError):
-                    raise BrokenImageError("missing")
+                if isinstance(data, BrokenImageError):
+                    raise data
                 data, header, orientation = _stored(item, data, job.form)
             except BrokenImageError as error:
                 rejected.append((_name(item), str(error)))

@@ -10,6 +10,7 @@ import io
 import os
 import random
 import shutil
+import stat
 import tempfile
 import time
 from bisect import bisect_right
@@ -55,7 +56,7 @@ class Entry(NamedTuple):
     """An object that a listing found."""
 
     path: str  # relative to the store
-    size: int  # bytes; -1: it cannot be read, as a link to nowhere
+    size: int  # bytes; -1: it cannot be read, as a link to nowhere or a pipe
     changed: int  # nanoseconds since 1970, by the clock of the file system or server
 
 
@@ -177,24 +178,36 @@ class LocalStore:
         found = here.rglob("*") if below else here.glob("*")
         return sorted(path.relative_to(here).as_posix() for path in found if path.is_file())
 
-    def walk(self, folder: str = "") -> Iterator[Entry]:
-        """Yield all objects below ``folder``, sorted folder by folder; hidden ones (``.name``) are passed over."""
+    def walk(self, folder: str = "", hidden: bool = False) -> Iterator[Entry]:
+        """Yield all objects below ``folder``, sorted folder by folder; hidden ones (``.name``) are passed over.
+
+        Args:
+            folder: Relative to the store.
+            hidden: Yield hidden files too, but nothing in hidden folders.
+        """
         try:
             with os.scandir(self._root / folder) as entries:
-                visible = sorted((each for each in entries if not each.name.startswith(".")), key=lambda e: e.name)
+                found = sorted(
+                    (each for each in entries if hidden or not each.name.startswith(".")), key=lambda each: each.name
+                )
         except OSError as error:
             raise _failure(self.url, folder, error) from error
-        for entry in visible:
+        for entry in found:
             path = f"{folder}/{entry.name}" if folder else entry.name
-            if entry.is_dir():
-                yield from self.walk(path)
+            try:
+                is_folder = entry.is_dir()
+            except OSError as error:  # a link that leads to itself
+                raise UserError(f"cannot read {self.url}/{path}: {error.strerror}; mend or remove it") from error
+            if is_folder:
+                if not entry.name.startswith("."):
+                    yield from self.walk(path, hidden)
                 continue
             try:
                 status = entry.stat()
             except OSError:
                 yield Entry(path, -1, 0)
-            else:
-                yield Entry(path, status.st_size, status.st_ctime_ns)
+            else:  # a pipe or socket could be waited for for ever
+                yield Entry(path, status.st_size if stat.S_ISREG(status.st_mode) else -1, status.st_ctime_ns)
 
 
 class RemoteStore:
@@ -336,13 +349,19 @@ class RemoteStore:
                 f"plain web servers such as {self.url} cannot list files; name each, as in x-{{000..146}}.tar"
             )
 
-    def walk(self, folder: str = "") -> Iterator[Entry]:
-        """Yield all objects below ``folder`` in the order of the server; hidden ones (``.name``) are passed over."""
+    def walk(self, folder: str = "", hidden: bool = False) -> Iterator[Entry]:
+        """Yield all objects below ``folder`` in the order of the server; hidden ones (``.name``) are passed over.
+
+        Args:
+            folder: Relative to the store.
+            hidden: Yield hidden files too, but nothing in hidden folders.
+        """
         self._check_lists()
         try:
             for chunk in obstore.list(self._store, folder or None, chunk_size=1000):
                 for found in chunk:
-                    if not any(part.startswith(".") for part in found["path"].split("/")):
+                    folders, _, name = found["path"].rpartition("/")
+                    if not any(part.startswith(".") for part in [*folders.split("/"), "" if hidden else name]):
                         yield Entry(found["path"], found["size"], int(found["last_modified"].timestamp() * 1e9))
         except _ERRORS as error:
             raise _failure(self.url, folder, error) from error

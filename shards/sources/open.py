@@ -112,6 +112,8 @@ def _kinds_of_folder(store: Store) -> set[str]:
     """Return the kinds that a folder could be, by the files that come first; at least it may try to be images."""
     kinds = set()
     for entry in islice(store.walk(), LOOK):
+        if entry.size < 0:  # a pipe could be waited for for ever
+            continue
         folder, _, name = entry.path.rpartition("/")
         if not folder and (name in (TRAIN, VAL) or CLASS_TAR.fullmatch(name)):
             kinds.add("imagenet")

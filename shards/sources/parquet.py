@@ -53,6 +53,10 @@ class Parquet:
         self._files = [file for file in files if file.path.lower().endswith(".parquet")]
         if not self._files:
             raise UserError(f"no Parquet files in {url}; check the path")
+        if unreadable := [file.path for file in self._files if file.size < 0]:
+            raise UserError(
+                f"cannot read {self.root}/{unreadable[0]}: it is a link to nowhere or no plain file; mend or remove it"
+            )
         self._parts = [""] if single else [_part(file.path) for file in self._files]
         schema = read_schema(self._store, self._files[0].path)
         self._image = _image_column(schema, image, url)

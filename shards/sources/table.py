@@ -170,7 +170,10 @@ def _look(path: str) -> tuple[int, int]:
 def _key(image: str, web: bool) -> str:
     if not web:
         return clean_key(image)
-    parts = urlsplit(image)
+    try:
+        parts = urlsplit(image)
+    except ValueError:  # no URL: the reader will tell
+        return clean_key(image.partition("://")[2])
     query = f"_{parts.query}".translate(str.maketrans("./\\", "___")) if parts.query else ""
     return clean_key(f"{parts.netloc.replace('@', '_')}/{unquote(parts.path)}") + query
 

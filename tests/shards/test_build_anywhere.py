@@ -18,7 +18,7 @@ from shards.merge import merge
 from shards.plan import Slice
 from shards.store import open_store
 from tests.shards.images import encode, make_source, tree
-from tests.shards.sources.servers import upload
+from tests.shards.sources.servers import answering, serve, upload
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,12 @@ def bomb():
     return bytes(data)
 
 
+def no_pixels():
+    """A PNG with a header and an end, and nothing between them."""
+    data = encode(1, "PNG")
+    return data[:33] + data[-12:]
+
+
 def saved(image, format, **options):
     file = io.BytesIO()
     image.save(file, format, **options)
@@ -78,6 +84,7 @@ BROKEN = {
     "cut.jpg": (encode(1)[:-30], "cut short: no end marker"),
     "cut2.png": (encode(1, "PNG")[:-30], "runcated"),
     "cut3.webp": (encode(1, "WEBP")[:-30], "cut short"),
+    "nothing.png": (no_pixels(), "index out of range"),
     "text.jpg": (b"<html>not found</html>", "not a jpg, png or webp image"),
     "gif.png": (saved(NOISE, "GIF"), "not a jpg, png or webp image"),
     "bomb.jpg": (bomb(), "4,225,000,000 pixels"),
@@ -117,6 +124,19 @@ def test_odd_images_are_kept_and_broken_ones_listed_with_reasons(tmp_path, encod
         else:
             assert sample.format == "jpg"
             assert min(image.shape[:2]) == 12
+
+
+def test_dead_urls_of_a_table_are_listed_with_reasons(source, tmp_path):
+    image = next(source.rglob("*.jpg")).relative_to(source)
+    with serve(source) as web, answering() as odd:
+        dead = {f"{odd}/410": "410 Gone", f"{odd}/403": "403 Forbidden", f"{web}/none.jpg": "missing"}
+        rows = [f"{web}/{image}", *dead]
+        (tmp_path / "table.csv").write_text("url,label\n" + "".join(f"{url},a\n" for url in rows))
+        made = build(tmp_path / "table.csv", tmp_path / "out", workers=1, max_rejected=3)
+        assert dict(made.parts["all"].rejected) == dead
+        assert made.parts["all"].samples == 1
+        with pytest.raises(UserError, match=r"3 broken images .*\(410 Gone\)"):
+            build(tmp_path / "table.csv", tmp_path / "out2", workers=1, max_rejected=2)
 
 
 def test_orientation_is_honoured_and_recorded(tmp_path):
