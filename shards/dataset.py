@@ -44,7 +44,7 @@ class Rows:
         format: n strings: jpg, png or webp.
         labels: n tuples of class indices.
         weights: n tuples of their weights, empty where all are 1; None if they are so everywhere.
-        member: (n,) uint32, CRC-32 of the tar header before each image; None if the table is too old to tell.
+        member: (n,) uint32, CRC-32 of the tar header before each image.
         keys: n strings in compact form; ``key`` is the same as a list.
     """
 
@@ -55,7 +55,7 @@ class Rows:
     format: list[str]
     labels: list[tuple[int, ...]]
     weights: list[tuple[float, ...]] | None
-    member: np.ndarray | None
+    member: np.ndarray
     keys: pa.ChunkedArray
 
     @cached_property
@@ -88,8 +88,6 @@ class Dataset:
         self.classes = info.classes
         self.mean_bytes = info.image_bytes / info.samples
         self._paths = shards["path"].to_pylist()
-        self._bytes = shards["bytes"].to_pylist()
-        self._checked: set[int] = set()  # shards whose tar has the size it had
         self._raw_sizes = shards["samples"].to_numpy()
         self._dropped = dropped[1]
         self._dropped_starts = np.searchsorted(dropped[0], np.arange(info.shards + 1))
@@ -150,7 +148,7 @@ class Dataset:
             format=[sys.intern(name) for name in table["format"].to_pylist()],
             labels=[tuples.setdefault(each, each) for each in labels],
             weights=_weights(table, tuples),
-            member=_whole_column(table, "member"),
+            member=table["member"].to_numpy(),
             keys=table["key"],
         )
 
@@ -162,7 +160,7 @@ class Dataset:
         """
         rows = self.rows(shard)
         start, length = int(rows.offset[index]) - BLOCK, int(rows.size[index]) + BLOCK
-        return self._sample(rows, shard, index, self.tars.read_range(self._tar(shard), start, length))
+        return self._sample(rows, shard, index, self.tars.read_range(self._paths[shard], start, length))
 
     def read_many(self, shard: int, start: int, stop: int) -> list[Sample]:
         """Read consecutive kept samples of a shard; on a remote store with as few requests as possible.
@@ -173,28 +171,15 @@ class Dataset:
         rows = self.rows(shard)
         here = range(*slice(start, stop).indices(len(rows)))
         starts, lengths = rows.offset[start:stop] - BLOCK, rows.size[start:stop] + BLOCK
-        found = self.tars.read_ranges(self._tar(shard), starts.tolist(), lengths.tolist()) if here else []
+        found = self.tars.read_ranges(self._paths[shard], starts.tolist(), lengths.tolist()) if here else []
         for place, index in enumerate(here):  # in place: all bytes twice would be twice the memory
             found[place] = self._sample(rows, shard, index, found[place])
         return found
 
-    def _tar(self, shard: int) -> str:
-        """Return the path of a tar; a local one must have its size still, which costs nothing to see."""
-        path = self._paths[shard]
-        if self.tars.local and shard not in self._checked:
-            size = self.tars.size(path)
-            if size != self._bytes[shard]:
-                raise UserError(
-                    f"{self.tars.url}/{path} has {size} bytes, {self.url} knows it with {self._bytes[shard]}: the tars "
-                    f"changed; {self._remedy} again"
-                )
-            self._checked.add(shard)
-        return path
-
     def _sample(self, rows: Rows, shard: int, index: int, data: bytes) -> Sample:
         """Return a sample of its bytes in the tar, which begin with the tar header."""
         key = rows.keys[index].as_py()
-        if rows.member is not None and zlib.crc32(data[:BLOCK]) != rows.member[index]:
+        if zlib.crc32(data[:BLOCK]) != rows.member[index]:
             raise UserError(
                 f"{self.tars.url}/{self._paths[shard]} is not the tar that {self.url} knows: {key} is not at byte "
                 f"{rows.offset[index]}: the tars changed; {self._remedy} again"
@@ -270,13 +255,8 @@ def read_exclude(url: str | Path, version: str | None) -> list[tuple[int, int, s
     return list(zip(*(table[name].to_pylist() for name in table.column_names), strict=True))
 
 
-def _whole_column(table: pa.Table, name: str) -> np.ndarray | None:
-    """Return a column without nulls as an array; None if it is missing or has some."""
-    return table[name].to_numpy() if name in table.column_names and not table[name].null_count else None
-
-
 def _weights(table: pa.Table, tuples: dict[tuple, tuple]) -> list[tuple[float, ...]] | None:
-    if "weights" not in table.column_names or table["weights"].null_count == len(table):
+    if table["weights"].null_count == len(table):
         return None
     weights = (tuple(each or ()) for each in table["weights"].to_pylist())
     return [tuples.setdefault(each, each) for each in weights]

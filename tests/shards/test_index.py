@@ -563,7 +563,7 @@ def replace_with_same_size(path):
 def test_an_index_that_no_longer_fits_is_found_on_reading(web, tmp_path, where):
     path = tmp_path / "site" / "set-000001.tar"
     index(tmp_path / "site" if where == "local" else f"{web}/set-{{000000..000002}}.tar", tmp_path / "out")
-    whole = path.read_bytes()
+    whole, indexed = path.read_bytes(), samples(tmp_path / "out")
 
     replace_with_same_size(path)
     dataset = Dataset.open(tmp_path / "out")
@@ -574,33 +574,16 @@ def test_an_index_that_no_longer_fits_is_found_on_reading(web, tmp_path, where):
     assert dataset.read(0, 0).key == "sample00000"
 
     path.write_bytes(whole[:5000])
-    with pytest.raises(
-        UserError,
-        match=r"set-000001\.tar .*(5000 bytes.*index them again|cut short)",
-    ):
+    with pytest.raises(UserError, match=r"set-000001\.tar ends before byte .*cut short"):
         Dataset.open(tmp_path / "out").read(1, 9)
 
-    path.write_bytes(whole + bytes(10240))
-    if where == "local":
-        with pytest.raises(
-            UserError, match=rf"has {len(whole) + 10240} bytes, .* knows it with {len(whole)}: .*index them"
-        ):
-            Dataset.open(tmp_path / "out").read(1, 0)
+    path.write_bytes(whole + bytes(10240))  # the samples are where they were
+    assert samples(tmp_path / "out") == indexed
     assert (
         index(tmp_path / "site" if where == "local" else f"{web}/set-{{000000..000002}}.tar", tmp_path / "out").read
         == 1
     )
     assert len(samples(tmp_path / "out")) == 24
-
-
-def test_tables_that_say_nothing_of_headers_are_read(tmp_path):
-    write_webdataset(tmp_path, samples=5)
-    index(tmp_path)
-    path = manifest.samples_path(0)
-    table = manifest.read_table((tmp_path / path).read_bytes()).drop_columns(["member", "weights", "orientation"])
-    manifest.write_table(open_store(tmp_path), path, table)
-    assert [s.image for s in samples(tmp_path)] == [image(i) for i in range(5)]
-    assert Dataset.open(tmp_path).rows(0).member is None
 
 
 def test_rows_hold_little(tmp_path):

@@ -125,6 +125,26 @@ def test_a_tar_that_is_cut_short(copy):
     assert found.faulty == 4
 
 
+@pytest.mark.parametrize("where", ["local", "web"])
+def test_what_a_cut_tar_still_holds_is_read_once_the_rest_is_quarantined(copy, where):
+    whole = Dataset.open(copy)
+    images = [whole.read(1, index).image for index in range(6)]
+    with open(copy / TAR, "r+b") as file:
+        file.truncate(row(copy, 6)["offset"] + 10)
+    verify(copy, quarantine="v1")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(RangeHandler, directory=copy)) as server:
+        server.fault, server.bad, server.requests = "", 0, 0
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        dataset = Dataset.open(copy if where == "local" else f"http://127.0.0.1:{server.server_port}", "v1")
+        assert dataset.shard_sizes.tolist() == [10, 6, 4]
+        assert [sample.image for sample in dataset.read_many(1, 0, 6)] == images
+        assert [dataset.read(1, index).image for index in range(6)] == images
+        assert len([dataset[index] for index in range(20)]) == 20
+        with pytest.raises(UserError, match=rf"{TAR} ends before byte .*cut short"):
+            Dataset.open(dataset.url).read(1, 6)
+        server.shutdown()
+
+
 def row_bytes(folder, shard=1):
     return manifest.read_table((folder / manifest.SHARDS).read_bytes())["bytes"][shard].as_py()
 
