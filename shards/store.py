@@ -131,6 +131,14 @@ class LocalStore:
         except OSError as error:
             raise _failure(self.url, path, error) from error
 
+    def changed(self, path: str) -> int:
+        """Return when the object last became what it is: later than ``modified`` for a copy that kept an old time."""
+        try:
+            status = (self._root / path).stat()
+        except OSError as error:
+            raise _failure(self.url, path, error) from error
+        return max(status.st_mtime_ns, status.st_ctime_ns)
+
     @contextmanager
     def new_file(self, path: str) -> Iterator[Path]:
         """Yield a local file to write; on a clean exit it becomes the object at ``path``, else nothing happened."""
@@ -262,6 +270,8 @@ class RemoteStore:
             return int(obstore.head(self._store, path)["last_modified"].timestamp() * 1e9)
         except _ERRORS as error:
             raise _failure(self.url, path, error) from error
+
+    changed = modified  # a server keeps no older time
 
     @contextmanager
     def new_file(self, path: str) -> Iterator[Path]:

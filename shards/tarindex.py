@@ -175,7 +175,7 @@ def finished(job: Job) -> Receipt | None:
         if (
             receipt.plan != job.plan()
             or receipt.bytes != tars.size(job.path)
-            or tars.modified(job.path) > out.modified(path)
+            or tars.changed(job.path) > out.modified(path)
         ):
             return None
         table = manifest.read_table(out.read(path), columns=["offset", "member"])
