@@ -111,7 +111,7 @@ class Dataset:
             info = manifest.parse_info(store.read(manifest.DATASET), store.url)
         except MissingError as error:
             raise UserError(f"no data set at {store.url}{_hint(store)}") from error
-        shards = manifest.read_table(store.read(manifest.SHARDS))
+        shards = manifest.open_table(store, manifest.SHARDS, manifest.SHARDS_SCHEMA.names)
         if manifest.digest(info.classes, shards["sha256"].to_pylist()) != info.digest:
             raise UserError(f"{store.url}: dataset.json and shards.parquet do not belong together; build it again")
         return cls(store, info, shards, exclude, _read_dropped(store, exclude))
@@ -126,7 +126,7 @@ class Dataset:
     def table(self, shard: int, columns: list[str]) -> pa.Table:
         """Read columns of ``manifest.SAMPLES_SCHEMA``, for the kept samples of a shard; nothing stays in memory."""
         path = manifest.samples_path(shard)
-        table = manifest.read_table(self.store.read(path), columns=columns)
+        table = manifest.open_table(self.store, path, columns)
         if len(table) != self._raw_sizes[shard]:
             raise UserError(
                 f"{self.url}/{path} has {len(table)} rows, shards.parquet says {self._raw_sizes[shard]}; "
@@ -266,7 +266,7 @@ def _read_exclude(store: Store, version: str | None) -> pa.Table:
     if version is None:
         return manifest.EXCLUDE_SCHEMA.empty_table()
     try:
-        return manifest.read_table(store.read(manifest.exclude_path(version)))
+        return manifest.open_table(store, manifest.exclude_path(version), manifest.EXCLUDE_SCHEMA.names)
     except MissingError as error:
         raise UserError(
             f"{store.url} has no drop list {version!r}; there is no manifest/exclude/{version}.parquet"

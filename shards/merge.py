@@ -132,7 +132,7 @@ def _built(out: str | Path) -> Building:
         store = open_store(root.url if name == WHOLE else f"{root.url}/{name}")
         if store.exists(manifest.DATASET):
             info = manifest.parse_info(store.read(manifest.DATASET), store.url)
-            shards = manifest.read_table(store.read(manifest.SHARDS))
+            shards = manifest.open_table(store, manifest.SHARDS, ["samples"])
             if "plan" in info.build:
                 found[name] = info.classes, PartBuilding(shards["samples"].to_pylist(), info.image_bytes, info.build)
     if not found:

@@ -156,12 +156,12 @@ def check_shard(job: _Job) -> tuple[list[Fault], int]:
         return Fault(reason, shard=job.shard, tar=expected["path"], **where)
 
     try:
-        receipt, table = manifest.read_receipt(store, path), manifest.read_table(store.read(path))
-        rows = table.to_pylist()
+        receipt = manifest.read_receipt(store, path)
+        rows = manifest.open_table(store, path, manifest.SAMPLES_SCHEMA.names).to_pylist()
     except MissingError:
         return [fault(f"its sample table {path} is missing", whole=True)], 0
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        return [fault(f"its sample table {path} is damaged: {str(error).splitlines()[0]}", whole=True)], 0
+    except UserError as error:
+        return [fault(f"its sample table: {error}", whole=True)], 0
     if len(rows) != expected["samples"]:
         reason = f"its sample table has {len(rows)} rows, {manifest.SHARDS} says {expected['samples']}"
         return [fault(reason, whole=True)], 0
@@ -191,7 +191,7 @@ def check_shard(job: _Job) -> tuple[list[Fault], int]:
 def _manifest(url: str) -> tuple[Info, pa.Table]:
     store = open_store(url)
     info = manifest.parse_info(store.read(manifest.DATASET), store.url)
-    return info, manifest.read_table(store.read(manifest.SHARDS))
+    return info, manifest.open_table(store, manifest.SHARDS, manifest.SHARDS_SCHEMA.names)
 
 
 class _Check:
