@@ -163,6 +163,7 @@ def shards_verify(
     as_json: Json = False,
 ) -> None:
     """Compare every tar with the manifest: checksums, places, keys, labels. Exit code 1 if there are faults."""
+    from shards.errors import UserError
     from shards.verify import render, verify
 
     found = verify(url, decode=decode, exclude=exclude, quarantine=quarantine, workers=workers, progress=True)
@@ -176,6 +177,8 @@ def shards_verify(
         if found.quarantine:
             dropped = found.faulty + found.dropped
             print(f"drop list {found.quarantine} leaves out {dropped:,} samples; runs use it once told: exclude = ...")
+    if found.unwritten:
+        raise UserError(found.unwritten)
     if found.faults:
         raise typer.Exit(1)
 

@@ -209,7 +209,8 @@ def write_exclude(url: str | Path, version: str, rows: Iterable[tuple[int, int, 
         rows: (shard, raw index in the shard, reason) of each sample to drop. Raw: as without any drop list.
 
     Raises:
-        UserError: The version exists, its name is no plain word, or a row names no sample or one twice.
+        UserError: The version exists, its name is no plain word, a row names no sample or one twice, or the data set
+            takes no files.
     """
     dataset = Dataset.open(url)
     check_version(dataset, version)
@@ -234,13 +235,20 @@ def check_exclude_name(version: str) -> None:
         raise UserError(f"drop list name {version!r}: use letters, digits, dots, dashes and underscores")
 
 
+def check_takes_lists(dataset: Dataset) -> None:
+    """Raise a UserError if no drop list can be written to a data set, as on a web server."""
+    if dataset.store.web:
+        raise UserError(f"{dataset.url} takes no drop list: a web server; copy the data set first")
+
+
 def check_version(dataset: Dataset, version: str) -> None:
     """Check the name of a drop list that is to be written later.
 
     Raises:
-        UserError: It is no plain word, or there is such a list already.
+        UserError: It is no plain word, there is such a list already, or the data set is on a web server.
     """
     check_exclude_name(version)
+    check_takes_lists(dataset)
     if dataset.store.exists(manifest.exclude_path(version)):
         raise UserError(f"drop list {version} of {dataset.url} exists and never changes; choose another name")
 

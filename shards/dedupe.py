@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from shards import hashindex, manifest, phash
 from shards.atomic import only_one, whole_file, write_text
-from shards.dataset import Dataset, Sample, check_exclude_name, write_exclude
+from shards.dataset import Dataset, Sample, check_exclude_name, check_takes_lists, write_exclude
 from shards.decode import DECODER, DecodeError
 from shards.dedupereport import write_report
 from shards.errors import UserError
@@ -162,6 +162,8 @@ def dedupe(
     check_exclude_name(version)
     Dataset.open(url, base)  # says so if there is no such list
     raw = Dataset.open(url)
+    if not dry_run:
+        check_takes_lists(raw)
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers}: must be at least 1")
     tests = _open_tests(raw, against)

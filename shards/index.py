@@ -98,7 +98,7 @@ def index(
     settings = {"source": "index", **reading.settings}
     try:
         store = tars if out is None else open_store(out, create=True)
-        if store.url.startswith(("http://", "https://")):
+        if store.web:
             raise UserError(f"{store.url} takes no files: a web server; give --out, a folder for the manifest")
         jobs = [Job(_place(tars), path, _place(store), shard, reading) for shard, path in enumerate(paths)]
         elsewhere = None if _place(store) == _place(tars) else _place(tars)

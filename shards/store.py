@@ -70,7 +70,7 @@ class _Descriptor:
 class LocalStore:
     """A folder on this machine, or on a file system mounted here."""
 
-    local = True
+    local, web = True, False
 
     def __init__(self, root: Path):
         self.url = str(root)
@@ -153,19 +153,22 @@ class LocalStore:
     def create(self, path: str, data: bytes) -> None:
         """Write a whole object that is not there yet; of two who try at once, one gets the ExistsError."""
         target = self._root / path
-        target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.parent / f".{target.name}.{uuid4().hex}.partial"  # of this try alone
         try:
-            with open(partial, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.link(partial, target)  # a rename would write over
-        except FileExistsError as error:
-            raise ExistsError(f"{self.url}/{path} exists, and is never written over") from error
-        finally:
-            partial.unlink(missing_ok=True)
-        fsync_folder(target.parent)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with open(partial, "xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.link(partial, target)  # a rename would write over
+            finally:
+                partial.unlink(missing_ok=True)
+            fsync_folder(target.parent)
+        except OSError as error:
+            if target.exists():
+                raise ExistsError(f"{self.url}/{path} exists, and is never written over") from error
+            raise UserError(f"cannot write {self.url}/{path}: {error.strerror}; mend that and try again") from error
 
     def delete(self, path: str) -> None:
         """Remove the object at ``path`` if it is there."""
@@ -209,6 +212,7 @@ class RemoteStore:
 
     def __init__(self, url: str):
         self.url = url
+        self.web = url.startswith(("http://", "https://"))  # a plain server: it lists nothing and takes no files
         try:
             options = {"client_options": {"allow_http": True}} if url.startswith("http://") else {}
             self._store = obstore.store.from_url(url, retry_config=RETRY, **options)
@@ -296,6 +300,10 @@ class RemoteStore:
 
     def create(self, path: str, data: bytes) -> None:
         """Write a whole object that is not there yet; of two who try at once, one gets the ExistsError."""
+        if self.web:
+            raise UserError(
+                f"cannot write {self.url}/{path}: a plain web server takes no files; copy the data set first"
+            )
         try:
             obstore.put(self._store, path, data, mode="create")
         except AlreadyExistsError as error:
@@ -338,7 +346,7 @@ class RemoteStore:
         return sorted(entry["path"].removeprefix(f"{folder}/") for entry in found)
 
     def _check_lists(self) -> None:
-        if self.url.startswith(("http://", "https://")):
+        if self.web:
             raise UserError(
                 f"plain web servers such as {self.url} cannot list files; name each, as in x-{{000..146}}.tar"
             )

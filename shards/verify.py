@@ -65,6 +65,7 @@ class Verified:
         faults: All of them, by shard.
         faulty: Number of samples that are faulty, or in a shard that cannot be read.
         quarantine: Version of the drop list that was written, if any.
+        unwritten: Why the drop list that was asked for could not be written, if so.
     """
 
     url: str
@@ -76,6 +77,7 @@ class Verified:
     faults: list[Fault]
     faulty: int
     quarantine: str | None
+    unwritten: str | None
 
 
 @dataclass(frozen=True)
@@ -139,9 +141,15 @@ def verify(
     bad = _samples(listed, sizes)
     for shard, index, _ in dropped:
         bad.pop((shard, index), None)
+    unwritten = None
     if quarantine is not None:
-        write_exclude(url, quarantine, [*dropped, *((*place, reason) for place, reason in bad.items())])
-    return Verified(dataset.url, len(jobs), sum(sizes), size, decode, len(dropped), listed, len(bad), quarantine)
+        try:
+            write_exclude(url, quarantine, [*dropped, *((*place, reason) for place, reason in bad.items())])
+        except PatchmillError as error:  # hours of reading are not lost for that
+            quarantine, unwritten = None, str(error)
+    return Verified(
+        dataset.url, len(jobs), sum(sizes), size, decode, len(dropped), listed, len(bad), quarantine, unwritten
+    )
 
 
 def check_shard(job: _Job) -> tuple[list[Fault], int]:

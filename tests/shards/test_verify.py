@@ -1,6 +1,7 @@
 """What verify finds in damaged data sets, and what it leaves alone."""
 
 import json
+import re
 import shutil
 import tarfile
 import threading
@@ -294,6 +295,31 @@ def test_quarantine_is_a_new_drop_list_on_top_of_the_old(copy):
     with pytest.raises(UserError, match="no drop list 'v9'"):
         verify(copy, exclude="v9")
     assert tree(copy) == before
+
+
+def test_a_drop_list_that_cannot_be_written_costs_no_finding(copy):
+    place = row(copy, 3)
+    change(copy / TAR, place["offset"] + 100, b"\0\1\2\3")
+    (copy / manifest.EXCLUDE).write_text("a file")
+    found = verify(copy, quarantine="v1")
+    assert (found.faults[0].index, found.faulty, found.quarantine) == (3, 1, None)
+    assert re.match(r"cannot write .*exclude/v1\.parquet: ", found.unwritten)
+    done = CliRunner().invoke(app, ["shards", "verify", str(copy), "--quarantine", "v1"], env={"COLUMNS": "200"})
+    assert place["key"] in done.stdout
+    assert isinstance(done.exception, UserError)
+
+
+def test_a_web_server_is_refused_before_anything_is_read(copy):
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(RangeHandler, directory=copy)) as server:
+        server.fault, server.bad, server.requests = "", 0, 0
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(UserError, match="takes no drop list: a web server"):
+            verify(url, quarantine="v1")
+        assert server.requests == 2  # dataset.json and shards.parquet
+        with pytest.raises(UserError, match="a plain web server takes no files"):
+            open_store(url).create("x", b"1")
+        server.shutdown()
 
 
 def test_a_tar_that_is_missing_is_quarantined_whole(copy):
