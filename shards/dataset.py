@@ -81,7 +81,15 @@ class Dataset:
         tars: Where its images are read; ``tars.local`` tells whether reads are cheap one by one.
     """
 
-    def __init__(self, store: Store, info: manifest.Info, shards: pa.Table, exclude: str | None, dropped: np.ndarray):
+    def __init__(
+        self,
+        store: Store,
+        info: manifest.Info,
+        shards: pa.Table,
+        exclude: str | None,
+        dropped: np.ndarray,
+        cached_shards: int | None,
+    ):
         self.store, self.url, self.exclude = store, store.url, exclude
         self.tars = open_store(info.tars) if info.tars else store
         self._remedy = "index them" if info.build.get("source") == "index" else "copy or build the data set"
@@ -94,14 +102,19 @@ class Dataset:
         self.shard_sizes = self._raw_sizes - np.diff(self._dropped_starts)
         self.digest = info.digest if exclude is None else manifest.digest_with_exclude(info.digest, *dropped)
         self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
-        per_shard = max(1, info.samples // info.shards)
-        self._cached_rows = lru_cache(maxsize=max(64, CACHED_ROWS // per_shard))(self._read_rows)
+        cached_shards = cached_shards or max(64, CACHED_ROWS // max(1, info.samples // info.shards))
+        self._cached_rows = lru_cache(maxsize=cached_shards)(self._read_rows)
 
     @classmethod
-    def open(cls, url: str | Path, exclude: str | None = None) -> "Dataset":
+    def open(cls, url: str | Path, exclude: str | None = None, cached_shards: int | None = None) -> "Dataset":
         """Open the data set at ``url``, leaving out the samples of drop list ``exclude``.
 
         Reads ``dataset.json``, ``shards.parquet`` and the drop list, nothing of the samples.
+
+        Args:
+            url: Local path or URL.
+            exclude: Version of the drop list, or None.
+            cached_shards: So many shards' rows stay in memory; by default those of 4 million samples.
 
         Raises:
             UserError: There is no whole data set at ``url``, or no such drop list.
@@ -114,7 +127,7 @@ class Dataset:
         shards = manifest.open_table(store, manifest.SHARDS, manifest.SHARDS_SCHEMA.names)
         if manifest.digest(info.classes, shards["sha256"].to_pylist()) != info.digest:
             raise UserError(f"{store.url}: dataset.json and shards.parquet do not belong together; build it again")
-        return cls(store, info, shards, exclude, _read_dropped(store, exclude))
+        return cls(store, info, shards, exclude, _read_dropped(store, exclude), cached_shards)
 
     def __len__(self) -> int:
         return int(self._starts[-1])

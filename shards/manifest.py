@@ -129,7 +129,10 @@ def read_table(data: bytes, columns: list[str] | None = None) -> pa.Table:
     return pq.ParquetFile(io.BytesIO(data)).read(columns=columns, use_threads=False)
 
 
-def open_table(store: Store, path: str, columns: list[str]) -> pa.Table:
+REMEDY = "copy or build the data set again"
+
+
+def open_table(store: Store, path: str, columns: list[str], remedy: str = REMEDY) -> pa.Table:
     """Read columns of a parquet file, in the order of the file.
 
     Raises:
@@ -137,7 +140,7 @@ def open_table(store: Store, path: str, columns: list[str]) -> pa.Table:
         UserError: It is damaged, or lacks one of the columns.
     """
     data = store.read(path)
-    with _damage_told(store, path):
+    with _damage_told(store, path, remedy):
         table = read_table(data, columns)
         if missing := set(columns) - set(table.column_names):
             raise ValueError(f"no column {min(missing)}")
@@ -145,12 +148,12 @@ def open_table(store: Store, path: str, columns: list[str]) -> pa.Table:
 
 
 @contextmanager
-def _damage_told(store: Store, path: str) -> Iterator[None]:
+def _damage_told(store: Store, path: str, remedy: str = REMEDY) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, TypeError, OSError, pa.ArrowException) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{store.url}/{path} is damaged ({reason}); copy or build the data set again") from error
+        raise UserError(f"{store.url}/{path} is damaged ({reason}); {remedy}") from error
 
 
 def write_samples(store: Store, path: str, rows: dict[str, list], receipt: Receipt) -> None:

@@ -8,6 +8,7 @@ appears whole or not at all.
 import io
 import os
 import random
+import re
 import tempfile
 import time
 from bisect import bisect_right
@@ -421,6 +422,17 @@ def open_store(url: str | Path, create: bool = False) -> Store:
     if not root.is_dir():
         raise MissingError(f"no folder {root}; check the path")
     return LocalStore(root)
+
+
+def local_path(path: str | Path, name: str) -> Path:
+    """Return a path to write to on this machine; ``name`` is what the user calls it.
+
+    Raises:
+        UserError: It is a URL.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        raise UserError(f"{name} {path}: must be a local path")
+    return Path(path)
 
 
 def _spans(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
