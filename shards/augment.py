@@ -29,9 +29,9 @@ _AUGMENT = 4  # what a hash is for, its first word; the order has 1 to 3 in anot
 _TRIES = 100
 
 
-def draws(key: Key) -> Iterator[float]:
-    """Yield a sample's random numbers in [0, 1): a hash of (seed, epoch, position, number of the draw)."""
-    prefix = hash_int(_AUGMENT, *key)
+def draws(key: Key, purpose: int = _AUGMENT) -> Iterator[float]:
+    """Yield a sample's random numbers in [0, 1): a hash of (purpose, seed, epoch, position, number of the draw)."""
+    prefix = hash_int(purpose, *key)
     for number in count():
         yield (hash_int(prefix, number) >> 11) * 2.0**-53
 
@@ -75,7 +75,7 @@ def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _perhaps_mirrored(image: np.ndarray, draw: Iterator[float]) -> np.ndarray:
-    return image[:, ::-1] if next(draw) < 0.5 else image
+    return cv2.flip(image, 1) if next(draw) < 0.5 else image  # a twentieth of the cost of copying image[:, ::-1]
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,8 @@ def transform_encoded(transform: Transform, data: bytes, name: str, key: Key) ->
     """Return ``transform(decode(data, name), key)``, decoding only the part that is needed if possible.
 
     Args:
-        transform: One of the above.
+        transform: One of the above, or another callable. If it has ``box`` and ``finish`` as ``InceptionCrop``
+            has, they are used instead.
         data: An encoded image.
         name: Of the image, for the error.
         key: Seed, epoch and position.
@@ -185,6 +186,6 @@ def transform_encoded(transform: Transform, data: bytes, name: str, key: Key) ->
     Raises:
         DecodeError: The content is damaged.
     """
-    if isinstance(transform, InceptionCrop):
+    if hasattr(transform, "box"):
         return transform.finish(decode(data, name, partial(transform.box, key=key)), key)
     return transform(decode(data, name), key)

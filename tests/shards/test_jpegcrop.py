@@ -8,9 +8,10 @@ import simplejpeg
 from PIL import Image
 
 from shards import jpegcrop
-from shards.augment import TRANSFORMS, transform_encoded
+from shards.augment import TRANSFORMS, InceptionCrop, transform_encoded
 from shards.decode import DecodeError, decode
 from shards.errors import UserError
+from shards.randaugment import RandAugment
 
 SAMPLINGS = ("444", "422", "420", "440", "411")
 
@@ -163,14 +164,14 @@ def test_a_part_of_a_turned_image_is_of_the_upright_one(native, orientation):
     assert (decode(data, "a", lambda h, w: box) == cut(decode(data, "a"), box)).all()
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", [*TRANSFORMS, "rand_augment"])
 @pytest.mark.parametrize("there", [True, False])
 def test_transforms_of_files_are_those_of_images(native, monkeypatch, name, there):
     rng = np.random.default_rng(4)
     image = image_of(rng, 130, 170)
     png = io.BytesIO()
     Image.fromarray(image).save(png, "PNG")
-    transform = TRANSFORMS[name](48)
+    transform = TRANSFORMS[name](48) if name in TRANSFORMS else RandAugment(InceptionCrop(48), 2, 15)
     if not there:
         without_native(monkeypatch)
     for data in (saved(image), saved(image, progressive=True), png.getvalue()):
