@@ -17,7 +17,6 @@ where a geometric operation lands half-way between two.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import cos, pi, sin
-from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -33,30 +32,6 @@ _HALVES_GO_UP = np.array([[0, 0, 1e-4], [0, 0, 1e-4]])  # as in the original, wh
 _ENDS_WITH = 20  # the original has no Posterize for more
 
 _Operation = Callable[[np.ndarray, float, Iterator[float]], np.ndarray]
-
-
-class Preset(NamedTuple):
-    """AugReg's augmentation by name (figure 4 of the paper, left to right).
-
-    Attributes:
-        layers: Operations an image.
-        magnitude: Of all of them, 0 to 20.
-        mixup: Parameter of the Beta distribution of mixup; 0 is none.
-    """
-
-    layers: int
-    magnitude: int
-    mixup: float
-
-
-PRESETS = {
-    "light1": Preset(2, 0, 0.0),
-    "light2": Preset(2, 10, 0.2),
-    "medium1": Preset(2, 15, 0.2),
-    "medium2": Preset(2, 15, 0.5),
-    "strong1": Preset(2, 20, 0.5),
-    "strong2": Preset(2, 20, 0.8),
-}
 
 
 def rand_augment(image: np.ndarray, key: Key, layers: int, magnitude: int) -> np.ndarray:

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 from shards.augment import InceptionCrop, draws
+from shards.augreg import PRESETS
 from shards.errors import UserError
-from shards.randaugment import OPERATIONS, PRESETS, RandAugment, rand_augment
+from shards.randaugment import OPERATIONS, RandAugment, rand_augment
 
 MAGNITUDES = (0, 3, 10, 15, 20)
 UP, DOWN = 0.9, 0.1  # the draw that leaves an amount positive, and the one that makes it negative
