@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from shards.augreg import PRESETS
 from shards.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -60,7 +61,9 @@ class DataSettings(Settings):
     val: str | None = None
     exclude: str | None = Field(None, description="version of the drop list that this run pins")
     resolution: int = Field(224, gt=0)
-    augment: Literal["inception", "resize", "resize_crop"] = "inception"
+    augment: Literal[
+        "inception", "resize", "resize_crop", "light1", "light2", "medium1", "medium2", "strong1", "strong2"
+    ] = Field("inception", description="the inception crop is part of AugReg's light1 to strong2")
     crop_area: tuple[float, float] = (0.05, 1.0)
     threads: int = Field(2, gt=0, description="decode threads of each rank")
     allow_decoder_change: bool = Field(False, description="go on although the image libraries' versions changed")
@@ -72,6 +75,11 @@ class DataSettings(Settings):
         if not 0 < value[0] <= value[1] <= 1:
             raise ValueError("give the least and the greatest share of the image's area, above 0 and at most 1")
         return value
+
+    @property
+    def mixup(self) -> float:
+        """Parameter of mixup's Beta distribution, or 0 for none."""
+        return PRESETS[self.augment].mixup if self.augment in PRESETS else 0.0
 
 
 class ModelSettings(Settings):
@@ -177,6 +185,11 @@ class TrainSettings(Settings):
                 f"global_batch {self.global_batch} does not divide over {world_size} ranks; set it to {near}"
             )
         local = self.global_batch // world_size
+        if self.data.mixup and local % 2:
+            raise UserError(
+                f"global_batch {self.global_batch} over {world_size} ranks gives a rank {local}, and mixup pairs them; "
+                f"set it to {' or '.join(str(n * world_size) for n in (local - 1, local + 1) if n)}"
+            )
         micro = self.micro_batch or local
         if local % micro:
             fits = [m for m in range(1, local + 1) if local % m == 0]
