@@ -5,11 +5,12 @@ code trains and tests (TensorFlow's resize), and a model sees the sharpness it w
 INTER_LINEAR, which is a fifth of the cost of an area average.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from math import sqrt
+from typing import Protocol
 
 import cv2
 import numpy as np
@@ -22,6 +23,22 @@ RESIZER = f"opencv {cv2.__version__}"
 
 Key = tuple[int, int, int]
 """Seed, epoch and global position of a sample: what its random numbers are made of."""
+
+
+class Transform(Protocol):
+    """What a loader does with each image: one of this file's, ``RandAugment``, or anything of yours that has this.
+
+    Several threads call it at once. Batches are the same on any number of ranks and threads if it depends on pixels
+    and key alone: ``draws(key, purpose)`` gives random numbers, with a ``purpose`` from 100 on its very own.
+    """
+
+    @property
+    def size(self) -> int:
+        """Side of the result, pixels."""
+
+    def __call__(self, image: np.ndarray, key: Key) -> np.ndarray:
+        """Transform uint8 [h, w, 3], RGB, which it may change, to uint8 [size, size, 3]."""
+
 
 cv2.setNumThreads(1)  # images are transformed in parallel already; OpenCV's own threads would only contend
 
@@ -162,23 +179,20 @@ class CenterCrop:
         return image[top : top + self.size, left : left + self.size]
 
 
-Transform = InceptionCrop | Resize | ResizeCrop | CenterCrop
-
-TRANSFORMS: dict[str, type[Transform]] = {
+TRANSFORMS: dict[str, Callable[[int], Transform]] = {
     "inception": InceptionCrop,
     "resize": Resize,
     "resize_crop": ResizeCrop,
     "center_crop": CenterCrop,
 }
-"""Transforms by the name that settings give them."""
+"""Transforms by the name that settings give them, made from the side of their result."""
 
 
 def transform_encoded(transform: Transform, data: bytes, name: str, key: Key) -> np.ndarray:
     """Return ``transform(decode(data, name), key)``, decoding only the part that is needed if possible.
 
     Args:
-        transform: One of the above, or another callable. If it has ``box`` and ``finish`` as ``InceptionCrop``
-            has, they are used instead.
+        transform: If it has both ``box`` and ``finish``, as ``InceptionCrop`` has, they are used instead.
         data: An encoded image.
         name: Of the image, for the error.
         key: Seed, epoch and position.
@@ -186,6 +200,6 @@ def transform_encoded(transform: Transform, data: bytes, name: str, key: Key) ->
     Raises:
         DecodeError: The content is damaged.
     """
-    if hasattr(transform, "box"):
+    if hasattr(transform, "box") and hasattr(transform, "finish"):
         return transform.finish(decode(data, name, partial(transform.box, key=key)), key)
     return transform(decode(data, name), key)
