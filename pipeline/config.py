@@ -65,6 +65,9 @@ class DataSettings(Settings):
         "inception", "resize", "resize_crop", "light1", "light2", "medium1", "medium2", "strong1", "strong2"
     ] = Field("inception", description="the inception crop is part of AugReg's light1 to strong2")
     crop_area: tuple[float, float] = (0.05, 1.0)
+    scaled_decoding: bool = Field(
+        False, description="large JPEGs at a fraction of their size: quicker, but antialiased"
+    )
     threads: int = Field(2, gt=0, description="decode threads of each rank")
     allow_decoder_change: bool = Field(False, description="go on although the image libraries' versions changed")
     window_bytes: int = Field(16_000_000_000, gt=0, description="shuffle window over the whole cluster")
@@ -75,6 +78,14 @@ class DataSettings(Settings):
         if not 0 < value[0] <= value[1] <= 1:
             raise ValueError("give the least and the greatest share of the image's area, above 0 and at most 1")
         return value
+
+    @model_validator(mode="after")
+    def _scaled_crops(self) -> "DataSettings":
+        if self.scaled_decoding and self.augment in ("resize", "resize_crop"):
+            raise ValueError(
+                f"scaled_decoding is for crops, and augment {self.augment!r} takes the whole image; unset it"
+            )
+        return self
 
     @property
     def mixup(self) -> float:

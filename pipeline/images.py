@@ -13,9 +13,9 @@ from shards.mixup import mixup_weights, partner_rows
 from shards.randaugment import RandAugment
 
 
-def training_transform(data: DataSettings) -> Transform | RandAugment:
+def training_transform(data: DataSettings) -> Transform:
     """Return the augmentation of a training stage, without mixup."""
-    crop = InceptionCrop(data.resolution, data.crop_area)
+    crop = InceptionCrop(data.resolution, data.crop_area, shrink=data.scaled_decoding)
     if data.augment in PRESETS:
         return RandAugment(crop, PRESETS[data.augment].layers, PRESETS[data.augment].magnitude)
     return crop if data.augment == "inception" else TRANSFORMS[data.augment](data.resolution)

@@ -103,11 +103,14 @@ class InceptionCrop:
         size: Side of the result, pixels.
         area: Least and greatest share of the image's area.
         aspect: Least and greatest aspect ratio, width / height.
+        shrink: Decode a JPEG at 1/2, 1/4 or 1/8 where the part still is as large as the result then: quicker for large
+            images, and antialiased, which the paper's code is not. The pixels of decoded images do not change.
     """
 
     size: int
     area: tuple[float, float] = (0.05, 1.0)
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    shrink: bool = False
 
     def box(self, height: int, width: int, key: Key) -> Box:
         """Choose the part of an image of this height and width."""
@@ -192,7 +195,8 @@ def transform_encoded(transform: Transform, data: bytes, name: str, key: Key) ->
     """Return ``transform(decode(data, name), key)``, decoding only the part that is needed if possible.
 
     Args:
-        transform: If it has both ``box`` and ``finish``, as ``InceptionCrop`` has, they are used instead.
+        transform: If it has both ``box`` and ``finish``, as ``InceptionCrop`` has, they are used instead, on a
+            smaller image if it has ``shrink``.
         data: An encoded image.
         name: Of the image, for the error.
         key: Seed, epoch and position.
@@ -201,5 +205,6 @@ def transform_encoded(transform: Transform, data: bytes, name: str, key: Key) ->
         DecodeError: The content is damaged.
     """
     if hasattr(transform, "box") and hasattr(transform, "finish"):
-        return transform.finish(decode(data, name, partial(transform.box, key=key)), key)
+        short = transform.size if getattr(transform, "shrink", False) else 0
+        return transform.finish(decode(data, name, partial(transform.box, key=key), short), key)
     return transform(decode(data, name), key)

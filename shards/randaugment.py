@@ -80,6 +80,11 @@ class RandAugment:
         """Side of the result, pixels."""
         return self.crop.size
 
+    @property
+    def shrink(self) -> bool:
+        """Whether the crop's part may be decoded at a fraction of its size."""
+        return self.crop.shrink
+
     def box(self, height: int, width: int, key: Key) -> Box:
         """Choose the part of an image of this height and width."""
         return self.crop.box(height, width, key)

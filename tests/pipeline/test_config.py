@@ -52,6 +52,12 @@ def test_a_wrong_value_names_key_and_value():
         check(TrainSettings, {**MINIMAL, "model": {}}, "here.toml")
 
 
+def test_scaled_decoding_is_for_crops():
+    assert settings(data={"augment": "light1", "scaled_decoding": True}).data.scaled_decoding
+    with pytest.raises(UserError, match="scaled_decoding is for crops, and augment 'resize' takes the whole image"):
+        settings(data={"augment": "resize", "scaled_decoding": True})
+
+
 def test_overrides_are_toml_values_and_bare_words():
     table = override({"optim": {"lr": 1, "clip": 2}}, ["optim.lr=1e-3", "data.train=a/b", "betas=[0.9, 0.95]"])
     assert table == {"optim": {"lr": 1e-3, "clip": 2}, "data": {"train": "a/b"}, "betas": [0.9, 0.95]}

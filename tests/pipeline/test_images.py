@@ -63,5 +63,8 @@ def test_transforms_are_those_that_settings_name():
     crop = InceptionCrop(32, (0.2, 0.9))
     assert of("inception") == crop
     assert of("resize_crop") == ResizeCrop(32)
+    assert not crop.shrink
     assert of("light1") == RandAugment(crop, 2, 0)
     assert of("medium2") == RandAugment(crop, 2, 15)
+    shrinking = DataSettings(train="-", augment="light1", scaled_decoding=True)
+    assert training_transform(shrinking) == RandAugment(InceptionCrop(224, shrink=True), 2, 0)
