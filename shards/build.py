@@ -23,6 +23,7 @@ from shards.manifest import Receipt
 from shards.merge import Building, PartBuilding, Result, finish, read_building, write_building
 from shards.plan import WHOLE, Slice, job_file, make_plan
 from shards.progress import ImageProgress
+from shards.rejected import too_many
 from shards.shard import Form, Job, finished, write_shard
 from shards.sources.open import open_source
 from shards.sources.reader import Reader
@@ -284,12 +285,6 @@ def _write_all(
 
 
 def _stop_at(rejected: list[tuple[str, str]], max_rejected: int, source: str) -> None:
-    if len(rejected) <= max_rejected:
-        return
-    count = len(rejected)
-    listed = ", ".join(f"{path} ({reason})" for path, reason in sorted(rejected)[:10])
-    more = f" and {count - 10} more" if count > 10 else ""
-    raise UserError(
-        f"{count} broken image{'s' * (count > 1)} in {source} so far, {max_rejected} allowed: {listed}{more}; "
-        f"mend or remove them, or leave them out with --max-rejected {count}"
-    )
+    if len(rejected) > max_rejected:
+        remedy = f"mend or remove them, or leave them out with --max-rejected {len(rejected)}"
+        raise too_many(rejected, max_rejected, "image", source, remedy)
