@@ -173,15 +173,23 @@ def shards_verify(
     else:
         if found.faults:
             Console().print(render(found))
-        verdict = f"{len(found.faults):,} faults in {found.faulty:,} samples" if found.faults else "no faults"
+        for note in found.notes:
+            print(f"{note.tar}: {note.reason}; the samples in use are whole", file=sys.stderr)
+        verdict = "no faults"
+        if found.faults:
+            verdict = f"{_count(len(found.faults), 'fault')} in {_count(found.faulty, 'sample')}"
         print(f"{verdict}: {found.samples:,} samples in {found.shards:,} shards, {found.bytes:,} bytes: {found.url}")
         if found.quarantine:
-            dropped = found.faulty + found.dropped
-            print(f"drop list {found.quarantine} leaves out {dropped:,} samples; runs use it once told: exclude = ...")
+            dropped = _count(found.faulty + found.dropped, "sample")
+            print(f"drop list {found.quarantine} leaves out {dropped}; runs use it once told: exclude = ...")
     if found.unwritten:
         raise UserError(found.unwritten)
     if found.faults:
         raise typer.Exit(1)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 @shards_app.command("dedupe")

@@ -25,6 +25,7 @@ from shards.manifest import Info, Receipt
 from shards.merge import Building, PartBuilding, Result, clear, finish, finished_shards, read_building, write_building
 from shards.plan import WHOLE, Slice, job_file, make_plan
 from shards.progress import ImageProgress
+from shards.rejected import too_many
 from shards.shard import Form, Job, write_shard
 from shards.sources import Item
 from shards.sources.open import open_source
@@ -361,12 +362,6 @@ def _write_all(
 
 
 def _stop_at(rejected: list[tuple[str, str]], max_rejected: int, source: str) -> None:
-    if len(rejected) <= max_rejected:
-        return
-    count = len(rejected)
-    listed = ", ".join(f"{path} ({reason})" for path, reason in sorted(rejected)[:10])
-    more = f" and {count - 10} more" if count > 10 else ""
-    raise UserError(
-        f"{count} broken image{'s' * (count > 1)} in {source} so far, {max_rejected} allowed: {listed}{more}; "
-        f"mend or remove them, or leave them out with --max-rejected {count}"
-    )
+    if len(rejected) > max_rejected:
+        remedy = f"mend or remove them, or leave them out with --max-rejected {len(rejected)}"
+        raise too_many(rejected, max_rejected, "image", source, remedy)

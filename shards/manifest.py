@@ -181,6 +181,39 @@ def write_info(store: Store, info: Info) -> None:
     store.write(DATASET, (json.dumps(asdict(info), indent=1, sort_keys=True) + "\n").encode())
 
 
+def write_manifest(
+    store: Store, classes: list[str], paths: list[str], receipts: list[Receipt], build: dict, tars: str | None = None
+) -> None:
+    """Write ``shards.parquet`` and then ``dataset.json``, once all shards have their tables.
+
+    Args:
+        store: The data set.
+        classes: Names.
+        paths: Of the tars.
+        receipts: Of the tars, in the same order.
+        build: The settings that made it.
+        tars: Where the tars are, if elsewhere.
+    """
+    rows = {
+        "path": paths,
+        "samples": [receipt.samples for receipt in receipts],
+        "bytes": [receipt.bytes for receipt in receipts],
+        "sha256": [receipt.sha256 for receipt in receipts],
+    }
+    write_table(store, SHARDS, pa.table(rows, schema=SHARDS_SCHEMA))
+    info = Info(
+        classes=classes,
+        samples=sum(rows["samples"]),
+        bytes=sum(rows["bytes"]),
+        image_bytes=sum(receipt.image_bytes for receipt in receipts),
+        shards=len(receipts),
+        digest=digest(classes, rows["sha256"]),
+        build=build,
+        tars=tars,
+    )
+    write_info(store, info)
+
+
 def parse_info(data: bytes, url: str) -> Info:
     """Parse the ``dataset.json`` of the data set at ``url``.
 

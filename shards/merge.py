@@ -11,12 +11,10 @@ from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 
-import pyarrow as pa
-
 from shards import manifest
 from shards.atomic import only_one
 from shards.errors import UserError
-from shards.manifest import Info, Receipt
+from shards.manifest import Receipt
 from shards.plan import WHOLE
 from shards.shard import finished
 from shards.store import LocalStore, MissingError, Store, open_store
@@ -207,23 +205,8 @@ def _write_manifest(url: str, classes: list[str], part: PartBuilding, receipts: 
     store = open_store(url)
     clear(store, len(receipts))
     if not all(store.exists(path) for path in (manifest.DATASET, manifest.SHARDS)):
-        rows = {
-            "path": [manifest.shard_path(shard) for shard in range(len(receipts))],
-            "samples": [receipt.samples for receipt in receipts],
-            "bytes": [receipt.bytes for receipt in receipts],
-            "sha256": [receipt.sha256 for receipt in receipts],
-        }
-        manifest.write_table(store, manifest.SHARDS, pa.table(rows, schema=manifest.SHARDS_SCHEMA))
-        info = Info(
-            classes=classes,
-            samples=made.samples,
-            bytes=made.bytes,
-            image_bytes=sum(receipt.image_bytes for receipt in receipts),
-            shards=len(receipts),
-            digest=manifest.digest(classes, rows["sha256"]),
-            build=part.build,
-        )
-        manifest.write_info(store, info)
+        paths = [manifest.shard_path(shard) for shard in range(len(receipts))]
+        manifest.write_manifest(store, classes, paths, receipts, part.build)
     return made
 
 

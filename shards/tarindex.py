@@ -18,6 +18,10 @@ from shards.tarscan import BLOCK, DamagedTarError, Member, TarScan
 IMAGES = ("jpg", "jpeg", "png", "webp")
 
 
+class NoImageError(BrokenImageError):
+    """No file of a sample is an image."""
+
+
 @dataclass(frozen=True)
 class Reading:
     """How samples are read.
@@ -52,12 +56,13 @@ class Reading:
         """Return the image of a sample: ``jpg`` goes before ``seg.jpg``.
 
         Raises:
-            BrokenImageError: There is none, or more than one.
+            NoImageError: There is none.
+            BrokenImageError: There is more than one.
         """
         found = [member for member in members if self._may_be_image(member.extension)]
         found = [member for member in found if "." not in member.extension] or found
         if not found:
-            raise BrokenImageError(f"no image, only {_extensions(members)}")
+            raise NoImageError(f"no image, only {_extensions(members)}")
         if len(found) > 1:
             raise BrokenImageError(f"several images, {_extensions(found)}: choose with --image")
         return found[0]
@@ -117,8 +122,11 @@ def _walk(scan: TarScan, reading: Reading) -> tuple[dict[str, list], list[list],
     """Return the columns of the table, the labels as they stand in the tar, and the samples left out."""
     rows: dict[str, list] = {name: [] for name in manifest.SAMPLES_SCHEMA.names}
     labels, rejected = [], []
+    times: Counter[str] = Counter()  # how often each key begins a sample
+    bare = []  # places among the rejected: samples without an image
     names = ClassNames(reading.classes) if reading.classes is not None else None
     for sample in scan:
+        times[sample.key] += 1
         try:
             image = reading.image_of(sample.members)
             header = read_header(image.data)
@@ -127,6 +135,8 @@ def _walk(scan: TarScan, reading: Reading) -> tuple[dict[str, list], list[list],
             if len(set(numbers) - {None}) < len(numbers) - numbers.count(None):
                 raise LabelError(f"one class twice: {found.labels}")
         except (BrokenImageError, LabelError) as error:
+            if isinstance(error, NoImageError):
+                bare.append(len(rejected))
             rejected.append((sample.key, str(error)))
             continue
         labels.append(numbers if names else found.labels)
@@ -144,6 +154,10 @@ def _walk(scan: TarScan, reading: Reading) -> tuple[dict[str, list], list[list],
         }
         for name, value in row.items():
             rows[name].append(value)
+    for place in bare:
+        key, reason = rejected[place]
+        if times[key] > 1:
+            rejected[place] = key, f"{reason}: its files do not lie together, make the tar anew, sorted by name"
     return rows, labels, rejected
 
 

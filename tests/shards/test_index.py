@@ -283,6 +283,23 @@ def test_broken_samples_are_listed_with_reasons(tmp_path):
         index(tmp_path, max_rejected=5)
 
 
+@pytest.mark.parametrize("order", [("jpg", "cls"), ("cls", "jpg")])
+def test_files_of_a_sample_that_do_not_lie_together_are_told(tmp_path, order):
+    data = {"jpg": image, "cls": lambda i: b"1"}
+    write_tar(tmp_path / "t.tar", [(f"{i}.{e}", data[e](i)) for e in order for i in range(3)] + [("x.cls", b"0")])
+    with pytest.raises(UserError, match=r"t\.tar 0 \(no image, only \.cls: its files do not lie together, .*sorted by"):
+        index(tmp_path)
+    made = index(tmp_path, max_rejected=4)
+    assert [("together" in reason) for _, reason in made.rejected if reason.startswith("no image")].count(True) == 3
+
+
+def test_nothing_is_left_out_where_nothing_would_be_left(tmp_path):
+    write_tar(tmp_path / "t.tar", [(f"{i}.{e}", image(i)) for i in range(3) for e in ("a.jpg", "b.jpg")])
+    with pytest.raises(UserError, match=r"choose with --image.*not one is whole: look what the tars hold") as caught:
+        index(tmp_path)
+    assert "--max-rejected" not in str(caught.value)
+
+
 def test_one_of_several_images_is_chosen(tmp_path):
     both = [("a.input.jpg", image(0)), ("a.target.jpg", image(1)), ("a.cls", b"0")]
     write_tar(tmp_path / "t.tar", both)
@@ -433,8 +450,14 @@ def test_what_lies_behind_the_end_and_beside_samples_is_told(tmp_path):
 
 def test_other_things_are_left_alone(tmp_path):
     folder = write_webdataset(tmp_path / "set", samples=20)
-    with pytest.raises(UserError, match="no sample with a whole image"):
+    with pytest.raises(UserError, match=r"no file in .*none, 1 tar; check"):
         index(write_tar(tmp_path / "none" / "t.tar", []).parent)
+    with pytest.raises(UserError, match=r"only 1 files without extension in .*odd, 1 tar; check"):
+        index(write_tar(tmp_path / "odd" / "t.tar", [("README", b"")]).parent)
+    with pytest.raises(
+        UserError, match=r"no sample with a whole image in .*bad: t\.tar a \(empty file\), \.\.\.; check"
+    ):
+        index(write_tar(tmp_path / "bad" / "t.tar", [("a.jpg", b"")]).parent, max_rejected=1)
     index(str(folder / "set-00000{0..0}.tar"))
     with pytest.raises(UserError, match=r"holds the index of other tars \(set-000000\.tar"):
         index(str(folder / "set-*1.tar"))

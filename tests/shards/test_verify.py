@@ -1,6 +1,7 @@
 """What verify finds in damaged data sets, and what it leaves alone."""
 
 import json
+import os
 import re
 import shutil
 import tarfile
@@ -287,7 +288,8 @@ def test_quarantine_is_a_new_drop_list_on_top_of_the_old(copy):
     assert read_exclude(copy, "v1") == [(0, 2, "a duplicate"), (1, 3, "blurred")]
     assert len(Dataset.open(copy, "v2")) == 21
     again = verify(copy, exclude="v2")
-    assert [fault.index for fault in again.faults] == [None]  # the tar is another one still
+    assert (again.faults, len(again.notes)) == ([], 1)  # the tar is another one still
+    assert again.notes[0].reason.startswith("the tar's sha256 is ")
     before = tree(copy)
     for version, message in [("v2", "exists and never changes"), ("../x", "use letters")]:
         with pytest.raises(UserError, match=message):
@@ -295,6 +297,39 @@ def test_quarantine_is_a_new_drop_list_on_top_of_the_old(copy):
     with pytest.raises(UserError, match="no drop list 'v9'"):
         verify(copy, exclude="v9")
     assert tree(copy) == before
+
+
+DAMAGES = {
+    "byte": (lambda tar, place: change(tar, place["offset"] + 100, b"\0\1\2\3"), 1),
+    "header": (lambda tar, place: change(tar, place["offset"] - 512 + 148, b"0000000\0"), 1),
+    "cut": (lambda tar, place: os.truncate(tar, place["offset"] + 10), 4),
+    "missing": (lambda tar, place: tar.unlink(), 10),
+}
+
+
+@pytest.mark.parametrize(("damage", "dropped"), DAMAGES.values(), ids=DAMAGES)
+def test_what_is_quarantined_is_no_fault_any_more(copy, damage, dropped):
+    damage(copy / TAR, row(copy, 6))
+    assert verify(copy, quarantine="v1").faulty == dropped
+    again = verify(copy, exclude="v1")
+    assert again.faults == []
+    assert {note.tar for note in again.notes} == {TAR}
+    assert verify(copy, exclude="v1", quarantine="v2").faulty == 0
+
+
+def test_a_drop_list_of_whole_samples_explains_no_damage(copy):
+    write_exclude(copy, "v1", [(1, 2, "blurred")])
+    with tarfile.open(copy / TAR) as tar:
+        member = tar.getmember("sample00014.json")
+    change(copy / TAR, member.offset_data + 6, b"9")  # no label stands there
+    found = verify(copy, exclude="v1")
+    assert ([fault.reason[:18] for fault in found.faults], found.notes) == (["the tar's sha256 i"], [])
+
+
+def test_faults_before_a_damaged_header_are_told_too(copy):
+    change(copy / TAR, row(copy, 1)["offset"] + 100, b"\0\1\2\3")
+    change(copy / TAR, row(copy, 5)["offset"] - 512 + 148, b"0000000\0")
+    assert {fault.index for fault in verify(copy).faults} == {None, 1, 5}
 
 
 def test_a_drop_list_that_cannot_be_written_costs_no_finding(copy):
@@ -369,10 +404,14 @@ def test_the_command_names_faults_and_tells_by_its_exit_code(copy):
         place["key"],
         f"{place['offset']:,}",
         "its bytes changed",
-        "2 faults in 1 samples",
-        "q1 leaves out 1",
+        "2 faults in 1 sample:",
+        "q1 leaves out 1 sample;",
     ):
         assert word in bad.stdout
+    with_list = runner.invoke(app, ["shards", "verify", str(copy), "--exclude", "q1"])
+    assert with_list.exit_code == 0
+    assert with_list.stdout.startswith("no faults: ")
+    assert f"{TAR}: the tar's sha256 is " in with_list.stderr
     told = runner.invoke(app, ["shards", "verify", str(copy), "--json", "--decode"])
     assert told.exit_code == 1
     assert json.loads(told.stdout)["faults"][0]["key"] == place["key"]
