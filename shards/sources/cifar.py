@@ -222,11 +222,20 @@ def _reconstruct(*_: object) -> _Array:
     return _Array()
 
 
+def _from_buffer(raw: bytes, dtype: _Dtype, shape: tuple, order: str) -> _Array:
+    array = _Array()
+    array.__setstate__((1, shape, dtype, order == "F", raw))
+    return array
+
+
 class _Unpickler(pickle.Unpickler):
     """Loads lists, dicts, texts and numbers, and the stand-ins for NumPy arrays; nothing else."""
 
     _KNOWN = {  # noqa: RUF012
         ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+        ("numpy._core.multiarray", "_reconstruct"): _reconstruct,  # as NumPy 2 calls it
+        ("numpy.core.numeric", "_frombuffer"): _from_buffer,
+        ("numpy._core.numeric", "_frombuffer"): _from_buffer,
         ("numpy", "ndarray"): _Array,
         ("numpy", "dtype"): _Dtype,
     }

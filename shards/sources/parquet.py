@@ -58,6 +58,12 @@ class Parquet:
                 f"cannot read {self.root}/{unreadable[0]}: it is a link to nowhere or no plain file; mend or remove it"
             )
         self._parts = [""] if single else [_part(file.path) for file in self._files]
+        if "" in self._parts and any(self._parts):
+            named = next(n for n, part in enumerate(self._parts) if part)
+            raise UserError(
+                f"{url}: {self._files[self._parts.index('')].path} tells no part, {self._files[named].path} tells "
+                f"{self._parts[named]}; give a folder where all or none do, or one file"
+            )
         schema = read_schema(self._store, self._files[0].path)
         self._image = _image_column(schema, image, url)
         self._label = columns.choose(schema.names, label, columns.LABEL, "label")
@@ -195,7 +201,7 @@ def _part(path: str) -> str:
     """Return the part that a file's name tells: that before ``-00000-of-00005``, or a folder such as ``train``."""
     folder, _, name = path.rpartition("/")
     found = re.fullmatch(r"([A-Za-z0-9_]+)-\d+-of-\d+.*", name)
-    if found:
+    if found and found[1] != "all":  # which says that there are no parts
         return found[1]
     known = [part for part in (name.partition(".")[0], *folder.split("/")[::-1]) if part in _PARTS]
     return known[0] if known else ""
