@@ -30,7 +30,7 @@ class Parquet:
     Args:
         url: A file, or a folder with all ``*.parquet`` at any depth; ``train-00000-of-00005.parquet`` or a folder
             ``train`` tells the part.
-        unpacked: Where images are unpacked.
+        unpacked: Where images are unpacked; None: they are listed only, with the size -1.
         image: Column of images: bytes, or a struct with ``bytes``.
         label: Column of labels: names or class indices, one or a list.
         key: Column of keys; by default they are made of file name and row.
@@ -42,7 +42,9 @@ class Parquet:
 
     kind = "parquet"
 
-    def __init__(self, url: str, unpacked: Path, *, image: str = "", label: str = "", key: str = "", classes: str = ""):
+    def __init__(
+        self, url: str, unpacked: Path | None, *, image: str = "", label: str = "", key: str = "", classes: str = ""
+    ):
         self.url = url
         self._unpacked = unpacked
         self.others: dict[str, int] = {}
@@ -90,11 +92,12 @@ class Parquet:
             UserError: A row has no key.
         """
         others: Counter[str] = Counter()
-        for file in self._files:  # other processes may be at some of them
+        for file in self._files if self._unpacked else ():  # other processes may be at some of them
             self._unpack(file, wait=False)
         for file, part, labels in zip(self._files, self._parts, self._labels, strict=True):
-            sizes = self._unpack(file)["size"].to_numpy()
-            starts = np.cumsum(sizes) - sizes
+            if self._unpacked:
+                sizes = self._unpack(file)["size"].to_numpy()
+                starts = np.cumsum(sizes) - sizes
             stem = clean_key(file.path)
             for row, batch, at in self._rows(file):
                 found, _ = labels.read(row, batch, at)
@@ -107,8 +110,8 @@ class Parquet:
                 yield Item(
                     clean_key(f"{key}."),
                     f"@/{harmless(file.path)}.bin",
-                    int(starts[row - 1]),
-                    int(sizes[row - 1]),
+                    int(starts[row - 1]) if self._unpacked else 0,
+                    int(sizes[row - 1]) if self._unpacked else -1,
                     tuple(self._number[label] for label in found),
                     (),
                     file.changed,
