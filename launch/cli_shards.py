@@ -170,6 +170,7 @@ def shards_verify(
     as_json: Json = False,
 ) -> None:
     """Compare every tar with the manifest: checksums, places, keys, labels. Exit code 1 if there are faults."""
+    from shards.errors import UserError
     from shards.verify import render, verify
 
     found = verify(url, decode=decode, exclude=exclude, quarantine=quarantine, workers=workers, progress=True)
@@ -183,6 +184,8 @@ def shards_verify(
         if found.quarantine:
             dropped = found.faulty + found.dropped
             print(f"drop list {found.quarantine} leaves out {dropped:,} samples; runs use it once told: exclude = ...")
+    if found.unwritten:
+        raise UserError(found.unwritten)
     if found.faults:
         raise typer.Exit(1)
 
@@ -196,7 +199,7 @@ def shards_dedupe(
     version: Annotated[str, typer.Option(help="Name of the new drop list.")] = "dedupe-1",
     exclude: Annotated[str | None, typer.Option(help="Older drop list, which the new one takes in.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of report and findings, shared by slices; default: VERSION.")
+        str | None, typer.Option(help="Folder of report and findings, shared by slices; default: VERSION.")
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; default: the cores.")] = None,
     slice_: Annotated[
@@ -233,17 +236,19 @@ def shards_dedupe(
 def shards_stats(
     url: Annotated[str, typer.Argument(help="Data set.")],
     exclude: Annotated[str | None, typer.Option(help="Version of the drop list.")] = None,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with histograms as well.")] = None,
+    html: Annotated[str | None, typer.Option(metavar="FILE", help="Write a page with histograms as well.")] = None,
     as_json: Json = False,
 ) -> None:
     """Count classes, labels, sizes, formats and repeats, from the manifest alone."""
     from shards.dataset import Dataset
     from shards.stats import stats
     from shards.stats_view import tables, write_page
+    from shards.store import local_path
 
+    to_write = local_path(html, "--html") if html else None
     counted = stats(Dataset.open(url, exclude), progress=True)
-    if html:
-        write_page(html, counted)
+    if to_write:
+        write_page(to_write, counted)
     if as_json:
         print(json.dumps(asdict(counted)))
     else:
@@ -253,7 +258,7 @@ def shards_stats(
 @shards_app.command("show")
 def shards_show(
     url: Annotated[str, typer.Argument(help="Data set.")],
-    out: Annotated[Path, typer.Argument(help="PNG to write.")] = Path("contact-sheet.png"),
+    out: Annotated[str, typer.Argument(help="PNG to write.")] = "contact-sheet.png",
     class_names: Annotated[
         list[str] | None, typer.Option("--class", metavar="NAME", help="Only these; repeat it, or put commas between.")
     ] = None,
@@ -269,4 +274,4 @@ def shards_show(
     from shards.show import show
 
     shown = show(Dataset.open(url, exclude), out, samples, class_names or (), keys or ())
-    print(json.dumps({"sheet": str(out), "keys": shown}) if as_json else out)
+    print(json.dumps({"sheet": out, "keys": shown}) if as_json else out)

@@ -13,7 +13,7 @@ from PIL import Image
 from shards import phash
 from shards.atomic import write_text
 from shards.dataset import Dataset
-from shards.decode import DecodeError, decode_shrunk
+from shards.decode import DecodeError, decode
 
 if TYPE_CHECKING:
     from shards.dedupe import Result
@@ -135,7 +135,7 @@ def _caption(row: dict) -> str:
 def _image(dataset: Dataset, shard: int, index: int) -> str:
     sample = dataset.read(shard, index)
     try:
-        image = Image.fromarray(decode_shrunk(sample.image, sample.key, PIXELS))
+        image = Image.fromarray(decode(sample.image, sample.key, short=PIXELS))
     except DecodeError:
         return "<span>cannot be decoded</span>"
     image.thumbnail((PIXELS, PIXELS))

@@ -9,7 +9,7 @@ import PIL
 import simplejpeg
 from PIL import Image
 
-from shards.decode import decode, decode_shrunk
+from shards.decode import decode
 from shards.header import BrokenImageError, Header
 
 cv2.setNumThreads(1)  # shards are written in parallel already
@@ -50,7 +50,7 @@ class Encoding:
         shrink = self.resize_short is not None and short > self.resize_short
         if not shrink and self.format in (None, header.format) and self.quality is None:
             return None
-        image = decode_shrunk(data, key, self.resize_short) if shrink else decode(data, key)
+        image = decode(data, key, short=self.resize_short if shrink else 0)
         if shrink:
             long = max(1, round(max(header.width, header.height) * self.resize_short / short))
             wide = image.shape[1] >= image.shape[0]  # after turning it upright

@@ -98,7 +98,7 @@ def index(
     settings = {"source": "index", **reading.settings}
     try:
         store = tars if out is None else open_store(out, create=True)
-        if store.url.startswith(("http://", "https://")):
+        if store.web:
             raise UserError(f"{store.url} takes no files: a web server; give --out, a folder for the manifest")
         jobs = [Job(_place(tars), path, _place(store), shard, reading) for shard, path in enumerate(paths)]
         elsewhere = None if _place(store) == _place(tars) else _place(tars)
@@ -155,7 +155,7 @@ def _check_output(store: Store, jobs: list[Job], settings: dict, elsewhere: str 
         return False
     if info.build.get("source") != "index":
         raise UserError(f"{store.url} holds a data set that was built here and needs no index; {remedy}")
-    old = manifest.read_table(store.read(manifest.SHARDS))["path"].to_pylist()
+    old = manifest.open_table(store, manifest.SHARDS, ["path"])["path"].to_pylist()
     if not set(old) & {job.path for job in jobs}:
         raise UserError(f"{store.url} holds the index of other tars ({old[0]}, ...); {remedy}")
     whole = info.build == settings and info.tars == elsewhere and old == [job.path for job in jobs]

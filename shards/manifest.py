@@ -9,7 +9,8 @@ manifest/exclude/VERSION.parquet a row a dropped sample
 import hashlib
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -128,6 +129,33 @@ def read_table(data: bytes, columns: list[str] | None = None) -> pa.Table:
     return pq.ParquetFile(io.BytesIO(data)).read(columns=columns, use_threads=False)
 
 
+REMEDY = "copy or build the data set again"
+
+
+def open_table(store: Store, path: str, columns: list[str], remedy: str = REMEDY) -> pa.Table:
+    """Read columns of a parquet file, in the order of the file.
+
+    Raises:
+        MissingError: There is no such file.
+        UserError: It is damaged, or lacks one of the columns.
+    """
+    data = store.read(path)
+    with _damage_told(store, path, remedy):
+        table = read_table(data, columns)
+        if missing := set(columns) - set(table.column_names):
+            raise ValueError(f"no column {min(missing)}")
+        return table
+
+
+@contextmanager
+def _damage_told(store: Store, path: str, remedy: str = REMEDY) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, OSError, pa.ArrowException) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{store.url}/{path} is damaged ({reason}); {remedy}") from error
+
+
 def write_samples(store: Store, path: str, rows: dict[str, list], receipt: Receipt) -> None:
     """Write a shard's sample table (columns as in ``SAMPLES_SCHEMA``) with its receipt."""
     schema = SAMPLES_SCHEMA.with_metadata({"receipt": json.dumps(asdict(receipt))})
@@ -136,11 +164,16 @@ def write_samples(store: Store, path: str, rows: dict[str, list], receipt: Recei
 
 
 def read_receipt(store: Store, path: str) -> Receipt:
-    """Read the receipt from the footer of a sample table, without its rows."""
-    with store.stream(path) as file:
+    """Read the receipt from the footer of a sample table, without its rows.
+
+    Raises:
+        MissingError: There is no such table.
+        UserError: It is damaged, or has no receipt.
+    """
+    with store.stream(path) as file, _damage_told(store, path):
         fields = json.loads(pq.read_schema(file).metadata[b"receipt"])
-    fields["rejected"] = [tuple(entry) for entry in fields["rejected"]]
-    return Receipt(**fields)
+        fields["rejected"] = [tuple(entry) for entry in fields["rejected"]]
+        return Receipt(**fields)
 
 
 def write_info(store: Store, info: Info) -> None:

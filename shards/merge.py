@@ -151,7 +151,7 @@ def _built(out: str | Path) -> Building:
         store = open_store(root.url if name == WHOLE else f"{root.url}/{name}")
         if store.exists(manifest.DATASET):
             info = manifest.parse_info(store.read(manifest.DATASET), store.url)
-            sizes = manifest.read_table(store.read(manifest.SHARDS))["samples"].to_pylist()
+            sizes = manifest.open_table(store, manifest.SHARDS, ["samples"])["samples"].to_pylist()
             if "plan" in info.build:
                 found[name] = info.classes, PartBuilding(sizes, [0] * len(sizes), info.image_bytes, info.build)
     if not found:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from shards.decode import decode_shrunk
+from shards.decode import decode
 
 SIDE = 64  # pixels of the small picture
 THUMB = 16  # pixels of the thumbnail kept in memory for every test image
@@ -89,7 +89,7 @@ def small_picture(data: bytes, key: str) -> np.ndarray:
     Raises:
         DecodeError: The image is damaged.
     """
-    grey = cv2.cvtColor(decode_shrunk(data, key, SIDE), cv2.COLOR_RGB2GRAY)
+    grey = cv2.cvtColor(decode(data, key, short=SIDE), cv2.COLOR_RGB2GRAY)
     return cv2.resize(grey, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
 
 

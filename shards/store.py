@@ -9,6 +9,7 @@ import fcntl
 import io
 import os
 import random
+import re
 import shutil
 import stat
 import tempfile
@@ -74,7 +75,7 @@ class _Descriptor:
 class LocalStore:
     """A folder on this machine, or on a file system mounted here."""
 
-    local = True
+    local, web = True, False
 
     def __init__(self, root: Path):
         self.url = str(root)
@@ -135,6 +136,14 @@ class LocalStore:
         except OSError as error:
             raise _failure(self.url, path, error) from error
 
+    def changed(self, path: str) -> int:
+        """Return when the object last became what it is: later than ``modified`` for a copy that kept an old time."""
+        try:
+            status = (self._root / path).stat()
+        except OSError as error:
+            raise _failure(self.url, path, error) from error
+        return max(status.st_mtime_ns, status.st_ctime_ns)
+
     @contextmanager
     def new_file(self, path: str) -> Iterator[Path]:
         """Yield a local file to write; on a clean exit it becomes the object at ``path``, else nothing happened."""
@@ -149,19 +158,22 @@ class LocalStore:
     def create(self, path: str, data: bytes) -> None:
         """Write a whole object that is not there yet; of two who try at once, one gets the ExistsError."""
         target = self._root / path
-        target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.parent / f".{target.name}.{uuid4().hex}.partial"  # of this try alone
         try:
-            with open(partial, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.link(partial, target)  # a rename would write over
-        except FileExistsError as error:
-            raise ExistsError(f"{self.url}/{path} exists, and is never written over") from error
-        finally:
-            partial.unlink(missing_ok=True)
-        fsync_folder(target.parent)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with open(partial, "xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.link(partial, target)  # a rename would write over
+            finally:
+                partial.unlink(missing_ok=True)
+            fsync_folder(target.parent)
+        except OSError as error:
+            if target.exists():
+                raise ExistsError(f"{self.url}/{path} exists, and is never written over") from error
+            raise UserError(f"cannot write {self.url}/{path}: {error.strerror}; mend that and try again") from error
 
     def delete(self, path: str) -> None:
         """Remove the object at ``path`` if it is there."""
@@ -217,6 +229,7 @@ class RemoteStore:
 
     def __init__(self, url: str):
         self.url = url
+        self.web = url.startswith(("http://", "https://"))  # a plain server: it lists nothing and takes no files
         try:
             options = {"client_options": {"allow_http": True}} if url.startswith("http://") else {}
             self._store = obstore.store.from_url(url, retry_config=RETRY, **options)
@@ -279,6 +292,8 @@ class RemoteStore:
         except _ERRORS as error:
             raise _failure(self.url, path, error) from error
 
+    changed = modified  # a server keeps no older time
+
     @contextmanager
     def new_file(self, path: str) -> Iterator[Path]:
         """Yield a local file to write; on a clean exit it becomes the object at ``path``, else nothing happened.
@@ -302,6 +317,10 @@ class RemoteStore:
 
     def create(self, path: str, data: bytes) -> None:
         """Write a whole object that is not there yet; of two who try at once, one gets the ExistsError."""
+        if self.web:
+            raise UserError(
+                f"cannot write {self.url}/{path}: a plain web server takes no files; copy the data set first"
+            )
         try:
             obstore.put(self._store, path, data, mode="create")
         except AlreadyExistsError as error:
@@ -344,7 +363,7 @@ class RemoteStore:
         return sorted(entry["path"].removeprefix(f"{folder}/") for entry in found)
 
     def _check_lists(self) -> None:
-        if self.url.startswith(("http://", "https://")):
+        if self.web:
             raise UserError(
                 f"plain web servers such as {self.url} cannot list files; name each, as in x-{{000..146}}.tar"
             )
@@ -452,6 +471,17 @@ def open_store(url: str | Path, create: bool = False) -> Store:
     if not root.is_dir():
         raise MissingError(f"no folder {root}; check the path")
     return LocalStore(root)
+
+
+def local_path(path: str | Path, name: str) -> Path:
+    """Return a path to write to on this machine; ``name`` is what the user calls it.
+
+    Raises:
+        UserError: It is a URL.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        raise UserError(f"{name} {path}: must be a local path")
+    return Path(path)
 
 
 def _spans(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:

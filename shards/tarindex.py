@@ -175,11 +175,11 @@ def finished(job: Job) -> Receipt | None:
         if (
             receipt.plan != job.plan()
             or receipt.bytes != tars.size(job.path)
-            or tars.modified(job.path) > out.modified(path)
+            or tars.changed(job.path) > out.modified(path)
         ):
             return None
-        table = manifest.read_table(out.read(path), columns=["offset", "member"])
-    except (UserError, OSError, ValueError, KeyError, TypeError):  # missing, damaged or written by something else
+        table = manifest.open_table(out, path, ["offset", "member"])
+    except UserError:  # missing, damaged or written by something else
         return None
     for row in {0, len(table) - 1} if len(table) else ():  # a copy may keep an old time
         header = tars.read_range(job.path, table["offset"][row].as_py() - BLOCK, BLOCK)
@@ -203,7 +203,7 @@ def renumber(job: tuple[str, int, list[str]]) -> Receipt:
         return receipt
     new = dict(zip(receipt.notes["ids"], ids, strict=True))
     receipt.notes |= {"ids": ids, "top": max(ids, default=-1)}
-    table = manifest.read_table(store.read(path))
+    table = manifest.open_table(store, path, manifest.SAMPLES_SCHEMA.names)
     rows = {name: table[name] for name in table.column_names}
     rows["labels"] = [[new[label] for label in each] for each in table["labels"].to_pylist()]
     manifest.write_samples(store, path, rows, receipt)

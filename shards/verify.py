@@ -65,6 +65,7 @@ class Verified:
         faults: All of them, by shard.
         faulty: Number of samples that are faulty, or in a shard that cannot be read.
         quarantine: Version of the drop list that was written, if any.
+        unwritten: Why the drop list that was asked for could not be written, if so.
     """
 
     url: str
@@ -76,6 +77,7 @@ class Verified:
     faults: list[Fault]
     faulty: int
     quarantine: str | None
+    unwritten: str | None
 
 
 @dataclass(frozen=True)
@@ -139,9 +141,15 @@ def verify(
     bad = _samples(listed, sizes)
     for shard, index, _ in dropped:
         bad.pop((shard, index), None)
+    unwritten = None
     if quarantine is not None:
-        write_exclude(url, quarantine, [*dropped, *((*place, reason) for place, reason in bad.items())])
-    return Verified(dataset.url, len(jobs), sum(sizes), size, decode, len(dropped), listed, len(bad), quarantine)
+        try:
+            write_exclude(url, quarantine, [*dropped, *((*place, reason) for place, reason in bad.items())])
+        except PatchmillError as error:  # hours of reading are not lost for that
+            quarantine, unwritten = None, str(error)
+    return Verified(
+        dataset.url, len(jobs), sum(sizes), size, decode, len(dropped), listed, len(bad), quarantine, unwritten
+    )
 
 
 def check_shard(job: _Job) -> tuple[list[Fault], int]:
@@ -156,12 +164,12 @@ def check_shard(job: _Job) -> tuple[list[Fault], int]:
         return Fault(reason, shard=job.shard, tar=expected["path"], **where)
 
     try:
-        receipt, table = manifest.read_receipt(store, path), manifest.read_table(store.read(path))
-        rows = [dict.fromkeys(manifest.SAMPLES_SCHEMA.names) | row for row in table.to_pylist()]
+        receipt = manifest.read_receipt(store, path)
+        rows = manifest.open_table(store, path, manifest.SAMPLES_SCHEMA.names).to_pylist()
     except MissingError:
         return [fault(f"its sample table {path} is missing", whole=True)], 0
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        return [fault(f"its sample table {path} is damaged: {str(error).splitlines()[0]}", whole=True)], 0
+    except UserError as error:
+        return [fault(f"its sample table: {error}", whole=True)], 0
     if len(rows) != expected["samples"]:
         reason = f"its sample table has {len(rows)} rows, {manifest.SHARDS} says {expected['samples']}"
         return [fault(reason, whole=True)], 0
@@ -191,7 +199,7 @@ def check_shard(job: _Job) -> tuple[list[Fault], int]:
 def _manifest(url: str) -> tuple[Info, pa.Table]:
     store = open_store(url)
     info = manifest.parse_info(store.read(manifest.DATASET), store.url)
-    return info, manifest.read_table(store.read(manifest.SHARDS))
+    return info, manifest.open_table(store, manifest.SHARDS, manifest.SHARDS_SCHEMA.names)
 
 
 class _Check:
@@ -270,9 +278,9 @@ class _Check:
         return ""
 
     def _compare_bytes(self, row: dict, image: bytes, header: int) -> str:
-        if row["member"] is not None and header != row["member"]:
+        if header != row["member"]:
             return "the tar header before it is another one"
-        if row["sha256"] is not None and hashlib.sha256(image).digest() != row["sha256"]:
+        if hashlib.sha256(image).digest() != row["sha256"]:
             return "its bytes changed: the sha256 is another one"
         if any(label >= self._classes for label in row["labels"]):
             return f"labels {row['labels']}, but there are {self._classes} classes"

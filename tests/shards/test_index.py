@@ -374,9 +374,16 @@ def test_what_changed_is_read_again(tmp_path):
     os.utime(folder / "0.tar", ns=(old.st_atime_ns, old.st_mtime_ns))
     made = index(folder)
     assert (made.read, made.classes) == (1, ["ant", "bee", "cat", "cow", "zebra"])
+    old = (folder / "1.tar").stat()
+    named(tmp_path / "new", [], ["ant", "eland"])  # the same headers, another label
+    os.utime(tmp_path / "new" / "1.tar", ns=(old.st_atime_ns, old.st_mtime_ns))
+    shutil.copy2(tmp_path / "new" / "1.tar", folder)
+    assert (folder / "1.tar").stat().st_size == old.st_size
+    made = index(folder)
+    assert (made.read, made.classes) == (1, ["ant", "bee", "cat", "cow", "eland"])
     (folder / "2.tar").unlink()
     made = index(folder)
-    assert made.classes == ["ant", "cat", "cow", "zebra"]
+    assert made.classes == ["ant", "cat", "cow", "eland"]
     assert sorted(path.name for path in (folder / "manifest" / "samples").iterdir()) == [
         "000000.parquet",
         "000001.parquet",
@@ -405,9 +412,9 @@ def test_bad_tars_are_all_named_and_the_rest_is_kept(tmp_path):
         index(folder)
     with pytest.raises(UserError, match=r"making it never ended"):
         Dataset.open(folder)
-    write_webdataset(folder, samples=40)
-    os.utime(tars[0], ns=(0, 0))
-    os.utime(tars[3], ns=(0, 0))
+    write_webdataset(tmp_path / "again", samples=40)
+    for tar in tars[1:3]:
+        shutil.copy(tmp_path / "again" / tar.name, tar)
     assert index(folder).read == 2
 
 
@@ -563,7 +570,7 @@ def replace_with_same_size(path):
 def test_an_index_that_no_longer_fits_is_found_on_reading(web, tmp_path, where):
     path = tmp_path / "site" / "set-000001.tar"
     index(tmp_path / "site" if where == "local" else f"{web}/set-{{000000..000002}}.tar", tmp_path / "out")
-    whole = path.read_bytes()
+    whole, indexed = path.read_bytes(), samples(tmp_path / "out")
 
     replace_with_same_size(path)
     dataset = Dataset.open(tmp_path / "out")
@@ -574,33 +581,16 @@ def test_an_index_that_no_longer_fits_is_found_on_reading(web, tmp_path, where):
     assert dataset.read(0, 0).key == "sample00000"
 
     path.write_bytes(whole[:5000])
-    with pytest.raises(
-        UserError,
-        match=r"set-000001\.tar .*(5000 bytes.*index them again|cut short)",
-    ):
+    with pytest.raises(UserError, match=r"set-000001\.tar ends before byte .*cut short"):
         Dataset.open(tmp_path / "out").read(1, 9)
 
-    path.write_bytes(whole + bytes(10240))
-    if where == "local":
-        with pytest.raises(
-            UserError, match=rf"has {len(whole) + 10240} bytes, .* knows it with {len(whole)}: .*index them"
-        ):
-            Dataset.open(tmp_path / "out").read(1, 0)
+    path.write_bytes(whole + bytes(10240))  # the samples are where they were
+    assert samples(tmp_path / "out") == indexed
     assert (
         index(tmp_path / "site" if where == "local" else f"{web}/set-{{000000..000002}}.tar", tmp_path / "out").read
         == 1
     )
     assert len(samples(tmp_path / "out")) == 24
-
-
-def test_tables_that_say_nothing_of_headers_are_read(tmp_path):
-    write_webdataset(tmp_path, samples=5)
-    index(tmp_path)
-    path = manifest.samples_path(0)
-    table = manifest.read_table((tmp_path / path).read_bytes()).drop_columns(["member", "weights", "orientation"])
-    manifest.write_table(open_store(tmp_path), path, table)
-    assert [s.image for s in samples(tmp_path)] == [image(i) for i in range(5)]
-    assert Dataset.open(tmp_path).rows(0).member is None
 
 
 def test_rows_hold_little(tmp_path):

@@ -157,10 +157,25 @@ def test_an_index_of_nothing_with_detail_finds_nothing(pictures, tmp_path):
 def test_bytes_are_found_by_all_of_their_hash(pictures, tmp_path):
     index = index_of(pictures[:50], tmp_path / "index")
     sha256 = np.random.default_rng(0).integers(0, 256, (50, 32), np.uint8)
-    assert [index.exact(row.tobytes()) for row in sha256] == [[i] for i in range(50)]
+    assert [list(index.exact(row.tobytes()).values()) for row in sha256] == [[i] for i in range(50)]
     other = sha256[7].copy()
     other[31] ^= 1  # the same first 8 bytes
-    assert index.exact(other.tobytes()) == []
+    assert index.exact(other.tobytes()) == {}
+
+
+def test_images_of_one_test_set_with_the_same_bytes_are_listed_once(pictures, tmp_path):
+    tests = np.array([0, 0, 0, 1, 1, 0])  # the first five have the same bytes
+    sha256 = np.random.default_rng(0).integers(0, 256, (2, 32), np.uint8)[[0, 0, 0, 0, 0, 1]]
+    where = np.stack([tests, np.zeros(6), np.arange(6)], 1).astype(np.int32)
+    shown = pictures[[0, 0, 0, 0, 0, 1]]
+    write_index(tmp_path / "index", [TestImages(where, sha256, shown)], 6, [{}, {}])
+    index = HashIndex(tmp_path / "index")
+    assert index.exact(sha256[0].tobytes()) == {0: 0, 1: 3}
+    _, rows = index.candidates(phash.coefficients(pictures[:1]), phash.thumbs(pictures[:1]))
+    assert sorted(rows.tolist()) == [0, 3]
+    asked = np.repeat(pictures[:1], 3, axis=0)
+    found, _ = index.near(asked, [{}, {0: None}, {0: None, 1: None}])
+    assert [[match.row for match in each] for each in found] == [[0, 3], [3], []]
 
 
 def test_exif_orientation_is_honoured():

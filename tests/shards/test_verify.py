@@ -1,6 +1,7 @@
 """What verify finds in damaged data sets, and what it leaves alone."""
 
 import json
+import re
 import shutil
 import tarfile
 import threading
@@ -123,6 +124,26 @@ def test_a_tar_that_is_cut_short(copy):
     assert "is cut short at byte" in found.faults[1].reason
     assert found.faults[2].reason == "the tar ends before its end"
     assert found.faulty == 4
+
+
+@pytest.mark.parametrize("where", ["local", "web"])
+def test_what_a_cut_tar_still_holds_is_read_once_the_rest_is_quarantined(copy, where):
+    whole = Dataset.open(copy)
+    images = [whole.read(1, index).image for index in range(6)]
+    with open(copy / TAR, "r+b") as file:
+        file.truncate(row(copy, 6)["offset"] + 10)
+    verify(copy, quarantine="v1")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(RangeHandler, directory=copy)) as server:
+        server.fault, server.bad, server.requests = "", 0, 0
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        dataset = Dataset.open(copy if where == "local" else f"http://127.0.0.1:{server.server_port}", "v1")
+        assert dataset.shard_sizes.tolist() == [10, 6, 4]
+        assert [sample.image for sample in dataset.read_many(1, 0, 6)] == images
+        assert [dataset.read(1, index).image for index in range(6)] == images
+        assert len([dataset[index] for index in range(20)]) == 20
+        with pytest.raises(UserError, match=rf"{TAR} ends before byte .*cut short"):
+            Dataset.open(dataset.url).read(1, 6)
+        server.shutdown()
 
 
 def row_bytes(folder, shard=1):
@@ -274,6 +295,31 @@ def test_quarantine_is_a_new_drop_list_on_top_of_the_old(copy):
     with pytest.raises(UserError, match="no drop list 'v9'"):
         verify(copy, exclude="v9")
     assert tree(copy) == before
+
+
+def test_a_drop_list_that_cannot_be_written_costs_no_finding(copy):
+    place = row(copy, 3)
+    change(copy / TAR, place["offset"] + 100, b"\0\1\2\3")
+    (copy / manifest.EXCLUDE).write_text("a file")
+    found = verify(copy, quarantine="v1")
+    assert (found.faults[0].index, found.faulty, found.quarantine) == (3, 1, None)
+    assert re.match(r"cannot write .*exclude/v1\.parquet: ", found.unwritten)
+    done = CliRunner().invoke(app, ["shards", "verify", str(copy), "--quarantine", "v1"], env={"COLUMNS": "200"})
+    assert place["key"] in done.stdout
+    assert isinstance(done.exception, UserError)
+
+
+def test_a_web_server_is_refused_before_anything_is_read(copy):
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(RangeHandler, directory=copy)) as server:
+        server.fault, server.bad, server.requests = "", 0, 0
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(UserError, match="takes no drop list: a web server"):
+            verify(url, quarantine="v1")
+        assert server.requests == 2  # dataset.json and shards.parquet
+        with pytest.raises(UserError, match="a plain web server takes no files"):
+            open_store(url).create("x", b"1")
+        server.shutdown()
 
 
 def test_a_tar_that_is_missing_is_quarantined_whole(copy):
