@@ -233,12 +233,18 @@ def _from_buffer(raw: bytes, dtype: _Dtype, shape: tuple, order: str) -> _Array:
     return array
 
 
+def _encode(text: str, *_: object) -> bytes:
+    """Return bytes that protocols before 3 write as text; the real function knows codecs that do more."""
+    return text.encode("latin1")
+
+
 class _Unpickler(pickle.Unpickler):
     """Loads lists, dicts, texts and numbers, and the stand-ins for NumPy arrays; nothing else."""
 
     _KNOWN = {  # noqa: RUF012
         ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
         ("numpy._core.multiarray", "_reconstruct"): _reconstruct,  # as NumPy 2 calls it
+        ("_codecs", "encode"): _encode,
         ("numpy.core.numeric", "_frombuffer"): _from_buffer,
         ("numpy._core.numeric", "_frombuffer"): _from_buffer,
         ("numpy", "ndarray"): _Array,

@@ -189,7 +189,7 @@ def test_python_and_binary_form_give_the_same(tmp_path):
         assert lists[0] == lists[1]
 
 
-@pytest.mark.parametrize("protocol", [3, 4, 5])
+@pytest.mark.parametrize("protocol", range(6))
 def test_pickled_again_by_todays_numpy(tmp_path, protocol):
     content = {
         name: pickle.dumps({"labels": labels, "data": np.asfortranarray(pixels) if name == "test_batch" else pixels},
