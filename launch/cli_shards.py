@@ -55,7 +55,12 @@ def shards_build(
         str, typer.Option("--slice", metavar="I/N", help="Build each N-th shard from I; then merge.")
     ] = "0/1",
     max_rejected: Annotated[int, typer.Option(help="Broken images to leave out before giving up.")] = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built; write nothing.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Say what would be built; write nothing (a .tar.gz of tars: unpack it into TMPDIR)."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Build WebDataset shards and their manifest from images; a killed build goes on where it was."""
@@ -108,7 +113,8 @@ def _print_built(built: "Result", as_json: bool) -> None:
     for name, part in built.parts.items():
         rejected = f", {len(part.rejected)} images rejected" if part.rejected else ""
         what = f"{part.samples:,} samples of {len(built.classes):,} classes in {part.shards:,} shards"
-        print(f"{name}: {what}, {part.bytes:,} bytes{rejected}: {part.url}")
+        size = f"{part.bytes:,} bytes" if part.bytes else "bytes not known yet"
+        print(f"{name}: {what}, {size}{rejected}: {part.url}")
     if built.others:
         print("left out: " + ", ".join(f"{count} {suffix}" for suffix, count in built.others.items()), file=sys.stderr)
 

@@ -100,7 +100,7 @@ def build(
         with _workplace(out, own, dry_run) as work:
             if not dry_run:
                 _check_settings(out, layout | Form([], False, encoding, decode, captions).settings())
-            found = open_source(str(source), kind, unpacked=work.unpacked, **(options or {}))
+            found = open_source(str(source), kind, unpacked=work.unpacked, to_read=not dry_run, **(options or {}))
             with ImageProgress("listing images", None, show=progress) as bar:
                 plans = make_plan(_counted(found.items(), bar), work.plan, **layout, own=own)
             form = Form(found.classes, found.multi_label, encoding, decode, captions)

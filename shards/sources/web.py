@@ -36,10 +36,12 @@ def is_unknown(host: str) -> bool:
 def refusal(error: Exception) -> str | None:
     """Return why asking again will never help, in a few words; None if it might. The text of ``obstore`` tells."""
     text = str(error)
-    if answer := re.search(r"non-2xx status code: (4\d\d [^:\n]*)", text):
+    if answer := re.search(r"non-2xx status code: (\d\d\d [^:\n]*)", text):
         return _for_good(answer[1].strip())
     if "error following redirect" in text:
         return "redirected for ever"
+    if "redirect without LOCATION" in text:
+        return "redirected to nowhere"
     return None
 
 
@@ -72,4 +74,4 @@ def fetch(url: str) -> bytes:
 
 def _for_good(answer: str) -> str | None:
     """Return a status that will not change; too slow (408) and too many requests (429) may."""
-    return answer if answer.startswith("4") and answer[:3] not in ("408", "429") else None
+    return answer if answer.startswith(("3", "4")) and answer[:3] not in ("408", "429") else None

@@ -19,6 +19,8 @@ from shards.plan import Slice
 from shards.store import open_store
 from tests.shards.images import encode, make_source, tree
 from tests.shards.sources.servers import answering, serve, upload
+from tests.shards.sources.test_cifar import archive, files
+from tests.shards.sources.test_parquet import write as write_parquet
 
 
 @pytest.fixture(scope="module")
@@ -277,6 +279,32 @@ def test_dry_run_writes_nothing(source, tmp_path):
     made = build(source, tmp_path / "out", shard_samples=5, split={"val": 0.3}, workers=1)
     for name, part in planned.parts.items():
         assert (part.samples, part.shards) == (made.parts[name].samples, made.parts[name].shards)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "cifar archive", "cifar folder"])
+def test_dry_run_copies_no_images(tmp_path, monkeypatch, kind):
+    if kind == "parquet":
+        source = write_parquet(tmp_path / "set/train-00000-of-00001.parquet", [0, 1, 2, -1, 1]).parent
+    elif kind == "cifar archive":
+        source = archive(tmp_path / "cifar-10-python.tar.gz", "cifar-10-python")
+    else:
+        name, content = files("cifar-10-binary")
+        source = tmp_path / name
+        source.mkdir()
+        for name, data in content.items():
+            (source / name).write_bytes(data)
+    opened = []
+    monkeypatch.setattr("shards.sources.unpack.open", lambda *given, **_: opened.append(given), raising=False)
+    planned = build(source, tmp_path / "out", shard_samples=3, dry_run=True)
+    assert not opened
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    made = build(source, tmp_path / "out", shard_samples=3, workers=1)
+    assert planned.others == made.others
+    assert planned.classes == made.classes
+    assert {name: (part.samples, part.shards, part.bytes) for name, part in planned.parts.items()} == {
+        name: (part.samples, part.shards, 0) for name, part in made.parts.items()
+    }
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,7 @@ def test_a_url_that_is_refused_for_good_takes_its_turn(monkeypatch):
             **{f"{url}/{status}": str(status) for status in (400, 401, 403, 410, 418, 451)},
             f"{url}/403?x=1": "403 Forbidden",
             f"{url}/404": "missing",
+            f"{url}/301": "redirected to nowhere",
             f"{url}/loop": "redirected for ever",
             "http://no-such-host.invalid/x.jpg": "unknown host",
             "http://a..b/x.jpg": "unknown host",

@@ -199,10 +199,14 @@ def test_bad_json_lines(folder):
     for text, message in [
         ('{"path": "a", "label": 1}\n{"path"\n', "line 2: "),
         ("[1]\n", "line 1: an object is wanted"),
+        ('{"path": "a", "label": 1}\n{"path": "b", "label": ' + "9" * 5000 + "}\n", "line 2: .*4300 digits"),
+        ("[" * 200_000 + "\n", "line 1: maximum recursion depth"),
+        (b'{"path": "a", "label": 1}\n{"path": "\xff"}\n', "line 2: .*0xff"),
         ('{"path": "a", "label": 1}\n{"path": "b", "label": "x"}\n', "are names, such as x, and numbers, such as 1"),
         ('{"path": "a", "label": true}\n', "'True', which is neither"),
         ('{"path": "a", "label": [[1]]}\n', "neither a class index nor a name"),
     ]:
-        (folder / "t.jsonl").write_text(text)
-        with pytest.raises(UserError, match=message):
+        (folder / "t.jsonl").write_bytes(text.encode() if isinstance(text, str) else text)
+        with pytest.raises(UserError, match=message) as caught:
             open_source(folder / "t.jsonl", unpacked=folder)
+        assert len(str(caught.value)) < 1000
