@@ -140,7 +140,7 @@ def _stored(item: Item, data: bytes, form: Form) -> tuple[bytes, Header, int]:
     source = read_header(data)
     anew = form.encoding.apply(data, source, item.key)
     if anew is not None:
-        return anew, read_header(anew), source.orientation
+        return *anew, source.orientation
     if form.decode:
         decode(data, item.key)
     return data, source, source.orientation
