@@ -26,7 +26,7 @@ SHORT, QUALITY = 256, 90
 
 def main():
     args = arguments(__doc__)
-    images, shrunk, rounds = (64, 32, 3) if args.quick else (12_000, 8_000, 5)
+    images, shrunk, rounds = (64, 32, 3) if args.quick else (30_000, 8_000, 5)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         synthesise(folder / "keep", images)
