@@ -286,9 +286,12 @@ class RemoteStore:
             raise _failure(self.url, path, error) from error
 
     def modified(self, path: str) -> int:
-        """Return when the object at ``path`` was written, nanoseconds since 1970, by the server's clock."""
+        """Return when the object at ``path`` was written, nanoseconds since 1970, by the server's clock.
+
+        Servers tell whole seconds: it is the end of that second, since what was made just before is no newer.
+        """
         try:
-            return int(obstore.head(self._store, path)["last_modified"].timestamp() * 1e9)
+            return (int(obstore.head(self._store, path)["last_modified"].timestamp()) + 1) * 10**9 - 1
         except _ERRORS as error:
             raise _failure(self.url, path, error) from error
 

@@ -3,8 +3,12 @@
 import itertools
 import urllib.request
 
+import hypothesis
 import pytest
 from moto.server import ThreadedMotoServer
+
+hypothesis.settings.register_profile("shared machines", deadline=None)
+hypothesis.settings.load_profile("shared machines")
 
 _numbers = itertools.count()
 
