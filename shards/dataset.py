@@ -170,12 +170,27 @@ class Dataset:
         Raises:
             UserError: The tar is not the one that was built or indexed.
         """
+        return self.samples(shard, start, self.read_spans(shard, start, stop))
+
+    def spans(self, shard: int, start: int, stop: int) -> tuple[list[int], list[int]]:
+        """Return where ``read_many`` reads: first byte and length of each sample, with its tar header."""
         rows = self.rows(shard)
-        here = range(*slice(start, stop).indices(len(rows)))
-        starts, lengths = rows.offset[start:stop] - BLOCK, rows.size[start:stop] + BLOCK
-        found = self.tars.read_ranges(self._tar(shard), starts.tolist(), lengths.tolist()) if here else []
-        for place, index in enumerate(here):  # in place: all bytes twice would be twice the memory
-            found[place] = self._sample(rows, shard, index, found[place])
+        return (rows.offset[start:stop] - BLOCK).tolist(), (rows.size[start:stop] + BLOCK).tolist()
+
+    def read_spans(self, shard: int, start: int, stop: int) -> list[bytes]:
+        """Return the bytes of consecutive kept samples with their tar headers, for ``samples``."""
+        starts, lengths = self.spans(shard, start, stop)
+        return self.tars.read_ranges(self._tar(shard), starts, lengths) if starts else []
+
+    def samples(self, shard: int, start: int, found: list[bytes]) -> list[Sample]:
+        """Make samples, from index ``start`` on, of what ``read_spans`` returned.
+
+        Raises:
+            UserError: The tar is not the one that was built or indexed.
+        """
+        rows = self.rows(shard)
+        for place, data in enumerate(found):  # in place: all bytes twice would be twice the memory
+            found[place] = self._sample(rows, shard, start + place, data)
         return found
 
     def _tar(self, shard: int) -> str:
