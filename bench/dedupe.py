@@ -1,15 +1,17 @@
 """Which copies of photographs `shards dedupe` finds, what it mistakes for copies, and what it costs.
 
 Test set: 1,000 photographs. Training set: six kinds of copies of each, and 20,000 distractors: 2,000 crops of other
-photographs and 18,000 drawings. The photographs come from Debian's packages: 238 whole ones from gcompris, and pieces
+photographs and 18,000 drawings. The photographs come from Debian's packages: whole ones from gcompris, and pieces
 of wallpapers that do not overlap. A wallpaper gives either queries or distractors, never both. Pieces with next to
 nothing on them (out of focus, plain sky) are counted apart: the standard deviation of grey below 12 of 255 at 32 x 32.
+The thresholds were set on other draws, with other wallpapers as queries (but the same whole photographs).
 The index of 1 million test images holds synthetic pictures: noise with the spectrum of photographs.
 """
 
 import io
 import multiprocessing
 import re
+import struct
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -56,7 +58,7 @@ ROUNDS = 3
 
 def main():
     args = arguments(__doc__)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(5)
     if args.quick:
         queries, plain, distractors, drawings = quick_data(rng)
     else:
@@ -141,23 +143,33 @@ def real_data(rng: np.random.Generator) -> tuple[list, list, list, list]:
     missing = [path for path in [*wallpapers, *activities, *DRAWINGS] if path is None or not path.exists()]
     if missing:
         sys.exit(f"the pictures are missing: apt-get install --no-install-recommends {PACKAGES}")
-    queries, plain = [image for path in activities for image in carved(path)], []
-    of_queries = [path for i, path in enumerate(wallpapers) if i % 3 < 2]
+    queries, plain = distinct([image for path in activities for image in carved(path)]), []
+    of_queries = [path for i, path in enumerate(wallpapers) if i % 3 != 0]
     pieces = [piece for path in of_queries for piece in grid(path)]
     for i in rng.permutation(len(pieces)):
         small = np.asarray(Image.fromarray(pieces[i]).convert("L").resize((32, 32), Image.BOX))
         (queries if small.std() >= PLAIN else plain).append(pieces[i])
-    of_distractors = [path for i, path in enumerate(wallpapers) if i % 3 == 2]
+    of_distractors = [path for i, path in enumerate(wallpapers) if i % 3 == 0]
     each = -(-2000 // len(of_distractors))
     distractors = [crop for path in of_distractors for crop in crops(path, each, rng)][:2000]
     files = [path for folder in DRAWINGS for path in sorted(folder.rglob("*.png"))]
     drawings = {}
     for path in sorted(files, key=lambda path: -path.stat().st_size):
-        if not path.is_symlink() and np.prod(Image.open(path).size) <= DRAWING_PIXELS:
-            drawings[path.read_bytes()] = None  # once each
+        if not path.is_symlink():
+            data = path.read_bytes()
+            width, height = struct.unpack(">II", data[16:24])  # of a PNG
+            if width * height <= DRAWING_PIXELS:
+                drawings[data] = None  # once each
     if len(queries) < 1000 or len(drawings) < 18000:
         sys.exit(f"{len(queries)} photographs and {len(drawings)} drawings are too few; install all of: {PACKAGES}")
     return queries[:1000], plain[:200], distractors, list(drawings)[:18000]
+
+
+def distinct(images: list[np.ndarray]) -> list[np.ndarray]:
+    """Leave out photographs that several activities have, as they are or cut a little otherwise."""
+    small = [np.asarray(Image.fromarray(image).convert("L").resize((16, 16), Image.BOX)).ravel() for image in images]
+    same = np.triu(np.corrcoef(np.stack(small)) > 0.9, 1)
+    return [image for i, image in enumerate(images) if not same[:, i].any()]
 
 
 def largest(folder: Path, name: str) -> Path | None:

@@ -55,7 +55,12 @@ def shards_build(
         str, typer.Option("--slice", metavar="I/N", help="Build each N-th shard from I; then merge.")
     ] = "0/1",
     max_rejected: Annotated[int, typer.Option(help="Broken images to leave out before giving up.")] = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built; write nothing.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Say what would be built; write nothing (a .tar.gz of tars: unpack it into TMPDIR)."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Build WebDataset shards and their manifest from images; a killed build goes on where it was."""
@@ -107,7 +112,9 @@ def _print_built(built: "Result", as_json: bool) -> None:
         return
     for name, part in built.parts.items():
         rejected = f", {len(part.rejected)} images rejected" if part.rejected else ""
-        print(f"{name}: {part.samples:,} samples in {part.shards} shards, {part.bytes:,} bytes{rejected}: {part.url}")
+        what = f"{part.samples:,} samples of {len(built.classes):,} classes in {part.shards:,} shards"
+        size = f"{part.bytes:,} bytes" if part.bytes else "bytes not known yet"
+        print(f"{name}: {what}, {size}{rejected}: {part.url}")
     if built.others:
         print("left out: " + ", ".join(f"{count} {suffix}" for suffix, count in built.others.items()), file=sys.stderr)
 
@@ -163,6 +170,7 @@ def shards_verify(
     as_json: Json = False,
 ) -> None:
     """Compare every tar with the manifest: checksums, places, keys, labels. Exit code 1 if there are faults."""
+    from shards.errors import UserError
     from shards.verify import render, verify
 
     found = verify(url, decode=decode, exclude=exclude, quarantine=quarantine, workers=workers, progress=True)
@@ -171,13 +179,23 @@ def shards_verify(
     else:
         if found.faults:
             Console().print(render(found))
-        verdict = f"{len(found.faults):,} faults in {found.faulty:,} samples" if found.faults else "no faults"
+        for note in found.notes:
+            print(f"{note.tar}: {note.reason}; the samples in use are whole", file=sys.stderr)
+        verdict = "no faults"
+        if found.faults:
+            verdict = f"{_count(len(found.faults), 'fault')} in {_count(found.faulty, 'sample')}"
         print(f"{verdict}: {found.samples:,} samples in {found.shards:,} shards, {found.bytes:,} bytes: {found.url}")
         if found.quarantine:
-            dropped = found.faulty + found.dropped
-            print(f"drop list {found.quarantine} leaves out {dropped:,} samples; runs use it once told: exclude = ...")
+            dropped = _count(found.faulty + found.dropped, "sample")
+            print(f"drop list {found.quarantine} leaves out {dropped}; runs use it once told: exclude = ...")
+    if found.unwritten:
+        raise UserError(found.unwritten)
     if found.faults:
         raise typer.Exit(1)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 @shards_app.command("dedupe")
@@ -189,7 +207,7 @@ def shards_dedupe(
     version: Annotated[str, typer.Option(help="Name of the new drop list.")] = "dedupe-1",
     exclude: Annotated[str | None, typer.Option(help="Older drop list, which the new one takes in.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of report and findings, shared by slices; default: VERSION.")
+        str | None, typer.Option(help="Folder of report and findings, shared by slices; default: VERSION.")
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; default: the cores.")] = None,
     slice_: Annotated[
@@ -226,17 +244,19 @@ def shards_dedupe(
 def shards_stats(
     url: Annotated[str, typer.Argument(help="Data set.")],
     exclude: Annotated[str | None, typer.Option(help="Version of the drop list.")] = None,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with histograms as well.")] = None,
+    html: Annotated[str | None, typer.Option(metavar="FILE", help="Write a page with histograms as well.")] = None,
     as_json: Json = False,
 ) -> None:
     """Count classes, labels, sizes, formats and repeats, from the manifest alone."""
     from shards.dataset import Dataset
     from shards.stats import stats
     from shards.stats_view import tables, write_page
+    from shards.store import local_path
 
+    to_write = local_path(html, "--html") if html else None
     counted = stats(Dataset.open(url, exclude), progress=True)
-    if html:
-        write_page(html, counted)
+    if to_write:
+        write_page(to_write, counted)
     if as_json:
         print(json.dumps(asdict(counted)))
     else:
@@ -246,7 +266,7 @@ def shards_stats(
 @shards_app.command("show")
 def shards_show(
     url: Annotated[str, typer.Argument(help="Data set.")],
-    out: Annotated[Path, typer.Argument(help="PNG to write.")] = Path("contact-sheet.png"),
+    out: Annotated[str, typer.Argument(help="PNG to write.")] = "contact-sheet.png",
     class_names: Annotated[
         list[str] | None, typer.Option("--class", metavar="NAME", help="Only these; repeat it, or put commas between.")
     ] = None,
@@ -262,4 +282,4 @@ def shards_show(
     from shards.show import show
 
     shown = show(Dataset.open(url, exclude), out, samples, class_names or (), keys or ())
-    print(json.dumps({"sheet": str(out), "keys": shown}) if as_json else out)
+    print(json.dumps({"sheet": out, "keys": shown}) if as_json else out)

@@ -14,6 +14,7 @@ from launch.stages import KINDS
 from pipeline.config import Settings, TrainSettings, check, merge, nearest, read_recipe, read_toml
 from pipeline.weights import check_model
 from shards.errors import UserError
+from shards.sources.open import find_kind
 
 PLACEHOLDER = re.compile(r"\{([A-Za-z0-9_-]+)\}")
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
@@ -173,7 +174,7 @@ def _with_path(
     if not isinstance(value, str):
         return table, None
     if found := PLACEHOLDER.match(value):
-        _check_part(value, found, by_name, where)
+        _check_part(value, found, by_name, where, base)
         return table, None
     if "://" in value:
         return table, value
@@ -185,10 +186,16 @@ def _with_path(
     return {**table, head: str(there)}, _digest_of(there)
 
 
-def _check_part(value: str, found: re.Match, by_name: dict[str, StageTable], where: str) -> None:
+def _check_part(value: str, found: re.Match, by_name: dict[str, StageTable], where: str, base: Path) -> None:
     """Check that ``{shards}/part`` names a part that its stage will make."""
     source = by_name[found[1]]
-    if source.kind != "shards" or source.set.get("kind") in ("cifar", "imagenet", "parquet"):
+    if source.kind != "shards":
+        return
+    images = str(source.set.get("source", ""))
+    if PLACEHOLDER.search(images):
+        return  # another stage makes it: nobody knows yet
+    kind = source.set.get("kind") or find_kind(images if "://" in images else str(base / images))
+    if kind in ("cifar", "imagenet", "parquet"):
         return  # these may have parts of their own
     split = source.set.get("split") or {}
     parts = ["/train", *(f"/{part}" for part in split)] if split else [""]

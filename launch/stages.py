@@ -9,13 +9,15 @@ from pydantic import Field
 
 from pipeline.config import Settings, TrainSettings
 
+SourceOption = Literal["image", "label", "weight", "key", "separator", "classes", "devkit", "real"]
+
 
 class ShardsStage(Settings):
     """Images into shards: ``patchmill shards build``."""
 
     source: str
     kind: str | None = None
-    options: dict[str, str] = {}  # of that kind of source: image, label, classes ...
+    options: dict[SourceOption, str] = {}
     split: dict[str, float] = {}
     seed: int = 0
     shard_samples: int = Field(10_000, gt=0)

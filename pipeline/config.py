@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from shards.augreg import PRESETS
 from shards.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -60,8 +61,13 @@ class DataSettings(Settings):
     val: str | None = None
     exclude: str | None = Field(None, description="version of the drop list that this run pins")
     resolution: int = Field(224, gt=0)
-    augment: Literal["inception", "resize", "resize_crop"] = "inception"
+    augment: Literal[
+        "inception", "resize", "resize_crop", "light1", "light2", "medium1", "medium2", "strong1", "strong2"
+    ] = Field("inception", description="the inception crop is part of AugReg's light1 to strong2")
     crop_area: tuple[float, float] = (0.05, 1.0)
+    scaled_decoding: bool = Field(
+        False, description="large JPEGs at a fraction of their size: quicker, but antialiased"
+    )
     threads: int = Field(2, gt=0, description="decode threads of each rank")
     allow_decoder_change: bool = Field(False, description="go on although the image libraries' versions changed")
     window_bytes: int = Field(16_000_000_000, gt=0, description="shuffle window over the whole cluster")
@@ -72,6 +78,19 @@ class DataSettings(Settings):
         if not 0 < value[0] <= value[1] <= 1:
             raise ValueError("give the least and the greatest share of the image's area, above 0 and at most 1")
         return value
+
+    @model_validator(mode="after")
+    def _scaled_crops(self) -> "DataSettings":
+        if self.scaled_decoding and self.augment in ("resize", "resize_crop"):
+            raise ValueError(
+                f"scaled_decoding is for crops, and augment {self.augment!r} takes the whole image; unset it"
+            )
+        return self
+
+    @property
+    def mixup(self) -> float:
+        """Parameter of mixup's Beta distribution, or 0 for none."""
+        return PRESETS[self.augment].mixup if self.augment in PRESETS else 0.0
 
 
 class ModelSettings(Settings):
@@ -177,6 +196,11 @@ class TrainSettings(Settings):
                 f"global_batch {self.global_batch} does not divide over {world_size} ranks; set it to {near}"
             )
         local = self.global_batch // world_size
+        if self.data.mixup and local % 2:
+            raise UserError(
+                f"global_batch {self.global_batch} over {world_size} ranks gives a rank {local}, and mixup pairs them; "
+                f"set it to {' or '.join(str(n * world_size) for n in (local - 1, local + 1) if n)}"
+            )
         micro = self.micro_batch or local
         if local % micro:
             fits = [m for m in range(1, local + 1) if local % m == 0]

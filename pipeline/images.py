@@ -2,20 +2,50 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812 (the name everyone knows)
 from torch import Tensor
 
-from pipeline.config import DataSettings
+from pipeline.config import DataSettings, TrainSettings
 from shards.augment import TRANSFORMS, InceptionCrop, Transform
+from shards.augreg import PRESETS
+from shards.loader import Batch
+from shards.mixup import mixup_weights, partner_rows
+from shards.randaugment import RandAugment
 
 
 def training_transform(data: DataSettings) -> Transform:
-    """Return the augmentation of a training stage."""
-    if data.augment == "inception":
-        return InceptionCrop(data.resolution, data.crop_area)
-    return TRANSFORMS[data.augment](data.resolution)
+    """Return the augmentation of a training stage, without mixup."""
+    crop = InceptionCrop(data.resolution, data.crop_area, shrink=data.scaled_decoding)
+    if data.augment in PRESETS:
+        return RandAugment(crop, PRESETS[data.augment].layers, PRESETS[data.augment].magnitude)
+    return crop if data.augment == "inception" else TRANSFORMS[data.augment](data.resolution)
 
 
 def to_model_input(images: np.ndarray, device: torch.device) -> Tensor:
     """Turn uint8 [n, H, W, 3] into float32 [n, 3, H, W] in [-1, 1] (vit-paper 8), on the device."""
     pixels = torch.from_numpy(images).to(device, non_blocking=True)
     return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+
+
+def training_input(
+    batch: Batch, settings: TrainSettings, epoch_samples: int, num_classes: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Bring a rank's share of a global batch to the device, and mix each row with its partner's if settings say so.
+
+    Mixing is done here, not in the loader: floats mix without rounding, and the device has time for it.
+
+    Returns:
+        images, float32 [n, 3, H, W] in [-1, 1], and class indices, int64 [n], or with mixup the classes' shares,
+        float32 [n, num_classes].
+    """
+    images, labels = to_model_input(batch.images, device), torch.from_numpy(batch.labels).to(device)
+    if not settings.data.mixup:
+        return images, labels
+    weights = mixup_weights(batch.positions, epoch_samples, settings.seed, settings.data.mixup)
+    keep = torch.from_numpy(weights).to(device)
+    partner = torch.from_numpy(partner_rows(len(labels))).to(device)
+    shares = F.one_hot(labels, num_classes).float()
+    return (
+        torch.lerp(images[partner], images, keep[:, None, None, None]),
+        torch.lerp(shares[partner], shares, keep[:, None]),
+    )

@@ -11,7 +11,8 @@ from shards.errors import UserError
 RULES = {
     "kind": "refused", "seed": "refused", "loss": "refused", "label_smoothing": "refused",
     "model": "refused", "optim.name": "refused", "data.resolution": "refused", "data.augment": "refused",
-    "data.crop_area": "refused", "data.exclude": "refused", "data.window_bytes": "refused",
+    "data.crop_area": "refused", "data.scaled_decoding": "refused", "data.exclude": "refused",
+    "data.window_bytes": "refused",
     "data": "free",  # the samples themselves are checked by digest, so a data set may move
     "init": "free", "log_every": "free", "checkpoint": "free", "evaluate": "free",
     "duration": "allowed", "global_batch": "allowed", "micro_batch": "allowed", "optim": "allowed",

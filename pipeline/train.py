@@ -17,7 +17,7 @@ from pipeline import checkpoint, distributed, provenance, stop
 from pipeline.config import TrainSettings
 from pipeline.engines import create_engine
 from pipeline.evaluate.classify import classify
-from pipeline.images import to_model_input, training_transform
+from pipeline.images import training_input, training_transform
 from pipeline.models import create_model
 from pipeline.objectives.supervised import supervised_loss
 from pipeline.resume import check_resume
@@ -32,7 +32,7 @@ from shards.loader import Loader
 
 
 class MicroBatch(NamedTuple):
-    """What goes through the model at once: images [n,3,H,W] float, labels [n] int64, and the seed of its dropout."""
+    """What goes through the model at once: images [n,3,H,W] float, labels as for the loss, the seed of its dropout."""
 
     images: Tensor
     labels: Tensor
@@ -136,8 +136,7 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
         batch = next(batches)
         window_wait += time.monotonic() - waited
 
-        images = to_model_input(batch.images, distributed.device())
-        labels = torch.from_numpy(batch.labels).to(images.device)
+        images, labels = training_input(batch, settings, len(train_set), len(train_set.classes), distributed.device())
         micro_batches = [
             MicroBatch(
                 images[i : i + micro_batch], labels[i : i + micro_batch], hash_int(settings.seed, samples, rank, i)

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,7 +70,7 @@ def commit_folder(partial: Path, path: str | Path) -> None:
 
 
 @contextmanager
-def only_one(folder: Path, doing: str, wait: float = 0.0, shared: bool = False) -> Iterator[None]:
+def only_one(folder: Path, doing: str, wait: float = 0.0, shared: bool = False, told: bool = False) -> Iterator[None]:
     """Keep every other process that asks the same out of ``folder``; the lock goes with the process, however that ends.
 
     Args:
@@ -77,6 +78,7 @@ def only_one(folder: Path, doing: str, wait: float = 0.0, shared: bool = False) 
         doing: For the error: ``"build"``, ``"training run"``.
         wait: Seconds to wait for a process that may be on its way out.
         shared: Let others in that ask with ``shared`` too, and keep only the rest out.
+        told: Say on stderr that it waits.
 
     Raises:
         UserError: Another process is at it.
@@ -92,6 +94,9 @@ def only_one(folder: Path, doing: str, wait: float = 0.0, shared: bool = False) 
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise UserError(f"another {doing} is writing to {folder}; wait for it or stop it") from None
+                if told:
+                    print(f"waiting for another {doing}, which is writing to {folder}", file=sys.stderr, flush=True)
+                    told = False
                 time.sleep(0.2)
             except OSError:
                 break  # some network file systems lock no folders

@@ -7,23 +7,27 @@ writes the same bytes, and a killed build goes on where it was.
 """
 
 import hashlib
+import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from shards import manifest
 from shards.atomic import only_one
 from shards.encode import FORMATS, Encoding
 from shards.errors import UserError
-from shards.manifest import Receipt
-from shards.merge import Building, PartBuilding, Result, finish, read_building, write_building
+from shards.manifest import Info, Receipt
+from shards.merge import Building, PartBuilding, Result, clear, finish, finished_shards, read_building, write_building
 from shards.plan import WHOLE, Slice, job_file, make_plan
 from shards.progress import ImageProgress
-from shards.shard import Form, Job, finished, write_shard
+from shards.rejected import too_many
+from shards.shard import Form, Job, write_shard
+from shards.sources import Item
 from shards.sources.open import open_source
 from shards.sources.reader import Reader
 from shards.store import MissingError, open_store
@@ -91,29 +95,36 @@ def build(
     """
     split = split or {}
     _check(source, out, shard_samples, shard_bytes, workers, max_rejected, split, encoding)
+    layout = {"split": split, "seed": seed, "shard_samples": shard_samples, "shard_bytes": shard_bytes}
     try:
         with _workplace(out, own, dry_run) as work:
-            found = open_source(str(source), kind, unpacked=work.unpacked, **(options or {}))
-            layout = {"split": split, "seed": seed, "shard_samples": shard_samples, "shard_bytes": shard_bytes}
-            plans = make_plan(found.items(), work.plan, **layout, own=own)
+            if not dry_run:
+                _check_settings(out, layout | Form([], False, encoding, decode, captions).settings())
+            found = open_source(str(source), kind, unpacked=work.unpacked, to_read=not dry_run, **(options or {}))
+            with ImageProgress("listing images", None, show=progress) as bar:
+                plans = make_plan(_counted(found.items(), bar), work.plan, **layout, own=own)
             form = Form(found.classes, found.multi_label, encoding, decode, captions)
+            _check_classes(found.classes)
             settings = {"source": found.kind, **layout, **form.settings()}
             parts = {
-                name: PartBuilding(plan.samples, plan.bytes, settings | {"part": name, "plan": plan.digest})
+                name: PartBuilding(
+                    plan.samples, plan.changed, plan.bytes, settings | {"part": name, "plan": plan.digest}
+                )
                 for name, plan in plans.items()
             }
             building = Building(found.classes, found.others, parts)
+            for name in parts:
+                _check_apart(source, building.url(out, name))
             if dry_run:
                 return building.planned(out)
             with only_one(work.begin, "build", wait=60):  # slices begin one after the other
-                _check_output(out, building, own)
-                write_building(out, building)
+                building = _begin(out, building, own)
             reader = Reader(found.root, work.unpacked)
             jobs = [
-                Job(building.url(out, name), shard, samples, job_file(work.plan, name, shard), plan, reader, form)
-                for name, part in parts.items()
+                Job(building.url(out, name), shard, *planned, job_file(work.plan, name, shard), plan, reader, form)
+                for name, part in building.parts.items()
                 for plan in [building.plan(name)]
-                for shard, samples in enumerate(part.samples)
+                for shard, planned in enumerate(zip(part.samples, part.changed, strict=True))
                 if own.has(shard)
             ]
             receipts = _write_all(jobs, workers, max_rejected, str(source), progress)
@@ -163,11 +174,40 @@ def _check(
     if encoding.format not in (None, *FORMATS):
         raise UserError(f"--format {encoding.format}: the formats are {', '.join(FORMATS)}")
     _check_split(split)
-    if "://" not in f"{source}{out}":
-        if Path(out).resolve().is_relative_to(Path(source).resolve()):
-            raise UserError(f"output {out} lies in the source {source}; choose a folder outside")
-        if Path(out).exists() and not Path(out).is_dir():
-            raise UserError(f"output {out} is a file; choose a folder")
+    _check_apart(source, out)
+    if (local := _local_path(out)) and local.exists() and not local.is_dir():
+        raise UserError(f"output {out} is a file; choose a folder")
+
+
+def _check_apart(source: str | Path, url: str | Path) -> None:
+    """Refuse to write a data set into its source, or over it."""
+    given, made = _local_path(source), _local_path(url)
+    if not (given and made):
+        if str(source).rstrip("/") == str(url).rstrip("/"):
+            raise UserError(f"output {url} is the source itself; choose another folder")
+        return
+    given, made = given.resolve(), made.resolve()
+    if made.is_relative_to(given):
+        raise UserError(f"output {url} lies in the source {source}; choose a folder outside")
+    for folder in ("shards", "manifest", ".build"):
+        if given.is_relative_to(made / folder):
+            raise UserError(f"output {url} would be written over the source {source}; choose another folder")
+
+
+def _check_classes(classes: list[str]) -> None:
+    for name in classes:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the class name {name!r} is not UTF-8; rename it") from error
+
+
+def _counted(items: Iterable[Item], bar: ImageProgress) -> Iterator[Item]:
+    """Pass items on, and show how many there are."""
+    for number, item in enumerate(items, 1):
+        if number % 10_000 == 0:
+            bar.advance(10_000, 0)
+        yield item
 
 
 def _check_split(split: dict[str, float]) -> None:
@@ -200,8 +240,7 @@ def _workplace(out: str | Path, own: Slice, dry_run: bool) -> Iterator[_Workplac
     if local:
         base, shared = local / ".build", own.count > 1
     else:  # the same folder for every try of this slice
-        of = hashlib.sha256(f"{out} {name}".encode()).hexdigest()[:16]
-        base, shared = Path(tempfile.gettempdir()) / f"patchmill-build-{of}", False
+        base, shared = _own_folder(f"{out} {name}"), False
     work = _Workplace(base / "begin", base / name, base / "unpacked")
     fresh = local and not local.exists()
     finished = False
@@ -214,7 +253,8 @@ def _workplace(out: str | Path, own: Slice, dry_run: bool) -> Iterator[_Workplac
                 finished = True
             finally:
                 shutil.rmtree(work.plan)
-                if not shared and (finished or not work.unpacked.exists()):
+                keep = work.unpacked.exists() and not finished and read_building(out)
+                if not (shared or keep):
                     shutil.rmtree(base)
     except UserError:
         if fresh and not any(path.is_file() for path in local.rglob("*")):
@@ -222,50 +262,88 @@ def _workplace(out: str | Path, own: Slice, dry_run: bool) -> Iterator[_Workplac
         raise
 
 
+def _own_folder(purpose: str) -> Path:
+    """Return a folder in the temporary one that is the same for every try, and nobody else's: jobs are read from it."""
+    name = hashlib.sha256(purpose.encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / f"patchmill-build-{os.getuid()}-{name}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise UserError(f"{folder} is somebody else's; remove it or set TMPDIR to another folder")
+    return folder
+
+
 def _local_path(url: str | Path) -> Path | None:
     """Return the path of a local folder; None of a remote one."""
     if str(url).startswith("file://"):
-        return Path(open_store(url, create=True).url)
+        return Path(unquote(urlsplit(str(url)).path))
     return None if "://" in str(url) else Path(url)
 
 
-def _check_output(out: str | Path, building: Building, own: Slice) -> None:
-    """Refuse to write over anything but an earlier try of the same build."""
+def _made(out: str | Path) -> dict[str, Info]:
+    """Return the data sets that there are at ``out`` and in its folders, by part."""
+    try:
+        root = open_store(out)
+    except MissingError:
+        return {}
+    made = {}
+    for name in [WHOLE, *root.folders()]:
+        path = manifest.DATASET if name == WHOLE else f"{name}/{manifest.DATASET}"
+        with suppress(MissingError):
+            made[name] = manifest.parse_info(
+                root.read(path), f"{out}/{path.removesuffix(manifest.DATASET)}".rstrip("/")
+            )
+    return made
+
+
+def _check_settings(out: str | Path, settings: dict) -> None:
+    """Refuse another data set's place as early as can be told: before the source is listed and unpacked."""
+    for name, info in _made(out).items():
+        _refuse(out, name, [key for key in settings if key != "multi_label" and info.build.get(key) != settings[key]])
+
+
+def _refuse(out: str | Path, name: str, other: list[str]) -> None:
+    if other:
+        what = ", ".join("images" if key == "plan" else key for key in other)
+        where = out if name == WHOLE else f"{out}/{name}"
+        raise UserError(f"output {where} already holds another data set ({what} differ); {_REMEDY}")
+
+
+def _begin(out: str | Path, building: Building, own: Slice) -> Building:
+    """Say at ``out`` what is being built there, unless it holds something else; return it as all slices know it.
+
+    Raises:
+        UserError: ``out`` holds something else than an earlier try of the same build.
+    """
     begun = read_building(out)
     if own.count > 1 and begun not in (None, building):
         raise UserError(
             f"output {out} holds slices of another build (source or settings differ); give every slice the same, or "
             "choose another folder"
         )
-    root = open_store(out, create=True)
-    for name in {*building.parts, WHOLE, *root.folders()}:
-        url = building.url(root.url, name)
-        store = open_store(url, create=name in building.parts)
-        try:
-            info = manifest.parse_info(store.read(manifest.DATASET), url)
-        except MissingError:
-            if name in building.parts and store.list("shards") and not (begun or store.list("manifest/samples")):
-                raise UserError(f"output {url} holds shards that no build of ours began; {_REMEDY}") from None
-            continue
+    for name, info in _made(out).items():
         if name not in building.parts:
-            raise UserError(f"output {out} already holds another data set, {url}; {_REMEDY}")
-        old, new = (
-            settings | {"classes": classes}
-            for settings, classes in [
-                (info.build, info.classes),
-                (building.parts[name].build, building.classes),
-            ]
-        )
-        if other := [key for key in new if old.get(key) != new[key]]:
-            what = ", ".join("images" if key == "plan" else key for key in other)
-            raise UserError(f"output {url} already holds another data set ({what} differ); {_REMEDY}")
+            raise UserError(f"output {out} already holds another data set, {building.url(out, name)}; {_REMEDY}")
+        new = building.parts[name].build | {"classes": building.classes}
+        old = info.build | {"classes": info.classes}
+        _refuse(out, name, [key for key in new if old.get(key) != new[key]])
+    for name in building.parts:
+        store = open_store(building.url(out, name), create=True)
+        if store.list("shards") and not (begun or store.list("manifest/samples")):
+            raise UserError(f"output {store.url} holds shards that no build of ours began; {_REMEDY}")
+    if begun == building:  # another slice may have seen newer images
+        building = building.newest(begun)
+    elif begun:
+        for name in begun.parts.keys() - building.parts.keys():
+            clear(open_store(begun.url(out, name), create=True), 0)
+    write_building(out, building)
+    return building
 
 
 def _write_all(
     jobs: list[Job], workers: int | None, max_rejected: int, source: str, progress: bool
 ) -> dict[tuple[str, int], Receipt]:
     """Write the shards that are not finished yet; return the receipts of all by data set and shard."""
-    receipts = {(job.out, job.shard): receipt for job in jobs if (receipt := finished(job))}
+    receipts = finished_shards({(job.out, job.shard): (job.plan, job.changed) for job in jobs})
     missing = [job for job in jobs if (job.out, job.shard) not in receipts]
     for url in {job.out for job in missing}:  # what follows takes its whole data set apart: unmark it
         open_store(url, create=True).delete(manifest.DATASET)
@@ -284,12 +362,6 @@ def _write_all(
 
 
 def _stop_at(rejected: list[tuple[str, str]], max_rejected: int, source: str) -> None:
-    if len(rejected) <= max_rejected:
-        return
-    count = len(rejected)
-    listed = ", ".join(f"{path} ({reason})" for path, reason in sorted(rejected)[:10])
-    more = f" and {count - 10} more" if count > 10 else ""
-    raise UserError(
-        f"{count} broken image{'s' * (count > 1)} in {source} so far, {max_rejected} allowed: {listed}{more}; "
-        f"mend or remove them, or leave them out with --max-rejected {count}"
-    )
+    if len(rejected) > max_rejected:
+        remedy = f"mend or remove them, or leave them out with --max-rejected {len(rejected)}"
+        raise too_many(rejected, max_rejected, "image", source, remedy)

@@ -44,7 +44,7 @@ class Rows:
         format: n strings: jpg, png or webp.
         labels: n tuples of class indices.
         weights: n tuples of their weights, empty where all are 1; None if they are so everywhere.
-        member: (n,) uint32, CRC-32 of the tar header before each image; None if the table is too old to tell.
+        member: (n,) uint32, CRC-32 of the tar header before each image.
         keys: n strings in compact form; ``key`` is the same as a list.
     """
 
@@ -55,7 +55,7 @@ class Rows:
     format: list[str]
     labels: list[tuple[int, ...]]
     weights: list[tuple[float, ...]] | None
-    member: np.ndarray | None
+    member: np.ndarray
     keys: pa.ChunkedArray
 
     @cached_property
@@ -81,29 +81,40 @@ class Dataset:
         tars: Where its images are read; ``tars.local`` tells whether reads are cheap one by one.
     """
 
-    def __init__(self, store: Store, info: manifest.Info, shards: pa.Table, exclude: str | None, dropped: np.ndarray):
+    def __init__(
+        self,
+        store: Store,
+        info: manifest.Info,
+        shards: pa.Table,
+        exclude: str | None,
+        dropped: np.ndarray,
+        cached_shards: int | None,
+    ):
         self.store, self.url, self.exclude = store, store.url, exclude
         self.tars = open_store(info.tars) if info.tars else store
         self._remedy = "index them" if info.build.get("source") == "index" else "copy or build the data set"
         self.classes = info.classes
         self.mean_bytes = info.image_bytes / info.samples
         self._paths = shards["path"].to_pylist()
-        self._bytes = shards["bytes"].to_pylist()
-        self._checked: set[int] = set()  # shards whose tar has the size it had
         self._raw_sizes = shards["samples"].to_numpy()
         self._dropped = dropped[1]
         self._dropped_starts = np.searchsorted(dropped[0], np.arange(info.shards + 1))
         self.shard_sizes = self._raw_sizes - np.diff(self._dropped_starts)
         self.digest = info.digest if exclude is None else manifest.digest_with_exclude(info.digest, *dropped)
         self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
-        per_shard = max(1, info.samples // info.shards)
-        self._cached_rows = lru_cache(maxsize=max(64, CACHED_ROWS // per_shard))(self._read_rows)
+        cached_shards = cached_shards or max(64, CACHED_ROWS // max(1, info.samples // info.shards))
+        self._cached_rows = lru_cache(maxsize=cached_shards)(self._read_rows)
 
     @classmethod
-    def open(cls, url: str | Path, exclude: str | None = None) -> "Dataset":
+    def open(cls, url: str | Path, exclude: str | None = None, cached_shards: int | None = None) -> "Dataset":
         """Open the data set at ``url``, leaving out the samples of drop list ``exclude``.
 
         Reads ``dataset.json``, ``shards.parquet`` and the drop list, nothing of the samples.
+
+        Args:
+            url: Local path or URL.
+            exclude: Version of the drop list, or None.
+            cached_shards: So many shards' rows stay in memory; by default those of 4 million samples.
 
         Raises:
             UserError: There is no whole data set at ``url``, or no such drop list.
@@ -113,10 +124,10 @@ class Dataset:
             info = manifest.parse_info(store.read(manifest.DATASET), store.url)
         except MissingError as error:
             raise UserError(f"no data set at {store.url}{_hint(store)}") from error
-        shards = manifest.read_table(store.read(manifest.SHARDS))
+        shards = manifest.open_table(store, manifest.SHARDS, manifest.SHARDS_SCHEMA.names)
         if manifest.digest(info.classes, shards["sha256"].to_pylist()) != info.digest:
             raise UserError(f"{store.url}: dataset.json and shards.parquet do not belong together; build it again")
-        return cls(store, info, shards, exclude, _read_dropped(store, exclude))
+        return cls(store, info, shards, exclude, _read_dropped(store, exclude), cached_shards)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -128,7 +139,7 @@ class Dataset:
     def table(self, shard: int, columns: list[str]) -> pa.Table:
         """Read columns of ``manifest.SAMPLES_SCHEMA``, for the kept samples of a shard; nothing stays in memory."""
         path = manifest.samples_path(shard)
-        table = manifest.read_table(self.store.read(path), columns=columns)
+        table = manifest.open_table(self.store, path, columns)
         if len(table) != self._raw_sizes[shard]:
             raise UserError(
                 f"{self.url}/{path} has {len(table)} rows, shards.parquet says {self._raw_sizes[shard]}; "
@@ -150,7 +161,7 @@ class Dataset:
             format=[sys.intern(name) for name in table["format"].to_pylist()],
             labels=[tuples.setdefault(each, each) for each in labels],
             weights=_weights(table, tuples),
-            member=_whole_column(table, "member"),
+            member=table["member"].to_numpy(),
             keys=table["key"],
         )
 
@@ -162,7 +173,7 @@ class Dataset:
         """
         rows = self.rows(shard)
         start, length = int(rows.offset[index]) - BLOCK, int(rows.size[index]) + BLOCK
-        return self._sample(rows, shard, index, self.tars.read_range(self._tar(shard), start, length))
+        return self._sample(rows, shard, index, self.tars.read_range(self._paths[shard], start, length))
 
     def read_many(self, shard: int, start: int, stop: int) -> list[Sample]:
         """Read consecutive kept samples of a shard; on a remote store with as few requests as possible.
@@ -170,46 +181,18 @@ class Dataset:
         Raises:
             UserError: The tar is not the one that was built or indexed.
         """
-        return self.samples(shard, start, self.read_spans(shard, start, stop))
-
-    def spans(self, shard: int, start: int, stop: int) -> tuple[list[int], list[int]]:
-        """Return where ``read_many`` reads: first byte and length of each sample, with its tar header."""
         rows = self.rows(shard)
-        return (rows.offset[start:stop] - BLOCK).tolist(), (rows.size[start:stop] + BLOCK).tolist()
-
-    def read_spans(self, shard: int, start: int, stop: int) -> list[bytes]:
-        """Return the bytes of consecutive kept samples with their tar headers, for ``samples``."""
-        starts, lengths = self.spans(shard, start, stop)
-        return self.tars.read_ranges(self._tar(shard), starts, lengths) if starts else []
-
-    def samples(self, shard: int, start: int, found: list[bytes]) -> list[Sample]:
-        """Make samples, from index ``start`` on, of what ``read_spans`` returned.
-
-        Raises:
-            UserError: The tar is not the one that was built or indexed.
-        """
-        rows = self.rows(shard)
-        for place, data in enumerate(found):  # in place: all bytes twice would be twice the memory
-            found[place] = self._sample(rows, shard, start + place, data)
+        here = range(*slice(start, stop).indices(len(rows)))
+        starts, lengths = rows.offset[start:stop] - BLOCK, rows.size[start:stop] + BLOCK
+        found = self.tars.read_ranges(self._paths[shard], starts.tolist(), lengths.tolist()) if here else []
+        for place, index in enumerate(here):  # in place: all bytes twice would be twice the memory
+            found[place] = self._sample(rows, shard, index, found[place])
         return found
-
-    def _tar(self, shard: int) -> str:
-        """Return the path of a tar; a local one must have its size still, which costs nothing to see."""
-        path = self._paths[shard]
-        if self.tars.local and shard not in self._checked:
-            size = self.tars.size(path)
-            if size != self._bytes[shard]:
-                raise UserError(
-                    f"{self.tars.url}/{path} has {size} bytes, {self.url} knows it with {self._bytes[shard]}: the tars "
-                    f"changed; {self._remedy} again"
-                )
-            self._checked.add(shard)
-        return path
 
     def _sample(self, rows: Rows, shard: int, index: int, data: bytes) -> Sample:
         """Return a sample of its bytes in the tar, which begin with the tar header."""
         key = rows.keys[index].as_py()
-        if rows.member is not None and zlib.crc32(data[:BLOCK]) != rows.member[index]:
+        if zlib.crc32(data[:BLOCK]) != rows.member[index]:
             raise UserError(
                 f"{self.tars.url}/{self._paths[shard]} is not the tar that {self.url} knows: {key} is not at byte "
                 f"{rows.offset[index]}: the tars changed; {self._remedy} again"
@@ -239,7 +222,8 @@ def write_exclude(url: str | Path, version: str, rows: Iterable[tuple[int, int, 
         rows: (shard, raw index in the shard, reason) of each sample to drop. Raw: as without any drop list.
 
     Raises:
-        UserError: The version exists, its name is no plain word, or a row names no sample or one twice.
+        UserError: The version exists, its name is no plain word, a row names no sample or one twice, or the data set
+            takes no files.
     """
     dataset = Dataset.open(url)
     check_version(dataset, version)
@@ -264,13 +248,20 @@ def check_exclude_name(version: str) -> None:
         raise UserError(f"drop list name {version!r}: use letters, digits, dots, dashes and underscores")
 
 
+def check_takes_lists(dataset: Dataset) -> None:
+    """Raise a UserError if no drop list can be written to a data set, as on a web server."""
+    if dataset.store.web:
+        raise UserError(f"{dataset.url} takes no drop list: a web server; copy the data set first")
+
+
 def check_version(dataset: Dataset, version: str) -> None:
     """Check the name of a drop list that is to be written later.
 
     Raises:
-        UserError: It is no plain word, or there is such a list already.
+        UserError: It is no plain word, there is such a list already, or the data set is on a web server.
     """
     check_exclude_name(version)
+    check_takes_lists(dataset)
     if dataset.store.exists(manifest.exclude_path(version)):
         raise UserError(f"drop list {version} of {dataset.url} exists and never changes; choose another name")
 
@@ -285,13 +276,8 @@ def read_exclude(url: str | Path, version: str | None) -> list[tuple[int, int, s
     return list(zip(*(table[name].to_pylist() for name in table.column_names), strict=True))
 
 
-def _whole_column(table: pa.Table, name: str) -> np.ndarray | None:
-    """Return a column without nulls as an array; None if it is missing or has some."""
-    return table[name].to_numpy() if name in table.column_names and not table[name].null_count else None
-
-
 def _weights(table: pa.Table, tuples: dict[tuple, tuple]) -> list[tuple[float, ...]] | None:
-    if "weights" not in table.column_names or table["weights"].null_count == len(table):
+    if table["weights"].null_count == len(table):
         return None
     weights = (tuple(each or ()) for each in table["weights"].to_pylist())
     return [tuples.setdefault(each, each) for each in weights]
@@ -301,7 +287,7 @@ def _read_exclude(store: Store, version: str | None) -> pa.Table:
     if version is None:
         return manifest.EXCLUDE_SCHEMA.empty_table()
     try:
-        return manifest.read_table(store.read(manifest.exclude_path(version)))
+        return manifest.open_table(store, manifest.exclude_path(version), manifest.EXCLUDE_SCHEMA.names)
     except MissingError as error:
         raise UserError(
             f"{store.url} has no drop list {version!r}; there is no manifest/exclude/{version}.parquet"

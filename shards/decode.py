@@ -1,28 +1,23 @@
 """Encoded image bytes to RGB pixels."""
 
 import io
-import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import numpy as np
 import PIL
 import simplejpeg
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from shards.errors import PatchmillError
 from shards.header import MOST_PIXELS
 from shards.jpegcrop import decode_part
+from shards.orientation import read_orientation
 
 DECODER = f"simplejpeg {simplejpeg.__version__}, pillow {PIL.__version__}"
 """What made the pixels: part of a run's state. The crop decoder makes the same ones and is not named."""
 
 Box = tuple[int, int, int, int]
 """Top, left, height and width of a part of an image, pixels."""
-
-_ORIENTATION = 0x0112
-_BAD_EXIF = (SyntaxError, ValueError, struct.error)
-_BAD_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 # What to do with an array stored in each EXIF orientation (EXIF 2.32, table 6).
 _UPRIGHT = {
@@ -40,7 +35,7 @@ class DecodeError(PatchmillError):
     """The bytes are not an image that can be decoded whole: the content is bad, not the way to it."""
 
 
-def decode(data: bytes, key: str, box: Callable[[int, int], Box] | None = None) -> np.ndarray:
+def decode(data: bytes, key: str, box: Callable[[int, int], Box] | None = None, short: int = 0) -> np.ndarray:
     """Decode an image or a part of it, upright, transparency on white, 16 bits cut to 8.
 
     JPEG goes through libjpeg-turbo; everything else, and whatever libjpeg warns about, through Pillow, which
@@ -50,6 +45,9 @@ def decode(data: bytes, key: str, box: Callable[[int, int], Box] | None = None) 
         data: An encoded image: JPEG, PNG, WebP or what else Pillow reads.
         key: Its name, for the error.
         box: Chooses the part from the image's height and width; without it, the whole image.
+        short: Unless 0, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the part's short side still is this many
+            pixels then, 8 at least. These are the fractions that libjpeg-turbo has fast code for. The part's edges
+            go to the nearest pixels.
 
     Returns:
         uint8 [height, width, 3], RGB, of the image or the part.
@@ -57,81 +55,66 @@ def decode(data: bytes, key: str, box: Callable[[int, int], Box] | None = None) 
     Raises:
         DecodeError: The content is damaged, or has more than 179 million pixels.
     """
-    with _errors(key):
-        if data[:3] == b"\xff\xd8\xff":
-            image = _decode_jpeg(data, box)
-            if image is not None:
-                return image
-        return _part(_decode_any(data), box)
+    image = _decode_jpeg(data, box, short)
+    if image is not None:
+        return image
+    image = _decode_any(data, key)
+    return _cut(image, box(*image.shape[:2])) if box else image
 
 
-def decode_shrunk(data: bytes, key: str, short: int) -> np.ndarray:
-    """Decode an image, at 1/2, 1/4 or 1/8 of its size if it is a JPEG whose short side is still ``short`` pixels then.
-
-    These are the scales that libjpeg-turbo has fast code for. As ``decode`` otherwise.
-
-    Returns:
-        uint8 [height, width, 3], RGB, upright.
-
-    Raises:
-        DecodeError: As ``decode`` does.
-    """
-    with _errors(key):
-        if data[:3] == b"\xff\xd8\xff":
-            image = _decode_jpeg(data, None, short)
-            if image is not None:
-                return image
-        return _decode_any(data)
-
-
-@contextmanager
-def _errors(key: str) -> Iterator[None]:
-    try:
-        yield
-    except _BAD_IMAGE as error:
-        reason = "no known image format" if isinstance(error, UnidentifiedImageError) else error
-        raise DecodeError(f"cannot decode {key}: {reason}; drop the sample from the data set") from error
-
-
-def _decode_jpeg(data: bytes, box: Callable[[int, int], Box] | None, short: int = 0) -> np.ndarray | None:
-    """Decode a plain JPEG; None where Pillow has to look."""
-    exif = data.find(b"Exif\x00\x00", 0, 1 << 16)
-    turn = _UPRIGHT.get(_orientation(data[exif : exif + (1 << 16)])) if exif >= 0 else None
+def _decode_jpeg(data: bytes, box: Callable[[int, int], Box] | None, short: int) -> np.ndarray | None:
+    """Decode a plain JPEG, upright; None where Pillow has to look."""
+    if data[:3] != b"\xff\xd8\xff":
+        return None
+    orientation = read_orientation(data)
+    turn = _UPRIGHT.get(orientation)
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         if colours in ("CMYK", "YCCK") or height * width > MOST_PIXELS:
             return None
-        if box and not turn and (part := decode_part(data, *box(height, width))) is not None:
-            return part
-        factor = next((factor for factor in (8, 4, 2) if short and min(height, width) >= short * factor), 1)
-        least = (0, 0) if factor == 1 else (-(-height // factor), -(-width // factor))
+        upright = (width, height) if turn and orientation >= 5 else (height, width)
+        part = box(*upright) if box else (0, 0, *upright)
+        # Of images of a few pixels, simplejpeg would take another fraction than asked for.
+        shrink = next((n for n in (8, 4, 2) if short and min(part[2:]) >= max(short, 8) * n), 1)
+        part = _shrunk(part, shrink) if box else None
+        if part and not turn and (image := decode_part(data, *part, shrink)) is not None:
+            return image
+        least = (0, 0) if shrink == 1 else (-(-height // shrink), -(-width // shrink))
         image = simplejpeg.decode_jpeg(data, "RGB", min_height=least[0], min_width=least[1])
     except ValueError:
         return None
-    return _part(np.ascontiguousarray(turn(image)) if turn else image, box)
+    image = np.ascontiguousarray(turn(image)) if turn else image
+    return _cut(image, part) if part else image
 
 
-def _part(image: np.ndarray, box: Callable[[int, int], Box] | None) -> np.ndarray:
-    if box is None:
-        return image
-    top, left, height, width = box(*image.shape[:2])
+def _shrunk(part: Box, shrink: int) -> Box:
+    top, left, bottom, right = part[0], part[1], part[0] + part[2], part[1] + part[3]
+    top, left, bottom, right = ((edge + shrink // 2) // shrink for edge in (top, left, bottom, right))
+    return top, left, bottom - top, right - left
+
+
+def _cut(image: np.ndarray, part: Box) -> np.ndarray:
+    top, left, height, width = part
     return image[top : top + height, left : left + width]
 
 
-def _orientation(exif: bytes) -> int:
-    tags = Image.Exif()
+def _decode_any(data: bytes, key: str) -> np.ndarray:
+    """Decode what Pillow reads, upright."""
     try:
-        tags.load(exif)
-        return tags.get(_ORIENTATION, 1)
-    except _BAD_EXIF:
-        return 1
+        image = _decode_stored(data)
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001, damaged images make Pillow raise anything
+        cause = ValueError("no known image format") if isinstance(error, UnidentifiedImageError) else error
+        raise DecodeError(f"cannot decode {key}: {cause}; drop the sample from the data set") from cause
+    turn = _UPRIGHT.get(read_orientation(data))
+    return np.ascontiguousarray(turn(image)) if turn else image
 
 
-def _decode_any(data: bytes) -> np.ndarray:
+def _decode_stored(data: bytes) -> np.ndarray:
+    """Decode what Pillow reads, as it is stored."""
     with Image.open(io.BytesIO(data)) as image:
         image.load()
-        if image.getexif().get(_ORIENTATION, 1) != 1:
-            image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to 8
             grey = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
             return np.repeat(grey[:, :, None], 3, axis=2)

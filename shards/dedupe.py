@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from math import inf
@@ -16,39 +17,40 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from shards import hashindex, manifest, phash
 from shards.atomic import only_one, whole_file, write_text
-from shards.dataset import Dataset, Sample, check_exclude_name, write_exclude
+from shards.dataset import Dataset, Sample, check_exclude_name, check_takes_lists, read_exclude, write_exclude
 from shards.decode import DECODER, DecodeError
 from shards.dedupereport import write_report
 from shards.errors import UserError
 from shards.hashindex import HashIndex, TestImages
 from shards.plan import Slice
 from shards.progress import ImageProgress
-from shards.store import open_store
+from shards.store import local_path, open_store
 from shards.workers import cores, run_jobs
 
-CHUNK_IMAGES, CHUNK_BYTES = 64, 32 << 20  # training images in memory at a time, whichever is less
+CHUNK_IMAGES, CHUNK_BYTES = 64, 32 << 20  # images in memory at a time, whichever is less
+PART_IMAGES = 8192  # test images that are hashed in one go, 4 kB each
 
-FINDINGS_SCHEMA = pa.schema(
-    [
-        ("shard", pa.int32()),  # of the training set
-        ("index", pa.int32()),  # raw, in the shard
-        ("key", pa.string()),
-        ("test", pa.string()),  # name of the test set
-        ("test_shard", pa.int32()),
-        ("test_index", pa.int32()),
-        ("test_key", pa.string()),
-        ("kind", pa.string()),  # exact: the same bytes; near: the same picture
-        ("mirrored", pa.bool_()),
-        ("whole", pa.float32()),  # correlation of the small pictures
-        ("detail", pa.float32()),  # correlation of their middle frequencies
-        ("mismatch", pa.float32()),  # of detail where it is greatest
-        ("moved", pa.float32()),  # how far a corner lay from where it belongs, of the side: a crop
-    ]
-)
+_PLACE = [
+    ("shard", pa.int32()),  # of the training set
+    ("index", pa.int32()),  # raw, in the shard
+    ("key", pa.string()),
+]
+_TEST_PLACE = [("test_shard", pa.int32()), ("test_index", pa.int32())]
+_LIKENESS = [
+    ("kind", pa.string()),  # exact: the same bytes; near: the same picture
+    ("mirrored", pa.bool_()),
+    ("whole", pa.float32()),  # correlation of the small pictures
+    ("detail", pa.float32()),  # correlation of their middle frequencies
+    ("mismatch", pa.float32()),  # of detail where it is greatest
+    ("moved", pa.float32()),  # how far a corner lay from where it belongs, of the side: a crop
+]
+# What a scan writes down knows a test set by its number, since it may be moved before the results are written.
+FINDINGS_SCHEMA = pa.schema([*_PLACE, ("test", pa.int32()), *_TEST_PLACE, *_LIKENESS])
+PAIRS_SCHEMA = pa.schema([*_PLACE, ("test", pa.string()), *_TEST_PLACE, ("test_key", pa.string()), *_LIKENESS])
+LAYOUT = 2  # of the findings
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class TestSet:
         url: Where it is.
         images: Their number.
         undecodable: (key, reason) of images that are only found by their bytes.
-        plain: Images without detail (blank, a gradient), which are only found by their bytes too.
+        blank: Blank images, which are only found by their bytes too.
         exact: Training images with the bytes of one of its images.
         near: Training images that show the picture of one of its images.
         mirrored: Those of ``near`` that show it mirrored.
@@ -73,7 +75,7 @@ class TestSet:
     url: str
     images: int
     undecodable: list[tuple[str, str]]
-    plain: int
+    blank: int
     exact: int
     near: int
     mirrored: int
@@ -91,7 +93,7 @@ class Result:
         shards_left: Still to scan, by this slice or another.
         images: Training images scanned.
         undecodable: (key, reason) of training images that were only compared by their bytes.
-        plain: Training images without detail, which were too.
+        blank: Blank training images, which were too.
         copies: Training images that are copies of test images.
         dropped: Samples on the drop list: the copies, and what the list it builds on has.
         exclude: Version of the drop list; None if there is none yet.
@@ -106,7 +108,7 @@ class Result:
     shards_left: int
     images: int
     undecodable: list[tuple[str, str]]
-    plain: int
+    blank: int
     copies: int
     dropped: int
     exclude: str | None
@@ -116,19 +118,38 @@ class Result:
 
 
 @dataclass(frozen=True)
+class _Part:
+    """Test images to hash: those from ``start`` to ``stop`` of a shard of the test set number ``test``."""
+
+    url: str
+    test: int
+    shard: int
+    start: int
+    stop: int
+    out: Path
+
+    @property
+    def path(self) -> Path:
+        """Where the result goes."""
+        return self.out / f"tests/{self.test}-{self.shard:06d}-{self.start:09d}.npz"
+
+
+@dataclass(frozen=True)
 class _Job:
-    """One shard to go through, of the training set or of the test set number ``test``."""
+    """A shard of the training set to scan."""
 
     url: str
     shard: int
     out: Path
-    tests: tuple[tuple[str, str], ...] = ()  # name and URL of each
-    test: int = -1
 
     @property
-    def path(self) -> str:
-        """Where in ``out`` the result goes."""
-        return f"tests/{self.test}-{self.shard:06d}.npz" if self.test >= 0 else f"findings/{self.shard:06d}.parquet"
+    def name(self) -> str:
+        """Where in ``out`` the findings go."""
+        return f"findings/{self.shard:06d}.parquet"
+
+    def done(self) -> bool:
+        """Tell whether it is scanned, by whomever."""
+        return (self.out / self.name).exists()
 
 
 def dedupe(
@@ -160,31 +181,50 @@ def dedupe(
         UserError: A data set or drop list is not there, ``version`` is, or ``out`` belongs to another task.
     """
     check_exclude_name(version)
-    Dataset.open(url, base)  # says so if there is no such list
-    raw = Dataset.open(url)
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers}: must be at least 1")
+    out = local_path(out or version, "--out")
+    _open.cache_clear()  # it may have changed since the last call
+    _open_index.cache_clear()
+    Dataset.open(url, base)  # says so if there is no such list
+    raw = _open(str(url))
+    if not dry_run:
+        check_takes_lists(raw)
     tests = _open_tests(raw, against)
-    out = Path(out) if out else Path(version)
-    names = tuple(zip(_names([each.url for each in tests]), [each.url for each in tests], strict=True))
-    jobs = [_Job(raw.url, shard, out, names) for shard in range(len(raw.shard_sizes))]
-    if not dry_run and any(not (out / job.path).exists() for job in jobs) and _exists(raw, version):
+    jobs = [_Job(str(url), shard, out) for shard in range(len(raw.shard_sizes))]
+    if not dry_run and not all(job.done() for job in jobs) and _exists(raw, version):
         raise UserError(f"drop list {version} of {raw.url} exists and never changes; choose another --version")
-    _claim(out, raw, tests)
     workers = workers or cores()
-    with only_one(out / "tests", "dedupe that reads the same test images", wait=inf):
-        _make_index(out, tests, names, workers, progress)
-    with only_one(out / "findings", "dedupe", shared=own.count > 1):
-        mine = [job for job in jobs if own.has(job.shard)]
-        _scan([job for job in mine if not (out / job.path).exists()], raw, mine, workers, progress)
-    with only_one(out, "dedupe", wait=inf):  # the last two slices may end together
-        return _finish(jobs, raw, tests, None if dry_run else version, base)
+    try:
+        _claim(out, raw, tests)
+        with only_one(out / "tests", "dedupe that reads the same test images", wait=inf, told=True):
+            _make_index(out, tests, [str(each) for each in against], workers, progress)
+        with _alone_in(out, own):
+            _scan([job for job in jobs if own.has(job.shard)], raw, workers, progress)
+        with only_one(out, "dedupe", wait=inf):  # the last two slices may end together
+            return _finish(jobs, raw, tests, None if dry_run else version, base)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {error.filename or out}: {error.strerror or error}; mend that and run the same command "
+            "again, it keeps what is finished"
+        ) from error
+
+
+@contextmanager
+def _alone_in(out: Path, own: Slice) -> Iterator[None]:
+    """Let slices scan side by side, but no slice twice at once."""
+    name = f"{own.index}-of-{own.count}"
+    with (
+        only_one(out / "findings", "dedupe", shared=own.count > 1),
+        only_one(out / "slices" / name, f"dedupe of slice {own.index}/{own.count}"),
+    ):
+        yield
 
 
 def _open_tests(train: Dataset, against: list[str | Path]) -> list[Dataset]:
     if not against:
         raise UserError("no test set to look for; name each with --against URL")
-    tests = [Dataset.open(each) for each in against]
+    tests = [_open(str(each)) for each in against]
     seen = {train.digest: "the training set itself"}
     for test in tests:
         if test.digest in seen:
@@ -206,81 +246,84 @@ def _exists(dataset: Dataset, version: str) -> bool:
 def _claim(out: Path, train: Dataset, tests: list[Dataset]) -> None:
     """Write down what ``out`` is for, or check that it is for this."""
     plan = {
+        "layout": LAYOUT,
         "train": train.digest,
         "tests": [test.digest for test in tests],
         "decoder": DECODER,
         "thresholds": phash.THRESHOLDS | {"test images compared, at most": hashindex.MOST_COMPARED},
     }
     path = out / "plan.json"
-    if path.exists():
-        try:
-            old = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path} is damaged; remove {out} or choose another --out") from error
-        if old != plan:
-            other = ", ".join(name for name in plan if old.get(name) != plan[name])
-            raise UserError(f"{out} holds another dedupe ({other} differ); choose another --out or remove it")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} holds something else; choose another --out")
-    else:
-        write_text(path, json.dumps(plan, indent=1) + "\n")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; choose another --out")
+    with only_one(out, "dedupe", wait=inf):  # slices may start together
+        if path.exists():
+            try:
+                old = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise UserError(f"{path} is damaged; remove {out} or choose another --out") from error
+            if old != plan:
+                other = ", ".join(name for name in plan if old.get(name) != plan[name])
+                raise UserError(f"{out} holds another dedupe ({other} differ); choose another --out or remove it")
+        elif any(entry.name != ".plan.json.partial" for entry in out.iterdir()):
+            raise UserError(f"{out} holds something else; choose another --out")
+        else:
+            write_text(path, json.dumps(plan, indent=1) + "\n")
 
 
-def _make_index(
-    out: Path, tests: list[Dataset], names: tuple[tuple[str, str], ...], workers: int, progress: bool
-) -> None:
-    """Hash all test images, unless that is done; each shard's part is kept until the index is whole."""
+def _make_index(out: Path, tests: list[Dataset], urls: list[str], workers: int, progress: bool) -> None:
+    """Hash all test images, unless that is done; each part is kept until the index is whole."""
     if (out / "index").exists():
         return
-    jobs = [
-        _Job(url, shard, out, names, test)
-        for test, (_, url) in enumerate(names)
-        for shard in range(len(tests[test].shard_sizes))
+    parts = [
+        _Part(urls[test], test, shard, start, min(start + PART_IMAGES, size), out)
+        for test, dataset in enumerate(tests)
+        for shard, size in enumerate(dataset.shard_sizes.tolist())
+        for start in range(0, size, PART_IMAGES)
     ]
-    todo = [job for job in jobs if not (out / job.path).exists()]
-    images = sum(map(len, tests))
-    left = sum(int(tests[job.test].shard_sizes[job.shard]) for job in todo)
+    todo = [part for part in parts if not part.path.exists()]
+    images, left = sum(map(len, tests)), sum(part.stop - part.start for part in todo)
     with ImageProgress("hashing test images", images, images - left, "undecodable", progress) as bar:
-        for _, (count, size, undecodable) in run_jobs(_hash_shard, todo, min(workers, max(len(todo), 1))):
+        for _, (count, size, undecodable) in run_jobs(_hash_part, todo, min(workers, max(len(todo), 1))):
             bar.advance(count, size, undecodable)
-    about = [{"images": len(test), "undecodable": [], "plain": 0} for test in tests]
+    about = [{"images": len(test), "undecodable": [], "blank": 0} for test in tests]
 
-    def parts() -> Iterator[TestImages]:
-        for job in jobs:
-            with np.load(out / job.path) as part:
-                said = json.loads(str(part["about"]))
-                about[job.test]["undecodable"] += said["undecodable"]
-                about[job.test]["plain"] += said["plain"]
-                yield TestImages(part["where"], part["sha256"], part["pictures"])
+    def hashed() -> Iterator[TestImages]:
+        for part in parts:
+            with np.load(part.path) as arrays:
+                said = json.loads(str(arrays["about"]))
+                about[part.test]["undecodable"] += said["undecodable"]
+                about[part.test]["blank"] += said["blank"]
+                yield TestImages(arrays["where"], arrays["sha256"], arrays["pictures"])
 
-    hashindex.write_index(out / "index", parts(), images, about)
-    for job in jobs:
-        (out / job.path).unlink()
+    hashindex.write_index(out / "index", hashed(), images, about)
+    for part in parts:
+        part.path.unlink()
 
 
-def _hash_shard(job: _Job) -> tuple[int, int, int]:
-    """Hash the images of a test shard; return images, bytes and how many cannot be decoded."""
-    dataset = _open(job.url)
-    count = int(dataset.shard_sizes[job.shard])
+def _hash_part(part: _Part) -> tuple[int, int, int]:
+    """Hash some images of a test shard; return images, bytes and how many cannot be decoded."""
+    dataset, count = _open(part.url), part.stop - part.start
     pictures = np.zeros((count, phash.SIDE, phash.SIDE), np.uint8)
     digests, undecodable = [], []
-    for start, samples in _chunks(dataset, job.shard):
-        for index, sample in enumerate(samples, start):
+    for start, samples in _chunks(dataset, part.shard, part.start, part.stop):
+        for place, sample in enumerate(samples, start - part.start):
             digests.append(hashlib.sha256(sample.image).digest())
             try:
-                pictures[index] = phash.small_picture(sample.image, sample.key)
+                pictures[place] = phash.small_picture(sample.image, sample.key)
             except DecodeError as error:
                 undecodable.append((sample.key, _reason(error, sample.key)))
-    plain = int((phash.detail_levels(pictures) < phash.FAINT_LEVELS).sum()) - len(undecodable)
-    where = np.stack([np.full(count, job.test), np.full(count, job.shard), np.arange(count)], axis=1)
+    blank = int(phash.blank(pictures).sum()) - len(undecodable)
+    indices = np.arange(part.start, part.stop)
+    where = np.stack([np.full(count, part.test), np.full(count, part.shard), indices], axis=1)
     sha256 = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
-    about = json.dumps({"undecodable": undecodable, "plain": plain})
-    with whole_file(job.out / job.path) as partial, open(partial, "wb") as file:
+    about = json.dumps({"undecodable": undecodable, "blank": blank})
+    with whole_file(part.path) as partial, open(partial, "wb") as file:
         np.savez(file, where=where.astype(np.int32), sha256=sha256, pictures=pictures, about=np.array(about))
-    return count, int(dataset.rows(job.shard).size.sum()), len(undecodable)
+    return count, int(dataset.rows(part.shard).size[part.start : part.stop].sum()), len(undecodable)
 
 
-def _scan(todo: list[_Job], dataset: Dataset, mine: list[_Job], workers: int, progress: bool) -> None:
+def _scan(mine: list[_Job], dataset: Dataset, workers: int, progress: bool) -> None:
+    todo = [job for job in mine if not job.done()]
     images, left = (int(sum(dataset.shard_sizes[job.shard] for job in jobs)) for jobs in (mine, todo))
     with ImageProgress("scanning", images, images - left, "undecodable", progress) as bar:
         for _, (count, size, undecodable) in run_jobs(_scan_shard, todo, min(workers, max(len(todo), 1))):
@@ -291,10 +334,11 @@ def _scan_shard(job: _Job) -> tuple[int, int, int]:
     """Look up all images of a training shard; return images, bytes and how many cannot be decoded."""
     dataset, index = _open(job.url), _open_index(job.out / "index")
     rows: dict[str, list] = {name: [] for name in FINDINGS_SCHEMA.names}
-    undecodable, plain = [], 0
-    for start, samples in _chunks(dataset, job.shard):
+    undecodable, blank = [], 0
+    count = int(dataset.shard_sizes[job.shard])
+    for start, samples in _chunks(dataset, job.shard, 0, count):
+        matches = [_exact(index, sample) for sample in samples]  # by test set
         pictures, whose = [], []
-        near: list[list[hashindex.Found]] = [[] for _ in samples]
         for i, sample in enumerate(samples):
             try:
                 pictures.append(phash.small_picture(sample.image, sample.key))
@@ -302,17 +346,22 @@ def _scan_shard(job: _Job) -> tuple[int, int, int]:
             except DecodeError as error:
                 undecodable.append((sample.key, _reason(error, sample.key)))
         if pictures:
-            found, without_detail = index.near(np.stack(pictures))
-            plain += without_detail
-            for i, matches in zip(whose, found, strict=True):
-                near[i] = matches
+            found, more_blank = index.near(np.stack(pictures), [matches[i] for i in whose])
+            blank += more_blank
+            for i, near in zip(whose, found, strict=True):
+                matches[i] |= {int(index.where[match.row, 0]): match for match in near}
         for i, sample in enumerate(samples):
-            for match in _one_a_test(index, sample, near[i]):
-                _add(rows, job, start + i, sample.key, match, index)
-    about = {"images": int(dataset.shard_sizes[job.shard]), "undecodable": undecodable, "plain": plain}
+            for test in sorted(matches[i]):
+                _add(rows, (job.shard, start + i, sample.key), matches[i][test], index)
+    about = {"images": count, "undecodable": undecodable, "blank": blank}
     schema = FINDINGS_SCHEMA.with_metadata({"about": json.dumps(about)})
-    manifest.write_table(open_store(job.out), job.path, pa.table(rows, schema=schema))
-    return about["images"], int(dataset.rows(job.shard).size.sum()), len(undecodable)
+    manifest.write_table(open_store(job.out), job.name, pa.table(rows, schema=schema))
+    return count, int(dataset.rows(job.shard).size.sum()), len(undecodable)
+
+
+def _exact(index: HashIndex, sample: Sample) -> dict[int, hashindex.Found]:
+    found = index.exact(hashlib.sha256(sample.image).digest())
+    return {test: hashindex.Found(row, False, None) for test, row in found.items()}
 
 
 def _reason(error: DecodeError, key: str) -> str:
@@ -320,41 +369,28 @@ def _reason(error: DecodeError, key: str) -> str:
     return str(error).removeprefix(f"cannot decode {key}: ").rpartition(";")[0]
 
 
-def _one_a_test(index: HashIndex, sample: Sample, near: list[hashindex.Found]) -> list[hashindex.Found]:
-    """Return at most one match in each test set: the same bytes if there are, else the same picture."""
-    matches = {int(index.where[match.row, 0]): match for match in near}
-    for row in reversed(index.exact(hashlib.sha256(sample.image).digest())):  # the first one stays
-        matches[int(index.where[row, 0])] = hashindex.Found(row, False, None)
-    return [matches[test] for test in sorted(matches)]
-
-
-def _add(rows: dict[str, list], job: _Job, at: int, key: str, match: hashindex.Found, index: HashIndex) -> None:
-    test, test_shard, test_index = index.where[match.row].tolist()
-    name, url = job.tests[test]
+def _add(rows: dict[str, list], place: tuple[int, int, str], match: hashindex.Found, index: HashIndex) -> None:
     likeness = match.likeness or phash.Likeness(1.0, 1.0, 0.0, 0.0)
-    row = {
-        "shard": job.shard, "index": at, "key": key, "test": name, "test_shard": test_shard, "test_index": test_index,
-        "test_key": _open(url).rows(test_shard).keys[test_index].as_py(),
-        "kind": "near" if match.likeness else "exact", "mirrored": match.mirrored, **likeness._asdict(),
-    }  # fmt: skip
+    kind = "near" if match.likeness else "exact"
+    values = (*place, *index.where[match.row].tolist(), kind, match.mirrored)
+    row = dict(zip(FINDINGS_SCHEMA.names, values, strict=False)) | likeness._asdict()
     for name, value in row.items():
         rows[name].append(value)
 
 
-def _chunks(dataset: Dataset, shard: int) -> Iterator[tuple[int, list[Sample]]]:
-    """Yield the samples of a shard, some at a time, with the index of the first."""
-    sizes = dataset.rows(shard).size
-    start = 0
-    while start < len(sizes):
+def _chunks(dataset: Dataset, shard: int, start: int, stop: int) -> Iterator[tuple[int, list[Sample]]]:
+    """Yield the samples of a shard from ``start`` to ``stop``, some at a time, with the index of the first."""
+    sizes = dataset.rows(shard).size[:stop]
+    while start < stop:
         upto = np.cumsum(sizes[start : start + CHUNK_IMAGES])
-        stop = start + max(1, int(np.searchsorted(upto, CHUNK_BYTES, side="right")))
-        yield start, dataset.read_many(shard, start, stop)
-        start = stop
+        end = start + max(1, int(np.searchsorted(upto, CHUNK_BYTES, side="right")))
+        yield start, dataset.read_many(shard, start, end)
+        start = end
 
 
 @lru_cache(maxsize=64)
 def _open(url: str) -> Dataset:
-    return Dataset.open(url)
+    return Dataset.open(url, cached_shards=1)  # each is gone through once: more would only fill memory
 
 
 @lru_cache(maxsize=1)
@@ -365,12 +401,14 @@ def _open_index(folder: Path) -> HashIndex:
 def _finish(jobs: list[_Job], raw: Dataset, tests: list[Dataset], version: str | None, base: str | None) -> Result:
     """Count what is found; once every shard is scanned, write the drop list and what explains it."""
     out = jobs[0].out
-    done = [pq.read_table(out / job.path) for job in jobs if (out / job.path).exists()]
+    store, remedy = open_store(out), "remove it and run the same command again"
+    done = [manifest.open_table(store, job.name, FINDINGS_SCHEMA.names, remedy) for job in jobs if job.done()]
     scans = [json.loads(table.schema.metadata[b"about"]) for table in done]
-    pairs = pa.concat_tables([table.replace_schema_metadata() for table in done] or [FINDINGS_SCHEMA.empty_table()])
+    findings = pa.concat_tables([table.replace_schema_metadata() for table in done] or [FINDINGS_SCHEMA.empty_table()])
     finished = len(done) == len(jobs)
+    names = _names([test.url for test in tests])
+    pairs = _pairs(findings, tests, names)
     drop = _drop_list(pairs, raw, base)
-    copies = len(set(zip(pairs["shard"].to_pylist(), pairs["index"].to_pylist(), strict=True)))
     result = Result(
         url=raw.url,
         finished=finished,
@@ -378,20 +416,32 @@ def _finish(jobs: list[_Job], raw: Dataset, tests: list[Dataset], version: str |
         shards_left=len(jobs) - len(done),
         images=sum(scan["images"] for scan in scans),
         undecodable=[tuple(entry) for scan in scans for entry in scan["undecodable"]],
-        plain=sum(scan["plain"] for scan in scans),
-        copies=copies,
+        blank=sum(scan["blank"] for scan in scans),
+        copies=len(set(zip(pairs["shard"].to_pylist(), pairs["index"].to_pylist(), strict=True))),
         dropped=len(drop),
         exclude=version if finished else None,
         report=str(out / "report.html") if finished else None,
         pairs=str(out / "pairs.parquet") if finished else None,
-        tests=_test_sets(pairs, jobs[0].tests, hashindex.about(out / "index")),
+        tests=_test_sets(pairs, tests, names, hashindex.about(out / "index")),
     )
     if finished:
-        manifest.write_table(open_store(out), "pairs.parquet", pairs)
-        write_report(out / "report.html", result, pairs, raw, tests, base)
+        manifest.write_table(store, "pairs.parquet", pairs)
         if version:
             _write_drop_list(raw, version, drop)
+        write_report(out / "report.html", result, pairs, raw, tests, base)
     return result
+
+
+def _pairs(findings: pa.Table, tests: list[Dataset], names: list[str]) -> pa.Table:
+    """Return the findings as they are to be read: with the names of test sets and the keys of test images."""
+    test, shard, index = (findings[name].to_numpy() for name in ("test", "test_shard", "test_index"))
+    keys = np.empty(len(findings), object)
+    for one, its_shard in np.unique(np.stack([test, shard], axis=1), axis=0).tolist():
+        here = np.flatnonzero((test == one) & (shard == its_shard))
+        keys[here] = tests[one].table(its_shard, ["key"])["key"].take(index[here]).to_pylist()
+    columns = {name: findings[name] for name in findings.column_names}
+    columns |= {"test": [names[each] for each in test.tolist()], "test_key": keys.tolist()}
+    return pa.table([columns[name] for name in PAIRS_SCHEMA.names], schema=PAIRS_SCHEMA)
 
 
 def _drop_list(pairs: pa.Table, raw: Dataset, base: str | None) -> list[tuple[int, int, str]]:
@@ -401,8 +451,7 @@ def _drop_list(pairs: pa.Table, raw: Dataset, base: str | None) -> list[tuple[in
         how = f"{pair['kind']}, mirrored" if pair["mirrored"] else pair["kind"]
         rows.setdefault((pair["shard"], pair["index"]), f"copy ({how}) of {pair['test_key']} in {pair['test']}")
     if base:
-        old = manifest.read_table(raw.store.read(manifest.exclude_path(base)))
-        rows.update({(row["shard"], row["index"]): row["reason"] for row in old.to_pylist()})
+        rows.update({(shard, index): reason for shard, index, reason in read_exclude(raw.url, base)})
     return [(*place, rows[place]) for place in sorted(rows)]
 
 
@@ -411,13 +460,12 @@ def _write_drop_list(raw: Dataset, version: str, drop: list[tuple[int, int, str]
     if not _exists(raw, version):
         write_exclude(raw.url, version, drop)
         return
-    there = manifest.read_table(raw.store.read(manifest.exclude_path(version))).to_pylist()
-    if [(row["shard"], row["index"], row["reason"]) for row in there] != drop:
+    if [place for *place, _ in read_exclude(raw.url, version)] != [place for *place, _ in drop]:
         raise UserError(f"drop list {version} of {raw.url} exists, drops other samples, and never changes; "
                         "choose another --version with the same --out")  # fmt: skip
 
 
-def _test_sets(pairs: pa.Table, names: tuple[tuple[str, str], ...], about: list[dict]) -> list[TestSet]:
+def _test_sets(pairs: pa.Table, tests: list[Dataset], names: list[str], about: list[dict]) -> list[TestSet]:
     rows = pairs.select(["test", "kind", "mirrored", "test_shard", "test_index"]).to_pylist()
     kinds = Counter((row["test"], row["kind"]) for row in rows)
     mirrored = Counter(row["test"] for row in rows if row["mirrored"])
@@ -426,14 +474,14 @@ def _test_sets(pairs: pa.Table, names: tuple[tuple[str, str], ...], about: list[
     return [
         TestSet(
             name=name,
-            url=url,
+            url=dataset.url,
             images=said["images"],
             undecodable=[tuple(entry) for entry in said["undecodable"]],
-            plain=said["plain"],
+            blank=said["blank"],
             exact=kinds[name, "exact"],
             near=kinds[name, "near"],
             mirrored=mirrored[name],
             hit=hits[name],
         )
-        for (name, url), said in zip(names, about, strict=True)
+        for name, dataset, said in zip(names, tests, about, strict=True)
     ]

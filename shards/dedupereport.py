@@ -13,7 +13,7 @@ from PIL import Image
 from shards import phash
 from shards.atomic import write_text
 from shards.dataset import Dataset
-from shards.decode import DecodeError, decode_shrunk
+from shards.decode import DecodeError, decode
 
 if TYPE_CHECKING:
     from shards.dedupe import Result
@@ -72,7 +72,7 @@ def _summary(result: "Result", base: str | None) -> str:
     rows = [
         ("training set", result.url),
         ("images", f"{result.images:,} in {result.shards:,} shards"),
-        ("only compared by their bytes", f"{result.plain:,} without detail (blank, a plain gradient), "
+        ("only compared by their bytes", f"{result.blank:,} blank, "
                                          f"{len(result.undecodable):,} that cannot be decoded"),
         ("drop list", drop_list),
     ]  # fmt: skip
@@ -80,12 +80,12 @@ def _summary(result: "Result", base: str | None) -> str:
 
 
 def _test_table(result: "Result") -> str:
-    heads = ["test set", "images", "without detail", "undecodable", "copies found: same bytes", "same picture",
+    heads = ["test set", "images", "blank", "undecodable", "copies found: same bytes", "same picture",
              "of these mirrored", "test images hit"]  # fmt: skip
     return _table(
         heads,
         (
-            (each.url, *(f"{count:,}" for count in (each.images, each.plain, len(each.undecodable), each.exact,
+            (each.url, *(f"{count:,}" for count in (each.images, each.blank, len(each.undecodable), each.exact,
                                                     each.near, each.mirrored, each.hit)))
             for each in result.tests
         ),
@@ -135,7 +135,7 @@ def _caption(row: dict) -> str:
 def _image(dataset: Dataset, shard: int, index: int) -> str:
     sample = dataset.read(shard, index)
     try:
-        image = Image.fromarray(decode_shrunk(sample.image, sample.key, PIXELS))
+        image = Image.fromarray(decode(sample.image, sample.key, short=PIXELS))
     except DecodeError:
         return "<span>cannot be decoded</span>"
     image.thumbnail((PIXELS, PIXELS))

@@ -6,9 +6,10 @@ comes from. The small pictures of the confirming comparison, 4 kB each, stay on 
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -48,40 +49,44 @@ class Found(NamedTuple):
 def write_index(folder: Path, parts: Iterable[TestImages], images: int, about: list[dict]) -> None:
     """Write the index of ``images`` test images, whole or not at all.
 
-    Images without detail (blank, a plain gradient, not decodable) are listed under their SHA-256 alone. What is to be
-    said ``about`` the test sets is kept beside, as it is once all ``parts`` are taken.
+    Blank images, and those that cannot be decoded, are listed under their SHA-256 alone; of images of one test set with
+    the same bytes, the first is listed. What is to be said ``about`` the test sets is kept beside, as it is once all
+    ``parts`` are taken.
     """
     partial = partial_folder(folder)
-
-    def array(name: str, dtype: type, *shape: int) -> np.ndarray:
-        return np.lib.format.open_memmap(partial / f"{name}.npy", "w+", np.dtype(dtype), (images, *shape))
-
-    where, sha256 = array("where", np.int32, 3), array("sha256", np.uint8, 32)
-    hashes, thumbs = array("hashes", np.uint64), array("thumbs", np.uint8, phash.THUMB**2)
-    plain = np.empty(images, bool)
+    blank = np.empty(images, bool)
     at = 0
-    with open(partial / "pictures", "wb") as file:
+    # Written in order, not mapped: on a full disk a write is an error, a mapped page is the end of the process.
+    with ExitStack() as files:
+
+        def column(name: str, dtype: type, *shape: int) -> BinaryIO:
+            return files.enter_context(_array_file(partial / f"{name}.npy", dtype, (images, *shape)))
+
+        wheres, digests = column("where", np.int32, 3), column("sha256", np.uint8, 32)
+        hashes, thumbs = column("hashes", np.uint64), column("thumbs", np.uint8, phash.THUMB**2)
+        all_pictures = files.enter_context(open(partial / "pictures", "wb"))
         for part in parts:
             for start in range(0, len(part.where), CHUNK):
-                where_, sha256_, pictures = (column[start : start + CHUNK] for column in part)
-                here = slice(at, at + len(where_))
-                where[here], sha256[here], thumbs[here] = where_, sha256_, phash.thumbs(pictures)
-                hashes[here] = phash.hashes(phash.coefficients(pictures))
-                plain[here] = phash.detail_levels(pictures) < phash.FAINT_LEVELS
-                file.write(pictures.tobytes())
-                at += len(where_)
-    detailed = np.flatnonzero(~plain).astype(np.int32)
-    keys = phash.bands(hashes[detailed])
+                where, sha256, pictures = (each[start : start + CHUNK] for each in part)
+                wheres.write(where.astype(np.int32).tobytes())
+                digests.write(sha256.tobytes())
+                thumbs.write(phash.thumbs(pictures).tobytes())
+                hashes.write(phash.hashes(phash.coefficients(pictures)).astype(np.uint64).tobytes())
+                all_pictures.write(pictures.tobytes())
+                blank[at : at + len(where)] = phash.blank(pictures)
+                at += len(where)
+    words = np.ascontiguousarray(_load(partial, "sha256")).view("<u8")
+    listed = _distinct(words, _load(partial, "where")[:, 0])
+    _save(partial / "sha256_order.npy", listed.astype(np.int32))
+    _save(partial / "sha256_sorted.npy", words[listed, 0])
+    found = np.zeros(images, bool)
+    found[listed] = True
+    shown = np.flatnonzero(found & ~blank).astype(np.int32)
+    keys = phash.bands(_load(partial, "hashes")[shown])
     for band in range(phash.BANDS):
-        np.save(partial / f"members{band}.npy", detailed[np.argsort(keys[:, band], kind="stable")])
+        _save(partial / f"members{band}.npy", shown[np.argsort(keys[:, band], kind="stable")])
         counts = np.bincount(keys[:, band], minlength=BUCKETS)
-        np.save(partial / f"starts{band}.npy", np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
-    prefixes = _prefixes(sha256)
-    order = np.argsort(prefixes, kind="stable").astype(np.int32)
-    np.save(partial / "sha256_order.npy", order)
-    np.save(partial / "sha256_sorted.npy", prefixes[order])
-    for each in (where, sha256, hashes, thumbs):
-        each.flush()
+        _save(partial / f"starts{band}.npy", np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
     (partial / "about.json").write_text(json.dumps(about), encoding="utf-8")
     for path in partial.iterdir():
         with open(path, "rb+") as file:
@@ -99,19 +104,16 @@ class HashIndex:
 
     Attributes:
         where: int32 [images, 3], test set, shard and index of each test image.
+        tests: Number of test sets that have images.
     """
 
     def __init__(self, folder: Path):
-        def array(name: str) -> np.ndarray:
-            path = folder / f"{name}.npy"
-            # an empty file cannot be mapped; np.asarray: plain arrays index faster than np.memmap
-            return np.load(path) if path.stat().st_size <= 128 else np.asarray(np.load(path, mmap_mode="r"))
-
-        self.where = array("where")
-        self._sha256, self._hashes, self._thumbs = array("sha256"), array("hashes"), array("thumbs")
-        self._starts = [array(f"starts{band}") for band in range(phash.BANDS)]
-        self._members = [array(f"members{band}") for band in range(phash.BANDS)]
-        self._order, self._sorted = array("sha256_order"), array("sha256_sorted")
+        self.where = _load(folder, "where")
+        self.tests = len(np.unique(self.where[:, 0]))
+        self._sha256, self._hashes, self._thumbs = (_load(folder, name) for name in ("sha256", "hashes", "thumbs"))
+        self._starts = [_load(folder, f"starts{band}") for band in range(phash.BANDS)]
+        self._members = [_load(folder, f"members{band}") for band in range(phash.BANDS)]
+        self._order, self._sorted = _load(folder, "sha256_order"), _load(folder, "sha256_sorted")
         self._pictures = os.open(folder / "pictures", os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self):
@@ -126,39 +128,43 @@ class HashIndex:
         data = os.pread(self._pictures, phash.SIDE**2, row * phash.SIDE**2)
         return np.frombuffer(data, np.uint8).reshape(phash.SIDE, phash.SIDE)
 
-    def exact(self, sha256: bytes) -> list[int]:
-        """Return the rows of the test images with these very bytes."""
+    def exact(self, sha256: bytes) -> dict[int, int]:
+        """Return the row of the first image with these very bytes in each test set that has one, by test set."""
         wanted = np.frombuffer(sha256, np.uint8)
-        prefix = _prefixes(wanted[None])[0]
-        left, right = (int(np.searchsorted(self._sorted, prefix, side)) for side in ("left", "right"))
-        return [row for row in self._order[left:right].tolist() if np.array_equal(self._sha256[row], wanted)]
+        prefix = wanted.view("<u8")[0]
+        rows = self._order[np.searchsorted(self._sorted, prefix) : np.searchsorted(self._sorted, prefix, "right")]
+        rows = rows[(self._sha256[rows] == wanted).all(1)]
+        return dict(zip(self.where[rows, 0].tolist(), rows.tolist(), strict=True))
 
-    def near(self, pictures: np.ndarray) -> tuple[list[list[Found]], int]:
+    def near(self, pictures: np.ndarray, known: Sequence[Iterable[int]] = ()) -> tuple[list[list[Found]], int]:
         """Find the test images that training images are copies of, as they are or mirrored.
 
         Args:
             pictures: uint8 [n, 64, 64] of the training images.
+            known: Test sets that each is known to be in, which are passed over.
 
         Returns:
             For each training image at most one test image of each test set, the first found of the likeliest; and how
-            many training images have no detail to compare.
+            many training images are blank.
         """
+        known = [set(tests) for tests in known] or [set() for _ in pictures]
         found: list[dict[int, Found]] = [{} for _ in pictures]
-        detailed = np.flatnonzero(phash.detail_levels(pictures) >= phash.FAINT_LEVELS)
-        upright = pictures[detailed]
+        blank = phash.blank(pictures)
+        shown = np.flatnonzero(~blank & [len(tests) < self.tests for tests in known])
+        upright = pictures[shown]
         upright_coefficients = phash.coefficients(upright)
         for mirror in (False, True):
             seen = phash.mirrored(upright) if mirror else upright
             each = phash.mirrored_coefficients(upright_coefficients) if mirror else upright_coefficients
             owners, rows = self.candidates(each, phash.thumbs(seen))
             for owner, row in zip(owners.tolist(), rows.tolist(), strict=True):
-                mine, test = found[detailed[owner]], int(self.where[row, 0])
-                if test in mine:
+                mine, test = found[shown[owner]], int(self.where[row, 0])
+                if test in mine or test in known[shown[owner]]:
                     continue
                 likeness = phash.compare(self.picture(row), seen[owner])
                 if likeness:
                     mine[test] = Found(row, mirror, likeness)
-        return [[mine[test] for test in sorted(mine)] for mine in found], len(pictures) - len(detailed)
+        return [[mine[test] for test in sorted(mine)] for mine in found], int(blank.sum())
 
     def candidates(self, coefficients: np.ndarray, thumbs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Find which test images to compare training images with, by hash and thumbnail.
@@ -215,6 +221,31 @@ class HashIndex:
         return np.concatenate(kept_owners), np.concatenate(kept_rows)
 
 
-def _prefixes(sha256: np.ndarray) -> np.ndarray:
-    """Return the first 8 bytes of hashes uint8 [n, 32] as numbers, uint64 [n]."""
-    return np.ascontiguousarray(sha256[:, :8]).view("<u8")[:, 0]
+def _distinct(words: np.ndarray, tests: np.ndarray) -> np.ndarray:
+    """Return the first row of each SHA-256 (uint64 [n, 4]) in each test set, sorted by the first 8 bytes."""
+    order = np.lexsort((tests, words[:, 3], words[:, 2], words[:, 1], words[:, 0]))  # stable: rows stay in order
+    first = np.ones(len(order), bool)
+    first[1:] = (words[order[1:]] != words[order[:-1]]).any(1) | (tests[order[1:]] != tests[order[:-1]])
+    return order[first]
+
+
+@contextmanager
+def _array_file(path: Path, dtype: type, shape: tuple[int, ...]) -> Iterator[BinaryIO]:
+    """Open a ``.npy`` file to write the values of an array to."""
+    described = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, described)
+        yield file
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    """Write an array; ``np.save`` does not say why it could not."""
+    with _array_file(path, array.dtype, array.shape) as file:
+        file.write(array.tobytes())
+
+
+def _load(folder: Path, name: str) -> np.ndarray:
+    """Map an array into memory."""
+    path = folder / f"{name}.npy"
+    # an empty file cannot be mapped; np.asarray: plain arrays index faster than np.memmap
+    return np.load(path) if path.stat().st_size <= 128 else np.asarray(np.load(path, mmap_mode="r"))

@@ -7,8 +7,11 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from shards.orientation import SCAN, jpeg_segments, read_orientation
+
 MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # where Pillow refuses; from half of that on, it warns
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of odd metadata, without the image's name
 
 
 class BrokenImageError(ValueError):
@@ -48,37 +51,31 @@ def read_header(data: bytes) -> Header:
         raise BrokenImageError("cut short: fewer bytes than its header claims")
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "WEBP")) as image:
-            header = Header(image.format.lower(), *image.size, _orientation(image.info.get("exif", b"")))
+            header = Header(image.format.lower(), *image.size, read_orientation(data))
             if header.format == "png":
                 image.verify()
     except Image.UnidentifiedImageError as error:
         raise BrokenImageError("not a jpg, png or webp image") from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise BrokenImageError(str(error)) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged images make Pillow raise anything
+        raise BrokenImageError(str(error) or type(error).__name__) from error
     return header
 
 
 def _read_jpeg(data: bytes) -> Header:
-    """Walk the segments of a JPEG (ITU-T T.81, annex B): Pillow does the same in ten times the time."""
-    size, orientation, at = None, 1, 2
-    while at + 4 <= len(data) and data[at] == 0xFF:
-        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
-        if marker == 0xFF:  # padding
-            at += 1
-            continue
-        if marker == 0xDA:  # start of scan: compressed data never holds an end marker by chance
+    """Walk the segments: Pillow does the same in ten times the time."""
+    size = None
+    for marker, start, end in jpeg_segments(data):
+        if marker == SCAN:  # compressed data never holds an end marker by chance
             if size is None:
                 raise BrokenImageError("no frame header before the first scan")
-            if data.rfind(b"\xff\xd9", at) < 0:  # a thumbnail before it has its own
+            if data.rfind(b"\xff\xd9", start) < 0:  # a thumbnail before it has its own
                 raise BrokenImageError("cut short: no end marker")
-            return Header("jpg", size[1], size[0], orientation)
-        segment = data[at + 4 : at + 2 + length]
-        if marker in _FRAMES and len(segment) >= 6:
-            size = int.from_bytes(segment[1:3], "big"), int.from_bytes(segment[3:5], "big")
-            _check_frame(*size, segment[0], segment[5])
-        elif marker == 0xE1 and segment[:6] == b"Exif\x00\x00":
-            orientation = _orientation(segment)
-        at += 2 + length
+            return Header("jpg", size[1], size[0], read_orientation(data))
+        if marker in _FRAMES and end - start >= 6:
+            bits, *size, components = struct.unpack_from(">BHHB", data, start)
+            _check_frame(*size, bits, components)
     raise BrokenImageError("cut short or damaged: no scan after the header")
 
 
@@ -92,13 +89,3 @@ def _check_frame(height: int, width: int, bits: int, components: int) -> None:
         raise BrokenImageError(f"a JPEG of {components} components of {bits} bits, which nothing here decodes")
     if height * width > MOST_PIXELS:
         raise BrokenImageError(f"{height * width:,} pixels, more than {MOST_PIXELS:,}: a decompression bomb?")
-
-
-def _orientation(exif: bytes) -> int:
-    tags = Image.Exif()
-    try:
-        tags.load(exif)
-        orientation = tags.get(0x0112, 1)
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error):  # broken EXIF breaks no image
-        return 1
-    return orientation if orientation in range(1, 9) else 1

@@ -6,20 +6,19 @@ where it was. Where labels are names, all tables are numbered once every name is
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
-
 from shards import manifest
 from shards.atomic import only_one
 from shards.errors import UserError
 from shards.labels import LabelRule
-from shards.manifest import Info, Receipt
+from shards.manifest import Receipt
 from shards.progress import ImageProgress
+from shards.rejected import too_many
 from shards.store import LocalStore, MissingError, Store, open_store
 from shards.tarindex import Job, Reading, finished, index_tar, renumber
 from shards.tarlist import find_tars
@@ -98,7 +97,7 @@ def index(
     settings = {"source": "index", **reading.settings}
     try:
         store = tars if out is None else open_store(out, create=True)
-        if store.url.startswith(("http://", "https://")):
+        if store.web:
             raise UserError(f"{store.url} takes no files: a web server; give --out, a folder for the manifest")
         jobs = [Job(_place(tars), path, _place(store), shard, reading) for shard, path in enumerate(paths)]
         elsewhere = None if _place(store) == _place(tars) else _place(tars)
@@ -155,7 +154,7 @@ def _check_output(store: Store, jobs: list[Job], settings: dict, elsewhere: str 
         return False
     if info.build.get("source") != "index":
         raise UserError(f"{store.url} holds a data set that was built here and needs no index; {remedy}")
-    old = manifest.read_table(store.read(manifest.SHARDS))["path"].to_pylist()
+    old = manifest.open_table(store, manifest.SHARDS, ["path"])["path"].to_pylist()
     if not set(old) & {job.path for job in jobs}:
         raise UserError(f"{store.url} holds the index of other tars ({old[0]}, ...); {remedy}")
     whole = info.build == settings and info.tars == elsewhere and old == [job.path for job in jobs]
@@ -175,7 +174,7 @@ def _index_all(
         size = sum(tars.size(job.path) for job in missing) if tars.local else len(missing) * _BYTES_A_WORKER
         workers = max(1, min(cores(), size // _BYTES_A_WORKER))
     rejected = [entry for job in jobs if job.shard in receipts for entry in _rejected(job, receipts[job.shard])]
-    _stop_at(rejected, max_rejected, tars.url)
+    _stop_at(rejected, receipts.values(), max_rejected, tars.url)
     if missing:
         _take_apart(open_store(jobs[0].out))
     errors = {}
@@ -187,7 +186,7 @@ def _index_all(
             receipts[job.shard] = receipt
             bar.advance(receipt.samples, receipt.bytes, len(receipt.rejected))
             rejected += _rejected(job, receipt)
-            _stop_at(rejected, max_rejected, tars.url)
+            _stop_at(rejected, receipts.values(), max_rejected, tars.url)
     if errors:
         first, *others = (errors[shard] for shard in sorted(errors))
         more = f" (and {len(others)} more bad tars of {len(jobs)}: {' | '.join(others[:4])})" if others else ""
@@ -210,16 +209,12 @@ def _rejected(job: Job, receipt: Receipt) -> list[tuple[str, str]]:
     return [(f"{job.path} {key}", reason) for key, reason in receipt.rejected]
 
 
-def _stop_at(rejected: list[tuple[str, str]], max_rejected: int, url: str) -> None:
-    if len(rejected) <= max_rejected:
-        return
-    count = len(rejected)
-    listed = ", ".join(f"{where} ({reason})" for where, reason in sorted(rejected)[:10])
-    more = f" and {count - 10} more" if count > 10 else ""
-    raise UserError(
-        f"{count} broken sample{'s' * (count > 1)} in {url} so far, {max_rejected} allowed: {listed}{more}; "
-        f"leave them out with --max-rejected {count}"
-    )
+def _stop_at(rejected: list[tuple[str, str]], receipts: Iterable[Receipt], max_rejected: int, url: str) -> None:
+    if len(rejected) > max_rejected:
+        remedy = f"leave them out with --max-rejected {len(rejected)}"
+        if not any(receipt.samples for receipt in receipts):
+            remedy = "not one is whole: look what the tars hold, and where --image and --label say it stands"
+        raise too_many(rejected, max_rejected, "sample", url, remedy)
 
 
 def _classes(receipts: list[Receipt], jobs: list[Job]) -> list[str]:
@@ -267,29 +262,18 @@ def _write_manifest(
 ) -> None:
     samples = sum(receipt.samples for receipt in receipts)
     if not samples:
-        raise UserError(f"no sample with a whole image in {jobs[0].tars}; choose the image with --image")
+        rejected = [entry for job, receipt in zip(jobs, receipts, strict=True) for entry in _rejected(job, receipt)]
+        if rejected:
+            where, reason = rejected[0]
+            raise UserError(f"no sample with a whole image in {jobs[0].tars}: {where} ({reason}), ...; check the tars")
+        others = sum((Counter(receipt.notes["skipped"]) for receipt in receipts), Counter())
+        only = "no file in" if not others else "only " + ", ".join(f"{n} {kind}" for kind, n in others.items()) + " in"
+        raise UserError(f"{only} {jobs[0].tars}, {len(jobs)} tar{'s' * (len(jobs) > 1)}; check where they are from")
     for name in store.list("manifest/samples"):  # of tars that are gone, and of killed runs
         number = re.fullmatch(r"(\d{6,})\.parquet", name)
         if name.endswith(".partial") or (number and int(number[1]) >= len(jobs)):
             store.delete(f"manifest/samples/{name}")
-    rows = {
-        "path": [job.path for job in jobs],
-        "samples": [receipt.samples for receipt in receipts],
-        "bytes": [receipt.bytes for receipt in receipts],
-        "sha256": [receipt.sha256 for receipt in receipts],
-    }
-    manifest.write_table(store, manifest.SHARDS, pa.table(rows, schema=manifest.SHARDS_SCHEMA))
-    info = Info(
-        classes=classes,
-        samples=samples,
-        bytes=sum(rows["bytes"]),
-        image_bytes=sum(receipt.image_bytes for receipt in receipts),
-        shards=len(jobs),
-        digest=manifest.digest(classes, rows["sha256"]),
-        build=settings,
-        tars=elsewhere,
-    )
-    manifest.write_info(store, info)
+    manifest.write_manifest(store, classes, [job.path for job in jobs], receipts, settings, elsewhere)
 
 
 def _result(store: Store, tars: Store, jobs: list[Job], receipts: list[Receipt], read: int) -> Indexed:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 from pathlib import Path
 from threading import Lock
 
@@ -23,7 +24,7 @@ _LOADING = Lock()
 _Decode = Callable[..., int]
 
 
-def decode_part(data: bytes, top: int, left: int, height: int, width: int) -> np.ndarray | None:
+def decode_part(data: bytes, top: int, left: int, height: int, width: int, shrink: int = 1) -> np.ndarray | None:
     """Decode a part of a JPEG as stored, to the bits that simplejpeg gives for it in the whole.
 
     Args:
@@ -32,6 +33,7 @@ def decode_part(data: bytes, top: int, left: int, height: int, width: int) -> np
         left: First column of the part.
         height: Of the part, pixels.
         width: Of the part, pixels.
+        shrink: 1, 2, 4 or 8: the part is of the image decoded at such a fraction of its size, rounded up.
 
     Returns:
         uint8 [height, width, 3], RGB, contiguous; or None where the full decoder has to look: the JPEG is
@@ -40,7 +42,7 @@ def decode_part(data: bytes, top: int, left: int, height: int, width: int) -> np
     """
     with _LOADING:
         decode = _native()
-    return None if decode is None else _call(decode, data, top, left, height, width)
+    return None if decode is None else _call(decode, data, shrink, top, left, height, width)
 
 
 @cache
@@ -63,14 +65,14 @@ def _library() -> Path:
 
 def _load(path: Path) -> _Decode:
     decode = ctypes.CDLL(str(path)).jpegcrop_decode  # releases the GIL while it runs
-    decode.argtypes = [ctypes.c_char_p, ctypes.c_size_t, *[ctypes.c_int] * 4, ctypes.c_void_p]
+    decode.argtypes = [ctypes.c_char_p, ctypes.c_size_t, *[ctypes.c_int] * 5, ctypes.c_void_p]
     decode.restype = ctypes.c_int
     return decode
 
 
-def _call(decode: _Decode, data: bytes, top: int, left: int, height: int, width: int) -> np.ndarray | None:
+def _call(decode: _Decode, data: bytes, shrink: int, top: int, left: int, height: int, width: int) -> np.ndarray | None:
     part = np.empty((height, width, 3), dtype=np.uint8)
-    return None if decode(data, len(data), top, left, height, width, part.ctypes.data) else part
+    return None if decode(data, len(data), shrink, top, left, height, width, part.ctypes.data) else part
 
 
 def build() -> Path:
@@ -102,11 +104,12 @@ def _compile(path: Path) -> None:
 
 def _check(decode: _Decode) -> None:
     image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
-    for sampling in ("444", "422", "420", "440", "411"):
+    for sampling, shrink in product(("444", "422", "420", "440", "411"), (1, 2, 4, 8)):
         data = simplejpeg.encode_jpeg(image, quality=90, colorsubsampling=sampling)
-        whole = simplejpeg.decode_jpeg(data, "RGB")
-        for top, left, height, width in [(0, 0, 50, 70), (17, 19, 20, 30), (33, 5, 1, 1)]:
-            part = _call(decode, data, top, left, height, width)
+        whole = simplejpeg.decode_jpeg(data, "RGB", min_height=-(-50 // shrink), min_width=-(-70 // shrink))
+        for box in [(0, 0, 50, 70), (17, 19, 20, 30), (33, 5, 1, 1)]:
+            top, left, height, width = (-(-side // shrink) for side in box)
+            part = _call(decode, data, shrink, top, left, height, width)
             if not np.array_equal(part, whole[top : top + height, left : left + width]):
                 raise UserError(f"this libjpeg decodes {sampling} to other pixels than simplejpeg; install another")
 

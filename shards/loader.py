@@ -81,7 +81,12 @@ class _Work:
         index: np.ndarray,
     ):
         self.read, self.transform, self.positions = read, transform, positions
-        self.images = np.zeros((len(positions), transform.size, transform.size, 3), dtype=np.uint8)
+        size = getattr(transform, "size", None)
+        if size is None:
+            raise UserError(
+                f"the transform {transform} has no attribute size; set it to the side of its results in pixels"
+            )
+        self.images = np.zeros((len(positions), size, size, 3), dtype=np.uint8)
         self.labels = np.zeros(len(positions), dtype=np.int64)
         self.keys = [(seed, e, p) for e, p in zip(epoch.tolist(), positions.tolist(), strict=True)]
         self._where = list(zip(shard.tolist(), index.tolist(), strict=True))
@@ -100,13 +105,18 @@ class _Work:
         return broken
 
     def put(self, row: int, sample: Sample) -> None:
-        """Decode a sample into a row; raises DecodeError."""
+        """Decode a sample into a row; raises DecodeError, and UserError if the transform makes something else."""
         if len(sample.labels) != 1:
             raise UserError(
                 f"sample {sample.key} has {len(sample.labels)} labels, one is needed; "
                 "use a data set with a class for each image"
             )
-        self.images[row] = transform_encoded(self.transform, sample.image, sample.key, self.keys[row])
+        image = transform_encoded(self.transform, sample.image, sample.key, self.keys[row])
+        place = self.images[row]
+        if not isinstance(image, np.ndarray) or (image.dtype, image.shape) != (place.dtype, place.shape):
+            made = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+            raise UserError(f"the transform made {made} of {sample.key}; let it make uint8 {place.shape}")
+        place[:] = image
         self.labels[row] = sample.labels[0]
 
     def wait(self) -> list[_Broken]:
@@ -128,7 +138,7 @@ class Loader:
     Args:
         dataset: Single-label samples.
         global_batch: Samples a step over all ranks.
-        transform: Makes squares of images; see shards/augment.py.
+        transform: Makes squares of images; one of yours will do, see ``Transform`` in shards/augment.py.
         rank: Of this process.
         world_size: Number of ranks; it must divide ``global_batch``.
         seed: Of order and augmentation.

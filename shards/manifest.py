@@ -9,7 +9,8 @@ manifest/exclude/VERSION.parquet a row a dropped sample
 import hashlib
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -128,6 +129,33 @@ def read_table(data: bytes, columns: list[str] | None = None) -> pa.Table:
     return pq.ParquetFile(io.BytesIO(data)).read(columns=columns, use_threads=False)
 
 
+REMEDY = "copy or build the data set again"
+
+
+def open_table(store: Store, path: str, columns: list[str], remedy: str = REMEDY) -> pa.Table:
+    """Read columns of a parquet file, in the order of the file.
+
+    Raises:
+        MissingError: There is no such file.
+        UserError: It is damaged, or lacks one of the columns.
+    """
+    data = store.read(path)
+    with _damage_told(store, path, remedy):
+        table = read_table(data, columns)
+        if missing := set(columns) - set(table.column_names):
+            raise ValueError(f"no column {min(missing)}")
+        return table
+
+
+@contextmanager
+def _damage_told(store: Store, path: str, remedy: str = REMEDY) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, OSError, pa.ArrowException) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{store.url}/{path} is damaged ({reason}); {remedy}") from error
+
+
 def write_samples(store: Store, path: str, rows: dict[str, list], receipt: Receipt) -> None:
     """Write a shard's sample table (columns as in ``SAMPLES_SCHEMA``) with its receipt."""
     schema = SAMPLES_SCHEMA.with_metadata({"receipt": json.dumps(asdict(receipt))})
@@ -136,16 +164,54 @@ def write_samples(store: Store, path: str, rows: dict[str, list], receipt: Recei
 
 
 def read_receipt(store: Store, path: str) -> Receipt:
-    """Read the receipt from the footer of a sample table, without its rows."""
-    with store.stream(path) as file:
+    """Read the receipt from the footer of a sample table, without its rows.
+
+    Raises:
+        MissingError: There is no such table.
+        UserError: It is damaged, or has no receipt.
+    """
+    with store.stream(path) as file, _damage_told(store, path):
         fields = json.loads(pq.read_schema(file).metadata[b"receipt"])
-    fields["rejected"] = [tuple(entry) for entry in fields["rejected"]]
-    return Receipt(**fields)
+        fields["rejected"] = [tuple(entry) for entry in fields["rejected"]]
+        return Receipt(**fields)
 
 
 def write_info(store: Store, info: Info) -> None:
     """Write ``dataset.json``: from now on the store holds a whole data set."""
     store.write(DATASET, (json.dumps(asdict(info), indent=1, sort_keys=True) + "\n").encode())
+
+
+def write_manifest(
+    store: Store, classes: list[str], paths: list[str], receipts: list[Receipt], build: dict, tars: str | None = None
+) -> None:
+    """Write ``shards.parquet`` and then ``dataset.json``, once all shards have their tables.
+
+    Args:
+        store: The data set.
+        classes: Names.
+        paths: Of the tars.
+        receipts: Of the tars, in the same order.
+        build: The settings that made it.
+        tars: Where the tars are, if elsewhere.
+    """
+    rows = {
+        "path": paths,
+        "samples": [receipt.samples for receipt in receipts],
+        "bytes": [receipt.bytes for receipt in receipts],
+        "sha256": [receipt.sha256 for receipt in receipts],
+    }
+    write_table(store, SHARDS, pa.table(rows, schema=SHARDS_SCHEMA))
+    info = Info(
+        classes=classes,
+        samples=sum(rows["samples"]),
+        bytes=sum(rows["bytes"]),
+        image_bytes=sum(receipt.image_bytes for receipt in receipts),
+        shards=len(receipts),
+        digest=digest(classes, rows["sha256"]),
+        build=build,
+        tars=tars,
+    )
+    write_info(store, info)
 
 
 def parse_info(data: bytes, url: str) -> Info:

@@ -7,17 +7,16 @@ import json
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-
-import pyarrow as pa
 
 from shards import manifest
 from shards.atomic import only_one
 from shards.errors import UserError
-from shards.manifest import Info, Receipt
+from shards.manifest import Receipt
 from shards.plan import WHOLE
+from shards.shard import finished
 from shards.store import LocalStore, MissingError, Store, open_store
 
 BUILDING = "building.json"
@@ -49,9 +48,17 @@ class Result:
 
 @dataclass(frozen=True)
 class PartBuilding:
-    """One data set to make: samples planned for each shard, known bytes of images, settings that decide its bytes."""
+    """One data set to make.
+
+    Attributes:
+        samples: Planned for each shard.
+        changed: When the newest image of each shard was, nanoseconds since 1970, as the last slice saw it.
+        bytes: Of the images, as far as known.
+        build: Settings that decide its bytes.
+    """
 
     samples: list[int]
+    changed: list[int] = field(compare=False)
     bytes: int
     build: dict
 
@@ -71,6 +78,16 @@ class Building:
     def plan(self, name: str) -> str:
         """Return the hex digest of all that decides the bytes of a part: its shards' receipts carry it."""
         return sha256(json.dumps([self.classes, self.parts[name].build], sort_keys=True).encode()).hexdigest()
+
+    def newest(self, other: "Building") -> "Building":
+        """Return this build with the later times of the two at which images were changed."""
+        parts = {
+            name: replace(
+                part, changed=[max(pair) for pair in zip(part.changed, other.parts[name].changed, strict=True)]
+            )
+            for name, part in self.parts.items()
+        }
+        return replace(self, parts=parts)
 
     def planned(self, out: str | Path) -> Result:
         """Return what the build would make; bytes are those of the images, as far as known."""
@@ -132,9 +149,9 @@ def _built(out: str | Path) -> Building:
         store = open_store(root.url if name == WHOLE else f"{root.url}/{name}")
         if store.exists(manifest.DATASET):
             info = manifest.parse_info(store.read(manifest.DATASET), store.url)
-            shards = manifest.read_table(store.read(manifest.SHARDS))
+            sizes = manifest.open_table(store, manifest.SHARDS, ["samples"])["samples"].to_pylist()
             if "plan" in info.build:
-                found[name] = info.classes, PartBuilding(shards["samples"].to_pylist(), info.image_bytes, info.build)
+                found[name] = info.classes, PartBuilding(sizes, [0] * len(sizes), info.image_bytes, info.build)
     if not found:
         raise UserError(f"no build is under way at {out}; begin one with `patchmill shards build`")
     return Building(next(iter(found.values()))[0], {}, {name: part for name, (_, part) in found.items()})
@@ -146,30 +163,28 @@ def _receipts(out: str | Path, building: Building) -> dict[tuple[str, int], Rece
     Raises:
         UserError: Some are missing, or of another plan.
     """
-    plans = {building.url(out, name): (building.plan(name), len(part.samples)) for name, part in building.parts.items()}
-    wanted = [(url, number) for url, (_, shards) in plans.items() for number in range(shards)]
-
-    def read(shard: tuple[str, int]) -> Receipt | None:
-        url, number = shard
-        try:
-            store = open_store(url)
-            receipt = manifest.read_receipt(store, manifest.samples_path(number))
-            whole = receipt.plan == plans[url][0] and receipt.bytes == store.size(manifest.shard_path(number))
-        except (UserError, OSError, ValueError, KeyError, TypeError):  # missing, damaged or of something else
-            return None
-        return receipt if whole else None
-
-    with ThreadPoolExecutor(32) as pool:
-        receipts = dict(zip(wanted, pool.map(read, wanted), strict=True))
-    if missing := [
-        f"{url}/{manifest.shard_path(number)}" for (url, number), receipt in receipts.items() if not receipt
-    ]:
+    wanted = {
+        (building.url(out, name), shard): (building.plan(name), changed)
+        for name, part in building.parts.items()
+        for shard, changed in enumerate(part.changed)
+    }
+    receipts = finished_shards(wanted)
+    if missing := [f"{url}/{manifest.shard_path(shard)}" for url, shard in wanted if (url, shard) not in receipts]:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise UserError(
-            f"{len(missing)} of {len(wanted)} shards are not built yet: {', '.join(missing[:5])}{more}; run the slices "
-            "that make them (shard number modulo N is I of --slice I/N), then merge again"
+            f"{len(missing)} of {len(wanted)} shards are not built yet, or are older than their images: "
+            f"{', '.join(missing[:5])}{more}; run the slices that make them (shard number modulo N is I of --slice "
+            "I/N), then merge again"
         )
     return receipts
+
+
+def finished_shards(wanted: dict[tuple[str, int], tuple[str, int]]) -> dict[tuple[str, int], Receipt]:
+    """Return the receipts that there are of (data set, shard): (plan, when the newest image was)."""
+    stores = {url: open_store(url, create=True) for url, _ in wanted}
+    with ThreadPoolExecutor(32) as pool:  # each is some round trips to a bucket
+        found = pool.map(lambda place: finished(stores[place[0]], place[1], *wanted[place]), wanted)
+        return {place: receipt for place, receipt in zip(wanted, found, strict=True) if receipt}
 
 
 def finish(out: str | Path, building: Building, receipts: dict[tuple[str, int], Receipt]) -> Result:
@@ -188,30 +203,15 @@ def _write_manifest(url: str, classes: list[str], part: PartBuilding, receipts: 
     if not made.samples:
         raise UserError(f"every image for {url} is broken; check the source")
     store = open_store(url)
-    _clear(store, len(receipts))
+    clear(store, len(receipts))
     if not all(store.exists(path) for path in (manifest.DATASET, manifest.SHARDS)):
-        rows = {
-            "path": [manifest.shard_path(shard) for shard in range(len(receipts))],
-            "samples": [receipt.samples for receipt in receipts],
-            "bytes": [receipt.bytes for receipt in receipts],
-            "sha256": [receipt.sha256 for receipt in receipts],
-        }
-        manifest.write_table(store, manifest.SHARDS, pa.table(rows, schema=manifest.SHARDS_SCHEMA))
-        info = Info(
-            classes=classes,
-            samples=made.samples,
-            bytes=made.bytes,
-            image_bytes=sum(receipt.image_bytes for receipt in receipts),
-            shards=len(receipts),
-            digest=manifest.digest(classes, rows["sha256"]),
-            build=part.build,
-        )
-        manifest.write_info(store, info)
+        paths = [manifest.shard_path(shard) for shard in range(len(receipts))]
+        manifest.write_manifest(store, classes, paths, receipts, part.build)
     return made
 
 
-def _clear(store: Store, shards: int) -> None:
-    """Remove what other tries left behind: partial files, and shards that the plan does not have."""
+def clear(store: Store, shards: int) -> None:
+    """Remove what other tries left in a data set of so many shards: partial files, and shards beyond."""
     for folder in ("shards", "manifest", "manifest/samples"):
         for name in store.list(folder):
             ours = re.fullmatch(r"(\d{6,})\.(tar|parquet)", name)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from shards.decode import decode_shrunk
+from shards.decode import decode
 
 SIDE = 64  # pixels of the small picture
 THUMB = 16  # pixels of the thumbnail kept in memory for every test image
@@ -23,10 +23,12 @@ MOST_DIFFERENT = 1 / 3  # of the reliable bits
 LEAST_EXPLAINED = 0.8  # by the thumbnail, moved and scaled a little
 
 # The verdict. Correlations of the small pictures as they are and of their middle frequencies ("detail"), which all
-# gradients and blobs lack. Where detail is faint, in grey levels, more of it must agree; without any, no verdict.
-LEAST_WHOLE = 0.92
-LEAST_DETAIL = 0.85
-LEAST_FAINT_DETAIL = 0.95
+# gradients and blobs lack. Where detail is faint, in grey levels, noise drowns some of it, but the rest must agree the
+# better. Where there is none, as in a plain sky, the grey levels themselves must agree; a blank image gets no verdict.
+LEAST_WHOLE, LEAST_DETAIL = 0.92, 0.93
+LEAST_FAINT_WHOLE, LEAST_FAINT_DETAIL = 0.99, 0.9
+LEAST_CONTRAST = 8.0  # grey levels, standard deviation
+MOST_DIFFERENCE = 1.5  # grey levels, root of the mean square: encoders make 0.4 to 1.2
 CLEAR_LEVELS, FAINT_LEVELS = 2.0, 1.0
 MOST_MISMATCH = 0.5  # of detail, anywhere: drawings from one template differ in one place alone, copies differ evenly
 MOST_MOVED = 0.1  # of the side: how far a corner may lie from where it belongs, for copies that were cropped
@@ -40,9 +42,12 @@ THRESHOLDS = {
     "thumbnail explained, at least": LEAST_EXPLAINED,
     "correlation of the pictures, at least": LEAST_WHOLE,
     "correlation of their detail, at least": LEAST_DETAIL,
-    "the same where detail is faint": LEAST_FAINT_DETAIL,
+    "of the pictures, where detail is faint": LEAST_FAINT_WHOLE,
+    "of their detail, where it is faint": LEAST_FAINT_DETAIL,
     "detail is faint below (grey levels)": CLEAR_LEVELS,
     "detail is missing below (grey levels)": FAINT_LEVELS,
+    "difference where detail is missing, at most (grey levels)": MOST_DIFFERENCE,
+    "blank below a contrast of (grey levels)": LEAST_CONTRAST,
     "mismatch of detail in one place, at most": MOST_MISMATCH,
     "corner moved, at most (of the side)": MOST_MOVED,
 }
@@ -84,7 +89,7 @@ def small_picture(data: bytes, key: str) -> np.ndarray:
     Raises:
         DecodeError: The image is damaged.
     """
-    grey = cv2.cvtColor(decode_shrunk(data, key, SIDE), cv2.COLOR_RGB2GRAY)
+    grey = cv2.cvtColor(decode(data, key, short=SIDE), cv2.COLOR_RGB2GRAY)
     return cv2.resize(grey, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
 
 
@@ -162,9 +167,12 @@ def explained(thumb: np.ndarray, others: np.ndarray) -> np.ndarray:
     return np.linalg.norm(centred @ basis, axis=1) / np.maximum(length, 1e-6)
 
 
-def detail_levels(pictures: np.ndarray) -> np.ndarray:
-    """Return the standard deviation of the detail of each picture [n, 64, 64] in grey levels, float32 [n]."""
-    return np.array([_detail(picture.astype(np.float32)).std() for picture in pictures], np.float32)
+def blank(pictures: np.ndarray) -> np.ndarray:
+    """Tell which small pictures [n, 64, 64] have too little on them for any verdict, bool [n]."""
+    flat = pictures.reshape(len(pictures), -1).std(1, dtype=np.float32) < LEAST_CONTRAST
+    for i in np.flatnonzero(flat):
+        flat[i] = _detail(pictures[i].astype(np.float32)).std() < FAINT_LEVELS
+    return flat
 
 
 def compare(one: np.ndarray, other: np.ndarray) -> Likeness | None:
@@ -195,15 +203,24 @@ def _verdict(one: np.ndarray, other: np.ndarray, where: np.ndarray, moved: float
     whole = _correlation(one[where], other[where])
     if whole < LEAST_WHOLE:
         return None
+    pictures = one, other
     one, other = _detail(one) * where, _detail(other) * where
     levels = min(one[where].std(), other[where].std())
     if levels < FAINT_LEVELS:
-        return None
+        return _verdict_on_levels(*pictures, whole) if moved == 0 else None
     detail = _correlation(one[where], other[where])
-    if detail < (LEAST_DETAIL if levels >= CLEAR_LEVELS else LEAST_FAINT_DETAIL):
+    clear = levels >= CLEAR_LEVELS
+    least = (LEAST_WHOLE, LEAST_DETAIL) if clear else (LEAST_FAINT_WHOLE, LEAST_FAINT_DETAIL)
+    if whole < least[0] or detail < least[1]:
         return None
     mismatch = _mismatch(one, other)
     return Likeness(whole, detail, mismatch, moved) if mismatch <= MOST_MISMATCH else None
+
+
+def _verdict_on_levels(one: np.ndarray, other: np.ndarray, whole: float) -> Likeness | None:
+    difference = np.sqrt(((one - other) ** 2).mean())
+    alike = min(one.std(), other.std()) >= LEAST_CONTRAST and difference <= MOST_DIFFERENCE
+    return Likeness(whole, 0.0, 0.0, 0.0) if alike else None
 
 
 def _mismatch(one: np.ndarray, other: np.ndarray) -> float:

@@ -18,6 +18,7 @@ from shards.sources import Item
 
 WHOLE = "all"  # the name of the only part of a build without a split
 SPILL = 1_000_000  # items kept in memory, about 500 bytes each
+_LISTED = 10  # pairs of one key in an error
 
 
 @dataclass
@@ -26,11 +27,13 @@ class PartPlan:
 
     Attributes:
         samples: In each shard.
+        changed: When the newest image of each shard was, nanoseconds since 1970; 0 if nobody knows.
         bytes: Of the images, as far as the source tells sizes before reading them.
         digest: Of keys, places in the source, sizes and labels of all images, in order.
     """
 
     samples: list[int] = field(default_factory=list)
+    changed: list[int] = field(default_factory=list)
     bytes: int = 0
     digest: str = ""
 
@@ -85,10 +88,12 @@ def make_plan(
         The plan of each part by its name: ``all``, or ``train`` and the others.
 
     Raises:
-        UserError: There is no image, a part is empty, two images have one key, or split and source both divide.
+        UserError: There is no image, a part is empty, a key is none that a tar can hold, two images have one key, the
+            source has images in parts and others in none, or split and source name the same part.
     """
     parts: dict[str, _Sorter] = {}
     for item in items:
+        _check_key(item)
         if item.part in split:
             raise UserError(f"--split {item.part}: the source has a part of that name itself; choose another")
         part = item.part or ("train" if split else WHOLE)
@@ -102,6 +107,9 @@ def make_plan(
                 sorter.spill()
     if not parts:
         raise UserError("the source holds no images; check the path")
+    if WHOLE in parts and len(parts) > 1:
+        others = ", ".join(name for name in parts if name != WHOLE)
+        raise UserError(f"the source has images in parts ({others}) and others in none; give one of them at a time")
     total = sum(sorter.count for sorter in parts.values())
     for name in ("train", *split) if split else ():
         if name not in parts:
@@ -134,10 +142,11 @@ def _split(key: str, split: dict[str, float]) -> str:
 
 
 class _Sorter:
-    """Items in the order of their hashes; ``count`` in all, ``held`` of them in memory."""
+    """Items in the order of their hashes; ``count`` in all, ``held`` of them in memory, ``twins`` of the same key."""
 
     def __init__(self, folder: Path):
-        self.count = self.held = 0
+        self.count = self.held = self.twins = 0
+        self.listed: list[str] = []  # some of the twins
         self._folder = folder
         self._buckets: list[list[tuple[bytes, tuple]]] = [[] for _ in range(256)]
         self._spilled = False
@@ -166,15 +175,26 @@ class _Sorter:
             bucket.sort(key=lambda entry: (entry[0], entry[1][0]))
             for (_, one), (_, other) in pairwise(bucket):
                 if one[0] == other[0]:
-                    raise UserError(
-                        f"{_place(one)} and {_place(other)} have one key, {one[0]} (the path without extension, dots "
-                        "as _); rename or remove one"
-                    )
+                    self.twins += 1
+                    if self.twins <= _LISTED:
+                        self.listed.append(f"{_place(one)} and {_place(other)} have one key, {one[0]}")
             yield from (item for _, item in bucket)
             bucket.clear()
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:02x}.bucket"
+
+
+def _check_key(item: Item) -> None:
+    try:
+        item.key.encode()
+        item.file.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the name {item.file!r} or its key {item.key!r} is not UTF-8; rename it") from error
+    if not item.key or "\0" in item.key:
+        raise UserError(
+            f"{_place(item)} has the key {item.key!r}, which no tar can hold; rename it or give another key"
+        )
 
 
 def _place(item: tuple) -> str:
@@ -190,6 +210,7 @@ def _cut(items: _Sorter, folder: Path, shard_samples: int, shard_bytes: int, own
     size = 0
 
     def finish() -> None:
+        plan.changed.append(max(item[6] for item in shard))
         if own.has(len(plan.samples)):
             job_file(folder.parent, folder.name, len(plan.samples)).write_bytes(pickle.dumps(shard, protocol=5))
         digest.update(json.dumps([item[:6] for item in shard]).encode())  # all but when files were changed
@@ -205,5 +226,11 @@ def _cut(items: _Sorter, folder: Path, shard_samples: int, shard_bytes: int, own
         size += known
         plan.bytes += known
     finish()
+    if items.twins:
+        more = f", and {items.twins - _LISTED} more pairs" if items.twins > _LISTED else ""
+        raise UserError(
+            f"{'; '.join(items.listed)}{more} (the key is the path without extension, dots as _); rename or remove one "
+            "of each"
+        )
     plan.digest = digest.hexdigest()
     return plan

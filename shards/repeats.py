@@ -32,13 +32,11 @@ class Repeats:
         values: How many values occur more than once.
         extra: How many samples there are beyond the first of each such value.
         examples: The first of these values: the samples that share it, five at most; compared in full.
-        unknown: Samples whose value is not known; not counted as repeats of each other.
     """
 
     values: int
     extra: int
     examples: list[list[Place]]
-    unknown: int
 
 
 def repeats(dataset: Dataset, column: str, progress: bool = False) -> Repeats:
@@ -48,14 +46,11 @@ def repeats(dataset: Dataset, column: str, progress: bool = False) -> Repeats:
     """
     with ImageProgress(f"{column} twice?", len(dataset), show=progress) as bar:
         hashes = np.empty(len(dataset), np.int64)
-        filled = unknown = 0
+        filled = 0
         for shard, size in enumerate(dataset.shard_sizes.tolist()):
-            values = dataset.table(shard, [column])[column].drop_null()
-            hashes[filled : filled + len(values)] = _hashes(values)
-            filled += len(values)
-            unknown += size - len(values)
+            hashes[filled : filled + size] = _hashes(dataset.table(shard, [column])[column])
+            filled += size
             bar.advance(size, 0)
-    hashes = hashes[:filled]
     hashes.sort()
     values = extra = 0
     for start in range(0, len(hashes) - 1, CHUNK):
@@ -64,7 +59,7 @@ def repeats(dataset: Dataset, column: str, progress: bool = False) -> Repeats:
         before = bool(start) and hashes[start - 1] == hashes[start]
         extra += int(np.count_nonzero(same))
         values += int(np.count_nonzero(same & ~np.concatenate([[before], same[:-1]])))
-    return Repeats(values, extra, _examples(dataset, column, hashes) if extra else [], unknown)
+    return Repeats(values, extra, _examples(dataset, column, hashes) if extra else [])
 
 
 def _hashes(values: pa.ChunkedArray) -> np.ndarray:
@@ -93,7 +88,6 @@ def _repeated(dataset: Dataset, column: str, hashes: np.ndarray) -> Iterator[tup
     """Yield value, number of copies and place of each sample whose value is there more than once."""
     for shard in range(len(dataset.shard_sizes)):
         table = dataset.table(shard, list({"key", column}))
-        table = table.filter(table[column].is_valid())
         mine = _hashes(table[column])
         copies = np.searchsorted(hashes, mine, side="right") - np.searchsorted(hashes, mine)
         again = np.flatnonzero(copies > 1)

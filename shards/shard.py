@@ -14,7 +14,7 @@ from shards.manifest import Receipt
 from shards.plan import read_job
 from shards.sources import Item
 from shards.sources.reader import Reader
-from shards.store import MissingError, open_store
+from shards.store import Store, open_store
 from shards.tarwrite import TAR, TarWriter
 
 
@@ -52,30 +52,29 @@ class Form:
 class Job:
     """One shard to write into the data set ``out``: ``samples`` images, listed in the file ``items``.
 
-    ``plan`` is the digest of the whole plan: together with the number it decides every byte.
+    ``plan`` is the digest of the whole plan: together with the number it decides every byte. ``changed`` is when the
+    newest of its images was, nanoseconds since 1970.
     """
 
     out: str
     shard: int
     samples: int
+    changed: int
     items: Path
     plan: str
     reader: Reader
     form: Form
 
 
-def finished(job: Job) -> Receipt | None:
-    """Return the receipt of this shard if an earlier build wrote it from the same images, unchanged since."""
-    store, tar = open_store(job.out), manifest.shard_path(job.shard)
+def finished(store: Store, shard: int, plan: str, changed: int) -> Receipt | None:
+    """Return the receipt of a shard that was written by this plan, is whole, and not older than its newest image."""
+    tar = manifest.shard_path(shard)
     try:
-        receipt = manifest.read_receipt(store, manifest.samples_path(job.shard))
-        whole = receipt.bytes == store.size(tar)
+        receipt = manifest.read_receipt(store, manifest.samples_path(shard))
+        whole = receipt.bytes == store.size(tar) and changed <= store.modified(tar)
     except (UserError, OSError, ValueError, KeyError, TypeError):  # missing, damaged or written by something else
         return None
-    if not whole or receipt.plan != job.plan:
-        return None
-    written = store.modified(tar)
-    return receipt if all(item.changed <= written for item in read_job(job.items)) else None
+    return receipt if whole and receipt.plan == plan else None
 
 
 def write_shard(job: Job) -> Receipt:
@@ -94,8 +93,8 @@ def write_shard(job: Job) -> Receipt:
         writer = TarWriter(file)
         for item, data in job.reader.read_all(items):
             try:
-                if isinstance(data, MissingError):
-                    raise BrokenImageError("missing")
+                if isinstance(data, BrokenImageError):
+                    raise data
                 data, header, orientation = _stored(item, data, job.form)
             except BrokenImageError as error:
                 rejected.append((_name(item), str(error)))
@@ -141,7 +140,7 @@ def _stored(item: Item, data: bytes, form: Form) -> tuple[bytes, Header, int]:
     source = read_header(data)
     anew = form.encoding.apply(data, source, item.key)
     if anew is not None:
-        return anew, read_header(anew), source.orientation
+        return *anew, source.orientation
     if form.decode:
         decode(data, item.key)
     return data, source, source.orientation

@@ -17,6 +17,7 @@ from shards.atomic import whole_file
 from shards.dataset import Dataset, Sample
 from shards.decode import DecodeError, decode
 from shards.errors import UserError
+from shards.store import local_path
 
 TILE = 128  # pixels, longest side of an image on the sheet
 GAP = 8
@@ -69,7 +70,8 @@ def show(
     """
     if samples < 1:
         raise UserError(f"--samples {samples}: must be at least 1")
-    if Path(out).suffix.lower() != ".png":
+    out = local_path(out, "contact sheet")
+    if out.suffix.lower() != ".png":
         raise UserError(f"contact sheet {out}: the name must end in .png")
     if keys and classes:
         raise UserError("--key and --class together: give one of them")
@@ -145,12 +147,15 @@ def _deal(found: dict[int, list[_Place]], samples: int) -> dict[int, list[_Place
 
 
 def _labels_of(dataset: Dataset, names: str) -> list[int]:
-    """Return the label of a class, or of several between commas; the names of some classes have commas themselves."""
+    """Return the labels of a class, or of several between commas; the names of some classes have commas themselves.
+
+    Two classes may share a name, as the two cranes of ImageNet do: then both are meant.
+    """
     labels = []
     for name in [names] if names in dataset.classes else [name.strip() for name in names.split(",")]:
         if name not in dataset.classes:
             raise UserError(f"{dataset.url} has no class {name!r}{_nearest(name, dataset.classes)}")
-        labels.append(dataset.classes.index(name))
+        labels += [label for label, other in enumerate(dataset.classes) if other == name]
     return labels
 
 

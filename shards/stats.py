@@ -28,11 +28,11 @@ class Stats:
         samples: Their number.
         shards: Number of shards.
         bytes: Of all images.
-        classes: Samples of each class, by name, in label order; weights of labels do not count.
+        classes: Name and samples of each class, in label order (two may share a name); weights of labels do not count.
         unlabelled: Samples without a label.
         labels_per_image: How many images have so many labels.
         formats: Images of each format.
-        orientations: Images of each EXIF orientation of their source, 1 to 8 (1: upright or none; 0: not recorded).
+        orientations: Images of each EXIF orientation of their source, 1 to 8 (1: upright or none).
         percentiles: ``width``, ``height``, ``short side`` (pixels), ``aspect`` (width / height) and ``bytes`` of an
             image at 0, 5, 25, 50, 75, 95 and 100 %. Aspect to 0.1 %; the others exactly below 131,072, and to 1 in
             65,536 above.
@@ -46,7 +46,7 @@ class Stats:
     samples: int
     shards: int
     bytes: int
-    classes: dict[str, int]
+    classes: list[tuple[str, int]]
     unlabelled: int
     labels_per_image: dict[int, int]
     formats: dict[str, int]
@@ -76,9 +76,9 @@ def stats(dataset: Dataset, progress: bool = False) -> Stats:
             for histogram, values in zip(sizes.values(), every, strict=True):
                 histogram.add(values)
             classes += np.bincount(pc.list_flatten(table["labels"]).to_numpy(), minlength=len(classes))
-            _count(labels_per_image, pc.list_value_length(table["labels"]).fill_null(0))
+            _count(labels_per_image, pc.list_value_length(table["labels"]))
             _count(formats, table["format"])
-            _count(orientations, table["orientation"].fill_null(0))
+            _count(orientations, table["orientation"])
             bar.advance(len(table), int(size.sum()))
     histograms = {name: histogram.bars() for name, histogram in sizes.items()}
     histograms["aspect"] = _aspect_bars(sizes["aspect"])
@@ -93,7 +93,7 @@ def stats(dataset: Dataset, progress: bool = False) -> Stats:
         samples=len(dataset),
         shards=len(dataset.shard_sizes),
         bytes=sizes["bytes"].sum,
-        classes=dict(zip(dataset.classes, classes.tolist(), strict=True)),
+        classes=list(zip(dataset.classes, classes.tolist(), strict=True)),
         unlabelled=labels_per_image[0],
         labels_per_image=dict(sorted(labels_per_image.items())),
         formats=dict(sorted(formats.items())),

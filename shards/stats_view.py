@@ -51,7 +51,7 @@ def tables(found: Stats) -> Group:
     largest, smallest = _chosen(found)
     title = f"largest and smallest of {len(found.classes):,} classes" if smallest else "classes"
     classes = Table("class", "images", "", title=title)
-    longest = max(found.classes.values(), default=0)
+    longest = max((count for _, count in found.classes), default=0)
     for group in (largest, smallest):
         for name, count in group:
             classes.add_row(name, f"{count:,}", "█" * round(BAR * count / max(longest, 1)))
@@ -108,14 +108,14 @@ def page(found: Stats) -> str:
 <h2>Percentiles</h2><div class=scroll><table><tr><th></th>{heads}</tr>{rows}</table></div>
 <h2>Labels, formats, orientations</h2><div class=grid>
 {_counts("labels an image", found.labels_per_image)}{_counts("format", found.formats)}
-{_counts("EXIF orientation (1: upright or none, 0: not recorded)", found.orientations)}</div>
+{_counts("EXIF orientation (1: upright or none)", found.orientations)}</div>
 <h2>Repeats</h2>{_repeats("key", found.repeated_keys)}{_repeats("image", found.repeated_images)}
 </html>
 """
 
 
 def _totals(found: Stats) -> list[tuple[str, str]]:
-    counts = sorted(found.classes.values())
+    counts = sorted(count for _, count in found.classes)
     totals = [("samples", f"{found.samples:,}"), ("shards", f"{found.shards:,}")]
     totals += [("image bytes", f"{found.bytes:,}"), ("classes", f"{len(counts):,}")]
     if counts:
@@ -131,8 +131,6 @@ def _totals(found: Stats) -> list[tuple[str, str]]:
         text = f"{repeated.extra:,}"
         if repeated.extra:
             text += f" beyond the first of {repeated.values:,} {what}"
-        if repeated.unknown:
-            text += f" ({repeated.unknown:,} not known: no hash recorded)"
         totals.append((f"repeated {what}", text))
     return totals
 
@@ -140,8 +138,8 @@ def _totals(found: Stats) -> list[tuple[str, str]]:
 def _chosen(found: Stats) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
     """Return all classes with their images, or the largest and the smallest of them."""
     if len(found.classes) <= ALL_CLASSES:
-        return list(found.classes.items()), []
-    ordered = sorted(found.classes.items(), key=lambda item: -item[1])
+        return found.classes, []
+    ordered = sorted(found.classes, key=lambda item: -item[1])
     return ordered[:SOME_CLASSES], ordered[-SOME_CLASSES:]
 
 
@@ -190,13 +188,13 @@ def _short(value: float) -> str:
 
 def _classes(found: Stats) -> str:
     largest, smallest = _chosen(found)
-    longest = max(found.classes.values(), default=0) or 1
+    longest = max((count for _, count in found.classes), default=0) or 1
     if not found.classes:
         return "<p>No classes.</p>"
     if not smallest:
         return f"<div class=scroll>{_class_table(largest, longest)}</div>"
     return (
-        f"{_ranks(sorted(found.classes.values(), reverse=True))}<div class=grid>"
+        f"{_ranks(sorted((count for _, count in found.classes), reverse=True))}<div class=grid>"
         f"<figure><figcaption>largest</figcaption>{_class_table(largest, longest)}</figure>"
         f"<figure><figcaption>smallest</figcaption>{_class_table(smallest, longest)}</figure></div>"
     )
@@ -246,8 +244,6 @@ def _repeats(what: str, repeated: Repeats) -> str:
     text = f"No {what} is there more than once."
     if repeated.extra:
         text = f"{repeated.values:,} {what}s are there more than once, {repeated.extra:,} samples beyond their first."
-    if repeated.unknown:
-        text += f" {repeated.unknown:,} samples have no recorded hash, and were not compared."
     rows = "".join(
         f"<tr><td>{'<br>'.join(html.escape(place.key) for place in places)}</td>"
         f"<td class=n>{'<br>'.join(f'{place.shard:,}' for place in places)}</td></tr>"

@@ -5,14 +5,18 @@ kept descriptors: 2 µs for a 5 kB sample, against 53 µs through obstore's own 
 appears whole or not at all.
 """
 
+import fcntl
 import io
 import os
 import random
+import re
+import shutil
+import stat
 import tempfile
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -26,8 +30,9 @@ from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
 from shards.atomic import fsync_folder, whole_file
 from shards.errors import PatchmillError, UserError
 
-# Server errors, lost connections and time-outs are tried again by obstore, with exponential back-off.
-RETRY = {"max_retries": 10, "retry_timeout": timedelta(minutes=3)}
+# Server errors, lost connections and time-outs are tried again by obstore, with exponential back-off: the time decides,
+# since ten tries are over in two seconds.
+RETRY = {"max_retries": 1000, "retry_timeout": timedelta(minutes=3)}
 OPEN_FILES = 256  # well below the usual limit of 1024 a process
 GAP = 1 << 20  # bytes between two ranges that are fetched along rather than asked for apart
 STREAM_BYTES = 8 << 20  # a request of a sequential remote read: past the size where latency matters
@@ -52,7 +57,7 @@ class Entry(NamedTuple):
     """An object that a listing found."""
 
     path: str  # relative to the store
-    size: int  # bytes; -1: it cannot be read, as a link to nowhere
+    size: int  # bytes; -1: it cannot be read, as a link to nowhere or a pipe
     changed: int  # nanoseconds since 1970, by the clock of the file system or server
 
 
@@ -70,7 +75,7 @@ class _Descriptor:
 class LocalStore:
     """A folder on this machine, or on a file system mounted here."""
 
-    local = True
+    local, web = True, False
 
     def __init__(self, root: Path):
         self.url = str(root)
@@ -131,6 +136,14 @@ class LocalStore:
         except OSError as error:
             raise _failure(self.url, path, error) from error
 
+    def changed(self, path: str) -> int:
+        """Return when the object last became what it is: later than ``modified`` for a copy that kept an old time."""
+        try:
+            status = (self._root / path).stat()
+        except OSError as error:
+            raise _failure(self.url, path, error) from error
+        return max(status.st_mtime_ns, status.st_ctime_ns)
+
     @contextmanager
     def new_file(self, path: str) -> Iterator[Path]:
         """Yield a local file to write; on a clean exit it becomes the object at ``path``, else nothing happened."""
@@ -145,19 +158,22 @@ class LocalStore:
     def create(self, path: str, data: bytes) -> None:
         """Write a whole object that is not there yet; of two who try at once, one gets the ExistsError."""
         target = self._root / path
-        target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.parent / f".{target.name}.{uuid4().hex}.partial"  # of this try alone
         try:
-            with open(partial, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.link(partial, target)  # a rename would write over
-        except FileExistsError as error:
-            raise ExistsError(f"{self.url}/{path} exists, and is never written over") from error
-        finally:
-            partial.unlink(missing_ok=True)
-        fsync_folder(target.parent)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with open(partial, "xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.link(partial, target)  # a rename would write over
+            finally:
+                partial.unlink(missing_ok=True)
+            fsync_folder(target.parent)
+        except OSError as error:
+            if target.exists():
+                raise ExistsError(f"{self.url}/{path} exists, and is never written over") from error
+            raise UserError(f"cannot write {self.url}/{path}: {error.strerror}; mend that and try again") from error
 
     def delete(self, path: str) -> None:
         """Remove the object at ``path`` if it is there."""
@@ -174,24 +190,36 @@ class LocalStore:
         found = here.rglob("*") if below else here.glob("*")
         return sorted(path.relative_to(here).as_posix() for path in found if path.is_file())
 
-    def walk(self, folder: str = "") -> Iterator[Entry]:
-        """Yield all objects below ``folder``, sorted folder by folder; hidden ones (``.name``) are passed over."""
+    def walk(self, folder: str = "", hidden: bool = False) -> Iterator[Entry]:
+        """Yield all objects below ``folder``, sorted folder by folder; hidden ones (``.name``) are passed over.
+
+        Args:
+            folder: Relative to the store.
+            hidden: Yield hidden files too, but nothing in hidden folders.
+        """
         try:
             with os.scandir(self._root / folder) as entries:
-                visible = sorted((each for each in entries if not each.name.startswith(".")), key=lambda e: e.name)
+                found = sorted(
+                    (each for each in entries if hidden or not each.name.startswith(".")), key=lambda each: each.name
+                )
         except OSError as error:
             raise _failure(self.url, folder, error) from error
-        for entry in visible:
+        for entry in found:
             path = f"{folder}/{entry.name}" if folder else entry.name
-            if entry.is_dir():
-                yield from self.walk(path)
+            try:
+                is_folder = entry.is_dir()
+            except OSError as error:  # a link that leads to itself
+                raise UserError(f"cannot read {self.url}/{path}: {error.strerror}; mend or remove it") from error
+            if is_folder:
+                if not entry.name.startswith("."):
+                    yield from self.walk(path, hidden)
                 continue
             try:
                 status = entry.stat()
             except OSError:
                 yield Entry(path, -1, 0)
-            else:
-                yield Entry(path, status.st_size, status.st_ctime_ns)
+            else:  # a pipe or socket could be waited for for ever
+                yield Entry(path, status.st_size if stat.S_ISREG(status.st_mode) else -1, status.st_ctime_ns)
 
 
 class RemoteStore:
@@ -201,6 +229,7 @@ class RemoteStore:
 
     def __init__(self, url: str):
         self.url = url
+        self.web = url.startswith(("http://", "https://"))  # a plain server: it lists nothing and takes no files
         try:
             options = {"client_options": {"allow_http": True}} if url.startswith("http://") else {}
             self._store = obstore.store.from_url(url, retry_config=RETRY, **options)
@@ -263,6 +292,8 @@ class RemoteStore:
         except _ERRORS as error:
             raise _failure(self.url, path, error) from error
 
+    changed = modified  # a server keeps no older time
+
     @contextmanager
     def new_file(self, path: str) -> Iterator[Path]:
         """Yield a local file to write; on a clean exit it becomes the object at ``path``, else nothing happened.
@@ -271,8 +302,8 @@ class RemoteStore:
         no reader sees before the last one is there; those of a killed process stay, unseen, until the bucket's rules
         remove incomplete uploads.
         """
-        with tempfile.TemporaryDirectory(prefix="patchmill-") as folder:
-            file = Path(folder) / "object"
+        with _locked_folder() as folder:
+            file = folder / "object"
             yield file
             try:
                 obstore.put(self._store, path, file)
@@ -286,6 +317,10 @@ class RemoteStore:
 
     def create(self, path: str, data: bytes) -> None:
         """Write a whole object that is not there yet; of two who try at once, one gets the ExistsError."""
+        if self.web:
+            raise UserError(
+                f"cannot write {self.url}/{path}: a plain web server takes no files; copy the data set first"
+            )
         try:
             obstore.put(self._store, path, data, mode="create")
         except AlreadyExistsError as error:
@@ -328,21 +363,54 @@ class RemoteStore:
         return sorted(entry["path"].removeprefix(f"{folder}/") for entry in found)
 
     def _check_lists(self) -> None:
-        if self.url.startswith(("http://", "https://")):
+        if self.web:
             raise UserError(
                 f"plain web servers such as {self.url} cannot list files; name each, as in x-{{000..146}}.tar"
             )
 
-    def walk(self, folder: str = "") -> Iterator[Entry]:
-        """Yield all objects below ``folder`` in the order of the server; hidden ones (``.name``) are passed over."""
+    def walk(self, folder: str = "", hidden: bool = False) -> Iterator[Entry]:
+        """Yield all objects below ``folder`` in the order of the server; hidden ones (``.name``) are passed over.
+
+        Args:
+            folder: Relative to the store.
+            hidden: Yield hidden files too, but nothing in hidden folders.
+        """
         self._check_lists()
         try:
             for chunk in obstore.list(self._store, folder or None, chunk_size=1000):
                 for found in chunk:
-                    if not any(part.startswith(".") for part in found["path"].split("/")):
+                    folders, _, name = found["path"].rpartition("/")
+                    if not any(part.startswith(".") for part in [*folders.split("/"), "" if hidden else name]):
                         yield Entry(found["path"], found["size"], int(found["last_modified"].timestamp() * 1e9))
         except _ERRORS as error:
             raise _failure(self.url, folder, error) from error
+
+
+@contextmanager
+def _locked_folder() -> Iterator[Path]:
+    """Yield a temporary folder, after removing those that killed processes left: the lock goes with the process."""
+    for old in Path(tempfile.gettempdir()).glob("patchmill-upload-*"):
+        with suppress(OSError):  # somebody else's, or gone meanwhile
+            if time.time() - old.stat().st_mtime > 60 and (lock := _lock(old)):
+                shutil.rmtree(old)
+                os.close(lock)
+    with tempfile.TemporaryDirectory(prefix="patchmill-upload-") as folder:
+        lock = _lock(Path(folder))
+        try:
+            yield Path(folder)
+        finally:
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Return a locked descriptor of a folder, or None if another process has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 class _RemoteFile(io.RawIOBase):
@@ -405,6 +473,17 @@ def open_store(url: str | Path, create: bool = False) -> Store:
     return LocalStore(root)
 
 
+def local_path(path: str | Path, name: str) -> Path:
+    """Return a path to write to on this machine; ``name`` is what the user calls it.
+
+    Raises:
+        UserError: It is a URL.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        raise UserError(f"{name} {path}: must be a local path")
+    return Path(path)
+
+
 def _spans(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Return the sorted (start, end) of the fewest requests that cover the (start, length), near ones merged."""
     spans: list[tuple[int, int]] = []
@@ -418,7 +497,7 @@ def _spans(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 def _whole_body(request: Callable[[], Answer]) -> Answer:
     """Ask again, with exponential back-off, where a connection ended inside an answer: obstore leaves that to us."""
-    for attempt in range(RETRY["max_retries"]):
+    for attempt in range(min(RETRY["max_retries"], 10)):
         try:
             return request()
         except BaseError as error:

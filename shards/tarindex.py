@@ -18,6 +18,10 @@ from shards.tarscan import BLOCK, DamagedTarError, Member, TarScan
 IMAGES = ("jpg", "jpeg", "png", "webp")
 
 
+class NoImageError(BrokenImageError):
+    """No file of a sample is an image."""
+
+
 @dataclass(frozen=True)
 class Reading:
     """How samples are read.
@@ -52,12 +56,13 @@ class Reading:
         """Return the image of a sample: ``jpg`` goes before ``seg.jpg``.
 
         Raises:
-            BrokenImageError: There is none, or more than one.
+            NoImageError: There is none.
+            BrokenImageError: There is more than one.
         """
         found = [member for member in members if self._may_be_image(member.extension)]
         found = [member for member in found if "." not in member.extension] or found
         if not found:
-            raise BrokenImageError(f"no image, only {_extensions(members)}")
+            raise NoImageError(f"no image, only {_extensions(members)}")
         if len(found) > 1:
             raise BrokenImageError(f"several images, {_extensions(found)}: choose with --image")
         return found[0]
@@ -117,8 +122,11 @@ def _walk(scan: TarScan, reading: Reading) -> tuple[dict[str, list], list[list],
     """Return the columns of the table, the labels as they stand in the tar, and the samples left out."""
     rows: dict[str, list] = {name: [] for name in manifest.SAMPLES_SCHEMA.names}
     labels, rejected = [], []
+    times: Counter[str] = Counter()  # how often each key begins a sample
+    bare = []  # places among the rejected: samples without an image
     names = ClassNames(reading.classes) if reading.classes is not None else None
     for sample in scan:
+        times[sample.key] += 1
         try:
             image = reading.image_of(sample.members)
             header = read_header(image.data)
@@ -127,6 +135,8 @@ def _walk(scan: TarScan, reading: Reading) -> tuple[dict[str, list], list[list],
             if len(set(numbers) - {None}) < len(numbers) - numbers.count(None):
                 raise LabelError(f"one class twice: {found.labels}")
         except (BrokenImageError, LabelError) as error:
+            if isinstance(error, NoImageError):
+                bare.append(len(rejected))
             rejected.append((sample.key, str(error)))
             continue
         labels.append(numbers if names else found.labels)
@@ -144,6 +154,10 @@ def _walk(scan: TarScan, reading: Reading) -> tuple[dict[str, list], list[list],
         }
         for name, value in row.items():
             rows[name].append(value)
+    for place in bare:
+        key, reason = rejected[place]
+        if times[key] > 1:
+            rejected[place] = key, f"{reason}: its files do not lie together, make the tar anew, sorted by name"
     return rows, labels, rejected
 
 
@@ -175,11 +189,11 @@ def finished(job: Job) -> Receipt | None:
         if (
             receipt.plan != job.plan()
             or receipt.bytes != tars.size(job.path)
-            or tars.modified(job.path) > out.modified(path)
+            or tars.changed(job.path) > out.modified(path)
         ):
             return None
-        table = manifest.read_table(out.read(path), columns=["offset", "member"])
-    except (UserError, OSError, ValueError, KeyError, TypeError):  # missing, damaged or written by something else
+        table = manifest.open_table(out, path, ["offset", "member"])
+    except UserError:  # missing, damaged or written by something else
         return None
     for row in {0, len(table) - 1} if len(table) else ():  # a copy may keep an old time
         header = tars.read_range(job.path, table["offset"][row].as_py() - BLOCK, BLOCK)
@@ -203,7 +217,7 @@ def renumber(job: tuple[str, int, list[str]]) -> Receipt:
         return receipt
     new = dict(zip(receipt.notes["ids"], ids, strict=True))
     receipt.notes |= {"ids": ids, "top": max(ids, default=-1)}
-    table = manifest.read_table(store.read(path))
+    table = manifest.open_table(store, path, manifest.SAMPLES_SCHEMA.names)
     rows = {name: table[name] for name in table.column_names}
     rows["labels"] = [[new[label] for label in each] for each in table["labels"].to_pylist()]
     manifest.write_samples(store, path, rows, receipt)

@@ -5,6 +5,7 @@ hashing and writing together. The bytes are compared in tests/shards/test_tarwri
 """
 
 import hashlib
+import os
 import tarfile
 import zlib
 from typing import BinaryIO, NamedTuple
@@ -34,6 +35,9 @@ def _header(name: str, size: int) -> bytes:
     return name_field.ljust(100, b"\0") + _BLANK[100:124] + size_field + _BLANK[136:148] + checksum + _BLANK[156:]
 
 
+_SEND = 16 << 20  # bytes after which the disk gets something to do
+
+
 class Member(NamedTuple):
     """Where a member's data begins in the tar, and the CRC-32 of the 512 bytes of header before it."""
 
@@ -45,7 +49,7 @@ class TarWriter:
     """Writes members to a file open for writing; ``close`` adds the end of the archive and leaves the file open."""
 
     def __init__(self, file: BinaryIO):
-        self.bytes = 0
+        self.bytes = self._sent = 0
         self.sha256 = hashlib.sha256()
         self._file = file
 
@@ -67,3 +71,11 @@ class TarWriter:
         self.sha256.update(data)
         self._file.write(data)
         self.bytes += len(data)
+        if self.bytes - self._sent >= _SEND:
+            self._send()
+
+    def _send(self) -> None:
+        """Let the system begin to write what is there: the flush at the end then waits for little."""
+        self._file.flush()
+        os.posix_fadvise(self._file.fileno(), self._sent, self.bytes - self._sent, os.POSIX_FADV_DONTNEED)
+        self._sent = self.bytes

@@ -2,7 +2,7 @@
 
 import hashlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -63,8 +63,10 @@ class Verified:
         decoded: Whether the images were decoded too.
         dropped: Samples that the drop list in use leaves out; what is wrong with them is no fault.
         faults: All of them, by shard.
+        notes: What is wrong with tars of which all samples in use compared well: dropped ones are known to be damaged.
         faulty: Number of samples that are faulty, or in a shard that cannot be read.
         quarantine: Version of the drop list that was written, if any.
+        unwritten: Why the drop list that was asked for could not be written, if so.
     """
 
     url: str
@@ -74,8 +76,10 @@ class Verified:
     decoded: bool
     dropped: int
     faults: list[Fault]
+    notes: list[Fault]
     faulty: int
     quarantine: str | None
+    unwritten: str | None
 
 
 @dataclass(frozen=True)
@@ -129,23 +133,34 @@ def verify(
     jobs = [_Job(str(url), i, samples, decode, frozenset(by_shard.get(i, ()))) for i, samples in enumerate(sizes)]
     workers = workers or max(1, min(cores(), sum(sizes) // _IMAGES_A_WORKER))
     faults: dict[int, list[Fault]] = {}
+    notes: dict[int, list[Fault]] = {}
     size = 0
     with ImageProgress("verifying", sum(sizes), rejected="faults", show=progress) as bar:
-        for job, (found, read) in run_jobs(check_shard, jobs, min(workers, len(jobs))):
-            faults[job.shard] = found
+        for job, (found, noted, read) in run_jobs(check_shard, jobs, min(workers, len(jobs))):
+            faults[job.shard], notes[job.shard] = found, noted
             size += read
             bar.advance(job.samples, read, len(found))
     listed = [*_check_totals(str(url)), *(fault for shard in sorted(faults) for fault in faults[shard])]
+    noted = [note for shard in sorted(notes) for note in notes[shard]]
     bad = _samples(listed, sizes)
     for shard, index, _ in dropped:
         bad.pop((shard, index), None)
+    unwritten = None
     if quarantine is not None:
-        write_exclude(url, quarantine, [*dropped, *((*place, reason) for place, reason in bad.items())])
-    return Verified(dataset.url, len(jobs), sum(sizes), size, decode, len(dropped), listed, len(bad), quarantine)
+        try:
+            write_exclude(url, quarantine, [*dropped, *((*place, reason) for place, reason in bad.items())])
+        except PatchmillError as error:  # hours of reading are not lost for that
+            quarantine, unwritten = None, str(error)
+    return Verified(
+        dataset.url, len(jobs), sum(sizes), size, decode, len(dropped), listed, noted, len(bad), quarantine, unwritten
+    )
 
 
-def check_shard(job: _Job) -> tuple[list[Fault], int]:
-    """Check one shard; return its faults and the bytes of its tar."""
+def check_shard(job: _Job) -> tuple[list[Fault], list[Fault], int]:
+    """Check one shard; return its faults, its notes and the bytes of its tar.
+
+    A tar that is damaged stays so. Once the samples that this spoils are dropped, it is worth a note, no fault.
+    """
     info, shards = _manifest(job.url)
     expected = {name: shards[name][job.shard].as_py() for name in shards.column_names}
     store = open_store(job.url)
@@ -155,43 +170,60 @@ def check_shard(job: _Job) -> tuple[list[Fault], int]:
     def fault(reason: str, **where: object) -> Fault:
         return Fault(reason, shard=job.shard, tar=expected["path"], **where)
 
+    def unusable(reason: str, before: Sequence[Fault] = ()) -> tuple[list[Fault], list[Fault], int]:
+        all_dropped = len(job.dropped) == job.samples
+        last = fault(reason, whole=not all_dropped)
+        return ([*before], [last], 0) if all_dropped else ([*before, last], [], 0)
+
     try:
-        receipt, table = manifest.read_receipt(store, path), manifest.read_table(store.read(path))
-        rows = [dict.fromkeys(manifest.SAMPLES_SCHEMA.names) | row for row in table.to_pylist()]
+        receipt = manifest.read_receipt(store, path)
+        rows = manifest.open_table(store, path, manifest.SAMPLES_SCHEMA.names).to_pylist()
     except MissingError:
-        return [fault(f"its sample table {path} is missing", whole=True)], 0
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        return [fault(f"its sample table {path} is damaged: {str(error).splitlines()[0]}", whole=True)], 0
+        return unusable(f"its sample table {path} is missing")
+    except UserError as error:
+        return unusable(f"its sample table: {error}")
     if len(rows) != expected["samples"]:
-        reason = f"its sample table has {len(rows)} rows, {manifest.SHARDS} says {expected['samples']}"
-        return [fault(reason, whole=True)], 0
+        return unusable(f"its sample table has {len(rows)} rows, {manifest.SHARDS} says {expected['samples']}")
     found = [
         fault(f"{name} is {getattr(receipt, name)} in its receipt, {expected[name]} in {manifest.SHARDS}")
         for name in ("sha256", "bytes", "samples")
         if getattr(receipt, name) != expected[name]
     ]
     check = _Check(info, rows, receipt, job)
+    about: list[Fault] = []
+    spoilt = False
+
+    def take(compared: Iterator[tuple[str, dict]]) -> None:
+        nonlocal spoilt
+        for reason, where in compared:
+            if where.get("index") in job.dropped:
+                spoilt = True
+            else:
+                about.append(fault(reason, **where))
+
     try:
         scan = TarScan(tars, expected["path"], check.reading.wants, hashed=True)
         if scan.bytes != expected["bytes"]:
-            found.append(fault(f"the tar has {scan.bytes} bytes, should have {expected['bytes']}"))
+            about.append(fault(f"the tar has {scan.bytes} bytes, should have {expected['bytes']}"))
         try:
-            found += [fault(reason, **where) for reason, where in check.walk(scan)]
+            take(check.walk(scan))
             if scan.sha256 != expected["sha256"]:
-                found.append(fault(f"the tar's sha256 is {scan.sha256}, should be {expected['sha256']}"))
+                about.append(fault(f"the tar's sha256 is {scan.sha256}, should be {expected['sha256']}"))
         except DamagedTarError as error:
-            found.append(fault(str(error)))
-            found += [fault(reason, **where) for reason, where in check.one_by_one(tars, expected["path"])]
+            about.append(fault(str(error)))
+            take(check.one_by_one(tars, expected["path"]))
     except MissingError:
-        return [*found, fault("the tar is missing", whole=True)], 0
-    return found, scan.bytes
+        return unusable("the tar is missing", found)
+    if spoilt and not any(each.key for each in about):  # what is left is about the tar as a whole
+        return found, about, scan.bytes
+    return [*found, *about], [], scan.bytes
 
 
 @lru_cache(maxsize=1)
 def _manifest(url: str) -> tuple[Info, pa.Table]:
     store = open_store(url)
     info = manifest.parse_info(store.read(manifest.DATASET), store.url)
-    return info, manifest.read_table(store.read(manifest.SHARDS))
+    return info, manifest.open_table(store, manifest.SHARDS, manifest.SHARDS_SCHEMA.names)
 
 
 class _Check:
@@ -214,23 +246,18 @@ class _Check:
         for sample in scan:
             places = [self._waiting.pop(member.offset, None) for member in sample.members]
             for member, index in zip(sample.members, places, strict=True):
-                if index is not None and index not in self._job.dropped:
-                    reason = self._compare(self._rows[index], sample, member)
-                    if reason:
-                        yield reason, self._where(index)
+                if index is not None and (reason := self._compare(self._rows[index], sample, member)):
+                    yield reason, self._where(index)
             if all(index is None for index in places) and sample.key not in self._left_out:
                 where = {"key": sample.key, "offset": sample.members[0].offset}
                 yield "it is in the tar, but not in the sample table", where
         for index in self._waiting.values():
-            if index not in self._job.dropped:
-                yield "no file begins there in the tar", self._where(index)
+            yield "no file begins there in the tar", self._where(index)
 
     def one_by_one(self, tars: Store, path: str) -> Iterator[tuple[str, dict]]:
         """Compare what the walk did not reach, as training reads it."""
         for offset, index in self._waiting.items():
             row = self._rows[index]
-            if index in self._job.dropped:
-                continue
             try:
                 data = tars.read_range(path, offset - BLOCK, row["size"] + BLOCK)
             except ShortError:
@@ -270,9 +297,9 @@ class _Check:
         return ""
 
     def _compare_bytes(self, row: dict, image: bytes, header: int) -> str:
-        if row["member"] is not None and header != row["member"]:
+        if header != row["member"]:
             return "the tar header before it is another one"
-        if row["sha256"] is not None and hashlib.sha256(image).digest() != row["sha256"]:
+        if hashlib.sha256(image).digest() != row["sha256"]:
             return "its bytes changed: the sha256 is another one"
         if any(label >= self._classes for label in row["labels"]):
             return f"labels {row['labels']}, but there are {self._classes} classes"

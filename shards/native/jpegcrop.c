@@ -1,4 +1,5 @@
-/* A rectangle of a baseline JPEG, as RGB: the same bits as decoding all of it and cutting the rectangle out.
+/* A rectangle of a baseline JPEG, as RGB: the same bits as decoding all of it, at full size or a fraction of it,
+ * and cutting the rectangle out.
  *
  * Only the blocks around the rectangle are transformed, upsampled and converted, and nothing below it is
  * decoded. Whatever libjpeg warns about, and every kind of JPEG that is not plain, gets the answer
@@ -52,12 +53,14 @@ static int ends_well(j_decompress_ptr cinfo) {
     return code == JPEG_EOI;
 }
 
-/* Decode the rectangle of `height` rows from `top` and `width` columns from `left` to out[height][width][3].
+/* Decode the rectangle of `height` rows from `top` and `width` columns from `left` of the image at 1/`shrink` of
+ * its size, which is 1, 2, 4 or 8, to out[height][width][3].
  *
  * Returns JPEGCROP_DONE, or JPEGCROP_LOOK_AGAIN where the JPEG is damaged, not baseline, has other colours,
  * or does not contain the rectangle; `out` is then of no use. Threads may call it at the same time.
  */
-int jpegcrop_decode(const uint8_t *data, size_t size, int top, int left, int height, int width, uint8_t *out) {
+int jpegcrop_decode(const uint8_t *data, size_t size, int shrink, int top, int left, int height, int width,
+                    uint8_t *out) {
     struct jpeg_decompress_struct cinfo;
     errors err;
 
@@ -72,11 +75,14 @@ int jpegcrop_decode(const uint8_t *data, size_t size, int top, int left, int hei
     jpeg_create_decompress(&cinfo);
     jpeg_mem_src(&cinfo, data, size);
     jpeg_read_header(&cinfo, TRUE);
-    if (!is_plain(&cinfo) || top < 0 || left < 0 || height < 1 || width < 1 ||
-        (JDIMENSION)top + height > cinfo.image_height || (JDIMENSION)left + width > cinfo.image_width)
-        on_error((j_common_ptr)&cinfo);
+    cinfo.scale_num = 1;
+    cinfo.scale_denom = shrink;
     cinfo.out_color_space = JCS_RGB;
     cinfo.dct_method = JDCT_ISLOW;
+    jpeg_calc_output_dimensions(&cinfo);
+    if (!is_plain(&cinfo) || top < 0 || left < 0 || height < 1 || width < 1 ||
+        (JDIMENSION)top + height > cinfo.output_height || (JDIMENSION)left + width > cinfo.output_width)
+        on_error((j_common_ptr)&cinfo);
     jpeg_start_decompress(&cinfo);
 
     /* Colour is interpolated between neighbouring samples, which at the edges of what is decoded are

@@ -48,7 +48,7 @@ class Cifar:
 
     Args:
         url: The archive (``cifar-10-python.tar.gz`` ...), the folder in it, or the folder around that.
-        unpacked: Where the PNGs go.
+        unpacked: Where the PNGs go; None: images are listed only, with the size -1.
 
     Raises:
         UserError: It is not CIFAR, or a file of it is missing or damaged.
@@ -57,7 +57,7 @@ class Cifar:
     kind = "cifar"
     multi_label = False
 
-    def __init__(self, url: str, unpacked: Path):
+    def __init__(self, url: str, unpacked: Path | None):
         self.url = url
         self.others: dict[str, int] = {}
         archive = url.lower().endswith((".tar.gz", ".tgz", ".tar"))
@@ -68,7 +68,8 @@ class Cifar:
         else:
             name, source = "cifar", self._files()
         self._file, self._changed = f"@/{harmless(name)}.bin", source.changed
-        self._rows = unpack(unpacked, harmless(name), source, self._unpack_archive if archive else self._unpack_folder)
+        write = self._unpack_archive if archive else self._unpack_folder
+        self._rows = unpack(unpacked, harmless(name), source, write) if unpacked else write(None)
         self.classes = json.loads(self._rows.schema.metadata[b"classes"])
 
     def items(self) -> Iterator[Item]:
@@ -78,7 +79,7 @@ class Cifar:
             *(self._rows[name].to_pylist() for name in ("size", "label", "part")), strict=True
         ):
             yield Item(f"{part}/{count[part]:05d}", self._file, start, size, (label,), (), self._changed, part)
-            start += size
+            start += max(size, 0)
             count[part] += 1
 
     def _files(self) -> Entry:
@@ -94,12 +95,12 @@ class Cifar:
     def _path(self, name: str) -> str:
         return f"{self._folder}/{name}" if self._folder else name
 
-    def _unpack_folder(self, out: BinaryIO) -> pa.Table:
+    def _unpack_folder(self, out: BinaryIO | None) -> pa.Table:
         form = self._form(self._store.list(self._folder))
         names = (form.meta, *form.train, form.test)
         return self._write(form, {name: self._store.read(self._path(name)) for name in names}, out)
 
-    def _unpack_archive(self, out: BinaryIO) -> pa.Table:
+    def _unpack_archive(self, out: BinaryIO | None) -> pa.Table:
         """Read the archive into memory (180 MB): its files come in any order."""
         wanted = {name for form in FORMS for name in (form.meta, *form.train, form.test)}
         files = {}
@@ -124,8 +125,8 @@ class Cifar:
                 return form
         raise UserError(f"{self.url} is not CIFAR: it has none of {', '.join(form.meta for form in FORMS)}")
 
-    def _write(self, form: _Form, files: dict[str, bytes], out: BinaryIO) -> pa.Table:
-        """Write all images as PNG, one after the other."""
+    def _write(self, form: _Form, files: dict[str, bytes], out: BinaryIO | None) -> pa.Table:
+        """Write all images as PNG, one after the other; without a file, list them."""
         if form.head:
             classes = files[form.meta].decode("ascii", "replace").split()
         else:
@@ -135,13 +136,10 @@ class Cifar:
             labels, pixels = self._binary(form, name, files) if form.head else self._python(form, name, files)
             if len(labels) != len(pixels) or not all(type(n) is int and 0 <= n < len(classes) for n in labels):
                 raise self._bad(name, "its labels do not fit its images or classes")
+            part = "test" if name == form.test else "train"
             for label, image in zip(labels, pixels.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1), strict=True):
-                png = io.BytesIO()
-                Image.fromarray(np.ascontiguousarray(image)).save(png, "PNG")
-                out.write(png.getbuffer())
-                for column, value in zip(
-                    rows, (png.tell(), label, "test" if name == form.test else "train"), strict=True
-                ):
+                size = _write_png(image, out) if out else -1
+                for column, value in zip(rows, (size, label, part), strict=True):
                     rows[column].append(value)
         schema = pa.schema([("size", pa.int64()), ("label", pa.int32()), ("part", pa.string())])
         return pa.table(rows, schema.with_metadata({"classes": json.dumps(classes)}))
@@ -179,6 +177,13 @@ class Cifar:
 
     def _bad(self, name: str, why: str) -> UserError:
         return UserError(f"{self.url}: {name} is damaged or not of CIFAR: {why}; get the official archive")
+
+
+def _write_png(image: np.ndarray, out: BinaryIO) -> int:
+    """Write uint8 [height, width, 3]; return how many bytes that took."""
+    png = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image)).save(png, "PNG")
+    return out.write(png.getbuffer())
 
 
 def is_mark(path: str) -> bool:
@@ -222,11 +227,26 @@ def _reconstruct(*_: object) -> _Array:
     return _Array()
 
 
+def _from_buffer(raw: bytes, dtype: _Dtype, shape: tuple, order: str) -> _Array:
+    array = _Array()
+    array.__setstate__((1, shape, dtype, order == "F", raw))
+    return array
+
+
+def _encode(text: str, *_: object) -> bytes:
+    """Return bytes that protocols before 3 write as text; the real function knows codecs that do more."""
+    return text.encode("latin1")
+
+
 class _Unpickler(pickle.Unpickler):
     """Loads lists, dicts, texts and numbers, and the stand-ins for NumPy arrays; nothing else."""
 
     _KNOWN = {  # noqa: RUF012
         ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+        ("numpy._core.multiarray", "_reconstruct"): _reconstruct,  # as NumPy 2 calls it
+        ("_codecs", "encode"): _encode,
+        ("numpy.core.numeric", "_frombuffer"): _from_buffer,
+        ("numpy._core.numeric", "_frombuffer"): _from_buffer,
         ("numpy", "ndarray"): _Array,
         ("numpy", "dtype"): _Dtype,
     }

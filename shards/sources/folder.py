@@ -11,14 +11,15 @@ from shards.sources import Item
 from shards.store import open_store
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+PARTS = ("train", "val", "valid", "validation", "test")
 
 
 @dataclass
 class Folder:
-    """The images below ``root``: its first-level folders are the classes, hidden files are passed over.
+    """The images below ``root``: its first-level folders are the classes; other files, and hidden ones, are counted.
 
     Raises:
-        UserError: There is no such folder, or it has no class folders.
+        UserError: There is no such folder, it has no class folders, or those of several parts.
     """
 
     root: str
@@ -32,11 +33,16 @@ class Folder:
     def __post_init__(self):
         self._store = open_store(self.root)
         self.classes = [name for name in self._store.folders() if not name.startswith(".")]
-        loose = [name for name in self._store.list("") if not name.startswith(".")]
-        self._loose = Counter(map(_extension, loose))
+        loose = self._store.list("")
+        if self.classes and all(name.lower() in PARTS for name in self.classes):
+            raise UserError(
+                f"{self.root} is divided into {' and '.join(self.classes)}, which are no classes; give one of them, as "
+                f"in {self.root}/{self.classes[0]}"
+            )
+        self._loose = Counter(map(_kind, loose))
         self.others = dict(self._loose)
         if not self.classes:
-            count = sum(name.lower().endswith(EXTENSIONS) for name in loose)
+            count = sum(name.lower().endswith(EXTENSIONS) and not _is_hidden(name) for name in loose)
             what = f"has {count} images but no class folders" if count else "is empty"
             raise UserError(
                 f"{self.root} {what}; put the images of each class into a folder: {self.root}/CLASS/name.jpg"
@@ -51,14 +57,16 @@ class Folder:
         others = self._loose.copy()
         for label, name in enumerate(self.classes):
             empty = True
-            for path, size, changed in self._store.walk(name):
-                if not path.lower().endswith(EXTENSIONS):
-                    others[_extension(path)] += 1
+            for path, size, changed in self._store.walk(name, hidden=True):
+                if _is_hidden(path) or not path.lower().endswith(EXTENSIONS):
+                    others[_kind(path)] += 1
                     continue
                 if path.encode(errors="ignore").decode() != path:
                     raise UserError(f"the name of image {path!r} in {self.root} is not UTF-8; rename it")
                 if size < 0:
-                    raise UserError(f"cannot read {self.root}/{path}: it is a link to nowhere; mend or remove it")
+                    raise UserError(
+                        f"cannot read {self.root}/{path}: it is a link to nowhere or no plain file; mend or remove it"
+                    )
                 empty = False
                 file = f"./{path}" if path.startswith("@/") else path  # "@/" means what was unpacked
                 yield Item(os.path.splitext(path)[0].replace(".", "_"), file, 0, size, (label,), (), changed)
@@ -70,5 +78,10 @@ class Folder:
         self.others = dict(sorted(others.items()))
 
 
-def _extension(name: str) -> str:
-    return os.path.splitext(name)[1].lower() or "no extension"
+def _is_hidden(path: str) -> bool:
+    return path.rpartition("/")[2].startswith(".")
+
+
+def _kind(path: str) -> str:
+    """Return as what a file is counted that is left out."""
+    return "hidden" if _is_hidden(path) else os.path.splitext(path)[1].lower() or "no extension"

@@ -27,16 +27,21 @@ KINDS: dict[str, Callable[..., Source]] = {
     "imagenet": ImageNet,
     "tars": Tars,
 }
+LISTED = ("parquet", "cifar")  # kinds that can list images that they have not unpacked
 LOOK = 1000  # files of a folder that are looked at to find out its kind
 
 
-def open_source(url: str | Path, kind: str | None = None, *, unpacked: Path, **options: object) -> Source:
+def open_source(
+    url: str | Path, kind: str | None = None, *, unpacked: Path, to_read: bool = True, **options: object
+) -> Source:
     """Open a source of images.
 
     Args:
         url: Path or URL of a file or folder.
         kind: One of ``KINDS``; found out by looking if it is not given.
         unpacked: Local folder for what cannot be read in place; made when something needs it.
+        to_read: False: the images are only listed. Those of Parquet and CIFAR are not unpacked then, and have the size
+            -1; a compressed tar of tars is, since nothing else tells what is in it.
         options: Of the kind of source; see the classes in ``KINDS``.
 
     Raises:
@@ -52,7 +57,7 @@ def open_source(url: str | Path, kind: str | None = None, *, unpacked: Path, **o
         if name not in takes:
             these = f"it takes {', '.join(sorted(takes))}" if takes else "it takes none"
             raise UserError(f"a source of kind {kind} has no option {name}; {these}")
-    return KINDS[kind](url, unpacked, **options)
+    return KINDS[kind](url, unpacked if to_read or kind not in LISTED else None, **options)
 
 
 def find_kind(url: str) -> str:
@@ -112,6 +117,8 @@ def _kinds_of_folder(store: Store) -> set[str]:
     """Return the kinds that a folder could be, by the files that come first; at least it may try to be images."""
     kinds = set()
     for entry in islice(store.walk(), LOOK):
+        if entry.size < 0:  # a pipe could be waited for for ever
+            continue
         folder, _, name = entry.path.rpartition("/")
         if not folder and (name in (TRAIN, VAL) or CLASS_TAR.fullmatch(name)):
             kinds.add("imagenet")

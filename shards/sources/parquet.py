@@ -30,7 +30,7 @@ class Parquet:
     Args:
         url: A file, or a folder with all ``*.parquet`` at any depth; ``train-00000-of-00005.parquet`` or a folder
             ``train`` tells the part.
-        unpacked: Where images are unpacked.
+        unpacked: Where images are unpacked; None: they are listed only, with the size -1.
         image: Column of images: bytes, or a struct with ``bytes``.
         label: Column of labels: names or class indices, one or a list.
         key: Column of keys; by default they are made of file name and row.
@@ -42,7 +42,9 @@ class Parquet:
 
     kind = "parquet"
 
-    def __init__(self, url: str, unpacked: Path, *, image: str = "", label: str = "", key: str = "", classes: str = ""):
+    def __init__(
+        self, url: str, unpacked: Path | None, *, image: str = "", label: str = "", key: str = "", classes: str = ""
+    ):
         self.url = url
         self._unpacked = unpacked
         self.others: dict[str, int] = {}
@@ -53,7 +55,17 @@ class Parquet:
         self._files = [file for file in files if file.path.lower().endswith(".parquet")]
         if not self._files:
             raise UserError(f"no Parquet files in {url}; check the path")
+        if unreadable := [file.path for file in self._files if file.size < 0]:
+            raise UserError(
+                f"cannot read {self.root}/{unreadable[0]}: it is a link to nowhere or no plain file; mend or remove it"
+            )
         self._parts = [""] if single else [_part(file.path) for file in self._files]
+        if "" in self._parts and any(self._parts):
+            named = next(n for n, part in enumerate(self._parts) if part)
+            raise UserError(
+                f"{url}: {self._files[self._parts.index('')].path} tells no part, {self._files[named].path} tells "
+                f"{self._parts[named]}; give a folder where all or none do, or one file"
+            )
         schema = read_schema(self._store, self._files[0].path)
         self._image = _image_column(schema, image, url)
         self._label = columns.choose(schema.names, label, columns.LABEL, "label")
@@ -80,11 +92,12 @@ class Parquet:
             UserError: A row has no key.
         """
         others: Counter[str] = Counter()
-        for file in self._files:  # other processes may be at some of them
+        for file in self._files if self._unpacked else ():  # other processes may be at some of them
             self._unpack(file, wait=False)
         for file, part, labels in zip(self._files, self._parts, self._labels, strict=True):
-            sizes = self._unpack(file)["size"].to_numpy()
-            starts = np.cumsum(sizes) - sizes
+            if self._unpacked:
+                sizes = self._unpack(file)["size"].to_numpy()
+                starts = np.cumsum(sizes) - sizes
             stem = clean_key(file.path)
             for row, batch, at in self._rows(file):
                 found, _ = labels.read(row, batch, at)
@@ -97,8 +110,8 @@ class Parquet:
                 yield Item(
                     clean_key(f"{key}."),
                     f"@/{harmless(file.path)}.bin",
-                    int(starts[row - 1]),
-                    int(sizes[row - 1]),
+                    int(starts[row - 1]) if self._unpacked else 0,
+                    int(sizes[row - 1]) if self._unpacked else -1,
                     tuple(self._number[label] for label in found),
                     (),
                     file.changed,
@@ -191,7 +204,7 @@ def _part(path: str) -> str:
     """Return the part that a file's name tells: that before ``-00000-of-00005``, or a folder such as ``train``."""
     folder, _, name = path.rpartition("/")
     found = re.fullmatch(r"([A-Za-z0-9_]+)-\d+-of-\d+.*", name)
-    if found:
+    if found and found[1] != "all":  # which says that there are no parts
         return found[1]
     known = [part for part in (name.partition(".")[0], *folder.split("/")[::-1]) if part in _PARTS]
     return known[0] if known else ""

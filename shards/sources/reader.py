@@ -8,10 +8,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from shards.errors import PatchmillError, UserError
-from shards.sources import Item, unpacked_path
+from shards.header import BrokenImageError
+from shards.sources import Item, unpacked_path, web
 from shards.store import MissingError, Store, open_store
 
 AHEAD = 32  # remote reads in flight: enough to hide a round trip of 100 ms behind 300 images a second
@@ -36,24 +37,39 @@ class Reader:
         """Return the bytes of one image.
 
         Raises:
-            MissingError: There is no such object, and nobody had seen it: it is remote, or its size was unknown.
+            BrokenImageError: It is not to be had, and nobody had seen it: it is remote, or its size was unknown. The
+                message is the reason: missing, or what its server says.
             UserError: A local file is gone, unreadable, or no longer as long as the item says.
             PatchmillError: The network failed, in spite of retries.
         """
-        store, path = self._place(item.file)
+        try:
+            store, path = self._place(item.file)
+        except (PatchmillError, ValueError) as error:
+            if not _URL.match(item.file):
+                raise
+            raise BrokenImageError(f"no URL that can be opened: {error}") from error
         whole = item.size < 0 or (item.offset == 0 and not item.file.startswith("@/"))
         if item.size == 0 and not whole:
             return b""
         if store.local and item.size < 0 and not os.path.isfile(os.path.join(store.url, path)):
-            raise MissingError(f"no file {os.path.join(store.url, path)}; mend the path or remove it from the source")
+            raise BrokenImageError("missing")
         if not store.local and path and _odd(path):
-            raise MissingError(f"no object {item.file}; its name is none that {store.url} could have")
+            raise BrokenImageError("missing")  # the store could have no such name
+        page = item.size < 0 and store.url.startswith(("http://", "https://"))
+        if page and web.is_unknown(urlsplit(store.url).hostname):
+            raise BrokenImageError("unknown host")
         try:
             data = store.read(path) if whole else store.read_range(path, item.offset, item.size)
+        except MissingError as error:
+            if store.local:
+                raise UserError(f"cannot read {item.file} of {self.root}: {_reason(error)}") from error
+            raise BrokenImageError("missing") from error
         except PatchmillError as error:
             if store.local:
                 raise UserError(f"cannot read {item.file} of {self.root}: {_reason(error)}") from error
-            raise
+            if not page:
+                raise
+            return _ask_again(f"{store.url}/{quote(path)}" if path else store.url, error)
         if whole and 0 <= item.size != len(data):
             raise UserError(
                 f"{item.file} of {self.root} changed while the build ran ({item.size} bytes, now {len(data)}); build "
@@ -61,8 +77,8 @@ class Reader:
             )
         return data
 
-    def read_all(self, items: Iterable[Item]) -> Iterator[tuple[Item, bytes | MissingError]]:
-        """Yield items in order, each with its bytes, or with the error that says it is not there.
+    def read_all(self, items: Iterable[Item]) -> Iterator[tuple[Item, bytes | BrokenImageError]]:
+        """Yield items in order, each with its bytes, or with the error that says why it is not to be had.
 
         Remote images are read ahead by threads; local ones are read when their turn comes.
 
@@ -73,8 +89,7 @@ class Reader:
         pool = ThreadPoolExecutor(AHEAD)
         try:
             for item in items:
-                remote = not self._place(item.file)[0].local
-                waiting.append((item, pool.submit(self._try, item) if remote else None))
+                waiting.append((item, None if self._local(item.file) else pool.submit(self._try, item)))
                 while waiting and (waiting[0][1] is None or len(waiting) > AHEAD):
                     yield self._next(waiting)
             while waiting:
@@ -82,15 +97,20 @@ class Reader:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _next(self, waiting: deque[tuple[Item, Future | None]]) -> tuple[Item, bytes | MissingError]:
+    def _next(self, waiting: deque[tuple[Item, Future | None]]) -> tuple[Item, bytes | BrokenImageError]:
         item, future = waiting.popleft()
         return item, future.result() if future else self._try(item)
 
-    def _try(self, item: Item) -> bytes | MissingError:
+    def _try(self, item: Item) -> bytes | BrokenImageError:
         try:
             return self.read(item)
-        except MissingError as error:
+        except BrokenImageError as error:
             return error
+
+    def _local(self, file: str) -> bool:
+        if _URL.match(file):
+            return file.lower().startswith("file://")
+        return file.startswith(("/", "@/")) or _store(self.root).local
 
     def _place(self, file: str) -> tuple[Store, str]:
         """Return the store that holds a file, and its path there."""
@@ -110,6 +130,16 @@ class Reader:
         if parts.query or "%2F" in parts.path.upper() or _odd(path):  # no path of a store: only the URL names it
             return _store(file), ""
         return _store(f"{parts.scheme}://{parts.netloc}"), path
+
+
+def _ask_again(url: str, error: PatchmillError) -> bytes:
+    """Return a page that could not be read, if it can be had in another way, or raise why it cannot."""
+    if web.lacks_length(error.__cause__):
+        return web.fetch(url)
+    reason = web.refusal(error.__cause__)
+    if reason:
+        raise BrokenImageError(reason) from error
+    raise error
 
 
 def _odd(path: str) -> bool:

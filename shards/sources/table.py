@@ -170,7 +170,10 @@ def _look(path: str) -> tuple[int, int]:
 def _key(image: str, web: bool) -> str:
     if not web:
         return clean_key(image)
-    parts = urlsplit(image)
+    try:
+        parts = urlsplit(image)
+    except ValueError:  # no URL: the reader will tell
+        return clean_key(image.partition("://")[2])
     query = f"_{parts.query}".translate(str.maketrans("./\\", "___")) if parts.query else ""
     return clean_key(f"{parts.netloc.replace('@', '_')}/{unquote(parts.path)}") + query
 
@@ -204,8 +207,9 @@ def _json_rows(stream: BinaryIO) -> Iterator[tuple[int, dict]]:
         if line.strip():
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise json.JSONDecodeError(f"line {number}: {error.msg}", error.doc, error.pos) from error
+            except (ValueError, RecursionError) as error:  # the first also of numbers with thousands of digits
+                why = error.msg if isinstance(error, json.JSONDecodeError) else str(error).partition(";")[0]
+                raise json.JSONDecodeError(f"line {number}: {why}", "", 0) from error
             if not isinstance(row, dict):
                 raise json.JSONDecodeError(f"line {number}: an object is wanted, with columns", "", 0)
             yield number, row

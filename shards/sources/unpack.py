@@ -5,9 +5,9 @@ which is written last. Both are kept as long as the file of the source is the sa
 """
 
 import fcntl
+import hashlib
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +20,8 @@ import pyarrow.parquet as pq
 from shards.atomic import fsync_folder
 from shards.sources import clean_key
 from shards.store import Entry, Store
+
+NAME_BYTES = 100  # of a file's name: with what is put before and behind it, it must stay below 255
 
 
 def unpack(
@@ -59,7 +61,8 @@ def unpack(
 
 def harmless(path: str) -> str:
     """Return a name to unpack a file of the source under: nowhere else, and of this file alone."""
-    return f"{clean_key(path)}-{zlib.crc32(path.encode()):08x}"
+    parts = [part.encode()[:NAME_BYTES].decode(errors="ignore") for part in clean_key(path).split("/")]
+    return f"{'/'.join(parts)}-{hashlib.sha256(path.encode()).hexdigest()[:16]}"
 
 
 def look(store: Store, path: str) -> Entry:

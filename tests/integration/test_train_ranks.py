@@ -184,6 +184,16 @@ def test_with_dropout_a_resumed_run_draws_the_same(folder):
     assert losses(folder / "dropout-stopped") == losses(folder / "dropout")
 
 
+def test_randaugment_and_mixup_are_the_same_on_any_ranks(folder, undisturbed):
+    for ranks in (1, 2):
+        code, stderr = done(launch(folder, ranks, f"mixed-{ranks}", epochs=2, over=("data.augment=medium1",)))
+        assert code == 0, stderr
+    one, two = (losses(folder / f"mixed-{ranks}") for ranks in (1, 2))
+    assert [samples for samples, _ in one] == [samples for samples, _ in two]
+    assert [loss for _, loss in one] == pytest.approx([loss for _, loss in two], abs=2e-4)
+    assert [loss for _, loss in one] != pytest.approx([loss for _, loss in undisturbed[: len(one)]], abs=2e-3)
+
+
 def test_when_a_rank_is_killed_the_others_end_within_a_minute_and_the_launcher_says_so(folder):
     process = launch(folder, 2, "rank-killed", epochs=400)
     wait_for_steps(folder / "rank-killed", process, 3)

@@ -52,6 +52,12 @@ def test_a_wrong_value_names_key_and_value():
         check(TrainSettings, {**MINIMAL, "model": {}}, "here.toml")
 
 
+def test_scaled_decoding_is_for_crops():
+    assert settings(data={"augment": "light1", "scaled_decoding": True}).data.scaled_decoding
+    with pytest.raises(UserError, match="scaled_decoding is for crops, and augment 'resize' takes the whole image"):
+        settings(data={"augment": "resize", "scaled_decoding": True})
+
+
 def test_overrides_are_toml_values_and_bare_words():
     table = override({"optim": {"lr": 1, "clip": 2}}, ["optim.lr=1e-3", "data.train=a/b", "betas=[0.9, 0.95]"])
     assert table == {"optim": {"lr": 1e-3, "clip": 2}, "data": {"train": "a/b"}, "betas": [0.9, 0.95]}
@@ -64,6 +70,12 @@ def test_a_batch_that_the_ranks_do_not_divide_names_those_that_fit():
         settings().accumulation(3)
     with pytest.raises(UserError, match=r"micro_batch 3 does not divide the 4 samples .* one of \[1, 2, 4\]"):
         settings(micro_batch=3).accumulation(2)
+    with pytest.raises(UserError, match=r"global_batch 8 over 8 ranks gives a rank 1, .* set it to 16"):
+        settings(data={"augment": "light2"}).accumulation(8)
+    with pytest.raises(UserError, match=r"global_batch 24 over 8 ranks gives a rank 3, .* set it to 16 or 32"):
+        settings(global_batch=24, data={"augment": "light2"}).accumulation(8)
+    assert settings(data={"augment": "light2"}).accumulation(4) == 1
+    assert settings(data={"augment": "light1"}).accumulation(8) == 1  # has no mixup
     assert settings(micro_batch=2).accumulation(2) == 2
     assert settings().accumulation(4) == 1
 

@@ -215,14 +215,14 @@ def test_split_makes_two_data_sets_and_adding_images_moves_none(tmp_path):
         assert keys(tmp_path / "two", part) - {"class_0/one_more"} == keys(tmp_path / "one", part)
 
 
-def test_other_files_are_counted_and_hidden_ones_passed_over(own, tmp_path):
+def test_other_files_and_hidden_ones_are_counted(own, tmp_path):
     (own / "class.0/notes.TXT").touch()
     (own / "class.1/Thumbs").touch()
     (own / "loose.jpg").write_bytes(encode(1))
     (own / "class.0/.hidden.jpg").touch()
     (own / ".git").mkdir()
     found = build(own, tmp_path / "out", workers=1)
-    assert found.others == {".jpg": 1, ".txt": 1, "no extension": 1}
+    assert found.others == {".jpg": 1, ".txt": 1, "hidden": 1, "no extension": 1}
     assert found.classes == ["class.0", "class.1"]
     assert found.parts["all"].samples == 8
 

@@ -18,7 +18,9 @@ from shards.merge import merge
 from shards.plan import Slice
 from shards.store import open_store
 from tests.shards.images import encode, make_source, tree
-from tests.shards.sources.servers import upload
+from tests.shards.sources.servers import answering, serve, upload
+from tests.shards.sources.test_cifar import archive, files
+from tests.shards.sources.test_parquet import write as write_parquet
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +68,12 @@ def bomb():
     return bytes(data)
 
 
+def no_pixels():
+    """A PNG with a header and an end, and nothing between them."""
+    data = encode(1, "PNG")
+    return data[:33] + data[-12:]
+
+
 def saved(image, format, **options):
     file = io.BytesIO()
     image.save(file, format, **options)
@@ -78,6 +86,7 @@ BROKEN = {
     "cut.jpg": (encode(1)[:-30], "cut short: no end marker"),
     "cut2.png": (encode(1, "PNG")[:-30], "runcated"),
     "cut3.webp": (encode(1, "WEBP")[:-30], "cut short"),
+    "nothing.png": (no_pixels(), "index out of range"),
     "text.jpg": (b"<html>not found</html>", "not a jpg, png or webp image"),
     "gif.png": (saved(NOISE, "GIF"), "not a jpg, png or webp image"),
     "bomb.jpg": (bomb(), "4,225,000,000 pixels"),
@@ -119,6 +128,19 @@ def test_odd_images_are_kept_and_broken_ones_listed_with_reasons(tmp_path, encod
             assert min(image.shape[:2]) == 12
 
 
+def test_dead_urls_of_a_table_are_listed_with_reasons(source, tmp_path):
+    image = next(source.rglob("*.jpg")).relative_to(source)
+    with serve(source) as web, answering() as odd:
+        dead = {f"{odd}/410": "410 Gone", f"{odd}/403": "403 Forbidden", f"{web}/none.jpg": "missing"}
+        rows = [f"{web}/{image}", *dead]
+        (tmp_path / "table.csv").write_text("url,label\n" + "".join(f"{url},a\n" for url in rows))
+        made = build(tmp_path / "table.csv", tmp_path / "out", workers=1, max_rejected=3)
+        assert dict(made.parts["all"].rejected) == dead
+        assert made.parts["all"].samples == 1
+        with pytest.raises(UserError, match=r"3 broken images .*\(410 Gone\)"):
+            build(tmp_path / "table.csv", tmp_path / "out2", workers=1, max_rejected=2)
+
+
 def test_orientation_is_honoured_and_recorded(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -135,6 +157,61 @@ def test_orientation_is_honoured_and_recorded(tmp_path):
     assert (anew["width"], anew["height"], anew["orientation"]) == (30, 40, 6)
     images = [decode(Dataset.open(tmp_path / name)[0].image, "key").shape for name in ("kept", "anew")]
     assert images == [(40, 30, 3)] * 2
+
+
+def test_images_too_large_for_the_format_are_rejected(tmp_path):
+    (tmp_path / "images/a").mkdir(parents=True)
+    (tmp_path / "images/a/long.png").write_bytes(saved(Image.new("RGB", (70_000, 2)), "PNG"))
+    (tmp_path / "images/a/fine.png").write_bytes(encode(1, "PNG"))
+    for format, limit in [("jpg", 65_500), ("webp", 16_383)]:
+        made = build(
+            tmp_path / "images", tmp_path / format, workers=1, max_rejected=1, encoding=Encoding(format=format)
+        )  # fmt: skip
+        assert made.parts["all"].samples == 1
+        reason = f"70000 x 2 pixels are too many for {format}, which ends at {limit} a side"
+        assert made.parts["all"].rejected == [("a/long.png", reason)]
+
+
+def test_a_source_is_never_written_to(tmp_path):
+    raw = make_source(tmp_path / "raw/train", classes=2, each=3)
+    before = tree(tmp_path / "raw")
+    for source, out in [
+        (raw, tmp_path / "raw"),
+        (raw, raw / "out"),
+        (raw, (raw / "out").as_uri()),
+        (raw.as_uri(), raw),
+    ]:
+        with pytest.raises(UserError, match="lies in the source"):
+            build(source, out, split={"val": 0.4}, workers=1)
+        assert tree(tmp_path / "raw") == before
+    build(raw, tmp_path / "set", workers=1)
+    before = tree(tmp_path / "set")
+    for source in (tmp_path / "set/shards", tmp_path / "set/shards/000000.tar"):
+        with pytest.raises(UserError, match="would be written over the source"):
+            build(source, tmp_path / "set", kind="tars", shard_samples=2, workers=1)
+        assert tree(tmp_path / "set") == before
+
+
+def test_a_refused_build_leaves_nothing_behind_and_does_not_list_the_source(source, tmp_path):
+    build(source, tmp_path / "set", workers=1)
+    before = tree(tmp_path / "set")
+    with pytest.raises(UserError, match=r"already holds another data set \(shard_samples differ\)"):
+        build(tmp_path / "not there at all", tmp_path / "set", shard_samples=2, workers=1)
+    with pytest.raises(UserError, match=r"images, classes differ"):
+        build(make_source(tmp_path / "other", classes=3, each=2), tmp_path / "set", workers=1)
+    assert tree(tmp_path / "set") == before
+    assert not (tmp_path / "set/.build").exists()
+
+
+def test_parts_of_an_earlier_try_are_cleared(source, tmp_path):
+    images = make_source(tmp_path / "images", classes=2, each=8)
+    (images / "class.0/broken.jpg").touch()
+    with pytest.raises(UserError, match="1 broken image"):
+        build(images, tmp_path / "out", shard_samples=2, workers=1)
+    assert list((tmp_path / "out/shards").iterdir())
+    build(images, tmp_path / "out", shard_samples=2, split={"val": 0.4}, max_rejected=1, workers=1)
+    build(images, tmp_path / "fresh", shard_samples=2, split={"val": 0.4}, max_rejected=1, workers=1)
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
 
 
 def test_captions_are_class_names(source, tmp_path):
@@ -202,6 +279,32 @@ def test_dry_run_writes_nothing(source, tmp_path):
     made = build(source, tmp_path / "out", shard_samples=5, split={"val": 0.3}, workers=1)
     for name, part in planned.parts.items():
         assert (part.samples, part.shards) == (made.parts[name].samples, made.parts[name].shards)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "cifar archive", "cifar folder"])
+def test_dry_run_copies_no_images(tmp_path, monkeypatch, kind):
+    if kind == "parquet":
+        source = write_parquet(tmp_path / "set/train-00000-of-00001.parquet", [0, 1, 2, -1, 1]).parent
+    elif kind == "cifar archive":
+        source = archive(tmp_path / "cifar-10-python.tar.gz", "cifar-10-python")
+    else:
+        name, content = files("cifar-10-binary")
+        source = tmp_path / name
+        source.mkdir()
+        for name, data in content.items():
+            (source / name).write_bytes(data)
+    opened = []
+    monkeypatch.setattr("shards.sources.unpack.open", lambda *given, **_: opened.append(given), raising=False)
+    planned = build(source, tmp_path / "out", shard_samples=3, dry_run=True)
+    assert not opened
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    made = build(source, tmp_path / "out", shard_samples=3, workers=1)
+    assert planned.others == made.others
+    assert planned.classes == made.classes
+    assert {name: (part.samples, part.shards, part.bytes) for name, part in planned.parts.items()} == {
+        name: (part.samples, part.shards, 0) for name, part in made.parts.items()
+    }
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from shards import dataset as dataset_module
@@ -170,4 +172,32 @@ def test_mixed_up_files_are_refused(copy, built, source, tmp_path):
         Dataset.open(copy).rows(0)
     shutil.copy(tmp_path / "other" / manifest.SHARDS, copy / manifest.SHARDS)
     with pytest.raises(UserError, match="do not belong together"):
+        Dataset.open(copy)
+
+
+def spoilt(path, how):
+    whole = bytearray(path.read_bytes())
+    if how == "another table":
+        pq.write_table(pa.table({"x": [1]}), path)
+    elif how == "flipped":
+        whole[4 : len(whole) // 2] = bytes(byte ^ 255 for byte in whole[4 : len(whole) // 2])
+        path.write_bytes(whole)
+    else:
+        path.write_bytes({"text": b"not parquet", "empty": b"", "cut": bytes(whole[:-9])}[how])
+
+
+@pytest.mark.parametrize("how", ["text", "empty", "cut", "flipped", "another table"])
+def test_a_damaged_table_is_one_line_for_the_user(copy, how):
+    write_exclude(copy, "v1", [(0, 1, "a")])
+    dataset = Dataset.open(copy)
+    spoilt(copy / manifest.samples_path(1), how)
+    for read in (dataset.rows, lambda shard: dataset.read(shard, 0), lambda shard: dataset.table(shard, ["key"])):
+        with pytest.raises(UserError, match=r"samples/000001\.parquet is damaged \(.*copy or build the data set again"):
+            read(1)
+    assert dataset.read(0, 0).key
+    spoilt(copy / manifest.exclude_path("v1"), how)
+    with pytest.raises(UserError, match=r"exclude/v1\.parquet is damaged"):
+        Dataset.open(copy, "v1")
+    spoilt(copy / manifest.SHARDS, how)
+    with pytest.raises(UserError, match=r"manifest/shards\.parquet is damaged"):
         Dataset.open(copy)

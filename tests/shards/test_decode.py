@@ -108,6 +108,18 @@ def test_stray_bytes_are_passed_over_but_not_a_cut_file():
                 decode(part, "n01/cat_7")
 
 
+def test_reasons_are_the_same_in_every_run():
+    """They go into receipts: no address of an object, and no exception of any other kind."""
+    data = encoded(Image.fromarray(SMOOTH), "JPEG")
+    for broken, reason in [
+        (data[:2] + b"\xff\xdb\0\5\0ab" + data[2:], "no known image format"),
+        (encoded(Image.fromarray(SMOOTH), "PNG")[:33] + encoded(Image.fromarray(SMOOTH), "PNG")[-12:], "cannot load"),
+    ]:
+        with pytest.raises(DecodeError, match=reason) as caught:
+            decode(broken, "a")
+        assert reason in str(caught.value.__cause__)
+
+
 def test_a_bomb_is_refused():
     header = b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
     bomb = encoded(Image.fromarray(SMOOTH), "PNG")

@@ -5,7 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from shards import dedupe as dedupe_module
 from shards import manifest
+from shards.atomic import only_one
 from shards.build import build
 from shards.dataset import Dataset, write_exclude
 from shards.dedupe import dedupe
@@ -21,6 +29,7 @@ from shards.errors import UserError
 from shards.plan import Slice
 from tests.shards.images import tree
 from tests.shards.photographs import jpeg, photographs
+from tests.shards.test_store import RangeHandler
 
 ROOT = Path(__file__).parents[2]
 COPIES = {"bytes": ("exact", False), "quality": ("near", False), "half": ("near", False), "mirror": ("near", True),
@@ -119,10 +128,10 @@ def test_every_kind_of_copy_is_found_and_dropped(sets, train, tmp_path):
 
 def test_blank_and_broken_images_are_counted_and_never_near(sets, train, tmp_path):
     found = dedupe(train, against(sets), out=tmp_path / "out", workers=1)
-    assert (found.plain, found.undecodable) == (1, [("taken/broken", "no known image format")])
+    assert (found.blank, found.undecodable) == (1, [("taken/broken", "no known image format")])
     val, other = found.tests
-    assert (val.plain, [key for key, _ in val.undecodable]) == (1, ["b/broken"])
-    assert (other.plain, other.undecodable) == (0, [])
+    assert (val.blank, [key for key, _ in val.undecodable]) == (1, ["b/broken"])
+    assert (other.blank, other.undecodable) == (0, [])
 
 
 def test_what_cannot_be_compared_is_still_found_by_its_bytes(sets, train, tmp_path):
@@ -251,6 +260,131 @@ def test_a_folder_of_something_else_is_refused(sets, train, tmp_path):
     dedupe(train, [sets / "val"], out=tmp_path / "out", workers=1)
     with pytest.raises(UserError, match=r"another dedupe \(tests differ\)"):
         dedupe(train, [sets / "other"], version="v2", out=tmp_path / "out")
+
+
+def test_a_test_set_that_moved_between_slices_is_the_same_one(sets, train, tmp_path):
+    expected = dedupe(train, against(sets), out=tmp_path / "whole", workers=1, dry_run=True)
+    dedupe(train, against(sets), out=tmp_path / "out", workers=1, own=Slice(0, 2), dry_run=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/holdout").symlink_to(sets / "val")
+    moved = [tmp_path / "elsewhere/holdout", sets / "other"]
+    found = dedupe(train, moved, out=tmp_path / "out", workers=1, own=Slice(1, 2))
+    assert found.finished
+    counts = [(test.exact, test.near, test.mirrored, test.hit) for test in found.tests]
+    assert counts == [(test.exact, test.near, test.mirrored, test.hit) for test in expected.tests] == [
+        (1, 5, 1, 6), (1, 0, 0, 1),
+    ]  # fmt: skip
+    assert found.tests[0].name == "elsewhere/holdout"
+    named = pq.read_table(found.pairs)
+    assert set(named["test"].to_pylist()) == {test.name for test in found.tests}
+    assert named.drop_columns(["test"]).equals(pq.read_table(expected.pairs).drop_columns(["test"]))
+    again = dedupe(train, against(sets), out=tmp_path / "out", workers=1)  # the same samples, under another name
+    assert (again.exclude, again.dropped) == ("dedupe-1", 6)
+
+
+def test_slices_may_start_together(sets, train, tmp_path):
+    raw, tests = Dataset.open(train), [Dataset.open(each) for each in against(sets)]
+    for number in range(4):
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda _, out=tmp_path / str(number): dedupe_module._claim(out, raw, tests), range(4)))
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    (killed / ".plan.json.partial").write_text("{")
+    dedupe_module._claim(killed, raw, tests)
+    assert json.loads((killed / "plan.json").read_text())["train"] == raw.digest
+
+
+def test_a_slice_runs_once_at_a_time_and_says_what_it_waits_for(sets, train, tmp_path, capfd):
+    out = tmp_path / "out"
+    dedupe(train, against(sets), out=out, workers=1, own=Slice(1, 2))
+    assert "waiting" not in capfd.readouterr().err
+    with only_one(out / "slices/0-of-2", "test"), pytest.raises(UserError, match="another dedupe of slice 0/2"):
+        dedupe(train, against(sets), out=out, workers=1, own=Slice(0, 2))
+    held = ExitStack()
+    held.enter_context(only_one(out / "tests", "test"))
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(dedupe, train, against(sets), out=out, workers=1, own=Slice(0, 2))
+        deadline, said = time.monotonic() + 30, ""
+        while "waiting for another dedupe that reads the same test images" not in said:
+            assert time.monotonic() < deadline
+            said += capfd.readouterr().err
+            time.sleep(0.02)
+        assert not running.done()
+        held.close()
+        assert running.result(60).finished
+
+
+def test_test_shards_are_hashed_in_parts_with_the_same_result(sets, train, tmp_path, monkeypatch):
+    dedupe(train, against(sets), out=tmp_path / "whole", workers=1, dry_run=True)
+    monkeypatch.setattr(dedupe_module, "PART_IMAGES", 3)
+    hashed = []
+    real = dedupe_module._hash_part
+    monkeypatch.setattr(dedupe_module, "_hash_part", lambda part: (hashed.append(part), real(part))[1])
+    dedupe(train, against(sets), out=tmp_path / "parts", workers=1, dry_run=True)
+    assert [(part.test, part.start, part.stop) for part in hashed] == [
+        (0, 0, 3), (0, 3, 6), (0, 6, 8), (1, 0, 3), (1, 3, 4),
+    ]  # fmt: skip
+    for name in ("index", "findings"):
+        assert tree(tmp_path / "parts" / name) == tree(tmp_path / "whole" / name)
+
+
+def test_rows_of_one_shard_alone_stay_in_memory(train):
+    dedupe_module._open.cache_clear()
+    dataset = dedupe_module._open(str(train))
+    rows = [weakref.ref(dataset.rows(shard)) for shard in range(6)]
+    assert [each() is not None for each in rows] == [False] * 5 + [True]
+
+
+@pytest.mark.parametrize("limit", [20_000, 250_000])  # while hashing test images; while writing the index
+def test_a_full_disk_is_told_and_the_next_run_goes_on(sets, train, tmp_path, limit):
+    program = (
+        "import resource, sys; from shards.dedupe import dedupe; from shards.errors import UserError\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        "try: dedupe(sys.argv[1], sys.argv[2:4], out=sys.argv[4], workers=1)\n"
+        "except UserError as error: print(error)"
+    )
+    command = [sys.executable, "-c", program, str(train), *map(str, against(sets)), str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.stdout.startswith("cannot write "), done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    assert not (tmp_path / "out/index").exists()
+    assert dedupe(train, against(sets), out=tmp_path / "out", workers=1).copies == 6
+
+
+def test_a_drop_list_that_cannot_be_written(sets, train, tmp_path):
+    (train / manifest.EXCLUDE).write_text("a file")
+    with pytest.raises(UserError, match=r"cannot write .*exclude/dedupe-1\.parquet"):
+        dedupe(train, against(sets), out=tmp_path / "out", workers=1)
+    assert not (tmp_path / "out/report.html").exists()  # which would tell of the list
+    (train / manifest.EXCLUDE).unlink()
+    assert dedupe(train, against(sets), out=tmp_path / "out", workers=1).dropped == 6
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(RangeHandler, directory=train)) as server:
+        server.fault, server.bad, server.requests = "", 0, 0
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(UserError, match="takes no drop list: a web server"):
+            dedupe(url, against(sets), out=tmp_path / "web", workers=1)
+        assert not (tmp_path / "web").exists()
+        assert dedupe(url, against(sets), out=tmp_path / "web", workers=1, dry_run=True).copies == 6
+        server.shutdown()
+
+
+@pytest.mark.parametrize("out", ["s3://bucket/out", "file:///tmp/out", Path("s3://bucket/out")])
+def test_results_go_to_a_local_folder(sets, train, tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"--out (s3|file):/+(bucket|tmp)/out: must be a local path"):
+        dedupe(train, against(sets), out=out)
+    assert [path.name for path in tmp_path.iterdir()] == ["train"]
+
+
+def test_damaged_findings_are_told(sets, train, tmp_path):
+    dedupe(train, against(sets), out=tmp_path / "out", workers=1, dry_run=True)
+    (tmp_path / "out/findings/000001.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"findings/000001\.parquet is damaged .*remove it and run the same command"):
+        dedupe(train, against(sets), out=tmp_path / "out", workers=1, dry_run=True)
+    (tmp_path / "out/findings/000001.parquet").unlink()
+    assert dedupe(train, against(sets), out=tmp_path / "out", workers=1, dry_run=True).copies == 6
 
 
 def refused(*arguments: object, cwd: Path) -> str:

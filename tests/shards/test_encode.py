@@ -32,7 +32,11 @@ def psnr(a, b):
 
 
 def apply(encoding, data):
-    return encoding.apply(data, read_header(data), "key")
+    made = encoding.apply(data, read_header(data), "key")
+    if made is None:
+        return None
+    assert made[1] == read_header(made[0])
+    return made[0]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

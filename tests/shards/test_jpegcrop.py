@@ -8,9 +8,10 @@ import simplejpeg
 from PIL import Image
 
 from shards import jpegcrop
-from shards.augment import TRANSFORMS, transform_encoded
+from shards.augment import TRANSFORMS, InceptionCrop, transform_encoded
 from shards.decode import DecodeError, decode
 from shards.errors import UserError
+from shards.randaugment import RandAugment
 
 SAMPLINGS = ("444", "422", "420", "440", "411")
 
@@ -88,6 +89,72 @@ def test_a_part_is_bit_equal_to_the_whole_cut(native, kind):
             assert (part == cut(whole, box)).all(), (box, height, width)
 
 
+@pytest.mark.parametrize("shrink", [2, 4, 8])
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_a_part_of_a_smaller_image_is_bit_equal_to_the_whole_cut(native, kind, shrink):
+    rng = np.random.default_rng(sum(kind.encode()) + shrink)
+    for most in [20] * 15 + [90] * 15 + [400] * 3:
+        height, width = (
+            int(x) for x in rng.integers(6, most + 1, 2)
+        )  # of smaller ones simplejpeg takes other fractions
+        data = ENCODERS[kind](image_of(rng, height, width), int(rng.integers(5, 101)), rng)
+        height, width = -(-height // shrink), -(-width // shrink)
+        whole = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
+        assert whole.shape == (height, width, 3)
+        corners = [(0, 0, height, width), (0, 0, 1, 1), (height - 1, width - 1, 1, 1)]
+        for box in corners + [random_box(rng, height, width) for _ in range(10)]:
+            part = jpegcrop.decode_part(data, *box, shrink)
+            assert part is not None, (box, height, width)
+            assert (part == cut(whole, box)).all(), (box, height, width)
+    assert jpegcrop.decode_part(data, 0, 0, height + 1, 1, shrink) is None
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize(("orientation", "quarters"), [(1, 0), (3, 2), (6, 3), (8, 1)])
+def test_large_parts_are_decoded_smaller_if_asked(native, monkeypatch, there, orientation, quarters):
+    if not there:
+        without_native(monkeypatch)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = saved(image_of(np.random.default_rng(4), 203, 307), exif=exif)
+    high, wide = decode(data, "a").shape[:2]
+    for box, short, shrink, want in [  # edges at the nearest pixels
+        ((0, 0, high, wide), 24, 8, None),
+        ((0, 0, high, wide), 40, 4, None),
+        ((13, 21, 128, 150), 16, 8, (2, 3, 16, 18)),
+        ((13, 21, 128, 150), 17, 4, (3, 5, 32, 38)),
+        ((13, 21, 128, 150), 64, 2, (7, 11, 64, 75)),
+        ((13, 21, 128, 150), 65, 1, (13, 21, 128, 150)),
+        ((13, 21, 31, 150), 1, 2, (7, 11, 15, 75)),  # 8 pixels at least
+    ]:
+        whole = simplejpeg.decode_jpeg(data, "RGB", min_height=-(-203 // shrink), min_width=-(-307 // shrink))
+        whole = np.rot90(whole, quarters)
+        want = (
+            whole[: (high + shrink // 2) // shrink, : (wide + shrink // 2) // shrink] if not want else cut(whole, want)
+        )
+        assert np.array_equal(decode(data, "a", lambda h, w, box=box: box, short), want), box
+        if want.shape == whole.shape:
+            assert (decode(data, "a", short=short) == whole).all()
+
+
+def test_transforms_of_large_files_shrink_if_asked(native):
+    data = saved(image_of(np.random.default_rng(4), 403, 607), quality=95)
+    whole = decode(data, "a")
+    shrunk = 0
+    for position in range(20):
+        key = (7, 0, position)
+        plain, quick = InceptionCrop(48), InceptionCrop(48, shrink=True)
+        box = plain.box(403, 607, key)
+        assert quick.box(403, 607, key) == box
+        got = transform_encoded(quick, data, "a", key)
+        want = plain.finish(decode(data, "a", lambda h, w, box=box: box, 48), key)
+        assert (got == want).all()
+        assert (transform_encoded(RandAugment(quick, 0, 0), data, "a", key) == want).all()
+        assert (quick(whole, key) == plain(whole, key)).all()
+        shrunk += (got != plain(whole, key)).any()
+    assert shrunk == sum(min(InceptionCrop(48).box(403, 607, (7, 0, p))[2:]) >= 96 for p in range(20)) > 10
+
+
 def test_what_is_not_plain_is_left_to_the_full_decoder(native):
     image = image_of(np.random.default_rng(0), 40, 50)
     assert jpegcrop.decode_part(saved(image), 5, 5, 9, 9) is not None
@@ -163,14 +230,14 @@ def test_a_part_of_a_turned_image_is_of_the_upright_one(native, orientation):
     assert (decode(data, "a", lambda h, w: box) == cut(decode(data, "a"), box)).all()
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", [*TRANSFORMS, "rand_augment"])
 @pytest.mark.parametrize("there", [True, False])
 def test_transforms_of_files_are_those_of_images(native, monkeypatch, name, there):
     rng = np.random.default_rng(4)
     image = image_of(rng, 130, 170)
     png = io.BytesIO()
     Image.fromarray(image).save(png, "PNG")
-    transform = TRANSFORMS[name](48)
+    transform = TRANSFORMS[name](48) if name in TRANSFORMS else RandAugment(InceptionCrop(48), 2, 15)
     if not there:
         without_native(monkeypatch)
     for data in (saved(image), saved(image, progressive=True), png.getvalue()):

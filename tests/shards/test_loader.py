@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from shards import manifest
-from shards.augment import InceptionCrop, Resize
+from shards.augment import InceptionCrop, Resize, draws
 from shards.build import build
 from shards.dataset import Dataset
 from shards.decode import DecodeError, decode
@@ -185,6 +185,59 @@ def test_broken_samples_get_stand_ins_from_their_block(own, tmp_path):
     for entry in ledger:
         assert entry["key"] == dataset.read(entry["shard"], entry["index"]).key
         assert entry["key"] in entry["reason"]
+
+
+class Corner:
+    """A transform as users write them: the image's corner, in one of its colours."""
+
+    size = 12
+
+    def __call__(self, image, key):
+        colour = int(next(draws(key, 100)) * 3)
+        image[..., 1] = image[..., colour]  # in place: the image is the transform's own
+        return image[:12, :12, [1, 1, 1]]
+
+
+def test_any_transform_can_be_given(dataset):
+    want, _ = take(dataset, 6, transform=Corner())
+    assert all(take(dataset, 6, world_size, transform=Corner(), threads=3)[0] == want for world_size in (1, 2, 3))
+    order = loader(dataset).order
+    colours = set()
+    for position in range(6 * BATCH):
+        epoch, shard, index = (int(x[0]) for x in order.locate(np.array([position])))
+        sample = dataset.read(shard, index)
+        colour = int(next(draws((5, epoch, position), 100)) * 3)
+        pixels = decode(sample.image, sample.key)[:12, :12, [colour] * 3]
+        assert want[position] == (pixels.tobytes(), sample.labels[0])
+        colours.add(colour)
+    assert colours == {0, 1, 2}
+
+
+def test_a_function_with_a_size_will_do(dataset):
+    def crop(image, key):
+        return image[:8, :8]
+
+    with pytest.raises(UserError, match=r"crop.* has no attribute size; set it to the side"):
+        next(iter(loader(dataset, transform=crop)))
+    crop.size = 8
+    assert next(iter(loader(dataset, transform=crop))).images.shape == (BATCH, 8, 8, 3)
+    crop.size = 9
+    with pytest.raises(UserError, match=r"made uint8 \(8, 8, 3\) of .*; let it make uint8 \(9, 9, 3\)"):
+        next(iter(loader(dataset, transform=crop)))
+    assert not decoding_threads()
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [(lambda x: x / 255, "float64"), (lambda x: x[..., :1], r"\(8, 8, 1\)"), (lambda x: x.tolist(), "list")],
+)
+def test_a_transform_that_makes_something_else_is_told(dataset, made, words):
+    def transform(image, key):
+        return made(image[:8, :8])
+
+    transform.size = 8
+    with pytest.raises(UserError, match=f"the transform made .*{words}.* of class"):
+        next(iter(loader(dataset, transform=transform)))
 
 
 def decoding_threads():

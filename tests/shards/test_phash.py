@@ -81,14 +81,26 @@ def test_drawings_from_one_template_are_no_copies():
     assert correlation > phash.LEAST_WHOLE  # else this test would show nothing
 
 
-def test_pictures_without_detail_are_never_alike():
-    across = np.linspace(0, 255, 64)
-    plain = [np.full((64, 64), 128), np.zeros((64, 64)), np.tile(across, (64, 1)), np.tile(across[:, None], (1, 64))]
-    plain += [across[:, None] / 2 + across**2 / 510]  # a sky that darkens towards the corners
+def test_blank_pictures_are_never_alike():
     rng = np.random.default_rng(0)
+    slope = np.linspace(-9, 9, 64)
+    plain = [np.full((64, 64), 128), np.zeros((64, 64)), 128 + np.tile(slope, (64, 1)), 128 + np.tile(slope, (64, 1)).T]
     noisy = [(each + rng.normal(0, 1, (64, 64))).clip(0, 255).astype(np.uint8) for each in plain for _ in range(2)]
-    assert (phash.detail_levels(np.stack(noisy)) < phash.FAINT_LEVELS).all()
+    assert phash.blank(np.stack(noisy)).all()
     assert not any(phash.compare(one, other) for one, other in combinations(noisy, 2))
+
+
+def test_plain_skies_are_copies_only_if_their_levels_agree():
+    """Gradients correlate with each other; a re-encoded one has the same levels."""
+    down = np.tile(np.linspace(90, 220, 64)[:, None], (1, 64))
+    across = np.linspace(-1, 1, 64)
+    skies = [down, down * 0.9, down + 6, down - 12 * across**2, np.linspace(60, 250, 64)[:, None].repeat(64, 1)]
+    assert np.corrcoef(np.stack([sky.ravel() for sky in skies])).min() > phash.LEAST_WHOLE
+    rng = np.random.default_rng(0)
+    noisy = [[(sky + rng.normal(0, 0.6, (64, 64))).clip(0, 255).astype(np.uint8) for _ in range(2)] for sky in skies]
+    assert not phash.blank(np.concatenate(noisy)).any()
+    for (i, one), (j, other) in combinations([(i, each) for i, pair in enumerate(noisy) for each in pair], 2):
+        assert (phash.compare(one, other) is not None) == (i == j)
 
 
 def index_of(pictures: np.ndarray, folder) -> HashIndex:
@@ -145,10 +157,25 @@ def test_an_index_of_nothing_with_detail_finds_nothing(pictures, tmp_path):
 def test_bytes_are_found_by_all_of_their_hash(pictures, tmp_path):
     index = index_of(pictures[:50], tmp_path / "index")
     sha256 = np.random.default_rng(0).integers(0, 256, (50, 32), np.uint8)
-    assert [index.exact(row.tobytes()) for row in sha256] == [[i] for i in range(50)]
+    assert [list(index.exact(row.tobytes()).values()) for row in sha256] == [[i] for i in range(50)]
     other = sha256[7].copy()
     other[31] ^= 1  # the same first 8 bytes
-    assert index.exact(other.tobytes()) == []
+    assert index.exact(other.tobytes()) == {}
+
+
+def test_images_of_one_test_set_with_the_same_bytes_are_listed_once(pictures, tmp_path):
+    tests = np.array([0, 0, 0, 1, 1, 0])  # the first five have the same bytes
+    sha256 = np.random.default_rng(0).integers(0, 256, (2, 32), np.uint8)[[0, 0, 0, 0, 0, 1]]
+    where = np.stack([tests, np.zeros(6), np.arange(6)], 1).astype(np.int32)
+    shown = pictures[[0, 0, 0, 0, 0, 1]]
+    write_index(tmp_path / "index", [TestImages(where, sha256, shown)], 6, [{}, {}])
+    index = HashIndex(tmp_path / "index")
+    assert index.exact(sha256[0].tobytes()) == {0: 0, 1: 3}
+    _, rows = index.candidates(phash.coefficients(pictures[:1]), phash.thumbs(pictures[:1]))
+    assert sorted(rows.tolist()) == [0, 3]
+    asked = np.repeat(pictures[:1], 3, axis=0)
+    found, _ = index.near(asked, [{}, {0: None}, {0: None, 1: None}])
+    assert [[match.row for match in each] for each in found] == [[0, 3], [3], []]
 
 
 def test_exif_orientation_is_honoured():

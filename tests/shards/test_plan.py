@@ -116,6 +116,23 @@ def test_two_items_of_one_key_are_named(tmp_path):
         plan(tmp_path, twice)
 
 
+def test_many_pairs_are_listed_at_once(tmp_path):
+    with pytest.raises(UserError, match=r"f1 and g1 have one key, k1;.*and 15 more pairs") as caught:
+        plan(tmp_path, [*items(25), *(item._replace(file=f"g{i}") for i, item in enumerate(items(25)))])
+    assert str(caught.value).count("have one key") == 10
+
+
+@pytest.mark.parametrize("key", ["", "a\0b", "\ud800"])
+def test_keys_that_no_tar_can_hold(tmp_path, key):
+    with pytest.raises(UserError, match="key"):
+        plan(tmp_path, [*items(3), Item(key, "table row", 0, 1, (0,))])
+
+
+def test_parts_and_none_do_not_mix(tmp_path):
+    with pytest.raises(UserError, match=r"images in parts \(train\) and others in none"):
+        plan(tmp_path, [*items(3), items(4)[3]._replace(part="train")])
+
+
 def test_nothing_to_plan(tmp_path):
     with pytest.raises(UserError, match="no images"):
         plan(tmp_path, [])

@@ -148,7 +148,17 @@ def test_mistakes_are_named(dataset, tmp_path, arguments, message):
     assert os.listdir(tmp_path) == []
 
 
-def test_places_that_cannot_be_written(dataset, tmp_path):
+def test_classes_that_share_a_name_are_all_shown(tmp_path):
+    made = [Made(f"{label}/{i}", plain("red"), (label,)) for i in range(2) for label in range(3)]
+    cranes = Dataset.open(write_dataset(tmp_path / "set", ["crane", "dog", "crane"], [made]))
+    assert names(show(cranes, tmp_path / "sheet.png", classes=["crane"])) == ["0", "0", "2", "2"]
+
+
+def test_places_that_cannot_be_written(dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"contact sheet s3://bucket/sheet\.png: must be a local path"):
+        show(dataset, "s3://bucket/sheet.png")
+    assert os.listdir(tmp_path) == []
     with pytest.raises(UserError, match=r"must end in \.png"):
         show(dataset, tmp_path / "sheet.jpg")
     (tmp_path / "file").write_text("")

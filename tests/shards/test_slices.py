@@ -66,7 +66,7 @@ def test_missing_shards_are_named(source, tmp_path):
     with pytest.raises(UserError, match="no folder"):
         merge(out)
     one_slice(source, out, 0)
-    with pytest.raises(UserError, match=r"shards are not built yet: .*train/shards/000001\.tar"):
+    with pytest.raises(UserError, match=r"shards are not built yet, .*train/shards/000001\.tar"):
         merge(out)
     with pytest.raises(UserError, match=r"no data set"):
         Dataset.open(out / "train")
@@ -110,4 +110,20 @@ def test_stale_shards_of_a_longer_try_are_not_merged(source, tmp_path):
         one_slice(source, out, index, shard_samples=5)
     merge(out)
     build(source, tmp_path / "fresh", shard_samples=5, split={"val": 0.3}, workers=1)
+    assert tree(out) == tree(tmp_path / "fresh")
+
+
+def test_a_source_that_changed_between_slices_is_seen_by_merge(tmp_path):
+    source, out = make_source(tmp_path / "source", classes=3, each=10), tmp_path / "out"
+    one_slice(source, out, 0, 2)
+    for path in source.rglob("*.jpg"):  # the same size: neither key nor plan tells
+        data = bytearray(path.read_bytes())
+        data[-3] ^= 1
+        path.write_bytes(data)
+    one_slice(source, out, 1, 2)
+    with pytest.raises(UserError, match=r"shards are not built yet, or are older than their images: .*000000\.tar"):
+        merge(out)
+    one_slice(source, out, 0, 2)
+    merge(out)
+    build(source, tmp_path / "fresh", shard_samples=3, split={"val": 0.3}, workers=1)
     assert tree(out) == tree(tmp_path / "fresh")

@@ -8,7 +8,9 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from launch.cli import app
 from shards import repeats as repeats_module
 from shards.dataset import Dataset, write_exclude
 from shards.header import read_header
@@ -54,8 +56,7 @@ def test_counts_are_those_of_the_samples(folder):
     made = [sample for shard in samples() for sample in shard]
     assert (found.samples, found.shards) == (len(made), 3)
     labels = Counter(label for sample in made for label in sample.labels)
-    assert found.classes == {name: labels[label] for label, name in enumerate(CLASSES)}
-    assert list(found.classes) == CLASSES
+    assert found.classes == [(name, labels[label]) for label, name in enumerate(CLASSES)]
     assert found.labels_per_image == Counter(len(sample.labels) for sample in made)
     assert found.unlabelled == found.labels_per_image[0] == 7
     headers = [read_header(sample.image) for sample in made]
@@ -89,7 +90,6 @@ def test_repeats_are_counted_and_the_first_named(folder):
     assert keys.examples == [[Place(0, "k/3"), Place(2, "k/3"), Place(2, "k/3")], [Place(0, "k/9"), Place(2, "k/9")]]
     assert (images.values, images.extra) == (1, 2)
     assert images.examples == [[Place(0, "k/3"), Place(2, "k/3"), Place(2, "again")]]
-    assert keys.unknown == images.unknown == 0
 
 
 def test_many_repeats_are_counted_in_pieces_and_few_named(tmp_path, monkeypatch):
@@ -153,6 +153,23 @@ def test_many_classes_are_summed_up(tmp_path):
     assert len(page(found)) < 100_000
 
 
+def test_classes_that_share_a_name_are_both_counted(tmp_path):
+    made = [Made(f"{i}", plain("red"), (label,)) for i, label in enumerate([0, 1, 1, 2, 2, 2])]
+    found = stats(Dataset.open(write_dataset(tmp_path / "set", ["crane", "dog", "crane"], [made])))
+    assert found.classes == [("crane", 1), ("dog", 2), ("crane", 3)]
+    text = text_of(found)
+    assert re.search(r"classes\W+3\b", text)
+    assert len(re.findall(r"crane\W+[13]\b", text)) == 2
+    assert page(found).count("<td>crane</td>") == 2
+
+
+def test_a_page_goes_to_a_local_file(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["shards", "stats", str(folder), "--html", "s3://bucket/page.html"])
+    assert str(done.exception) == "--html s3://bucket/page.html: must be a local path"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_page_stands_alone_and_escapes_names(folder):
     text = page(stats(Dataset.open(folder)))
     assert "dog &lt;b&gt;" in text
@@ -164,7 +181,7 @@ def test_the_page_stands_alone_and_escapes_names(folder):
 def test_everything_goes_through_json(folder):
     found = stats(Dataset.open(folder))
     read = json.loads(json.dumps(asdict(found)))
-    assert read["classes"] == found.classes
+    assert read["classes"] == [list(each) for each in found.classes]
     assert read["labels_per_image"] == {str(number): count for number, count in found.labels_per_image.items()}
     assert read["repeated_keys"]["examples"][0][0] == [0, "k/3"]
     assert read["histograms"]["width"][0] == list(found.histograms["width"][0])

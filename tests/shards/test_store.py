@@ -1,12 +1,18 @@
 """The same calls, locally, over HTTP and on S3, and the errors they give."""
 
+import os
 import re
+import signal
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -300,3 +306,28 @@ def test_password_in_url_is_refused_and_not_repeated():
     with pytest.raises(UserError, match="environment") as caught:
         open_store("https://me:hunter2@example.org/data")
     assert "hunter2" not in str(caught.value)
+
+
+def test_uploads_of_killed_processes_are_cleared(s3, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    program = """
+import os, signal
+from shards.store import open_store
+with open_store(os.environ["BUCKET"]).new_file("x") as path:
+    path.write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    root = str(Path(__file__).parents[2])
+    environment = os.environ | {"BUCKET": s3, "TMPDIR": str(tmp_path), "PYTHONPATH": root}
+    killed = subprocess.run([sys.executable, "-c", program], env=environment, timeout=60, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    os.utime(left, (0, 0))
+    with open_store(s3).new_file("x") as path:
+        path.write_bytes(b"whole")
+        assert not left.exists()
+        os.utime(path.parent, (0, 0))
+        open_store(s3).write("y", b"meanwhile")  # whose clearing leaves the open one alone
+        assert path.exists()
+    assert open_store(s3).read("x") == b"whole"
+    assert not list(tmp_path.iterdir())

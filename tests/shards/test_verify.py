@@ -1,6 +1,8 @@
 """What verify finds in damaged data sets, and what it leaves alone."""
 
 import json
+import os
+import re
 import shutil
 import tarfile
 import threading
@@ -123,6 +125,26 @@ def test_a_tar_that_is_cut_short(copy):
     assert "is cut short at byte" in found.faults[1].reason
     assert found.faults[2].reason == "the tar ends before its end"
     assert found.faulty == 4
+
+
+@pytest.mark.parametrize("where", ["local", "web"])
+def test_what_a_cut_tar_still_holds_is_read_once_the_rest_is_quarantined(copy, where):
+    whole = Dataset.open(copy)
+    images = [whole.read(1, index).image for index in range(6)]
+    with open(copy / TAR, "r+b") as file:
+        file.truncate(row(copy, 6)["offset"] + 10)
+    verify(copy, quarantine="v1")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(RangeHandler, directory=copy)) as server:
+        server.fault, server.bad, server.requests = "", 0, 0
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        dataset = Dataset.open(copy if where == "local" else f"http://127.0.0.1:{server.server_port}", "v1")
+        assert dataset.shard_sizes.tolist() == [10, 6, 4]
+        assert [sample.image for sample in dataset.read_many(1, 0, 6)] == images
+        assert [dataset.read(1, index).image for index in range(6)] == images
+        assert len([dataset[index] for index in range(20)]) == 20
+        with pytest.raises(UserError, match=rf"{TAR} ends before byte .*cut short"):
+            Dataset.open(dataset.url).read(1, 6)
+        server.shutdown()
 
 
 def row_bytes(folder, shard=1):
@@ -266,7 +288,8 @@ def test_quarantine_is_a_new_drop_list_on_top_of_the_old(copy):
     assert read_exclude(copy, "v1") == [(0, 2, "a duplicate"), (1, 3, "blurred")]
     assert len(Dataset.open(copy, "v2")) == 21
     again = verify(copy, exclude="v2")
-    assert [fault.index for fault in again.faults] == [None]  # the tar is another one still
+    assert (again.faults, len(again.notes)) == ([], 1)  # the tar is another one still
+    assert again.notes[0].reason.startswith("the tar's sha256 is ")
     before = tree(copy)
     for version, message in [("v2", "exists and never changes"), ("../x", "use letters")]:
         with pytest.raises(UserError, match=message):
@@ -274,6 +297,64 @@ def test_quarantine_is_a_new_drop_list_on_top_of_the_old(copy):
     with pytest.raises(UserError, match="no drop list 'v9'"):
         verify(copy, exclude="v9")
     assert tree(copy) == before
+
+
+DAMAGES = {
+    "byte": (lambda tar, place: change(tar, place["offset"] + 100, b"\0\1\2\3"), 1),
+    "header": (lambda tar, place: change(tar, place["offset"] - 512 + 148, b"0000000\0"), 1),
+    "cut": (lambda tar, place: os.truncate(tar, place["offset"] + 10), 4),
+    "missing": (lambda tar, place: tar.unlink(), 10),
+}
+
+
+@pytest.mark.parametrize(("damage", "dropped"), DAMAGES.values(), ids=DAMAGES)
+def test_what_is_quarantined_is_no_fault_any_more(copy, damage, dropped):
+    damage(copy / TAR, row(copy, 6))
+    assert verify(copy, quarantine="v1").faulty == dropped
+    again = verify(copy, exclude="v1")
+    assert again.faults == []
+    assert {note.tar for note in again.notes} == {TAR}
+    assert verify(copy, exclude="v1", quarantine="v2").faulty == 0
+
+
+def test_a_drop_list_of_whole_samples_explains_no_damage(copy):
+    write_exclude(copy, "v1", [(1, 2, "blurred")])
+    with tarfile.open(copy / TAR) as tar:
+        member = tar.getmember("sample00014.json")
+    change(copy / TAR, member.offset_data + 6, b"9")  # no label stands there
+    found = verify(copy, exclude="v1")
+    assert ([fault.reason[:18] for fault in found.faults], found.notes) == (["the tar's sha256 i"], [])
+
+
+def test_faults_before_a_damaged_header_are_told_too(copy):
+    change(copy / TAR, row(copy, 1)["offset"] + 100, b"\0\1\2\3")
+    change(copy / TAR, row(copy, 5)["offset"] - 512 + 148, b"0000000\0")
+    assert {fault.index for fault in verify(copy).faults} == {None, 1, 5}
+
+
+def test_a_drop_list_that_cannot_be_written_costs_no_finding(copy):
+    place = row(copy, 3)
+    change(copy / TAR, place["offset"] + 100, b"\0\1\2\3")
+    (copy / manifest.EXCLUDE).write_text("a file")
+    found = verify(copy, quarantine="v1")
+    assert (found.faults[0].index, found.faulty, found.quarantine) == (3, 1, None)
+    assert re.match(r"cannot write .*exclude/v1\.parquet: ", found.unwritten)
+    done = CliRunner().invoke(app, ["shards", "verify", str(copy), "--quarantine", "v1"], env={"COLUMNS": "200"})
+    assert place["key"] in done.stdout
+    assert isinstance(done.exception, UserError)
+
+
+def test_a_web_server_is_refused_before_anything_is_read(copy):
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(RangeHandler, directory=copy)) as server:
+        server.fault, server.bad, server.requests = "", 0, 0
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(UserError, match="takes no drop list: a web server"):
+            verify(url, quarantine="v1")
+        assert server.requests == 2  # dataset.json and shards.parquet
+        with pytest.raises(UserError, match="a plain web server takes no files"):
+            open_store(url).create("x", b"1")
+        server.shutdown()
 
 
 def test_a_tar_that_is_missing_is_quarantined_whole(copy):
@@ -323,10 +404,14 @@ def test_the_command_names_faults_and_tells_by_its_exit_code(copy):
         place["key"],
         f"{place['offset']:,}",
         "its bytes changed",
-        "2 faults in 1 samples",
-        "q1 leaves out 1",
+        "2 faults in 1 sample:",
+        "q1 leaves out 1 sample;",
     ):
         assert word in bad.stdout
+    with_list = runner.invoke(app, ["shards", "verify", str(copy), "--exclude", "q1"])
+    assert with_list.exit_code == 0
+    assert with_list.stdout.startswith("no faults: ")
+    assert f"{TAR}: the tar's sha256 is " in with_list.stderr
     told = runner.invoke(app, ["shards", "verify", str(copy), "--json", "--decode"])
     assert told.exit_code == 1
     assert json.loads(told.stdout)["faults"][0]["key"] == place["key"]

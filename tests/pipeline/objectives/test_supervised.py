@@ -28,3 +28,19 @@ def test_losses_are_those_of_the_formulas(smoothing):
     nll = -(targets * log_sigmoid(logits) + (1 - targets) * log_sigmoid(-logits)).sum(1).mean()
     sigmoid = supervised_loss(settings(loss="sigmoid", label_smoothing=smoothing), 4)(lambda x: x, batch)
     assert sigmoid.item() == pytest.approx(nll, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_shares_of_classes_give_shares_of_their_losses(loss, smoothing):
+    """Both losses are linear in the targets, so a mixed label's is the mix of both labels' losses."""
+    logits, rng = torch.randn(1, 4, generator=torch.Generator().manual_seed(0)), np.random.default_rng(0)
+    objective = supervised_loss(settings(loss=loss, label_smoothing=smoothing), 4)
+    whole = [objective(lambda x: x, (logits, torch.tensor([k]))).item() for k in range(4)]
+    for keep in rng.random(5):
+        for a, b in ((0, 3), (2, 2)):
+            shares = torch.zeros(1, 4)
+            shares[0, a] += keep
+            shares[0, b] += 1 - keep
+            mixed = objective(lambda x: x, (logits, shares)).item()
+            assert mixed == pytest.approx(keep * whole[a] + (1 - keep) * whole[b], rel=1e-5)

@@ -189,6 +189,21 @@ def test_python_and_binary_form_give_the_same(tmp_path):
         assert lists[0] == lists[1]
 
 
+@pytest.mark.parametrize("protocol", range(6))
+def test_pickled_again_by_todays_numpy(tmp_path, protocol):
+    content = {
+        name: pickle.dumps({"labels": labels, "data": np.asfortranarray(pixels) if name == "test_batch" else pixels},
+                           protocol)
+        for name, (labels, pixels) in ten().items()
+    }  # fmt: skip
+    path = archive(tmp_path / "cifar-10-python.tar.gz", "cifar-10-python", content)
+    source = open_source(path, unpacked=tmp_path / "u")
+    got = list(Reader(source.root, tmp_path / "u").read_all(source.items()))
+    images = np.stack([np.asarray(Image.open(io.BytesIO(data))) for _, data in got])
+    pixels = np.concatenate([pixels for _, pixels in ten().values()])
+    assert np.array_equal(images.transpose(0, 3, 1, 2).reshape(-1, 3072), pixels)
+
+
 class Harm:
     def __init__(self, call):
         self.call = call

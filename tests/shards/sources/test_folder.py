@@ -1,5 +1,9 @@
 """Folders of class folders, on disk and in a bucket."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from shards.errors import UserError
@@ -19,6 +23,7 @@ def odd(tmp_path):
         path.write_bytes(encode(number, "PNG"))
     (tmp_path / "odd/q/notes.txt").touch()
     (tmp_path / "odd/README").touch()
+    (tmp_path / "odd/.DS_Store").touch()
     (tmp_path / "odd/.cache").mkdir()
     (tmp_path / "odd/.cache/x.jpg").touch()
     (tmp_path / "odd/q/.hidden.jpg").touch()
@@ -30,7 +35,7 @@ def contents(url, tmp_path):
     assert source.kind == "folder"
     reader = Reader(source.root, tmp_path / "unpacked")
     found = {item.key: (source.classes[item.labels[0]], data) for item, data in reader.read_all(source.items())}
-    assert source.others == {".txt": 1, "no extension": 1}
+    assert source.others == {".txt": 1, "hidden": 2, "no extension": 1}
     return found
 
 
@@ -58,7 +63,7 @@ def test_keys_are_paths_without_extension_and_dots(tmp_path):
 def test_items_come_twice_the_same(odd, tmp_path):
     source = open_source(odd, unpacked=tmp_path)
     assert list(source.items()) == list(source.items())
-    assert source.others == {".txt": 1, "no extension": 1}
+    assert source.others == {".txt": 1, "hidden": 2, "no extension": 1}
 
 
 def test_an_empty_class_is_an_error(odd, s3, tmp_path):
@@ -67,6 +72,54 @@ def test_an_empty_class_is_an_error(odd, s3, tmp_path):
     for url in (odd, upload(odd, s3)):
         with pytest.raises(UserError, match=r"class folder zebra .* no images"):
             list(open_source(url, unpacked=tmp_path).items())
+
+
+@pytest.mark.parametrize("parts", [("train", "val"), ("Train", "test", "validation"), ("valid",)])
+def test_parts_are_no_classes(tmp_path, s3, parts):
+    for part in parts:
+        make_source(tmp_path / "images" / part, 2, 1)
+    for url in (tmp_path / "images", upload(tmp_path / "images", s3)):
+        first = sorted(parts)[0]
+        with pytest.raises(UserError, match=rf"divided into .*{parts[-1]}.* give one .*/{first}$"):
+            open_source(url, unpacked=tmp_path)
+        assert len(list(open_source(f"{url}/{first}", unpacked=tmp_path).items())) == 2
+    make_source(tmp_path / "images/truck", 1, 1)
+    assert open_source(tmp_path / "images", unpacked=tmp_path).classes == sorted([*parts, "truck"])
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x.parquet"])
+def test_a_pipe_is_an_error_and_not_waited_for(tmp_path, name):
+    make_source(tmp_path / "images", 1, 3)
+    os.mkfifo(tmp_path / "images/class.0" / name)
+    program = """
+import sys
+from pathlib import Path
+from shards.sources.open import open_source
+for kind in (None, "folder", "parquet"):
+    try:
+        print(len(list(open_source(sys.argv[1], kind, unpacked=Path("/nowhere")).items())))
+    except Exception as error:
+        print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "images"], capture_output=True, text=True, timeout=30, check=True
+    )
+    refused = (
+        f"cannot read {tmp_path}/images/class.0/{name}: it is a link to nowhere or no plain file; mend or remove it"
+    )
+    nothing = f"no Parquet files in {tmp_path}/images; check the path"
+    assert done.stdout.splitlines() == ([refused] * 2 + [nothing] if name == "x.jpg" else ["3", "3", refused])
+
+
+def test_a_link_that_leads_to_itself_is_an_error(tmp_path):
+    make_source(tmp_path / "images", 1, 3)
+    (tmp_path / "images/class.0/self").symlink_to(tmp_path / "images/class.0")
+    with pytest.raises(UserError, match=r"cannot read .*/self/self.*: Too many levels of symbolic links; mend or"):
+        list(open_source(tmp_path / "images", unpacked=tmp_path).items())
+    (tmp_path / "images/class.0/self").unlink()
+    (tmp_path / "images/class.0/b.jpg").symlink_to("b.jpg")
+    with pytest.raises(UserError, match=r"cannot read .*/b\.jpg"):
+        list(open_source(tmp_path / "images", unpacked=tmp_path).items())
 
 
 def test_what_is_no_folder_of_folders(tmp_path, s3):

@@ -71,6 +71,27 @@ def test_hub_layout(hub, where, request, tmp_path):
     assert all(item.changed > 0 for item, _ in got)
 
 
+def test_parts_are_told_by_all_files_or_by_none(hub, tmp_path):
+    write(hub / "data/extra.parquet", [0])
+    with pytest.raises(UserError, match=r"data/extra\.parquet tells no part, data/test-.*\.parquet tells test; "):
+        open_source(hub, unpacked=tmp_path / "u")
+    for number in range(2):
+        write(tmp_path / f"whole/all-{number:05d}-of-00002.parquet", [0])
+    write(tmp_path / "whole/more.parquet", [1])
+    assert [item.part for item in open_source(tmp_path / "whole", unpacked=tmp_path / "u").items()] == ["", "", ""]
+
+
+def test_long_names(tmp_path):
+    names = ["x" * 240, "x" * 239 + "y", "é" * 120, f"{'f' * 250}/{'g' * 200}"]
+    for number, name in enumerate(names):
+        write(tmp_path / "set" / f"{name}.parquet", [number % 3], number)
+    got = read(Parquet(str(tmp_path / "set"), tmp_path / "u"), tmp_path / "u")
+    assert {item.key: data for item, data in got} == {
+        f"{name}/000000": encode(number) for number, name in enumerate(names)
+    }
+    assert len({item.file for item, _ in got}) == 4
+
+
 def test_one_file_over_http(hub, tmp_path):
     with serve(hub) as web:
         source = open_source(f"{web}/data/train-00000-of-00002.parquet", unpacked=tmp_path / "u")

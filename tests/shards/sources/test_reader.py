@@ -6,11 +6,11 @@ import time
 import pytest
 
 from shards.errors import PatchmillError, UserError
-from shards.sources import Item
+from shards.header import BrokenImageError
+from shards.sources import Item, web
 from shards.sources import reader as reader_module
 from shards.sources.reader import Reader
-from shards.store import MissingError
-from tests.shards.sources.servers import serve, upload
+from tests.shards.sources.servers import answering, serve, upload
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_what_is_missing_takes_its_turn(folder, s3):
         reader = Reader(str(folder), folder)
         files = [f"{s3}/a b 1.bin", f"{s3}/none", f"{url}/none", "none", "../none", "a b 2.bin", ".", f"{s3}/../x"]
         got = [data for _, data in reader.read_all(map(item, files))]
-    assert [isinstance(data, MissingError) for data in got] == [False, True, True, True, True, False, True, True]
+    assert [str(data) == "missing" for data in got] == [False, True, True, True, True, False, True, True]
     assert got[0] == expected(1)
     assert got[5] == expected(2)
 
@@ -82,9 +82,8 @@ def test_a_file_that_changed_or_went_away_is_an_error(folder):
     reader = Reader(str(folder), folder)
     with pytest.raises(UserError, match=r"a b 1\.bin .* changed while the build ran"):
         reader.read(item("a b 1.bin", 0, 99))
-    with pytest.raises(UserError, match=r"cannot read gone\.bin .*: No such file") as caught:
+    with pytest.raises(UserError, match=r"cannot read gone\.bin .*: No such file"):
         reader.read(item("gone.bin", 0, 99))
-    assert not isinstance(caught.value, MissingError)
     with pytest.raises(UserError, match="ends before byte"):
         reader.read(item("a b 1.bin", 50, 999))
 
@@ -92,10 +91,58 @@ def test_a_file_that_changed_or_went_away_is_an_error(folder):
 def test_a_dead_server_is_an_error_not_a_missing_image(monkeypatch):
     monkeypatch.setattr("shards.store.RETRY", {"max_retries": 0})
     reader_module._store.cache_clear()
-    with pytest.raises(PatchmillError, match="cannot read") as caught:
-        list(Reader("/", "/").read_all([item("http://127.0.0.1:9/x.jpg")]))
-    assert not isinstance(caught.value, MissingError)
+    for url in ("http://127.0.0.1:9/x.jpg", "https://127.0.0.1:9/x.jpg"):
+        with pytest.raises(PatchmillError, match="cannot read"):
+            list(Reader("/", "/").read_all([item(url)]))
+    with answering() as url:
+        for status in (500, 503, 408, 429):
+            with pytest.raises(PatchmillError, match=f"{status} "):
+                list(Reader("/", "/").read_all([item(f"{url}/{status}")]))
     reader_module._store.cache_clear()
+
+
+def test_a_url_that_is_refused_for_good_takes_its_turn(monkeypatch):
+    monkeypatch.setattr("shards.store.RETRY", {"max_retries": 1})
+    reader_module._store.cache_clear()
+    with answering() as url:
+        files = {
+            f"{url}/200": "a body",
+            **{f"{url}/{status}": str(status) for status in (400, 401, 403, 410, 418, 451)},
+            f"{url}/403?x=1": "403 Forbidden",
+            f"{url}/404": "missing",
+            f"{url}/301": "redirected to nowhere",
+            f"{url}/loop": "redirected for ever",
+            "http://no-such-host.invalid/x.jpg": "unknown host",
+            "http://a..b/x.jpg": "unknown host",
+            "http://[::1/x.jpg": "no URL that can be opened",
+            "ftp://localhost/x.jpg": "no URL that can be opened",
+            "http://user:hunter2@localhost/x.jpg": "no URL that can be opened",
+        }
+        got = list(Reader("/", "/").read_all(map(item, files)))
+        assert [each.file for each, _ in got] == list(files)
+        for (each, data), reason in zip(got, files.values(), strict=True):
+            assert isinstance(data, BrokenImageError) == (each.file != f"{url}/200")
+            assert reason in str(data), each.file
+            assert "hunter2" not in str(data)
+        (_, relative), (_, whole) = Reader(url, "/").read_all([item("410"), item("200")])
+        assert str(relative) == "410 Gone"
+        assert whole == b"a body"
+        with pytest.raises(PatchmillError):  # what a source has seen must not go
+            Reader(url, "/").read(item("410", 0, 6))
+    reader_module._store.cache_clear()
+
+
+def test_bodies_without_length(monkeypatch):
+    monkeypatch.setitem(web.RETRY, "max_retries", 2)
+    with answering() as url:
+        read = Reader("/", "/").read
+        assert read(item(f"{url}/chunked")) == b"a body"
+        assert read(item(f"{url}/chunked?a b=ü/ü")) == b"a body"
+        assert read(item(f"{url}/a b/ü/chunked")) == b"a body"
+        assert read(item(f"{url}/close")) == b"a body"
+        assert read(item(f"{url}/cut twice")) == b"a body"
+        with pytest.raises(PatchmillError, match="cannot read"):
+            read(item(f"{url}/cut"))
 
 
 def test_reads_ahead(folder, monkeypatch):

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from shards.errors import UserError
+from shards.header import BrokenImageError
 from shards.sources.open import open_source
 from shards.sources.reader import Reader
-from shards.store import MissingError
 from tests.shards.images import encode
 from tests.shards.sources.servers import serve, upload
 
@@ -74,18 +74,19 @@ def test_urls(folder, s3):
     with serve(folder) as web:
         files = [f"{web}/images/a%20b.jpg", f"{web}/images/a%20b.jpg?v=1.5/2", f"{s3}/b/images/x.y.z.jpg",
                  (folder / "images/a b.jpg").as_uri(), str(folder / "images/a b.jpg"), f"{web}/none.jpg", "none.jpg",
-                 "images"]  # fmt: skip
+                 "images", "http://[::1/x.y.jpg"]  # fmt: skip
         path = write(folder / "t.csv", [{"url": file, "class": number} for number, file in enumerate(files)])
         source = open_source(path, unpacked=folder)
         got = list(Reader(source.root, folder).read_all(source.items()))
-    assert source.classes == [str(number) for number in range(8)]
-    assert [item.labels for item, _ in got] == [(number,) for number in range(8)]
+    assert source.classes == [str(number) for number in range(9)]
+    assert [item.labels for item, _ in got] == [(number,) for number in range(9)]
     host = web.removeprefix("http://").replace(".", "_")
     assert [item.key for item, _ in got][:3] == [
         f"{host}/images/a b", f"{host}/images/a b_v=1_5_2", f"{s3.removeprefix('s3://')}/b/images/x_y_z"
     ]  # fmt: skip
     assert [data for _, data in got[:5]] == [encode(0), encode(0), encode(1), encode(0), encode(0)]
-    assert [isinstance(data, MissingError) for _, data in got] == [False] * 5 + [True] * 3
+    assert [isinstance(data, BrokenImageError) for _, data in got] == [False] * 5 + [True] * 4
+    assert got[-1][0].key == "[::1/x_y"
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
@@ -198,10 +199,14 @@ def test_bad_json_lines(folder):
     for text, message in [
         ('{"path": "a", "label": 1}\n{"path"\n', "line 2: "),
         ("[1]\n", "line 1: an object is wanted"),
+        ('{"path": "a", "label": 1}\n{"path": "b", "label": ' + "9" * 5000 + "}\n", "line 2: .*4300 digits"),
+        ("[" * 200_000 + "\n", "line 1: maximum recursion depth"),
+        (b'{"path": "a", "label": 1}\n{"path": "\xff"}\n', "line 2: .*0xff"),
         ('{"path": "a", "label": 1}\n{"path": "b", "label": "x"}\n', "are names, such as x, and numbers, such as 1"),
         ('{"path": "a", "label": true}\n', "'True', which is neither"),
         ('{"path": "a", "label": [[1]]}\n', "neither a class index nor a name"),
     ]:
-        (folder / "t.jsonl").write_text(text)
-        with pytest.raises(UserError, match=message):
+        (folder / "t.jsonl").write_bytes(text.encode() if isinstance(text, str) else text)
+        with pytest.raises(UserError, match=message) as caught:
             open_source(folder / "t.jsonl", unpacked=folder)
+        assert len(str(caught.value)) < 1000

@@ -1,0 +1,70 @@
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config import DataSettings, TrainSettings, check
+from pipeline.images import training_input, training_transform
+from shards.augment import InceptionCrop, ResizeCrop
+from shards.loader import Batch
+from shards.mixup import mixup_weights
+from shards.order import rank_positions
+from shards.randaugment import RandAugment
+
+CPU = torch.device("cpu")
+
+
+def settings(augment) -> TrainSettings:
+    data = {"train": "-", "augment": augment}
+    return check(TrainSettings, {"duration": "1 step", "global_batch": 1, "data": data, "model": {"name": "a"}}, "test")
+
+
+def batch_of(positions) -> Batch:
+    """Pixels and labels that follow from the positions."""
+    images = np.stack(
+        [np.random.default_rng(p).integers(0, 256, (4, 5, 3), dtype=np.uint8) for p in positions.tolist()]
+    )
+    return Batch(images, positions % 7, positions)
+
+
+@pytest.mark.parametrize("augment", ["medium1", "strong2"])
+def test_rows_are_mixed_with_their_partners_on_any_ranks(augment):
+    mine = settings(augment)
+    batch = batch_of(np.arange(24, 48))
+    keep = mixup_weights(batch.positions, 31, mine.seed, mine.data.mixup).astype(np.float64)
+    partner = [*range(12, 24), *range(12)]
+    pixels = batch.images.transpose(0, 3, 1, 2) / 127.5 - 1
+    want = keep[:, None, None, None] * pixels + (1 - keep)[:, None, None, None] * pixels[partner]
+    one_hot = np.eye(7)[batch.labels]
+    shares = keep[:, None] * one_hot + (1 - keep)[:, None] * one_hot[partner]
+
+    whole = training_input(batch, mine, 31, 7, CPU)
+    assert np.abs(whole[0].numpy() - want).max() < 1e-6
+    assert np.abs(whole[1].numpy() - shares).max() < 1e-6
+    assert 0.5 < keep.mean() < 0.95
+    for world_size in (2, 3, 4, 6, 12):
+        for rank in range(world_size):
+            part = training_input(batch_of(rank_positions(24, 24, rank, world_size)), mine, 31, 7, CPU)
+            assert part[0].equal(whole[0][rank::world_size])
+            assert part[1].equal(whole[1][rank::world_size])
+
+
+@pytest.mark.parametrize("augment", ["inception", "resize_crop", "light1"])
+def test_without_mixup_labels_stay_indices(augment):
+    batch = batch_of(np.arange(3))
+    images, labels = training_input(batch, settings(augment), 31, 7, CPU)
+    assert labels.tolist() == [0, 1, 2]
+    assert np.abs(images.numpy() - (batch.images.transpose(0, 3, 1, 2) / 127.5 - 1)).max() < 1e-6
+
+
+def test_transforms_are_those_that_settings_name():
+    def of(augment):
+        return training_transform(DataSettings(train="-", resolution=32, augment=augment, crop_area=(0.2, 0.9)))
+
+    crop = InceptionCrop(32, (0.2, 0.9))
+    assert of("inception") == crop
+    assert of("resize_crop") == ResizeCrop(32)
+    assert not crop.shrink
+    assert of("light1") == RandAugment(crop, 2, 0)
+    assert of("medium2") == RandAugment(crop, 2, 15)
+    shrinking = DataSettings(train="-", augment="light1", scaled_decoding=True)
+    assert training_transform(shrinking) == RandAugment(InceptionCrop(224, shrink=True), 2, 0)
