@@ -3,7 +3,7 @@
 import json
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 from typing import NamedTuple
@@ -11,12 +11,14 @@ from typing import NamedTuple
 import numpy as np
 
 from shards.augment import RESIZER, Transform, transform_encoded
+from shards.chunks import ChunkReader
 from shards.dataset import Dataset, Sample
 from shards.decode import DECODER, DecodeError
 from shards.errors import PatchmillError, UserError
 from shards.order import DEFAULT_WINDOW_BYTES, Order, check_batch, choose_shuffle, rank_positions
 
 _ROWS_A_TASK = 8  # few enough to share out a batch evenly, enough to make the pool's own cost small
+READ_AHEAD = 8  # batches whose remote chunks are on the way before they are decoded
 _STAND_INS = 64  # tried before a broken sample ends the run: a chunk may be broken whole, a block hardly
 
 
@@ -58,7 +60,7 @@ class _Work:
 
     Args:
         pool: Whose threads make it.
-        dataset: Where samples come from.
+        read: Returns the sample at (shard, index).
         transform: What makes squares of them.
         seed: First word of the keys of the transform.
         positions: int64 [n], the rest of the keys with ``epoch``.
@@ -70,7 +72,7 @@ class _Work:
     def __init__(
         self,
         pool: ThreadPoolExecutor,
-        dataset: Dataset,
+        read: Callable[[int, int], Sample],
         transform: Transform,
         seed: int,
         positions: np.ndarray,
@@ -78,7 +80,7 @@ class _Work:
         shard: np.ndarray,
         index: np.ndarray,
     ):
-        self.dataset, self.transform, self.positions = dataset, transform, positions
+        self.read, self.transform, self.positions = read, transform, positions
         size = getattr(transform, "size", None)
         if size is None:
             raise UserError(
@@ -95,7 +97,7 @@ class _Work:
         broken = []
         for row in rows:
             shard, index = self._where[row]
-            sample = self.dataset.read(shard, index)
+            sample = self.read(shard, index)
             try:
                 self.put(row, sample)
             except DecodeError as error:
@@ -197,7 +199,10 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
+        chunks = None if self.dataset.tars.local else ChunkReader(self.dataset, self.order)
+        read = chunks.read if chunks else self.dataset.read
         ahead: deque[tuple[tuple[int, int], _Work]] = deque()  # ((first position, global batch), work)
+        announced = self.samples
         try:
             while True:
                 began = perf_counter()
@@ -205,9 +210,17 @@ class Loader:
                     # The batch size or the state was set: what was made ahead is of no use.
                     while ahead:
                         ahead.pop()[1].cancel()
+                    if chunks:
+                        chunks.forget()
+                    announced = self.samples
+                if chunks:
+                    chunks.release(self.samples)
+                    upto = self.samples + (self.prefetch + 1 + READ_AHEAD) * self.global_batch
+                    chunks.ahead(rank_positions(announced, upto - announced, self.rank, self.world_size))
+                    announced = upto
                 while len(ahead) <= self.prefetch:
                     span = (self.samples + len(ahead) * self.global_batch, self.global_batch)
-                    ahead.append((span, self._begin(pool, *span)))
+                    ahead.append((span, self._begin(pool, read, *span)))
                 _, work = ahead.popleft()
                 for broken in work.wait():
                     self._replace(work, broken)
@@ -215,11 +228,15 @@ class Loader:
                 self.data_seconds += perf_counter() - began
                 yield Batch(work.images, work.labels, work.positions)
         finally:
+            if chunks:
+                chunks.close()
             pool.shutdown(cancel_futures=True)
 
-    def _begin(self, pool: ThreadPoolExecutor, position: int, global_batch: int) -> _Work:
+    def _begin(
+        self, pool: ThreadPoolExecutor, read: Callable[[int, int], Sample], position: int, global_batch: int
+    ) -> _Work:
         positions = rank_positions(position, global_batch, self.rank, self.world_size)
-        return _Work(pool, self.dataset, self.transform, self.seed, positions, *self.order.locate(positions))
+        return _Work(pool, read, self.transform, self.seed, positions, *self.order.locate(positions))
 
     def _replace(self, work: _Work, broken: _Broken) -> None:
         """Put the first stand-in that decodes into the row of a broken sample, under the row's own key."""
@@ -229,7 +246,7 @@ class Loader:
             position = self.order.stand_in(int(work.positions[broken.row]), attempt)
             _, shard, index = (int(x[0]) for x in self.order.locate(np.array([position])))
             try:
-                work.put(broken.row, self.dataset.read(shard, index))
+                work.put(broken.row, work.read(shard, index))
                 return
             except DecodeError:
                 continue  # it is reported when its own turn comes
@@ -316,7 +333,7 @@ def evaluation_batches(
                 shard = np.searchsorted(ends, real, side="right")
                 index = real - (ends - dataset.shard_sizes)[shard]
                 epoch = np.zeros_like(positions)
-                ahead.append(_Work(pool, dataset, transform, 0, positions, epoch, shard, index))
+                ahead.append(_Work(pool, dataset.read, transform, 0, positions, epoch, shard, index))
             if not ahead:
                 return
             work = ahead.popleft()

@@ -174,6 +174,32 @@ class Order:
             shard[here], index[here] = self._sample(self.plan(int(e)), sequence[here])
         return shard, index
 
+    def needed_until(self, positions: np.ndarray) -> np.ndarray:
+        """Return how long the chunk of each sample is needed by the lane that the sample is in.
+
+        Args:
+            positions: Non-negative int64 [n].
+
+        Returns:
+            int64 [n], the last position of the block in which the last sample of the chunk, as far as it is in the
+            lane, comes.
+        """
+        epoch, inside = np.divmod(np.asarray(positions, dtype=np.int64), self.samples)
+        offset, lane = np.divmod(inside, self.shuffle.lanes)
+        block, begin, size = self._block(lane, offset)
+        start = lane * self._short + np.minimum(lane, self._longer)
+        sequence = start + begin + self._permuted(epoch, lane, block, size, offset - begin)
+        last = np.empty_like(sequence)
+        for e in np.unique(epoch):
+            here = epoch == e
+            shard, index = self._sample(self.plan(int(e)), sequence[here])
+            chunk = self.shuffle.chunk
+            length = np.minimum(chunk, self.sizes[shard] - index // chunk * chunk)
+            last[here] = sequence[here] - index % chunk + length - 1
+        last = np.minimum(last - start, self.lane_length(lane) - 1)
+        _, begin, size = self._block(lane, last)
+        return epoch * self.samples + (begin + size - 1) * self.shuffle.lanes + lane
+
     def stand_in(self, position: int, attempt: int) -> int:
         """Return the position whose sample replaces the one at ``position`` if it cannot be decoded.
 

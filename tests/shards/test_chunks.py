@@ -1,0 +1,108 @@
+"""Remote samples come by chunks, ahead of need, once a lane, and leave memory when they are done."""
+
+import hashlib
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from shards.augment import InceptionCrop
+from shards.build import build
+from shards.chunks import ChunkReader
+from shards.dataset import Dataset
+from shards.loader import Loader
+from shards.order import Order, Shuffle
+from tests.shards.images import make_source
+from tests.shards.sources.servers import serve
+
+SHUFFLE = {"lanes": 4, "chunk": 4, "block": 8}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    source = make_source(tmp_path_factory.mktemp("source"), classes=3, each=30)
+    folder = tmp_path_factory.mktemp("set")
+    build(source, folder, shard_samples=13, workers=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(folder):
+    with serve(folder) as url:
+        yield url
+
+
+def digest(dataset, batches, start=0, world_size=1, threads=2):
+    """The hash of global batches, put together from those of all ranks."""
+    loaders = [
+        Loader(dataset, global_batch=12, transform=InceptionCrop(8), rank=rank, world_size=world_size, threads=threads,
+               **SHUFFLE)
+        for rank in range(world_size)
+    ]  # fmt: skip
+    found = hashlib.sha256()
+    for loader in loaders:
+        loader.samples = start
+    streams = [iter(loader) for loader in loaders]
+    for _ in range(batches):
+        parts = [next(stream) for stream in streams]
+        positions = np.concatenate([part.positions for part in parts])
+        order = np.argsort(positions)
+        found.update(positions[order].tobytes())
+        found.update(np.concatenate([part.images for part in parts])[order].tobytes())
+        found.update(np.concatenate([part.labels for part in parts])[order].tobytes())
+    return found.hexdigest()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_batches_are_those_of_the_local_data_set(folder, url, world_size):
+    batches = 18  # 216 samples: past two edges of an epoch of 90
+    expected = digest(Dataset.open(folder), batches)
+    assert digest(Dataset.open(url), batches, world_size=world_size) == expected
+    assert digest(Dataset.open(url), 5, start=120, world_size=world_size) == digest(Dataset.open(folder), 5, start=120)
+
+
+def test_each_chunk_is_read_once_a_lane_and_then_let_go(folder, url):
+    dataset = Dataset.open(url)
+    order = Order(dataset.shard_sizes, 0, Shuffle(**SHUFFLE))
+    chunks = int((-(-dataset.shard_sizes // 4)).sum())
+    reader = ChunkReader(dataset, order)
+    local, most = Dataset.open(folder), 0
+    for position in range(90):
+        if position % 6 == 0:
+            reader.release(position)
+            reader.ahead(np.arange(position, min(position + 12, 90)))
+        _, shard, index = (int(x[0]) for x in order.locate(np.array([position])))
+        assert reader.read(shard, index) == local.read(shard, index)
+        most = max(most, len(reader._held))
+    assert chunks <= reader.chunks <= chunks + 3  # an edge between lanes may cut a chunk
+    assert most <= 4 * (8 // 4 + 2) + 12
+    reader.release(90)
+    assert not reader._held
+    reader.close()
+
+
+def test_needed_until_covers_every_use():
+    rng = np.random.default_rng(0)
+    for lanes, chunk, block in [(4, 4, 8), (3, 5, 7), (1, 2, 16), (6, 8, 4)]:
+        order = Order(rng.integers(1, 20, 12), 1, Shuffle(lanes, chunk, block))
+        positions = np.arange(2 * order.samples)
+        epoch, shard, index = order.locate(positions)
+        until = order.needed_until(positions)
+        uses = {}
+        for p, e, s, i in zip(positions, epoch, shard, index // chunk, strict=True):
+            lane = p % order.samples % lanes
+            uses.setdefault((e, s, i, lane), []).append(p)
+        for same in uses.values():
+            assert until[same].min() >= same[-1]
+            assert (until[same] == until[same[0]]).all()
+
+
+def test_a_jump_forgets_what_was_read_ahead(folder, url):
+    stream = Loader(Dataset.open(url), global_batch=12, transform=InceptionCrop(8), **SHUFFLE)
+    batches = iter(stream)
+    list(islice(batches, 2))
+    stream.samples = 60
+    assert next(batches).positions[0] == 60
+    local = Loader(Dataset.open(folder), global_batch=12, transform=InceptionCrop(8), **SHUFFLE)
+    local.samples = 72
+    assert np.array_equal(next(batches).images, next(iter(local)).images)
