@@ -8,7 +8,7 @@ from torch import Tensor
 from pipeline.config import DataSettings, TrainSettings
 from shards.augment import TRANSFORMS, InceptionCrop, Transform
 from shards.augreg import PRESETS
-from shards.loader import Batch
+from shards.batch import Batch
 from shards.mixup import mixup_weights, partner_rows
 from shards.randaugment import RandAugment
 

@@ -1,4 +1,4 @@
-"""Batches of a data set in the order of shards/order.py, decoded by threads straight into one array."""
+"""Batches of a data set in the order of shards/order.py, without end, from any position on."""
 
 import json
 import os
@@ -6,127 +6,19 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
-from typing import NamedTuple
 
 import numpy as np
 
-from shards.augment import RESIZER, Transform, transform_encoded
+from shards.augment import RESIZER, Transform
+from shards.batch import Batch, Broken, Work
 from shards.chunks import ChunkReader
 from shards.dataset import Dataset, Sample
 from shards.decode import DECODER, DecodeError
 from shards.errors import PatchmillError, UserError
 from shards.order import DEFAULT_WINDOW_BYTES, Order, check_batch, choose_shuffle, rank_positions
 
-_ROWS_A_TASK = 8  # few enough to share out a batch evenly, enough to make the pool's own cost small
 READ_AHEAD = 8  # batches whose remote chunks are on the way before they are decoded
 _STAND_INS = 64  # tried before a broken sample ends the run: a chunk may be broken whole, a block hardly
-
-
-class Batch(NamedTuple):
-    """A rank's share of a global batch of n samples a rank.
-
-    Attributes:
-        images: uint8 [n, size, size, 3], RGB.
-        labels: int64 [n], class indices.
-        positions: int64 [n], global positions in the order.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-    positions: np.ndarray
-
-
-class EvaluationBatch(NamedTuple):
-    """As ``Batch``, with ``valid``, bool [n]: False in rows that only fill up the last batch."""
-
-    images: np.ndarray
-    labels: np.ndarray
-    positions: np.ndarray
-    valid: np.ndarray
-
-
-class _Broken(NamedTuple):
-    """A sample that did not decode, and the row of the batch it was for."""
-
-    row: int
-    shard: int
-    index: int
-    key: str
-    error: DecodeError
-
-
-class _Work:
-    """A batch in the making.
-
-    Args:
-        pool: Whose threads make it.
-        read: Returns the sample at (shard, index).
-        transform: What makes squares of them.
-        seed: First word of the keys of the transform.
-        positions: int64 [n], the rest of the keys with ``epoch``.
-        epoch: int64 [n].
-        shard: int64 [rows], where the samples are; rows past these are zeros.
-        index: int64 [rows].
-    """
-
-    def __init__(
-        self,
-        pool: ThreadPoolExecutor,
-        read: Callable[[int, int], Sample],
-        transform: Transform,
-        seed: int,
-        positions: np.ndarray,
-        epoch: np.ndarray,
-        shard: np.ndarray,
-        index: np.ndarray,
-    ):
-        self.read, self.transform, self.positions = read, transform, positions
-        size = getattr(transform, "size", None)
-        if size is None:
-            raise UserError(
-                f"the transform {transform} has no attribute size; set it to the side of its results in pixels"
-            )
-        self.images = np.zeros((len(positions), size, size, 3), dtype=np.uint8)
-        self.labels = np.zeros(len(positions), dtype=np.int64)
-        self.keys = [(seed, e, p) for e, p in zip(epoch.tolist(), positions.tolist(), strict=True)]
-        self._where = list(zip(shard.tolist(), index.tolist(), strict=True))
-        rows = range(len(self._where))
-        self._tasks = [pool.submit(self._fill, rows[a : a + _ROWS_A_TASK]) for a in range(0, len(rows), _ROWS_A_TASK)]
-
-    def _fill(self, rows: range) -> list[_Broken]:
-        broken = []
-        for row in rows:
-            shard, index = self._where[row]
-            sample = self.read(shard, index)
-            try:
-                self.put(row, sample)
-            except DecodeError as error:
-                broken.append(_Broken(row, shard, index, sample.key, error))
-        return broken
-
-    def put(self, row: int, sample: Sample) -> None:
-        """Decode a sample into a row; raises DecodeError, and UserError if the transform makes something else."""
-        if len(sample.labels) != 1:
-            raise UserError(
-                f"sample {sample.key} has {len(sample.labels)} labels, one is needed; "
-                "use a data set with a class for each image"
-            )
-        image = transform_encoded(self.transform, sample.image, sample.key, self.keys[row])
-        place = self.images[row]
-        if not isinstance(image, np.ndarray) or (image.dtype, image.shape) != (place.dtype, place.shape):
-            made = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-            raise UserError(f"the transform made {made} of {sample.key}; let it make uint8 {place.shape}")
-        place[:] = image
-        self.labels[row] = sample.labels[0]
-
-    def wait(self) -> list[_Broken]:
-        """Wait for the batch; returns the samples that did not decode."""
-        return [each for task in self._tasks for each in task.result()]
-
-    def cancel(self) -> None:
-        """Leave undone what no thread has begun."""
-        for task in self._tasks:
-            task.cancel()
 
 
 class Loader:
@@ -201,7 +93,7 @@ class Loader:
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
         chunks = None if self.dataset.tars.local else ChunkReader(self.dataset, self.order)
         read = chunks.read if chunks else self.dataset.read
-        ahead: deque[tuple[tuple[int, int], _Work]] = deque()  # ((first position, global batch), work)
+        ahead: deque[tuple[tuple[int, int], Work]] = deque()  # ((first position, global batch), work)
         announced = self.samples
         try:
             while True:
@@ -234,11 +126,11 @@ class Loader:
 
     def _begin(
         self, pool: ThreadPoolExecutor, read: Callable[[int, int], Sample], position: int, global_batch: int
-    ) -> _Work:
+    ) -> Work:
         positions = rank_positions(position, global_batch, self.rank, self.world_size)
-        return _Work(pool, read, self.transform, self.seed, positions, *self.order.locate(positions))
+        return Work(pool, read, self.transform, self.seed, positions, *self.order.locate(positions))
 
-    def _replace(self, work: _Work, broken: _Broken) -> None:
+    def _replace(self, work: Work, broken: Broken) -> None:
         """Put the first stand-in that decodes into the row of a broken sample, under the row's own key."""
         self._report(broken)
         self.replaced += 1
@@ -255,7 +147,7 @@ class Loader:
             "check the data set"
         ) from broken.error
 
-    def _report(self, broken: _Broken) -> None:
+    def _report(self, broken: Broken) -> None:
         sample = (broken.shard, broken.index)
         if self._quarantine is None or sample in self._quarantined:
             return
@@ -294,52 +186,3 @@ class Loader:
 
     def _identity(self) -> dict:
         return {**self.order.identity(self.dataset.digest), "decoder": f"{DECODER}, {RESIZER}"}
-
-
-def evaluation_batches(
-    dataset: Dataset,
-    batch: int,
-    *,
-    transform: Transform,
-    rank: int = 0,
-    world_size: int = 1,
-    threads: int = 2,
-    prefetch: int = 2,
-) -> Iterator[EvaluationBatch]:
-    """Yield every sample exactly once over all ranks, in as many batches on each.
-
-    Args:
-        dataset: Single-label samples.
-        batch: Samples a batch of each rank.
-        transform: Makes squares of images.
-        rank: Of this process.
-        world_size: Number of ranks.
-        threads: That decode.
-        prefetch: Batches made ahead.
-
-    Raises:
-        DecodeError: A sample cannot be decoded; scores are never of fewer samples than they say.
-    """
-    ends = np.cumsum(dataset.shard_sizes)
-    step = batch * world_size
-    starts = iter(range(0, len(dataset), step))
-    ahead: deque[_Work] = deque()
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-    try:
-        while True:
-            while len(ahead) <= prefetch and (start := next(starts, None)) is not None:
-                positions = rank_positions(start, step, rank, world_size)
-                real = positions[positions < len(dataset)]
-                shard = np.searchsorted(ends, real, side="right")
-                index = real - (ends - dataset.shard_sizes)[shard]
-                epoch = np.zeros_like(positions)
-                ahead.append(_Work(pool, dataset.read, transform, 0, positions, epoch, shard, index))
-            if not ahead:
-                return
-            work = ahead.popleft()
-            if broken := work.wait():
-                raise broken[0].error
-            valid = work.positions < len(dataset)
-            yield EvaluationBatch(work.images, work.labels, work.positions, valid)
-    finally:
-        pool.shutdown(cancel_futures=True)

@@ -11,7 +11,7 @@ from pipeline.images import to_model_input
 from shards.augment import Resize
 from shards.dataset import Dataset
 from shards.errors import UserError
-from shards.loader import evaluation_batches
+from shards.evaluation import evaluation_batches
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from pipeline.models.vit import VisionTransformer
 from shards.augment import Resize
 from shards.dataset import Dataset
 from shards.errors import UserError
-from shards.loader import evaluation_batches
+from shards.evaluation import evaluation_batches
 
 BATCH = 64
 

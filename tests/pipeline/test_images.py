@@ -5,7 +5,7 @@ import torch
 from pipeline.config import DataSettings, TrainSettings, check
 from pipeline.images import training_input, training_transform
 from shards.augment import InceptionCrop, ResizeCrop
-from shards.loader import Batch
+from shards.batch import Batch
 from shards.mixup import mixup_weights
 from shards.order import rank_positions
 from shards.randaugment import RandAugment

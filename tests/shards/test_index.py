@@ -536,6 +536,8 @@ def test_splits_side_by_side_are_not_mixed(tmp_path):
 @pytest.fixture
 def web(tmp_path):
     write_webdataset(tmp_path / "site")
+    for tar in (tmp_path / "site").iterdir():  # servers tell whole seconds: one of this second may be too new
+        os.utime(tar, (tar.stat().st_mtime - 2,) * 2)
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(RangeHandler, directory=tmp_path / "site")) as server:
         server.fault, server.bad, server.requests = "", 0, 0
         threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()

@@ -12,7 +12,8 @@ from shards.build import build
 from shards.dataset import Dataset
 from shards.decode import DecodeError, decode
 from shards.errors import PatchmillError, UserError
-from shards.loader import Loader, evaluation_batches
+from shards.evaluation import evaluation_batches
+from shards.loader import Loader
 from shards.store import open_store
 
 SAMPLES = 53  # prime: nothing divides an epoch

@@ -1,0 +1,112 @@
+"""One batch: its samples are read and decoded by a pool of threads, straight into one array."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+
+from shards.augment import Transform, transform_encoded
+from shards.dataset import Sample
+from shards.decode import DecodeError
+from shards.errors import UserError
+
+_ROWS_A_TASK = 8  # few enough to share out a batch evenly, enough to make the pool's own cost small
+
+
+class Batch(NamedTuple):
+    """A rank's share of a global batch of n samples a rank.
+
+    Attributes:
+        images: uint8 [n, size, size, 3], RGB.
+        labels: int64 [n], class indices.
+        positions: int64 [n], global positions in the order.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    positions: np.ndarray
+
+
+class Broken(NamedTuple):
+    """A sample that did not decode, and the row of the batch it was for."""
+
+    row: int
+    shard: int
+    index: int
+    key: str
+    error: DecodeError
+
+
+class Work:
+    """A batch in the making.
+
+    Args:
+        pool: Whose threads make it.
+        read: Returns the sample at (shard, index).
+        transform: What makes squares of them.
+        seed: First word of the keys of the transform.
+        positions: int64 [n], the rest of the keys with ``epoch``.
+        epoch: int64 [n].
+        shard: int64 [rows], where the samples are; rows past these are zeros.
+        index: int64 [rows].
+    """
+
+    def __init__(
+        self,
+        pool: ThreadPoolExecutor,
+        read: Callable[[int, int], Sample],
+        transform: Transform,
+        seed: int,
+        positions: np.ndarray,
+        epoch: np.ndarray,
+        shard: np.ndarray,
+        index: np.ndarray,
+    ):
+        self.read, self.transform, self.positions = read, transform, positions
+        size = getattr(transform, "size", None)
+        if size is None:
+            raise UserError(
+                f"the transform {transform} has no attribute size; set it to the side of its results in pixels"
+            )
+        self.images = np.zeros((len(positions), size, size, 3), dtype=np.uint8)
+        self.labels = np.zeros(len(positions), dtype=np.int64)
+        self.keys = [(seed, e, p) for e, p in zip(epoch.tolist(), positions.tolist(), strict=True)]
+        self._where = list(zip(shard.tolist(), index.tolist(), strict=True))
+        rows = range(len(self._where))
+        self._tasks = [pool.submit(self._fill, rows[a : a + _ROWS_A_TASK]) for a in range(0, len(rows), _ROWS_A_TASK)]
+
+    def _fill(self, rows: range) -> list[Broken]:
+        broken = []
+        for row in rows:
+            shard, index = self._where[row]
+            sample = self.read(shard, index)
+            try:
+                self.put(row, sample)
+            except DecodeError as error:
+                broken.append(Broken(row, shard, index, sample.key, error))
+        return broken
+
+    def put(self, row: int, sample: Sample) -> None:
+        """Decode a sample into a row; raises DecodeError, and UserError if the transform makes something else."""
+        if len(sample.labels) != 1:
+            raise UserError(
+                f"sample {sample.key} has {len(sample.labels)} labels, one is needed; "
+                "use a data set with a class for each image"
+            )
+        image = transform_encoded(self.transform, sample.image, sample.key, self.keys[row])
+        place = self.images[row]
+        if not isinstance(image, np.ndarray) or (image.dtype, image.shape) != (place.dtype, place.shape):
+            made = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+            raise UserError(f"the transform made {made} of {sample.key}; let it make uint8 {place.shape}")
+        place[:] = image
+        self.labels[row] = sample.labels[0]
+
+    def wait(self) -> list[Broken]:
+        """Wait for the batch; returns the samples that did not decode."""
+        return [each for task in self._tasks for each in task.result()]
+
+    def cancel(self) -> None:
+        """Leave undone what no thread has begun."""
+        for task in self._tasks:
+            task.cancel()
