@@ -85,7 +85,7 @@ def write_samples(store: Store, shard: int, rng: np.random.Generator) -> manifes
         "height": sides[1],
         "orientation": np.where(rng.random(SAMPLES) < 0.02, rng.integers(2, 9, SAMPLES), 1),
         "member": rng.integers(0, 1 << 32, SAMPLES, dtype=np.uint32),
-        "sha256": [rng.bytes(32) for _ in range(SAMPLES)],
+        "xxh128": [rng.bytes(16) for _ in range(SAMPLES)],
     }
     receipt = manifest.Receipt(
         sha256=rng.bytes(32).hex(),

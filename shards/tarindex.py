@@ -7,6 +7,8 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
+from xxhash import xxh3_128_digest
+
 from shards import manifest
 from shards.errors import UserError
 from shards.header import BrokenImageError, read_header
@@ -150,7 +152,7 @@ def _walk(scan: TarScan, reading: Reading) -> tuple[dict[str, list], list[list],
             "height": header.height,
             "orientation": header.orientation,
             "member": image.header,
-            "sha256": hashlib.sha256(image.data).digest(),
+            "xxh128": xxh3_128_digest(image.data),
         }
         for name, value in row.items():
             rows[name].append(value)

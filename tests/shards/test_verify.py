@@ -100,7 +100,7 @@ def test_a_changed_byte_of_an_image(copy):
     change(copy / TAR, place["offset"] + place["size"] // 2, b"\0\1\2\3")
     found = verify(copy)
     assert found.faults[0] == Fault(
-        "its bytes changed: the sha256 is another one", 1, TAR, 3, place["key"], place["offset"]
+        "its bytes changed: their hash is another one", 1, TAR, 3, place["key"], place["offset"]
     )
     assert found.faults[1].reason.startswith("the tar's sha256 is ")
     assert (len(found.faults), found.faulty) == (2, 1)
@@ -193,7 +193,7 @@ CHANGES = {
     "labels": ([1], "its labels in the tar are [0], [1] in the table"),
     "weights": ([0.5], "the weights of its labels are [] in the tar, [0.5] in the table"),
     "member": (1, "the tar header before it is another one"),
-    "sha256": (bytes(32), "its bytes changed"),
+    "xxh128": (bytes(16), "its bytes changed"),
 }
 
 
@@ -283,7 +283,7 @@ def test_quarantine_is_a_new_drop_list_on_top_of_the_old(copy):
     assert [(fault.index) for fault in found.faults] == [7, None]
     assert (found.faulty, found.dropped, found.quarantine) == (1, 2, "v2")
     assert read_exclude(copy, "v2") == [
-        (0, 2, "a duplicate"), (1, 3, "blurred"), (1, 7, "its bytes changed: the sha256 is another one"),
+        (0, 2, "a duplicate"), (1, 3, "blurred"), (1, 7, "its bytes changed: their hash is another one"),
     ]  # fmt: skip
     assert read_exclude(copy, "v1") == [(0, 2, "a duplicate"), (1, 3, "blurred")]
     assert len(Dataset.open(copy, "v2")) == 21
