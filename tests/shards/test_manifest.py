@@ -48,9 +48,9 @@ def test_info_round_trips_and_is_the_same_every_time(tmp_path):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b'{"schema_version": 1}', "schema version 1"),
+        (b'{"schema_version": 2}', "schema version 2"),
         (b'{"schema_ver', "damaged"),
-        (b'{"schema_version": 2}', "damaged"),
+        (b'{"schema_version": 3}', "damaged"),
         (b"[]", "damaged"),
     ],
 )
