@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from shards.augreg import PRESETS
 from shards.errors import UserError
+from shards.storesettings import StoreSettings
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -71,6 +72,7 @@ class DataSettings(Settings):
     threads: int = Field(2, gt=0, description="decode threads of each rank")
     allow_decoder_change: bool = Field(False, description="go on although the image libraries' versions changed")
     window_bytes: int = Field(16_000_000_000, gt=0, description="shuffle window over the whole cluster")
+    store: StoreSettings = Field(default_factory=StoreSettings, description="how buckets and web servers are reached")
 
     @field_validator("crop_area")
     @classmethod

@@ -56,8 +56,8 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
     rank, world_size = distributed.rank(), distributed.world_size()
 
     # ---- data
-    train_set = Dataset.open(settings.data.train, settings.data.exclude)
-    val_set = Dataset.open(settings.data.val) if settings.data.val else None
+    train_set = Dataset.open(settings.data.train, settings.data.exclude, settings=settings.data.store)
+    val_set = Dataset.open(settings.data.val, settings=settings.data.store) if settings.data.val else None
     if val_set is not None and val_set.classes != train_set.classes:
         raise UserError(
             f"{settings.data.val} has other classes than {settings.data.train}; build both with one command"

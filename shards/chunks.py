@@ -20,17 +20,16 @@ class ChunkReader:
     Args:
         dataset: Whose tars are remote.
         order: That says which samples lie together, and how long each is needed.
-        requests: In flight at most.
 
     Attributes:
         chunks: Read so far.
         bytes: Of the images in them.
     """
 
-    def __init__(self, dataset: Dataset, order: Order, requests: int = REQUESTS):
+    def __init__(self, dataset: Dataset, order: Order):
         self.chunks = self.bytes = 0
         self._dataset, self._order = dataset, order
-        self._pool = ThreadPoolExecutor(requests, thread_name_prefix="fetch")
+        self._pool = ThreadPoolExecutor(dataset.tars.settings.concurrency or REQUESTS, thread_name_prefix="fetch")
         self._held: dict[tuple[int, int], Future[list[Sample]]] = {}
         self._until: dict[tuple[int, int], int] = {}  # the last position that needs the chunk
 

@@ -17,6 +17,7 @@ from shards import manifest
 from shards.errors import UserError
 from shards.objects import ExistsError, MissingError
 from shards.store import Store, open_store
+from shards.storesettings import StoreSettings
 
 ROW_COLUMNS = ["key", "offset", "size", "format", "labels", "weights", "width", "height", "member"]
 BLOCK = 512  # bytes of a tar header, which precedes each image
@@ -90,9 +91,10 @@ class Dataset:
         exclude: str | None,
         dropped: np.ndarray,
         cached_shards: int | None,
+        settings: StoreSettings | None,
     ):
         self.store, self.url, self.exclude = store, store.url, exclude
-        self.tars = open_store(info.tars) if info.tars else store
+        self.tars = open_store(info.tars, settings=settings) if info.tars else store
         self._remedy = "index them" if info.build.get("source") == "index" else "copy or build the data set"
         self.classes = info.classes
         self.mean_bytes = info.image_bytes / info.samples
@@ -107,7 +109,13 @@ class Dataset:
         self._cached_rows = lru_cache(maxsize=cached_shards)(self._read_rows)
 
     @classmethod
-    def open(cls, url: str | Path, exclude: str | None = None, cached_shards: int | None = None) -> "Dataset":
+    def open(
+        cls,
+        url: str | Path,
+        exclude: str | None = None,
+        cached_shards: int | None = None,
+        settings: StoreSettings | None = None,
+    ) -> "Dataset":
         """Open the data set at ``url``, leaving out the samples of drop list ``exclude``.
 
         Reads ``dataset.json``, ``shards.parquet`` and the drop list, nothing of the samples.
@@ -116,11 +124,12 @@ class Dataset:
             url: Local path or URL.
             exclude: Version of the drop list, or None.
             cached_shards: So many shards' rows stay in memory; by default those of 4 million samples.
+            settings: Of its remote stores; by default those of the environment.
 
         Raises:
             UserError: There is no whole data set at ``url``, or no such drop list.
         """
-        store = open_store(url)
+        store = open_store(url, settings=settings)
         try:
             info = manifest.parse_info(store.read(manifest.DATASET), store.url)
         except MissingError as error:
@@ -128,7 +137,7 @@ class Dataset:
         shards = manifest.open_table(store, manifest.SHARDS, manifest.SHARDS_SCHEMA.names)
         if manifest.digest(info.classes, shards["sha256"].to_pylist()) != info.digest:
             raise UserError(f"{store.url}: dataset.json and shards.parquet do not belong together; build it again")
-        return cls(store, info, shards, exclude, _read_dropped(store, exclude), cached_shards)
+        return cls(store, info, shards, exclude, _read_dropped(store, exclude), cached_shards, settings)
 
     def __len__(self) -> int:
         return int(self._starts[-1])

@@ -15,6 +15,7 @@ from shards.errors import PatchmillError, UserError
 from shards.evaluation import evaluation_batches
 from shards.loader import Loader
 from shards.store import open_store
+from tests.shards.datasets import damage
 
 SAMPLES = 53  # prime: nothing divides an epoch
 CROP = InceptionCrop(16)
@@ -146,16 +147,6 @@ def test_other_data_and_decoder_are_refused(dataset, own):
     assert mine.samples == 0
     mine.load_state_dict(other, allow_decoder_change=True)
     assert mine.samples == 24
-
-
-def damage(folder, places):
-    """Overwrite images inside the tars, as a failing disk would."""
-    dataset = Dataset.open(folder)
-    for shard, index in places:
-        rows = dataset.rows(shard)
-        with open(folder / manifest.shard_path(shard), "r+b") as tar:
-            tar.seek(int(rows.offset[index]))
-            tar.write(bytes(int(rows.size[index])))
 
 
 def test_broken_samples_get_stand_ins_from_their_block(own, tmp_path):
