@@ -95,9 +95,7 @@ class Dataset:
         try:
             self.tars = open_store(info.tars) if info.tars else store
         except MissingError as error:
-            raise UserError(
-                f"the tars of {store.url} are no longer at {info.tars}; index them where they are"
-            ) from error
+            raise UserError(f"the tars of {store.url} are not at {info.tars}; index them where they are") from error
         self._remedy = "index them" if info.build.get("source") == "index" else "copy or build the data set"
         self.classes = info.classes
         self.mean_bytes = info.image_bytes / info.samples
