@@ -26,7 +26,7 @@ def urls(tmp_path, s3):
     """One data set of 60 samples less a drop list of 3, in a folder, on a web server and in a bucket."""
     folder = tmp_path / "set"
     build(make_source(tmp_path / "source", classes=3, each=20), folder, shard_samples=8, workers=1)
-    write_exclude(folder, "v1", [(0, 3, "blurred"), (2, 0, "blurred"), (7, 5, "blurred")])
+    write_exclude(folder, "v1", [(0, 3, "blurred"), (2, 0, "blurred"), (6, 5, "blurred")])
     bucket = open_store(f"{s3}/set")
     for path in folder.rglob("*"):
         if path.is_file():
@@ -41,7 +41,7 @@ def run(dataset: Dataset, steps: int, world_size: int, threads: int, state: dict
     for rank in range(world_size):
         loader = Loader(
             dataset, global_batch=GLOBAL_BATCH, transform=InceptionCrop(16), rank=rank, world_size=world_size, seed=7,
-            threads=threads, lanes=12, chunk=4, block=8,
+            threads=threads, lanes=6, chunk=8, block=8,
         )  # fmt: skip
         if state:
             loader.load_state_dict(state)
