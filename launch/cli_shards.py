@@ -3,7 +3,6 @@
 import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -127,7 +126,7 @@ def shards_index(
         str, typer.Option(help="Where labels stand: cls, txt, json:FIELD ...; default: cls, or else json.")
     ] = "",
     image: Annotated[str, typer.Option(help="Extension of the image, where samples have several.")] = "",
-    classes: Annotated[Path | None, typer.Option(help="File with the name of a class a line.")] = None,
+    classes: Annotated[str | None, typer.Option(help="File with the name of a class a line.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; default: the cores, as far as they pay.")] = None,
     max_rejected: Annotated[int, typer.Option(help="Broken samples to leave out before giving up.")] = 0,
     as_json: Json = False,

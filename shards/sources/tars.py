@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 import pyarrow as pa
 
+from shards.classes import name_classes, read_classes
 from shards.errors import UserError
 from shards.header import BrokenImageError
 from shards.labels import LabelError, LabelRule
@@ -57,7 +58,7 @@ class Tars:
             for labels, weights in _labels(job.table()):
                 found.update(labels)
                 self.multi_label = self.multi_label or bool(weights) or len(labels) != 1
-        self.classes = columns.read_classes(classes) if classes else columns.name_classes(found, url)
+        self.classes = read_classes(classes) if classes else name_classes(dict.fromkeys(found, url))
         self._number = columns.number_labels(found, self.classes, url)
 
     def items(self) -> Iterator[Item]:
