@@ -130,7 +130,7 @@ def test_broken_samples_are_listed_with_reasons(tmp_path):
         "t.tar text": "not a jpg, png or webp image",
         "t.tar only": "no image, only .cls",
         "t.tar two": "several images, .jpg .png: choose with --image",
-        "t.tar twice": "several images, .jpg .jpg: choose with --image",
+        "t.tar twice": "the key is there twice, .jpg .jpg: rename one, or remove it",
     }
     assert [(s.key, s.format) for s in samples(tmp_path)] == [("ok", "jpg"), ("lie", "jpg")]  # the true format
     assert manifest.read_receipt(open_store(tmp_path), manifest.samples_path(0)).rejected[0] == ("empty", "empty file")
