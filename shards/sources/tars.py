@@ -121,7 +121,7 @@ class _Job:
                 others["samples without image"] += 1
                 continue
             except TwiceError as error:
-                place, labels = (sample.members[0].offset, 0), [[], [], f"{sample.key}: {error}"]
+                place, labels = (sample.members[0].offset, 0), [[], [], str(error)]
             except BrokenImageError as error:
                 raise UserError(f"{scan.name}: {sample.key} has {error}; as in image=jpg") from error
             else:

@@ -242,7 +242,7 @@ def test_the_command_says_what_it_found(tmp_path):
     write_tar(tmp_path / "set" / "0.tar", [("a.jpg", image(0)), ("a.cls", b"3"), ("b.jpg", image(1)), ("c.jpg", b"")])
     command = ["shards", "index", str(tmp_path / "set"), "--max-rejected", "1"]
     done = runner.invoke(app, command)
-    assert "4 classes, 1 samples without label" in done.stdout
+    assert "4 classes, 1 sample without label" in done.stdout
     assert "left out: 0.tar c: empty file" in done.stdout
     done = runner.invoke(app, [*command, "--json"])
     made = json.loads(done.stdout)

@@ -143,11 +143,11 @@ def test_a_key_twice_in_one_tar_is_no_reason_for_its_name(tmp_path):
 def test_a_key_twice_in_a_row_is_rejected_with_the_reason(tmp_path):
     files = [("b.jpg", encode(1)), ("b.cls", b"2"), ("a.jpg", encode(2)), ("a.cls", b"0"), ("a.jpg", encode(3))]
     path = write(tmp_path / "x.tar", files)
-    reason = "a: the key is there twice, .jpg .jpg: rename one, or remove it"
-    with pytest.raises(UserError, match=re.escape(f"x.tar at byte 3072 ({reason})")):
+    reason = "the key is there twice, .jpg .jpg: rename one, or remove it"
+    with pytest.raises(UserError, match=re.escape(f"x.tar at byte 3072, a ({reason})")):
         build(path, tmp_path / "out")
     made = build(path, tmp_path / "out", max_rejected=1)
-    assert made.parts["all"].rejected == [("x.tar at byte 3072", reason)]
+    assert made.parts["all"].rejected == [("x.tar at byte 3072, a", reason)]
     dataset = Dataset.open(tmp_path / "out")
     assert [(s.key, s.labels, s.image) for s in dataset.read_many(0, 0, 1)] == [("b", (2,), encode(1))]
     assert not parse_info((tmp_path / "out/manifest/dataset.json").read_bytes(), "out").build["multi_label"]
