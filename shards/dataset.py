@@ -15,8 +15,9 @@ import pyarrow as pa
 
 from shards import manifest
 from shards.errors import UserError
+from shards.objects import ExistsError, MissingError
 from shards.order import DEFAULT_WINDOW_BYTES, Order, choose_shuffle
-from shards.store import ExistsError, MissingError, Store, open_store
+from shards.store import Store, open_store
 
 ROW_COLUMNS = ["key", "offset", "size", "format", "labels", "weights", "width", "height", "member"]
 BLOCK = 512  # bytes of a tar header, which precedes each image
