@@ -87,7 +87,9 @@ def test_every_source_of_a_mixture_is_an_input(write, tmp_path):
     first, second = before.settings.data.train
     assert (first.url, first.weight) == (f"{tmp_path}/runs/x/stages/shards/data/train", 3)
     assert (second.url, second.weight, second.exclude) == (str(drawings), 1, "v1")
-    assert pretrain(MIXED.replace("weight = 3", "weight = 2")).digest != before.digest
+    other = pretrain(MIXED.replace("weight = 3", "weight = 2"))
+    assert other.digest != before.digest
+    assert other.inputs == before.inputs  # so it goes on in place, and the loader refuses the weights
     assert pretrain(MIXED.replace('"v1"', '"v2"')).digest != before.digest
     (drawings / "manifest" / "exclude" / "v2.parquet").write_bytes(b"written while the stage runs")
     assert pretrain().inputs == before.inputs
