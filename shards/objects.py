@@ -55,6 +55,7 @@ _HINTS = {
     "list request": "check the bucket",
     "error sending request": "check the network and the address",
     ", got ": "the server sends other bytes than were asked for; use another one",
+    "Range request not supported": "it broke off, and the server cannot send the rest; check the network",
     "response body": "it broke off or stood still too often; check the network and the server",
 }
 

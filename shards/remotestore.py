@@ -27,6 +27,7 @@ GAP = 1 << 20  # bytes between two ranges that are fetched along rather than ask
 STREAM_BYTES = 8 << 20  # a request of a sequential remote read: past the size where latency matters
 
 Answer = TypeVar("Answer")
+_BROKEN_OFF = ("response body", "Range request not supported")  # the second: on asking for the rest
 ERRORS = (BaseError, OSError, ValueError)  # the last: a path that no store takes
 
 
@@ -128,14 +129,16 @@ class RemoteStore:
             raise failure(self.url, path, error) from error
 
     def _whole_body(self, request: Callable[[], Answer]) -> Answer:
-        """Ask again, with back-off, where a connection ended inside an answer: obstore leaves that to us."""
+        """Ask again, with back-off, where a connection ended inside an answer and obstore could not get the rest."""
         deadline = time.monotonic() + self.settings.retry_seconds
         for attempt in itertools.count():
             try:
                 return request()
+            except NotSupportedError:  # a server that sends no parts
+                raise
             except BaseError as error:
                 wait = min(0.1 * 2**attempt, 15) * random.uniform(0.5, 1)  # not all workers at once
-                if "response body" not in str(error) or time.monotonic() + wait > deadline:
+                if not any(sign in str(error) for sign in _BROKEN_OFF) or time.monotonic() + wait > deadline:
                     raise
                 time.sleep(wait)
 

@@ -29,8 +29,7 @@ def open_store(url: str | Path, create: bool = False, settings: StoreSettings | 
     """
     parts = urlsplit(str(url))
     if "://" in str(url) and parts.scheme != "file":
-        if parts.password:
-            raise UserError(f"the URL of {parts.hostname} carries a password; put secrets into the environment instead")
+        refuse_password(str(url))
         return RemoteStore(str(url).rstrip("/"), settings or StoreSettings())
     root = Path(unquote(parts.path)) if parts.scheme == "file" else Path(url)
     if create:
@@ -38,6 +37,13 @@ def open_store(url: str | Path, create: bool = False, settings: StoreSettings | 
     if not root.is_dir():
         raise MissingError(f"no folder {root}; check the path")
     return LocalStore(root)
+
+
+def refuse_password(url: str) -> None:
+    """Raise a UserError, which does not repeat it, if a URL carries a password."""
+    parts = urlsplit(url)
+    if parts.password:
+        raise UserError(f"the URL of {parts.hostname} carries a password; put secrets into the environment instead")
 
 
 def local_path(path: str | Path, name: str) -> Path:

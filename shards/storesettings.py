@@ -43,9 +43,8 @@ class StoreSettings(BaseModel):
             found = make({key: os.environ[name] for key, name in names.items() if os.environ.get(name)})
         except ValidationError as error:
             first = error.errors()[0]
-            where = f"{names[first['loc'][0]]}={first['input']}" if first["loc"] else f"{PREFIX}..."
-            reason = first["msg"].removeprefix("Value error, ")
-            raise UserError(f"environment variable {where} does not fit: {reason}") from None
+            name, reason = names[first["loc"][0]], first["msg"].removeprefix("Value error, ")
+            raise UserError(f"environment variable {name}={first['input']} does not fit: {reason}") from None
         return make(found.model_dump(exclude_unset=True) | given)
 
     @field_validator("endpoint")
@@ -63,5 +62,5 @@ class StoreSettings(BaseModel):
     @model_validator(mode="after")
     def _signed_or_not(self) -> "StoreSettings":
         if self.anonymous and self.profile:
-            raise ValueError(f"anonymous access has no use for profile {self.profile!r}; unset one of them")
+            raise UserError(f"anonymous access to stores has no use for profile {self.profile!r}; unset one of them")
         return self

@@ -4,6 +4,7 @@ import re
 import socket
 import struct
 import threading
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -87,6 +88,8 @@ class RangeHandler(SimpleHTTPRequestHandler):
         half = start + (stop - start) // 2
         part = data[start : half if fault == "short range" else stop]
         self.send_response(206 if found else 200)
+        self.send_header("Last-Modified", self.date_time_string())
+        self.send_header("ETag", f'"{zlib.crc32(data):08x}"')
         if found:
             self.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(data)}")
         part = data[start:half] if fault == "wrong length" else part
