@@ -16,7 +16,7 @@ from pipeline.weights import check_model
 from shards.errors import UserError
 from shards.manifest import EXCLUDE
 from shards.sources.open import find_kind
-from shards.store import refuse_password
+from shards.urls import refuse_password
 
 PLACEHOLDER = re.compile(r"\{([A-Za-z0-9_-]+)\}")
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"

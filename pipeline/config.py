@@ -22,8 +22,8 @@ from pydantic import (
 
 from shards.augreg import PRESETS
 from shards.errors import UserError
-from shards.store import refuse_password
 from shards.storesettings import StoreSettings
+from shards.urls import refuse_password
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -379,15 +379,15 @@ def _toml_value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)  # TOML's strings, numbers and booleans read as JSON's
 
 
-def _table_of(kind: type[Settings], path: list) -> type[Settings]:
+def _table_of(kind: type[BaseModel], path: list) -> type[BaseModel]:
     for part in path:
         if isinstance(part, str):  # a number is a place in a list of tables
             kind = next(_tables_in(kind.model_fields[part].annotation))
     return kind
 
 
-def _tables_in(annotation: Any) -> Iterator[type[Settings]]:
-    if isinstance(annotation, type) and issubclass(annotation, Settings):
+def _tables_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for inner in get_args(annotation):
         yield from _tables_in(inner)

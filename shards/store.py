@@ -12,6 +12,7 @@ from shards.localstore import LocalStore
 from shards.objects import MissingError
 from shards.remotestore import RemoteStore
 from shards.storesettings import StoreSettings
+from shards.urls import refuse_password
 
 Store = LocalStore | RemoteStore
 
@@ -37,13 +38,6 @@ def open_store(url: str | Path, create: bool = False, settings: StoreSettings | 
     if not root.is_dir():
         raise MissingError(f"no folder {root}; check the path")
     return LocalStore(root)
-
-
-def refuse_password(url: str) -> None:
-    """Raise a UserError, which does not repeat it, if a URL carries a password."""
-    parts = urlsplit(url)
-    if parts.password:
-        raise UserError(f"the URL of {parts.hostname} carries a password; put secrets into the environment instead")
 
 
 def local_path(path: str | Path, name: str) -> Path:

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from shards.errors import UserError
+from shards.urls import refuse_password
 
 PREFIX = "PATCHMILL_STORE_"
 
@@ -52,9 +53,10 @@ class StoreSettings(BaseModel):
     def _without_secrets(cls, value: str | None) -> str | None:
         if value is None:
             return None
+        refuse_password(value)
         parts = urlsplit(value)
-        if parts.username or parts.password or parts.query:  # not repeated here
-            raise UserError("the endpoint of a store carries a user or a password; put secrets into the environment")
+        if "@" in value or parts.query:  # not repeated here
+            raise UserError("the endpoint of a store carries a user or a query; put secrets into the environment")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("give the URL of a server, such as https://s3.example.org")
         return value.rstrip("/")

@@ -40,7 +40,13 @@ def test_what_is_allowed_is_told(over, capsys):
 
 @pytest.mark.parametrize(
     "over",
-    [{"data": {"train": "moved"}}, {"data": {"threads": 7}}, {"log_every": "1 step"}, {"checkpoint": {"keep": 5}}],
+    [
+        {"data": {"train": "moved"}},
+        {"data": {"threads": 7}},
+        {"data": {"store": {"region": "eu-test-1"}}},
+        {"log_every": "1 step"},
+        {"checkpoint": {"keep": 5}},
+    ],
 )
 def test_what_is_free_is_silent(over, capsys):
     check_resume(settings(**over), LOADED)

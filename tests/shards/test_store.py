@@ -272,9 +272,10 @@ def test_bad_urls(url, tmp_path):
         open_store(url.format(tmp_path))
 
 
-def test_password_in_url_is_refused_and_not_repeated():
+@pytest.mark.parametrize("url", ["https://me:hunter2@example.org/data", "s3://me:hunter2/+hunter2@bucket/data"])
+def test_password_in_url_is_refused_and_not_repeated(url):
     with pytest.raises(UserError, match="environment") as caught:
-        open_store("https://me:hunter2@example.org/data")
+        open_store(url)
     assert "hunter2" not in str(caught.value)
 
 

@@ -2,10 +2,12 @@
 
 import re
 import time
+from datetime import timedelta
 
 import numpy as np
 import pytest
 
+from shards import awsprofile
 from shards.chunks import ChunkReader
 from shards.dataset import Dataset
 from shards.errors import PatchmillError, UserError
@@ -93,6 +95,17 @@ def test_a_profile_gives_keys_region_and_endpoint(server, tmp_path, monkeypatch)
     assert caught.value.__cause__ is None
 
 
+def test_keys_of_a_profile_may_be_renewed(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(awsprofile, "LIFE", timedelta(0))
+    keys = "[work]\naws_access_key_id = {}\naws_secret_access_key = x\n"
+    (tmp_path / "credentials").write_text(keys.format("FIRST"))
+    store = open_store("s3://bucket", settings=StoreSettings(endpoint=server.url, profile="work"))
+    store.read("x")
+    (tmp_path / "credentials").write_text(keys.format("SECOND"))
+    store.read("x")
+    assert [re.search(r"Credential=(\w+)", header)[1] for header in server.authorizations] == ["FIRST", "SECOND"]
+
+
 def test_keys_that_a_request_cannot_hold_are_told(server, monkeypatch):
     monkeypatch.setenv("AWS_SESSION_TOKEN", f"{SECRET}\n")
     with pytest.raises(UserError, match=r"variable AWS_SESSION_TOKEN holds a line break") as caught:
@@ -112,8 +125,10 @@ def test_an_address_that_would_not_count_is_told(server, monkeypatch):
         ("CONCURRENCY", "0", r"PATCHMILL_STORE_CONCURRENCY=0 does not fit: .* greater than 0"),
         ("TIMEOUT_SECONDS", "soon", r"PATCHMILL_STORE_TIMEOUT_SECONDS=soon does not fit: .* number"),
         ("ENDPOINT", "s3.example.org", r"PATCHMILL_STORE_ENDPOINT=s3.example.org does not fit: give the URL"),
-        ("ENDPOINT", f"https://me:{SECRET}@example.org", "carries a user or a password"),
-        ("ENDPOINT", f"https://example.org?token={SECRET}", "carries a user or a password"),
+        ("ENDPOINT", f"https://me:{SECRET}@example.org", "the URL of example.org carries a password"),
+        ("ENDPOINT", f"https://me:1/{SECRET}@example.org", "carries a user or a query"),
+        ("ENDPOINT", f"https://{SECRET}@example.org", "carries a user or a query"),
+        ("ENDPOINT", f"https://example.org?token={SECRET}", "carries a user or a query"),
     ],
 )
 def test_variables_that_do_not_fit_are_told(monkeypatch, name, value, message):
