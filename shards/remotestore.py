@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import os
 import random
 import sys
 import threading
@@ -10,6 +9,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,12 +19,12 @@ from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, NotF
 from shards.errors import PatchmillError, UserError
 from shards.objects import Entry, ExistsError, MissingError, ShortError, failure, reason, too_short
 from shards.remoteaccess import open_remote
+from shards.remotefile import remote_file
 from shards.storesettings import StoreSettings
 from shards.temporary import temporary_folder
 from shards.wholefiles import WholeFiles
 
 GAP = 1 << 20  # bytes between two ranges that are fetched along rather than asked for apart
-STREAM_BYTES = 8 << 20  # a request of a sequential remote read: past the size where latency matters
 
 Answer = TypeVar("Answer")
 _BROKEN_OFF = ("response body", "Range request not supported")  # the second: on asking for the rest
@@ -144,7 +144,7 @@ class RemoteStore:
 
     def stream(self, path: str) -> io.BufferedIOBase:
         """Open the object for sequential reading; seeking is allowed."""
-        return io.BufferedReader(_RemoteFile(self, path), STREAM_BYTES)
+        return remote_file(self.size(path), partial(self.read_range, path))
 
     def exists(self, path: str) -> bool:
         """Tell whether there is an object at ``path``."""
@@ -263,40 +263,6 @@ class RemoteStore:
                         yield Entry(found["path"], found["size"], int(found["last_modified"].timestamp() * 1e9))
         except ERRORS as error:
             raise failure(self.url, folder, error) from error
-
-
-class _RemoteFile(io.RawIOBase):
-    """A remote object as a file: each read is one range request, so wrap it in a large buffer."""
-
-    def __init__(self, store: RemoteStore, path: str):
-        self._store, self._path = store, path
-        self._size, self._at = store.size(path), 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: memoryview) -> int:
-        length = max(0, min(len(buffer), self._size - self._at))
-        if length:
-            buffer[:length] = self._store.read_range(self._path, self._at, length)
-            self._at += length
-        return length
-
-    def readall(self) -> bytes:
-        pieces = []
-        while piece := self.read(STREAM_BYTES):
-            pieces.append(piece)
-        return b"".join(pieces)
 
 
 def _spans(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
