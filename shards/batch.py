@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from shards.augment import Transform, transform_encoded
 from shards.dataset import Sample
 from shards.decode import DecodeError
 from shards.errors import UserError
+from shards.meter import Meter
 
 _ROWS_A_TASK = 8  # few enough to share out a batch evenly, enough to make the pool's own cost small
 
@@ -43,6 +45,7 @@ class Work:
 
     Args:
         pool: Whose threads make it.
+        meter: That counts what they do.
         read: Returns the sample at (shard, index).
         transform: What makes squares of them.
         seed: First word of the keys of the transform.
@@ -55,6 +58,7 @@ class Work:
     def __init__(
         self,
         pool: ThreadPoolExecutor,
+        meter: Meter,
         read: Callable[[int, int], Sample],
         transform: Transform,
         seed: int,
@@ -63,7 +67,7 @@ class Work:
         shard: np.ndarray,
         index: np.ndarray,
     ):
-        self.read, self.transform, self.positions = read, transform, positions
+        self.read, self.transform, self.positions, self._meter = read, transform, positions, meter
         size = getattr(transform, "size", None)
         if size is None:
             raise UserError(
@@ -77,14 +81,22 @@ class Work:
         self._tasks = [pool.submit(self._fill, rows[a : a + _ROWS_A_TASK]) for a in range(0, len(rows), _ROWS_A_TASK)]
 
     def _fill(self, rows: range) -> list[Broken]:
-        broken = []
+        broken, size, reading, decoding = [], 0, 0.0, 0.0
         for row in rows:
             shard, index = self._where[row]
+            began = perf_counter()
             sample = self.read(shard, index)
+            there = perf_counter()
             try:
                 self.put(row, sample)
             except DecodeError as error:
                 broken.append(Broken(row, shard, index, sample.key, error))
+            size, reading, decoding = (
+                size + len(sample.image),
+                reading + there - began,
+                decoding + perf_counter() - there,
+            )
+        self._meter.add(size, reading, decoding)
         return broken
 
     def put(self, row: int, sample: Sample) -> None:

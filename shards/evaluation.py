@@ -10,6 +10,7 @@ import numpy as np
 from shards.augment import Transform
 from shards.batch import Work
 from shards.dataset import Dataset
+from shards.meter import Meter
 from shards.order import rank_positions
 
 
@@ -59,7 +60,7 @@ def evaluation_batches(
                 shard = np.searchsorted(ends, real, side="right")
                 index = real - (ends - dataset.shard_sizes)[shard]
                 epoch = np.zeros_like(positions)
-                ahead.append(Work(pool, dataset.read, transform, 0, positions, epoch, shard, index))
+                ahead.append(Work(pool, Meter(), dataset.read, transform, 0, positions, epoch, shard, index))
             if not ahead:
                 return
             work = ahead.popleft()

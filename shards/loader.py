@@ -15,6 +15,7 @@ from shards.chunks import ChunkReader
 from shards.dataset import Dataset, Sample
 from shards.decode import DECODER, DecodeError
 from shards.errors import PatchmillError, UserError
+from shards.meter import Counts, Meter
 from shards.order import DEFAULT_WINDOW_BYTES, Order, check_batch, choose_shuffle, rank_positions
 
 READ_AHEAD = 8  # batches whose remote chunks are on the way before they are decoded
@@ -78,6 +79,11 @@ class Loader:
         self.replaced = 0
         self.data_seconds = 0.0
         self._quarantine, self._quarantined = quarantine, set()
+        self._meter = Meter()
+
+    def counts(self) -> Counts:
+        """Return what was counted since the loader was made; what was decoded ahead counts already."""
+        return self._meter.counts(replaced=self.replaced, quarantined=len(self._quarantined))
 
     @property
     def global_batch(self) -> int:
@@ -128,7 +134,7 @@ class Loader:
         self, pool: ThreadPoolExecutor, read: Callable[[int, int], Sample], position: int, global_batch: int
     ) -> Work:
         positions = rank_positions(position, global_batch, self.rank, self.world_size)
-        return Work(pool, read, self.transform, self.seed, positions, *self.order.locate(positions))
+        return Work(pool, self._meter, read, self.transform, self.seed, positions, *self.order.locate(positions))
 
     def _replace(self, work: Work, broken: Broken) -> None:
         """Put the first stand-in that decodes into the row of a broken sample, under the row's own key."""
@@ -149,9 +155,11 @@ class Loader:
 
     def _report(self, broken: Broken) -> None:
         sample = (broken.shard, broken.index)
-        if self._quarantine is None or sample in self._quarantined:
+        if sample in self._quarantined:
             return
         self._quarantined.add(sample)
+        if self._quarantine is None:
+            return
         entry = {
             "key": broken.key,
             "shard": broken.shard,
