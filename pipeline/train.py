@@ -19,12 +19,14 @@ from pipeline.evaluate.classify import classify
 from pipeline.images import training_input, training_transform
 from pipeline.models import create_model
 from pipeline.objectives.supervised import supervised_loss
+from pipeline.prefetch import pinned_array, prefetched
 from pipeline.resume import check_resume
 from pipeline.schedule import Schedule
 from pipeline.telemetry import Telemetry
 from pipeline.weights import Weights, first_values, resolve_model
 from pipeline.window import Window
 from shards.atomic import write_text
+from shards.batch import Batch
 from shards.dataset import Dataset
 from shards.errors import PatchmillError, StoppedOnRequestError, UserError
 from shards.hashing import hash_int
@@ -66,7 +68,7 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
         train_set, global_batch=settings.global_batch, rank=rank, world_size=world_size, seed=settings.seed,
         transform=training_transform(settings.data),
         threads=settings.data.threads, window_bytes=settings.data.window_bytes,
-        quarantine=out / "quarantine.jsonl",
+        quarantine=out / "quarantine.jsonl", allocate=pinned_array,
     )  # fmt: skip
     schedule = Schedule.of(settings, len(train_set))
 
@@ -83,6 +85,9 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
     def loss_fn(model: Any, batch: MicroBatch) -> Tensor:
         torch.manual_seed(batch.seed)  # dropout
         return objective(model, (batch.images, batch.labels))
+
+    def prepare(batch: Batch) -> tuple[Tensor, Tensor]:
+        return training_input(batch, settings, len(train_set), len(train_set.classes), distributed.device())
 
     # ---- start
     state: dict[str, Any] = {"steps": 0, "best": None, "val": None}
@@ -107,7 +112,7 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
     }  # fmt: skip
 
     def save(best: bool) -> Path:
-        noted = {**notes, **state, "loader": loader.state_dict()}
+        noted = {**notes, **state, "loader": {**loader.state_dict(), "samples": samples}}
         path = checkpoint.save(out / "checkpoints", samples, engine.pieces(), shapes, noted, best)
         if rank == 0:
             checkpoint.prune(out / "checkpoints", settings.checkpoint.keep)
@@ -129,10 +134,10 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
     # ---- the loop
     micro_batch = settings.micro_batch or settings.global_batch // world_size
     path = loaded.path if loaded else None
-    batches, window = iter(loader), Window(settings, loader)
+    batches = prefetched(iter(loader), prepare, distributed.device())
+    window = Window(settings, loader)
     while samples < schedule.total:
-        batch = window.next(batches)
-        images, labels = training_input(batch, settings, len(train_set), len(train_set.classes), distributed.device())
+        images, labels = window.next(batches)
         micro_batches = [
             MicroBatch(
                 images[i : i + micro_batch], labels[i : i + micro_batch], hash_int(settings.seed, samples, rank, i)

@@ -16,6 +16,11 @@ from shards.meter import Meter
 _ROWS_A_TASK = 8  # few enough to share out a batch evenly, enough to make the pool's own cost small
 
 
+def host_array(shape: tuple[int, ...]) -> np.ndarray:
+    """Return an uninitialised uint8 array: what batches are made in unless the caller has better memory."""
+    return np.empty(shape, dtype=np.uint8)
+
+
 class Batch(NamedTuple):
     """A rank's share of a global batch of n samples a rank.
 
@@ -46,6 +51,7 @@ class Work:
     Args:
         pool: Whose threads make it.
         meter: That counts what they do.
+        allocate: Makes the array of the images from its shape, uint8, uninitialised.
         read: Returns the sample at (shard, index).
         transform: What makes squares of them.
         seed: First word of the keys of the transform.
@@ -59,6 +65,7 @@ class Work:
         self,
         pool: ThreadPoolExecutor,
         meter: Meter,
+        allocate: Callable[[tuple[int, ...]], np.ndarray],
         read: Callable[[int, int], Sample],
         transform: Transform,
         seed: int,
@@ -73,7 +80,8 @@ class Work:
             raise UserError(
                 f"the transform {transform} has no attribute size; set it to the side of its results in pixels"
             )
-        self.images = np.zeros((len(positions), size, size, 3), dtype=np.uint8)
+        self.images = allocate((len(positions), size, size, 3))
+        self.images[len(shard) :] = 0
         self.labels = np.zeros(len(positions), dtype=np.int64)
         self.keys = [(seed, e, p) for e, p in zip(epoch.tolist(), positions.tolist(), strict=True)]
         self._where = list(zip(shard.tolist(), index.tolist(), strict=True))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from shards.augment import Transform
-from shards.batch import Work
+from shards.batch import Work, host_array
 from shards.dataset import Dataset
 from shards.meter import Meter
 from shards.order import rank_positions
@@ -60,7 +60,9 @@ def evaluation_batches(
                 shard = np.searchsorted(ends, real, side="right")
                 index = real - (ends - dataset.shard_sizes)[shard]
                 epoch = np.zeros_like(positions)
-                ahead.append(Work(pool, Meter(), dataset.read, transform, 0, positions, epoch, shard, index))
+                ahead.append(
+                    Work(pool, Meter(), host_array, dataset.read, transform, 0, positions, epoch, shard, index)
+                )
             if not ahead:
                 return
             work = ahead.popleft()

@@ -10,7 +10,7 @@ from time import perf_counter
 import numpy as np
 
 from shards.augment import RESIZER, Transform
-from shards.batch import Batch, Broken, Work
+from shards.batch import Batch, Broken, Work, host_array
 from shards.chunks import ChunkReader
 from shards.dataset import Dataset, Sample
 from shards.decode import DECODER, DecodeError
@@ -42,6 +42,7 @@ class Loader:
         chunk: Of the order, in samples, likewise.
         block: Of the order, in samples, likewise.
         quarantine: File that gets a JSON line for each sample that could not be decoded.
+        allocate: Makes the uint8 array of a batch from its shape, uninitialised; for pinned memory.
 
     Attributes:
         order: The order it follows.
@@ -69,6 +70,7 @@ class Loader:
         chunk: int | None = None,
         block: int | None = None,
         quarantine: str | os.PathLike | None = None,
+        allocate: Callable[[tuple[int, ...]], np.ndarray] = host_array,
     ):
         self.dataset, self.transform, self.seed = dataset, transform, seed
         self.rank, self.world_size, self.threads, self.prefetch = rank, world_size, threads, prefetch
@@ -79,7 +81,7 @@ class Loader:
         self.replaced = 0
         self.data_seconds = 0.0
         self._quarantine, self._quarantined = quarantine, set()
-        self._meter = Meter()
+        self._meter, self._allocate = Meter(), allocate
 
     def counts(self) -> Counts:
         """Return what was counted since the loader was made; what was decoded ahead counts already."""
@@ -134,7 +136,9 @@ class Loader:
         self, pool: ThreadPoolExecutor, read: Callable[[int, int], Sample], position: int, global_batch: int
     ) -> Work:
         positions = rank_positions(position, global_batch, self.rank, self.world_size)
-        return Work(pool, self._meter, read, self.transform, self.seed, positions, *self.order.locate(positions))
+        return Work(
+            pool, self._meter, self._allocate, read, self.transform, self.seed, positions, *self.order.locate(positions)
+        )
 
     def _replace(self, work: Work, broken: Broken) -> None:
         """Put the first stand-in that decodes into the row of a broken sample, under the row's own key."""
