@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from shards.augment import Transform, transform_encoded
+from shards.augment import Key, Transform, transform_encoded
 from shards.dataset import Sample
 from shards.decode import DecodeError
 from shards.errors import UserError
@@ -19,6 +19,23 @@ _ROWS_A_TASK = 8  # few enough to share out a batch evenly, enough to make the p
 def host_array(shape: tuple[int, ...]) -> np.ndarray:
     """Return an uninitialised uint8 array: what batches are made in unless the caller has better memory."""
     return np.empty(shape, dtype=np.uint8)
+
+
+def side_of(transform: Transform) -> int:
+    """Return the side of a transform's results, pixels; a UserError if it does not tell."""
+    if not hasattr(transform, "size"):
+        raise UserError(f"the transform {transform} has no attribute size; set it to the side of its results in pixels")
+    return transform.size
+
+
+def square(transform: Transform, data: bytes, name: str, key: Key) -> np.ndarray:
+    """Decode and transform an image to uint8 [size, size, 3]; raises DecodeError, and UserError if it is not that."""
+    image = transform_encoded(transform, data, name, key)
+    shape = (transform.size, transform.size, 3)
+    if not isinstance(image, np.ndarray) or (image.dtype, image.shape) != (np.uint8, shape):
+        made = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise UserError(f"the transform made {made} of {name}; let it make uint8 {shape}")
+    return image
 
 
 class Batch(NamedTuple):
@@ -75,11 +92,7 @@ class Work:
         index: np.ndarray,
     ):
         self.read, self.transform, self.positions, self._meter = read, transform, positions, meter
-        size = getattr(transform, "size", None)
-        if size is None:
-            raise UserError(
-                f"the transform {transform} has no attribute size; set it to the side of its results in pixels"
-            )
+        size = side_of(transform)
         self.images = allocate((len(positions), size, size, 3))
         self.images[len(shard) :] = 0
         self.labels = np.zeros(len(positions), dtype=np.int64)
@@ -114,12 +127,7 @@ class Work:
                 f"sample {sample.key} has {len(sample.labels)} labels, one is needed; "
                 "use a data set with a class for each image"
             )
-        image = transform_encoded(self.transform, sample.image, sample.key, self.keys[row])
-        place = self.images[row]
-        if not isinstance(image, np.ndarray) or (image.dtype, image.shape) != (place.dtype, place.shape):
-            made = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-            raise UserError(f"the transform made {made} of {sample.key}; let it make uint8 {place.shape}")
-        place[:] = image
+        self.images[row] = square(self.transform, sample.image, sample.key, self.keys[row])
         self.labels[row] = sample.labels[0]
 
     def wait(self) -> list[Broken]:
