@@ -92,7 +92,10 @@ class Dataset:
         cached_shards: int | None,
     ):
         self.store, self.url, self.exclude = store, store.url, exclude
-        self.tars = open_store(info.tars) if info.tars else store
+        try:
+            self.tars = open_store(info.tars) if info.tars else store
+        except MissingError as error:
+            raise UserError(f"the tars of {store.url} are not at {info.tars}; index them where they are") from error
         self._remedy = "index them" if info.build.get("source") == "index" else "copy or build the data set"
         self.classes = info.classes
         self.mean_bytes = info.image_bytes / info.samples
@@ -146,9 +149,12 @@ class Dataset:
                 f"{self.url}/{path} has {len(table)} rows, shards.parquet says {self._raw_sizes[shard]}; "
                 "copy or build the data set again"
             )
-        keep = np.ones(len(table), dtype=bool)
-        keep[self._dropped[self._dropped_starts[shard] : self._dropped_starts[shard + 1]]] = False
-        return table if keep.all() else table.filter(pa.array(keep))
+        return table if len(table) == self.shard_sizes[shard] else table.take(self.raw_indices(shard))
+
+    def raw_indices(self, shard: int) -> np.ndarray:
+        """Return the place of each kept sample of a shard among all its samples, int32 [kept]."""
+        dropped = self._dropped[self._dropped_starts[shard] : self._dropped_starts[shard + 1]]
+        return np.delete(np.arange(self._raw_sizes[shard], dtype=np.int32), dropped)
 
     def _read_rows(self, shard: int) -> Rows:
         table = self.table(shard, ROW_COLUMNS)
