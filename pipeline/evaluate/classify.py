@@ -12,7 +12,7 @@ from pipeline.prefetch import prefetched
 from shards.augment import Resize
 from shards.dataset import Dataset
 from shards.errors import UserError
-from shards.evaluation import EvaluationBatch, evaluation_batches
+from shards.evaluation import EvaluationBatch, EvaluationLoader
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def classify(
     """
     device = distributed.device()
     sums = torch.zeros(4, dtype=torch.float64)
-    parts = evaluation_batches(
+    parts = EvaluationLoader(
         dataset, batch, transform=Resize(resolution), rank=distributed.rank(), world_size=distributed.world_size(),
         threads=threads,
     )  # fmt: skip
@@ -42,7 +42,7 @@ def classify(
         labels, valid = (torch.from_numpy(each).to(device) for each in (part.labels, part.valid))
         return to_model_input(part.images, device), labels, valid
 
-    for images, labels, valid in prefetched(parts, prepare, device):
+    for images, labels, valid in prefetched(iter(parts), prepare, device):
         logits = model(images).float()  # [n, K]
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # [n, 5]
         losses = F.cross_entropy(logits, labels, reduction="none").double()
