@@ -11,12 +11,13 @@ from time import perf_counter
 import numpy as np
 
 from shards.augment import RESIZER, Transform
-from shards.batch import Batch, Broken, Work
+from shards.batch import Batch, Broken, Work, host_array
 from shards.chunks import ChunkReader
 from shards.dataset import Dataset, Sample
 from shards.decode import DECODER, DecodeError
 from shards.errors import PatchmillError
 from shards.identity import check_identity
+from shards.meter import Counts, Meter
 from shards.mixture import Mixture
 from shards.order import DEFAULT_WINDOW_BYTES, check_batch, rank_positions
 
@@ -46,6 +47,7 @@ class Loader:
         block: Of the order, in samples, likewise.
         stop: The batch that reaches this many samples is the last; it may be set at any time. None: no batch is.
         quarantine: File that gets a JSON line for each sample that could not be decoded.
+        allocate: Makes the uint8 array of a batch from its shape, uninitialised; for pinned memory.
 
     Attributes:
         order: The order it follows.
@@ -74,6 +76,7 @@ class Loader:
         block: int | None = None,
         stop: int | None = None,
         quarantine: str | os.PathLike | None = None,
+        allocate: Callable[[tuple[int, ...]], np.ndarray] = host_array,
     ):
         self.dataset, self.transform, self.seed = dataset, transform, seed
         self.rank, self.world_size, self.threads, self.prefetch = rank, world_size, threads, prefetch
@@ -84,6 +87,11 @@ class Loader:
         self.replaced = 0
         self.data_seconds = 0.0
         self._quarantine, self._quarantined = quarantine, set()
+        self._meter, self._allocate = Meter(), allocate
+
+    def counts(self) -> Counts:
+        """Return what was counted since the loader was made; what was decoded ahead counts already."""
+        return self._meter.counts(replaced=self.replaced, quarantined=len(self._quarantined))
 
     @property
     def global_batch(self) -> int:
@@ -144,7 +152,9 @@ class Loader:
 
     def _begin(self, pool: ThreadPoolExecutor, read: Callable[[int, int], Sample], position: int) -> Work:
         positions = rank_positions(position, self.global_batch, self.rank, self.world_size)
-        return Work(pool, read, self.transform, self.seed, positions, *self.order.locate(positions))
+        return Work(
+            pool, self._meter, self._allocate, read, self.transform, self.seed, positions, *self.order.locate(positions)
+        )
 
     def _replace(self, work: Work, broken: Broken) -> None:
         """Put the first stand-in that decodes into the row of a broken sample, under the row's own key."""
@@ -166,9 +176,11 @@ class Loader:
 
     def _report(self, broken: Broken) -> None:
         sample = (broken.shard, broken.index)
-        if self._quarantine is None or sample in self._quarantined:
+        if sample in self._quarantined:
             return
         self._quarantined.add(sample)
+        if self._quarantine is None:
+            return
         dataset, shard = self.dataset.place(broken.shard)
         entry = {
             "key": broken.key,
