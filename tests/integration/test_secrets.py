@@ -35,7 +35,6 @@ resolution = 16
 endpoint = "{endpoint}"
 region = "eu-test-1"
 concurrency = 4
-retry_seconds = 0.5
 
 [[stage]]
 name = "report"
@@ -83,19 +82,15 @@ def test_no_file_and_no_line_of_a_run_has_a_secret(bucket, s3_server, tmp_path):
     assert not with_secrets(made, done.stdout, done.stderr)
 
 
-@pytest.mark.parametrize("fault", ["bucket", "address", "password"])
-def test_nor_has_one_that_fails(bucket, s3_server, tmp_path, fault):
-    data = "s3://no-such-bucket/set" if fault == "bucket" else f"{bucket}/set"
-    if fault == "password":
-        data = f"https://me:{SECRET}@example.org/set"
-    endpoint = "http://127.0.0.1:9" if fault == "address" else s3_server
-    done = run(tmp_path, name="bad", data=data, endpoint=endpoint)
-    assert done.returncode == (1 if fault == "address" else 2), done.stderr
-    assert "Traceback" not in done.stderr
-    (tmp_path / "plan.toml").unlink()  # which the user wrote
-    assert not with_secrets(tmp_path, done.stdout, done.stderr)
-    words = {"bucket": "no-such-bucket", "address": "127.0.0.1:9", "password": "carries a password"}
-    assert words[fault] in done.stderr
+def test_nor_has_one_that_fails(bucket, s3_server, tmp_path):
+    done = run(tmp_path, name="bad", data="s3://no-such-bucket/set", endpoint=s3_server)
+    assert done.returncode == 2
+    assert "no data set at s3://no-such-bucket/set/train" in done.stderr
+    assert not with_secrets(tmp_path / "runs", done.stdout, done.stderr)
+
+    done = run(tmp_path, name="worse", data=f"https://me:{SECRET}@example.org/set", endpoint=s3_server)
+    assert "the URL of" not in refused(done)  # which part of it is the server's name, nobody knows
+    assert not with_secrets(tmp_path / "runs", done.stdout, done.stderr)
 
 
 def test_a_secret_among_the_settings_is_refused_unseen(tmp_path):
