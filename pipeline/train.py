@@ -66,7 +66,7 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
         train_set, global_batch=settings.global_batch, rank=rank, world_size=world_size, seed=settings.seed,
         transform=training_transform(settings.data),
         threads=settings.data.threads, window_bytes=settings.data.window_bytes,
-        quarantine=out / "quarantine.jsonl",
+        quarantine=out / "quarantine.jsonl", cache=settings.data.open_cache(), cache_ranks=distributed.ranks_here(),
     )  # fmt: skip
     schedule = Schedule.of(settings, len(train_set))
 

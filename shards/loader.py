@@ -3,7 +3,7 @@
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from shards.augment import RESIZER, Transform
 from shards.batch import Batch, Broken, Work
+from shards.cache import ChunkCache
 from shards.chunks import ChunkReader
 from shards.dataset import Dataset, Sample
 from shards.decode import DECODER, DecodeError
@@ -41,11 +42,14 @@ class Loader:
         chunk: Of the order, in samples, likewise.
         block: Of the order, in samples, likewise.
         quarantine: File that gets a JSON line for each sample that could not be decoded.
+        cache: For the chunks of remote data, on this machine.
+        cache_ranks: Those of the ranks that share the cache: the ones of this machine; None: all.
 
     Attributes:
         order: The order it follows.
         samples: Global positions delivered.
         replaced: Samples of this rank that a stand-in replaced.
+        cache: As given; it counts hits, misses and bytes.
         data_seconds: Time that the consumer waited for batches.
 
     Raises:
@@ -68,6 +72,8 @@ class Loader:
         chunk: int | None = None,
         block: int | None = None,
         quarantine: str | os.PathLike | None = None,
+        cache: ChunkCache | None = None,
+        cache_ranks: Sequence[int] | None = None,
     ):
         self.dataset, self.transform, self.seed = dataset, transform, seed
         self.rank, self.world_size, self.threads, self.prefetch = rank, world_size, threads, prefetch
@@ -77,6 +83,7 @@ class Loader:
         self.samples = 0
         self.replaced = 0
         self.data_seconds = 0.0
+        self.cache, self._cache_ranks = cache, cache_ranks
         self._quarantine, self._quarantined = quarantine, set()
 
     @property
@@ -91,7 +98,10 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
-        chunks = None if self.dataset.tars.local else ChunkReader(self.dataset, self.order)
+        chunks = None
+        if not self.dataset.tars.local:
+            cached = {"cache": self.cache, "cache_ranks": self._cache_ranks, "world_size": self.world_size}
+            chunks = ChunkReader(self.dataset, self.order, **cached)
         read = chunks.read if chunks else self.dataset.read
         ahead: deque[tuple[tuple[int, int], Work]] = deque()  # ((first position, global batch), work)
         announced = self.samples
