@@ -161,7 +161,7 @@ class ChunkCache:
         if size > self.limit:
             return False
         used = self._used(mark)
-        if used + _on_disk(size) > self.limit and time.monotonic() >= self._next_look:
+        if used + _on_disk(size) > self.limit and (not self._due or time.monotonic() >= self._next_look):
             used = self._look(mark)
         while used + _on_disk(size) > self.limit and (place := self._goes_next(next_use)) is not None:
             due, name = self._due.pop(place)
