@@ -31,11 +31,12 @@ from shards.store import local_path
 
 MARK = ".patchmill-cache"  # only folders with this file are written to; it is locked, and holds the bytes in use
 CHECKSUM = 4  # bytes at the end of a chunk's file
-WRITERS = 8  # threads of a process that write at once: a slow disk holds up no more of those that read ahead
+WRITERS = 8  # threads of a process that write at once
 _CHUNK, _PARTIAL = re.compile(r"[0-9a-f]{40}"), re.compile(r"\.[0-9a-f]{40}\.partial")  # nothing else is touched
 _PAGE = 4096  # bytes: a disk gives whole ones
 _LOOK = 0.01  # of the time, at most, is spent on looking through all files
 _PATIENCE = 1.0  # seconds to wait for the lock, which is held for milliseconds unless its process is stopped
+_DISK_PATIENCE = 0.1  # seconds to wait for another writer: on a disk slower than the network, not everything is kept
 
 
 class ChunkCache:
@@ -70,7 +71,6 @@ class ChunkCache:
             if os.listdir(self.folder) and not (self.folder / MARK).exists():
                 raise UserError(f"the cache {folder} holds something else; give an empty folder")
             with self._alone(wait=60) as mark:
-                self._look(mark)
                 self._make_room(mark, 0, -sys.maxsize)  # the limit may be lower than last time
         except OSError as error:
             raise UserError(f"cannot use the cache {folder}: {error.strerror}; give another folder") from error
@@ -87,7 +87,7 @@ class ChunkCache:
         parts = self.get(name, lengths, next_use)
         if parts is None:
             parts = fetch()
-            if self._writers.acquire(blocking=False):
+            if self._writers.acquire(timeout=_DISK_PATIENCE):
                 try:
                     self.put(name, parts, next_use)
                 finally:

@@ -269,35 +269,31 @@ for _ in range(3):
 
 
 def test_killed_in_the_middle_of_writing(tmp_path):
-    struck = 0
-    living = ChunkCache(tmp_path, 40_000_000)
-    for _ in range(4):
-        process = subprocess.Popen(
-            [sys.executable, "-c", PUT_FOR_EVER, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, env={**os.environ}
-        )
+    struck, data = 0, parts_of(0, 4_000_000)
+    for begins in (False, True, False):
+        folder = tmp_path / f"{begins}{struck}"
+        living = ChunkCache(folder, 40_000_000)
+        process = subprocess.Popen([sys.executable, "-c", PUT_FOR_EVER, folder], cwd=ROOT, stdout=subprocess.PIPE)
         try:
             assert process.stdout.readline() == b"ready\n"
             deadline = time.monotonic() + 30
-            while not list(tmp_path.glob(".*.partial")) or counted(tmp_path) < 28_000_000:
+            while not list(folder.glob(".*.partial")) or counted(folder) < 36_000_000:
                 assert time.monotonic() < deadline
             process.send_signal(signal.SIGKILL)
         finally:
             process.kill()
             process.wait(timeout=30)
-        struck += bool(list(tmp_path.glob(".*.partial")))
-        assert on_disk(tmp_path) <= 40_000_000
-        # Another job that goes on, and one that begins: both work, and clear away what is half-written.
-        living._next_look = 0.0
-        living.put(name_of(1 << 100), parts_of(1), time.time_ns())
-        cache = ChunkCache(tmp_path, 40_000_000)
-        assert not list(tmp_path.glob(".*.partial"))
-        assert counted(tmp_path) == on_disk(tmp_path) <= 40_000_000
-        data = parts_of(0, 4_000_000)
-        names = chunks_in(tmp_path) - {name_of(1 << 100)}
-        assert len(names) >= 4
+        struck += bool(list(folder.glob(".*.partial")))
+        assert on_disk(folder) <= 40_000_000
+        # A job that goes on or one that begins: when it needs room, it clears away what is half-written.
+        cache = ChunkCache(folder, 40_000_000) if begins else living
+        for number in (-1, -2):
+            cache.put(name_of(number + (1 << 100)), data, time.time_ns())
+        assert not list(folder.glob(".*.partial"))
+        assert counted(folder) == on_disk(folder) <= 40_000_000
+        names = chunks_in(folder)
+        assert len(names) >= 6
         assert all(cache.get(name, lengths_of(4_000_000), soon()) == data for name in names)
-        for name in names:
-            (tmp_path / name).unlink()
     assert struck  # else the kills prove nothing
 
 

@@ -34,6 +34,12 @@ def digest(data, batches=BATCHES, **options):
     return digest_of(Dataset.open(data) if isinstance(data, str | Path) else data, batches, batch=6, **options)
 
 
+@pytest.fixture(autouse=True)
+def _all_write(monkeypatch):
+    """Chunks this small come all at once: keep them all, however busy the machine is."""
+    monkeypatch.setattr("shards.cache.WRITERS", 100)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     source = make_source(tmp_path_factory.mktemp("source"), classes=3, each=30)
