@@ -12,7 +12,9 @@ import numpy as np
 
 from shards.cache import ChunkCache
 from shards.dataset import Dataset, Sample, Through
-from shards.order import Order, next_use
+from shards.mixedorder import MixedOrder
+from shards.mixture import Mixture
+from shards.order import Order
 from shards.pace import Pace
 
 REQUESTS = 16  # in flight: 8 MB each keep a 10 Gbit/s line busy at 100 ms
@@ -23,7 +25,7 @@ class ChunkReader:
     """Reads samples of a data set by chunks; ``ahead`` and ``release`` from one thread, ``read`` from any.
 
     Args:
-        dataset: Whose tars are remote.
+        dataset: Some of whose shards are remote.
         order: That says which samples lie together, and how long each is needed.
         requests: In flight at most.
         cache: On this machine.
@@ -37,8 +39,8 @@ class ChunkReader:
 
     def __init__(
         self,
-        dataset: Dataset,
-        order: Order,
+        dataset: Dataset | Mixture,
+        order: Order | MixedOrder,
         requests: int = REQUESTS,
         cache: ChunkCache | None = None,
         cache_ranks: Sequence[int] | None = None,
@@ -54,27 +56,28 @@ class ChunkReader:
         self._until: dict[tuple[int, int], int] = {}  # the last position that needs the chunk
 
     def ahead(self, positions: np.ndarray) -> None:
-        """Begin to read what the samples at these positions lie in; int64 [n], soon needed first."""
-        until = self._order.needed_until(positions)
+        """Begin to read what the remote samples at these positions lie in; int64 [n], soon needed first."""
         _, shard, index = self._order.locate(positions)
-        number = index // self._order.shuffle.chunk
+        far = ~self._dataset.local[shard]
+        positions, shard, index = positions[far], shard[far], index[far]
+        number = index // self._order.chunk_sizes[shard]
         chunks = list(zip(shard.tolist(), number.tolist(), strict=True))
         new = {chunk: place for place, chunk in enumerate(chunks) if chunk not in self._held}
         for chunk, through in zip(new, self._through_cache(positions[list(new.values())]), strict=True):
             self._held[chunk] = self._pool.submit(self._fetch, *chunk, through)
-        for chunk, last in zip(chunks, until.tolist(), strict=True):
+        for chunk, last in zip(chunks, self._order.needed_until(positions).tolist(), strict=True):
             self._until[chunk] = max(last, self._until.get(chunk, last))
 
     def _through_cache(self, positions: np.ndarray) -> list[Through | None]:
         """Return how to read the chunks of samples: the cache must know when this machine needs each again."""
         if self._cache is None or not len(positions):
             return [None] * len(positions)
-        uses = next_use(self._order, positions, self._ranks, self._world_size, self._epochs)
+        uses = self._order.next_use(positions, self._ranks, self._world_size, self._epochs)
         return [partial(self._cache.read, next_use=self._pace.moment(use)) for use in uses.tolist()]
 
     def _fetch(self, shard: int, number: int, through: Through | None) -> list[Sample]:
-        start = number * self._order.shuffle.chunk
-        samples = self._dataset.read_many(shard, start, start + self._order.shuffle.chunk, through)
+        size = int(self._order.chunk_sizes[shard])
+        samples = self._dataset.read_many(shard, number * size, (number + 1) * size, through)
         self.chunks += 1
         self.bytes += sum(len(sample.image) for sample in samples)
         return samples
@@ -85,7 +88,7 @@ class ChunkReader:
         Raises:
             UserError, PatchmillError: As from ``Dataset.read_many``.
         """
-        number, inside = divmod(index, self._order.shuffle.chunk)
+        number, inside = divmod(index, int(self._order.chunk_sizes[shard]))
         chunk = self._held.get((shard, number))
         return chunk.result()[inside] if chunk else self._dataset.read(shard, index)
 

@@ -16,7 +16,9 @@ import pyarrow as pa
 
 from shards import manifest
 from shards.errors import UserError
-from shards.store import ExistsError, MissingError, Store, open_store
+from shards.objects import ExistsError, MissingError
+from shards.order import DEFAULT_WINDOW_BYTES, Order, choose_shuffle
+from shards.store import Store, open_store
 
 ROW_COLUMNS = ["key", "offset", "size", "format", "labels", "weights", "width", "height", "member"]
 BLOCK = 512  # bytes of a tar header, which precedes each image
@@ -82,7 +84,8 @@ class Dataset:
         shard_sizes: (shards,) int64, kept samples a shard.
         mean_bytes: Mean size of an image in bytes, before dropping.
         store: Where its manifest is read.
-        tars: Where its images are read; ``tars.local`` tells whether reads are cheap one by one.
+        tars: Where its images are read.
+        local: (shards,) bool, whether reads of a shard are cheap one by one.
     """
 
     def __init__(
@@ -95,7 +98,10 @@ class Dataset:
         cached_shards: int | None,
     ):
         self.store, self.url, self.exclude = store, store.url, exclude
-        self.tars = open_store(info.tars) if info.tars else store
+        try:
+            self.tars = open_store(info.tars) if info.tars else store
+        except MissingError as error:
+            raise UserError(f"the tars of {store.url} are not at {info.tars}; index them where they are") from error
         self._remedy = "index them" if info.build.get("source") == "index" else "copy or build the data set"
         self.classes = info.classes
         self.mean_bytes = info.image_bytes / info.samples
@@ -105,6 +111,7 @@ class Dataset:
         self._dropped = dropped[1]
         self._dropped_starts = np.searchsorted(dropped[0], np.arange(info.shards + 1))
         self.shard_sizes = self._raw_sizes - np.diff(self._dropped_starts)
+        self.local = np.full(info.shards, self.tars.local)
         self.digest = info.digest if exclude is None else manifest.digest_with_exclude(info.digest, *dropped)
         self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
         cached_shards = cached_shards or max(64, CACHED_ROWS // max(1, info.samples // info.shards))
@@ -137,6 +144,26 @@ class Dataset:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    def order(
+        self,
+        seed: int,
+        window_bytes: float = DEFAULT_WINDOW_BYTES,
+        lanes: int | None = None,
+        chunk: int | None = None,
+        block: int | None = None,
+    ) -> Order:
+        """Return the order of a run; see ``choose_shuffle`` in shards/order.py for the arguments.
+
+        Raises:
+            UserError: There is no sample left.
+        """
+        shuffle = choose_shuffle(len(self), self.mean_bytes, window_bytes, lanes, chunk, block)
+        return Order(self.shard_sizes, seed, shuffle)
+
+    def place(self, shard: int) -> tuple["Dataset", int]:
+        """Return the data set that a shard is of, and its number there; as of a ``Mixture``, which has several."""
+        return self, shard
+
     def rows(self, shard: int) -> Rows:
         """Return the kept samples of a shard; those of the shards used last stay in memory."""
         return self._cached_rows(shard)
@@ -150,9 +177,12 @@ class Dataset:
                 f"{self.url}/{path} has {len(table)} rows, shards.parquet says {self._raw_sizes[shard]}; "
                 "copy or build the data set again"
             )
-        keep = np.ones(len(table), dtype=bool)
-        keep[self._dropped[self._dropped_starts[shard] : self._dropped_starts[shard + 1]]] = False
-        return table if keep.all() else table.filter(pa.array(keep))
+        return table if len(table) == self.shard_sizes[shard] else table.take(self.raw_indices(shard))
+
+    def raw_indices(self, shard: int) -> np.ndarray:
+        """Return the place of each kept sample of a shard among all its samples, int32 [kept]."""
+        dropped = self._dropped[self._dropped_starts[shard] : self._dropped_starts[shard + 1]]
+        return np.delete(np.arange(self._raw_sizes[shard], dtype=np.int32), dropped)
 
     def _read_rows(self, shard: int) -> Rows:
         table = self.table(shard, ROW_COLUMNS)

@@ -14,7 +14,8 @@ from shards.errors import UserError
 from shards.header import BrokenImageError, read_header
 from shards.labels import ClassNames, LabelError, LabelRule, as_index
 from shards.manifest import Info, Receipt
-from shards.store import MissingError, open_store
+from shards.objects import MissingError
+from shards.store import open_store
 from shards.tarscan import BLOCK, DamagedTarError, Member, TarScan
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -22,6 +23,10 @@ IMAGES = ("jpg", "jpeg", "png", "webp")
 
 class NoImageError(BrokenImageError):
     """No file of a sample is an image."""
+
+
+class TwiceError(BrokenImageError):
+    """Two images of a sample have one extension."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +64,15 @@ class Reading:
 
         Raises:
             NoImageError: There is none.
+            TwiceError: The key is there twice, one right after the other.
             BrokenImageError: There is more than one.
         """
         found = [member for member in members if self._may_be_image(member.extension)]
         found = [member for member in found if "." not in member.extension] or found
         if not found:
             raise NoImageError(f"no image, only {_extensions(members)}")
+        if len({member.extension for member in found}) < len(found):
+            raise TwiceError(f"the key is there twice, {_extensions(found)}: rename one, or remove it")
         if len(found) > 1:
             raise BrokenImageError(f"several images, {_extensions(found)}: choose with --image")
         return found[0]

@@ -12,8 +12,9 @@ from urllib.parse import quote, unquote, urlsplit
 
 from shards.errors import PatchmillError, UserError
 from shards.header import BrokenImageError
+from shards.objects import MissingError
 from shards.sources import Item, unpacked_path, web
-from shards.store import MissingError, Store, open_store
+from shards.store import Store, open_store
 
 AHEAD = 32  # remote reads in flight: enough to hide a round trip of 100 ms behind 300 images a second
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -37,11 +38,13 @@ class Reader:
         """Return the bytes of one image.
 
         Raises:
-            BrokenImageError: It is not to be had, and nobody had seen it: it is remote, or its size was unknown. The
-                message is the reason: missing, or what its server says.
+            BrokenImageError: It is not to be had, and nobody had seen it: it is remote, or its size was unknown. Or its
+                source says that it is broken. The message is the reason: missing, or what source or server say.
             UserError: A local file is gone, unreadable, or no longer as long as the item says.
             PatchmillError: The network failed, in spite of retries.
         """
+        if item.broken:
+            raise BrokenImageError(item.broken)
         try:
             store, path = self._place(item.file)
         except (PatchmillError, ValueError) as error:

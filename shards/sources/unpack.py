@@ -18,8 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.atomic import fsync_folder
+from shards.objects import Entry
 from shards.sources import clean_key
-from shards.store import Entry, Store
+from shards.store import Store
 
 NAME_BYTES = 100  # of a file's name: with what is put before and behind it, it must stay below 255
 
@@ -45,7 +46,7 @@ def unpack(
         rows = _finished(data, known, stamp)
         if rows is not None:
             return rows
-        known.unlink(missing_ok=True)
+        known.unlink(missing_ok=True)  # from here on it must not vouch for other bytes
         if locked:  # nobody else is writing: what lies here was left by the killed
             for left in data.parent.glob(f".{data.stem}.*.partial"):
                 left.unlink(missing_ok=True)

@@ -19,6 +19,7 @@ from shards.chunks import ChunkReader
 from shards.dataset import Dataset, write_exclude
 from shards.errors import UserError
 from shards.loader import Loader
+from shards.mixture import Mixture
 from shards.order import Order, Shuffle
 from tests.shards.datasets import Made, plain, write_dataset
 from tests.shards.images import make_source, tree
@@ -83,6 +84,24 @@ def test_batches_are_the_same_cold_warm_half_full_and_damaged(url, expected, tmp
     assert run().misses == 0
 
 
+def test_a_mixture_goes_through_the_cache_too(folder, url, even, tmp_path):
+    def batches(data, cache=None):
+        mixture = Mixture([(Dataset.open(data), 3), (Dataset.open(even), 1)])
+        loader = Loader(mixture, global_batch=6, transform=InceptionCrop(8), cache=cache, chunk=4, stop=300)
+        return [(batch.images.tobytes(), batch.labels.tolist()) for batch in loader]
+
+    expected = batches(folder)
+    assert batches(url, ChunkCache(tmp_path / "small", 20 * 8192)) == expected
+    assert 0 < on_disk(tmp_path / "small") <= 20 * 8192
+    cache = ChunkCache(tmp_path / "large", 10**9)
+    assert batches(url, cache) == expected
+    misses = cache.misses
+    for data in (url, folder):  # of the last, only one source is remote
+        assert batches(data, cache) == expected
+    assert cache.misses == misses
+    assert cache.hits > misses
+
+
 @pytest.mark.parametrize("share", [0.1, 0.4])
 def test_batches_are_the_same_with_little_room(url, expected, tmp_path, share):
     limit = int(27 * 8192 * share)
@@ -97,7 +116,7 @@ def even(tmp_path_factory):
     """64 chunks of 4 samples, all as large."""
     image = plain("red", (16, 16))
     shards = [[Made(f"{s}-{i}", image + bytes([s, i]) * 700) for i in range(16)] for s in range(16)]
-    folder = write_dataset(tmp_path_factory.mktemp("even"), ["a"], shards)
+    folder = write_dataset(tmp_path_factory.mktemp("even"), ["class.0"], shards)
     with serve(folder) as url:
         yield url
 
