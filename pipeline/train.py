@@ -70,6 +70,7 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
         transform=training_transform(settings.data),
         threads=settings.data.threads, window_bytes=settings.data.window_bytes, stop=schedule.total,
         quarantine=out / "quarantine.jsonl", allocate=pinned_array,
+        cache=settings.data.open_cache(), cache_ranks=distributed.ranks_here(),
     )  # fmt: skip
 
     # ---- model, objective, engine

@@ -6,7 +6,7 @@ from itertools import chain
 
 import numpy as np
 
-from shards.dataset import Dataset, Sample
+from shards.dataset import Dataset, Sample, Through
 from shards.errors import UserError
 from shards.mixedorder import MixedOrder, choose_shuffles, source_seed
 from shards.order import DEFAULT_WINDOW_BYTES, Order
@@ -82,10 +82,10 @@ class Mixture:
         dataset, shard = self._places[shard]
         return self._labelled(dataset, dataset.read(shard, index))
 
-    def read_many(self, shard: int, start: int, stop: int) -> list[Sample]:
-        """Read consecutive kept samples of a shard; raises as ``Dataset.read_many``."""
+    def read_many(self, shard: int, start: int, stop: int, through: Through | None = None) -> list[Sample]:
+        """Read consecutive kept samples of a shard; arguments and errors as of ``Dataset.read_many``."""
         dataset, shard = self._places[shard]
-        return [self._labelled(dataset, sample) for sample in dataset.read_many(shard, start, stop)]
+        return [self._labelled(dataset, sample) for sample in dataset.read_many(shard, start, stop, through)]
 
     def _labelled(self, dataset: Dataset, sample: Sample) -> Sample:
         labels = self._labels[dataset]
