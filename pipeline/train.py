@@ -28,6 +28,7 @@ from shards.atomic import write_text
 from shards.dataset import Dataset
 from shards.errors import PatchmillError, StoppedOnRequestError, UserError
 from shards.hashing import hash_int
+from shards.ledger import new_segment
 from shards.loader import Loader
 
 
@@ -67,6 +68,7 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
         transform=training_transform(settings.data),
         threads=settings.data.threads, window_bytes=settings.data.window_bytes,
         quarantine=out / "quarantine.jsonl",
+        ledger=distributed.everyone(new_segment(out / "ledger") if rank == 0 else None)[0],
     )  # fmt: skip
     schedule = Schedule.of(settings, len(train_set))
 

@@ -32,14 +32,17 @@ class Broken(NamedTuple):
     """A sample that did not decode, and the row of the batch it was for."""
 
     row: int
-    shard: int
-    index: int
-    key: str
+    sample: Sample
     error: DecodeError
 
 
 class Work:
     """A batch in the making.
+
+    Attributes:
+        shards: int32 [n], where the sample in each row came from, as its reader tells: the number of its shard.
+        indices: int32 [n], and its raw place there.
+        replaced: By row, the broken sample that a stand-in replaces.
 
     Args:
         pool: Whose threads make it.
@@ -71,6 +74,8 @@ class Work:
             )
         self.images = np.zeros((len(positions), size, size, 3), dtype=np.uint8)
         self.labels = np.zeros(len(positions), dtype=np.int64)
+        self.shards, self.indices = np.full((2, len(positions)), -1, dtype=np.int32)
+        self.replaced: dict[int, Sample] = {}
         self.keys = [(seed, e, p) for e, p in zip(epoch.tolist(), positions.tolist(), strict=True)]
         self._where = list(zip(shard.tolist(), index.tolist(), strict=True))
         rows = range(len(self._where))
@@ -84,7 +89,7 @@ class Work:
             try:
                 self.put(row, sample)
             except DecodeError as error:
-                broken.append(Broken(row, shard, index, sample.key, error))
+                broken.append(Broken(row, sample, error))
         return broken
 
     def put(self, row: int, sample: Sample) -> None:
@@ -101,6 +106,7 @@ class Work:
             raise UserError(f"the transform made {made} of {sample.key}; let it make uint8 {place.shape}")
         place[:] = image
         self.labels[row] = sample.labels[0]
+        self.shards[row], self.indices[row] = sample.shard, sample.index
 
     def wait(self) -> list[Broken]:
         """Wait for the batch; returns the samples that did not decode."""

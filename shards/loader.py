@@ -1,6 +1,5 @@
 """Batches of a data set in the order of shards/order.py, without end, from any position on."""
 
-import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -15,10 +14,11 @@ from shards.chunks import ChunkReader
 from shards.dataset import Dataset, Sample
 from shards.decode import DECODER, DecodeError
 from shards.errors import PatchmillError, UserError
-from shards.order import DEFAULT_WINDOW_BYTES, Order, check_batch, choose_shuffle, rank_positions
+from shards.ledger import Ledger
+from shards.order import DEFAULT_WINDOW_BYTES, STAND_INS, Order, check_batch, choose_shuffle, rank_positions
+from shards.quarantine import Quarantine
 
 READ_AHEAD = 8  # batches whose remote chunks are on the way before they are decoded
-_STAND_INS = 64  # tried before a broken sample ends the run: a chunk may be broken whole, a block hardly
 
 
 class Loader:
@@ -40,7 +40,9 @@ class Loader:
         lanes: Of the order, instead of the choice made from data and window.
         chunk: Of the order, in samples, likewise.
         block: Of the order, in samples, likewise.
-        quarantine: File that gets a JSON line for each sample that could not be decoded.
+        quarantine: File that gets a JSON line for each sample that could not be decoded; ranks and restarts share it.
+        ledger: Folder that gets a record of every sample delivered, for ``shards/audit.py``: from
+            ``shards.ledger.new_segment``, a new one each start, the same on all ranks.
 
     Attributes:
         order: The order it follows.
@@ -68,6 +70,7 @@ class Loader:
         chunk: int | None = None,
         block: int | None = None,
         quarantine: str | os.PathLike | None = None,
+        ledger: str | os.PathLike | None = None,
     ):
         self.dataset, self.transform, self.seed = dataset, transform, seed
         self.rank, self.world_size, self.threads, self.prefetch = rank, world_size, threads, prefetch
@@ -77,7 +80,8 @@ class Loader:
         self.samples = 0
         self.replaced = 0
         self.data_seconds = 0.0
-        self._quarantine, self._quarantined = quarantine, set()
+        self._quarantine = Quarantine(quarantine, dataset) if quarantine else None
+        self._ledger = Ledger(ledger, dataset, self.order, rank, world_size) if ledger else None
 
     @property
     def global_batch(self) -> int:
@@ -116,6 +120,8 @@ class Loader:
                 _, work = ahead.popleft()
                 for broken in work.wait():
                     self._replace(work, broken)
+                if self._ledger:
+                    self._ledger.append(self.samples, work)
                 self.samples += self.global_batch
                 self.data_seconds += perf_counter() - began
                 yield Batch(work.images, work.labels, work.positions)
@@ -123,6 +129,8 @@ class Loader:
             if chunks:
                 chunks.close()
             pool.shutdown(cancel_futures=True)
+            if self._ledger:
+                self._ledger.flush()
 
     def _begin(
         self, pool: ThreadPoolExecutor, read: Callable[[int, int], Sample], position: int, global_batch: int
@@ -132,39 +140,37 @@ class Loader:
 
     def _replace(self, work: Work, broken: Broken) -> None:
         """Put the first stand-in that decodes into the row of a broken sample, under the row's own key."""
-        self._report(broken)
         self.replaced += 1
-        for attempt in range(1, _STAND_INS + 1):
+        position, sample, error = int(work.positions[broken.row]), broken.sample, broken.error
+        for attempt in range(1, STAND_INS + 1):
+            if self._quarantine:
+                self._quarantine.add(sample, position, str(error))
             position = self.order.stand_in(int(work.positions[broken.row]), attempt)
             _, shard, index = (int(x[0]) for x in self.order.locate(np.array([position])))
+            sample = work.read(shard, index)
             try:
-                work.put(broken.row, work.read(shard, index))
-                return
-            except DecodeError:
-                continue  # it is reported when its own turn comes
+                work.put(broken.row, sample)
+            except DecodeError as problem:
+                error = problem
+                continue
+            work.replaced[broken.row] = broken.sample
+            return
         raise PatchmillError(
-            f"{broken.key} in shard {broken.shard} and {_STAND_INS} samples near it cannot be decoded; "
+            f"{broken.sample.key} in shard {broken.sample.shard} and {STAND_INS} samples near it cannot be decoded; "
             "check the data set"
         ) from broken.error
 
-    def _report(self, broken: Broken) -> None:
-        sample = (broken.shard, broken.index)
-        if self._quarantine is None or sample in self._quarantined:
-            return
-        self._quarantined.add(sample)
-        entry = {
-            "key": broken.key,
-            "shard": broken.shard,
-            "index": broken.index,  # among the samples that this drop list keeps:
-            "exclude": self.dataset.exclude,
-            "reason": str(broken.error),
-        }
-        with open(self._quarantine, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")  # one write: ranks may share the file
-
     def state_dict(self) -> dict:
-        """Return where the stream stands (``samples``), and what a resumed run must agree on."""
-        return {"samples": self.samples, **self._identity()}
+        """Return where the stream stands (``samples``), and what a resumed run must agree on.
+
+        With a ledger or a quarantine, what they hold up to here is durable from now on: call it on every rank.
+        """
+        if self._quarantine:
+            self._quarantine.commit()
+        if self._ledger:
+            self._ledger.commit()
+        ledger = {"ledger": self._ledger.segment} if self._ledger else {}
+        return {"samples": self.samples, **ledger, **self._identity()}
 
     def load_state_dict(self, state: dict, allow_decoder_change: bool = False) -> None:
         """Go on where a stream stood, on any number of ranks.
@@ -183,6 +189,8 @@ class Loader:
                 "versions of the checkpoint, or start a new run"
             )
         self.samples = state["samples"]
+        if self._ledger:
+            self._ledger.go_on_from(state.get("ledger"))
 
     def _identity(self) -> dict:
         return {**self.order.identity(self.dataset.digest), "decoder": f"{DECODER}, {RESIZER}"}
