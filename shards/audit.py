@@ -36,7 +36,7 @@ KINDS = {
 }
 _POSITIONS_A_WORKER = 20_000_000  # a process starts in the time that another checks these
 _LEAST_SPAN = 1 << 22  # positions checked together, at least
-_SLICE = 1 << 23  # bits looked through at once
+_SLICE = 1 << 22  # bits looked through at once
 
 
 @dataclass(frozen=True)
@@ -376,7 +376,7 @@ class _Seen:
         for a in range(start, stop, _SLICE):
             b = min(a + _SLICE, stop)
             bits = np.unpackbits(self._bits[a // 8 : -(-b // 8)], bitorder="little")[a % 8 :][: b - a]
-            edges = np.flatnonzero(np.diff(bits, prepend=1, append=1)) + a
+            edges = np.flatnonzero(np.diff(bits, prepend=np.uint8(1), append=np.uint8(1))) + a
             number += int(len(bits) - bits.sum(dtype=np.int64))
             for lo, hi in edges[: 2 * SHOWN + 2].reshape(-1, 2).tolist():
                 if ranges and ranges[-1][1] == lo:

@@ -37,7 +37,7 @@ FRAME_ROWS = 1 << 16  # kept in memory until then or until a checkpoint: what a 
 _MAGIC = b"PMLG"
 _HEAD = struct.Struct("<4sIIqIIII")  # magic, CRC-32 of the rest and what follows, bytes that follow; then as in Frame
 _CHECKED = 8  # where in a head begins what the CRC is of
-_NEAR = 7  # a lane's samples are near each other: all but the last 7 bits of places take few values, kept in a table
+_NEAR = 6  # a lane's samples are near each other: all but the last 6 bits of places take few values, kept in a table
 
 
 class Frame(NamedTuple):
@@ -207,7 +207,8 @@ def _pack(frame: Frame) -> bytes:
     near, code = np.unique(place >> _NEAR, return_inverse=True)
     inside = place & ((1 << _NEAR) - 1)
     columns = code.astype(_code_type(len(near))), inside.astype("u1"), near.astype("<i8"), frame.replaced.astype("<i4")
-    data = pa.compress(b"".join(column.tobytes() for column in columns), codec="zstd", asbytes=True)
+    zstd = pa.Codec("zstd", compression_level=3)
+    data = zstd.compress(b"".join(column.tobytes() for column in columns), asbytes=True)
     return _frame((frame.first, frame.step, len(place), len(near), len(frame.replaced)), data)
 
 
