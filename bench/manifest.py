@@ -16,7 +16,7 @@ from time import perf_counter
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from common import arguments, report, row
+from common import arguments, memory, report, row
 
 from shards import manifest
 from shards.store import Store, open_store
@@ -151,14 +151,6 @@ def bytes_a_sample(folder: Path, different: int) -> dict[str, list[float]]:
             name = column.path_in_schema.partition(".")[0]
             found.setdefault(name, []).append(column.total_compressed_size / SAMPLES)
     return found
-
-
-def memory(field: str) -> float:
-    """Return a memory counter of this process in MB: VmRSS is what it holds now, VmHWM the peak of that."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024 / 1e6
-    raise RuntimeError(f"no {field} in /proc/self/status")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,10 @@
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from time import perf_counter
 
 import numpy as np
-from common import arguments, report, row
+from common import arguments, memory, report, row
 
 from shards.order import Order, choose_shuffle, rank_positions
 
@@ -58,14 +57,6 @@ def measure(shards: int) -> dict[str, float]:
         "next batch": 1e3 * step,
         "memory": memory("VmHWM") - before,
     }
-
-
-def memory(field: str) -> float:
-    """Return a memory counter of this process in MB: VmRSS is what it holds now, VmHWM the peak of that."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024 / 1e6
-    raise RuntimeError(f"no {field} in /proc/self/status")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from shards.errors import UserError
 from shards.header import BrokenImageError, read_header
 from shards.labels import ClassNames, LabelError, LabelRule, as_index
 from shards.manifest import Info, Receipt
-from shards.store import MissingError, open_store
+from shards.objects import MissingError
+from shards.store import open_store
 from shards.tarscan import BLOCK, DamagedTarError, Member, TarScan
 
 IMAGES = ("jpg", "jpeg", "png", "webp")

@@ -18,8 +18,9 @@ from shards.errors import PatchmillError, UserError
 from shards.header import BrokenImageError, read_header
 from shards.labels import ClassNames, LabelError, LabelRule, as_index
 from shards.manifest import Info, Receipt
+from shards.objects import MissingError, ShortError
 from shards.progress import ImageProgress
-from shards.store import MissingError, ShortError, Store, open_store
+from shards.store import Store, open_store
 from shards.tarindex import Reading
 from shards.tarscan import BLOCK, DamagedTarError, Member, TarSample, TarScan
 from shards.workers import cores, run_jobs
