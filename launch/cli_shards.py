@@ -206,7 +206,8 @@ def shards_audit(
     as_json: Json = False,
 ) -> None:
     """Prove from a run's ledger that its weights saw every sample once an epoch. Exit code 1 if they did not."""
-    from shards.audit import KINDS, audit
+    from shards.audit import audit
+    from shards.auditspan import KINDS
 
     found = audit(stage, data, workers, progress=True)
     if as_json:

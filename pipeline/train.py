@@ -55,6 +55,8 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
         StoppedOnRequestError: A signal asked for a stop; everything is saved.
     """
     rank, world_size = distributed.rank(), distributed.world_size()
+    if rank == 0 and not checkpoint.whole_checkpoints(out / "checkpoints"):
+        (out / "quarantine.jsonl").unlink(missing_ok=True)  # of a run that nothing is left of
 
     # ---- data
     train_set = Dataset.open(settings.data.train, settings.data.exclude)

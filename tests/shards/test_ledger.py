@@ -167,7 +167,7 @@ starts = st.lists(
 )
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(starts=starts, rows=st.sampled_from([1, 7, 1 << 16]), bad=st.booleans())
 def test_whatever_is_killed_and_rolled_back_the_audit_follows_the_weights(
     whole, broken, tmp_path_factory, starts, rows, bad
@@ -500,7 +500,7 @@ def other_data(folder: Path) -> Path:
 
 
 def test_an_order_of_another_version_is_refused(fine, monkeypatch):
-    monkeypatch.setattr("shards.audit.ORDER_VERSION", 99)
+    monkeypatch.setattr("shards.auditspan.ORDER_VERSION", 99)
     with pytest.raises(UserError, match="followed version 1 of the order, this Patchmill has 99"):
         audit(fine)
 
