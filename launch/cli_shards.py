@@ -255,7 +255,7 @@ def shards_dedupe(
         list[str] | None, typer.Option(help="Test set whose images must not be in it; once each.")
     ] = None,
     version: Annotated[str, typer.Option(help="Name of the new drop list.")] = "dedupe-1",
-    exclude: Annotated[str | None, typer.Option(help="Older drop list, which the new one takes in.")] = None,
+    exclude: Annotated[str | None, typer.Option(help="Older drop list, to read less and to build on.")] = None,
     out: Annotated[
         str | None, typer.Option(help="Folder of report and findings, shared by slices; default: VERSION.")
     ] = None,

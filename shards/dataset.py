@@ -110,7 +110,10 @@ class Dataset:
         cached_shards: int | None,
     ):
         self.store, self.url, self.exclude = store, store.url, exclude
-        self.tars = open_store(info.tars) if info.tars else store
+        try:
+            self.tars = open_store(info.tars) if info.tars else store
+        except MissingError as error:
+            raise UserError(f"the tars of {store.url} are not at {info.tars}; index them where they are") from error
         self._remedy = "index them" if info.build.get("source") == "index" else "copy or build the data set"
         self.classes = info.classes
         self.mean_bytes = info.image_bytes / info.samples

@@ -160,4 +160,7 @@ def _members(item: Item, form: Form) -> dict[str, bytes]:
 
 
 def _name(item: Item) -> str:
+    """Return what a user finds an image by: a file ``@/...`` is ours, but its key tells file and row."""
+    if item.file.startswith("@/"):
+        return item.key
     return f"{item.file} at byte {item.offset}" if item.offset else item.file

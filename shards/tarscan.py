@@ -20,7 +20,7 @@ PIECE = 1 << 20  # bytes passed over at once where every byte is hashed
 _NAME = re.compile(
     r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL
 )  # key, extensions: up to the first dot of the last part
-_METADATA = re.compile(r"__[^/]*__(/|$)")  # webdataset's own members, such as __index__
+METADATA = re.compile(r"__[^/]*__(/|$)")  # webdataset's own members, such as __index__
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _BAD_HEADER = (tarfile.TarError, ValueError, LookupError, OverflowError, RecursionError)
 
@@ -196,7 +196,7 @@ def _left_out(header: tarfile.TarInfo, name: str) -> str | None:
         return "devices"
     if header.issparse():
         return "sparse files"
-    if _METADATA.match(name):
+    if METADATA.match(name):
         return "metadata"
     if not _NAME.fullmatch(name):
         return "hidden files" if name.rpartition("/")[2].startswith(".") else "files without extension"

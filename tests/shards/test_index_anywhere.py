@@ -94,3 +94,13 @@ def test_an_index_that_no_longer_fits_is_found_on_reading(web, tmp_path, where):
         == 1
     )
     assert len(samples(tmp_path / "out")) == 24
+
+
+def test_tars_that_moved_away_from_their_index(tmp_path):
+    folder = write_webdataset(tmp_path / "set")
+    index(folder, tmp_path / "out")
+    folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"the tars of .*out are not at .*set; index them where they are"):
+        Dataset.open(tmp_path / "out")
+    index(tmp_path / "elsewhere", tmp_path / "again")
+    assert len(Dataset.open(tmp_path / "again")) == 24

@@ -241,6 +241,15 @@ def test_totals_are_compared(copy):
     assert faults(verify(copy)) == [("", "", "manifest/dataset.json says 25 samples, manifest/shards.parquet 24")]
 
 
+def test_a_tar_that_is_in_no_manifest(tmp_path):
+    built = tmp_path / "out"
+    build(make_source(tmp_path / "source"), built, workers=1)
+    shutil.copy(built / manifest.shard_path(0), built / manifest.shard_path(9))
+    assert faults(verify(built)) == [
+        ("shards/000009.tar", "", "it is not in the manifest, but readers of shards/*.tar would read it; remove it")
+    ]
+
+
 def test_receipts_are_compared(copy):
     table = manifest.read_table((copy / manifest.SHARDS).read_bytes())
     rows = table.to_pydict()
