@@ -14,6 +14,7 @@ from launch.stages import KINDS
 from pipeline.config import Settings, TrainSettings, check, merge, nearest, read_recipe, read_toml
 from pipeline.weights import check_model
 from shards.errors import UserError
+from shards.manifest import EXCLUDE
 from shards.sources.open import find_kind
 
 PLACEHOLDER = re.compile(r"\{([A-Za-z0-9_-]+)\}")
@@ -164,13 +165,19 @@ def _prepare(
 
 def _with_path(
     table: dict[str, Any], key: str, base: Path, by_name: dict[str, StageTable], where: str
-) -> tuple[dict[str, Any], str | None]:
-    """Return the table with the path at ``key`` made absolute, and a digest of what is there; stages' outputs stay."""
+) -> tuple[dict[str, Any], Any]:
+    """Return the table with the path at ``key`` made absolute, and a digest of what is there; stages' outputs stay.
+
+    Where ``key`` holds a list of tables, it is done to the ``url`` of each, and there is a list of digests.
+    """
     head, _, rest = key.partition(".")
     value = table.get(head)
     if rest and isinstance(value, dict):
         inner, digest = _with_path(value, rest, base, by_name, where)
         return {**table, head: inner}, digest
+    if isinstance(value, list) and all(isinstance(each, dict) for each in value):
+        found = [_with_path(each, "url", base, by_name, where) for each in value]
+        return {**table, head: [each for each, _ in found]}, [digest for _, digest in found]
     if not isinstance(value, str):
         return table, None
     if found := PLACEHOLDER.match(value):
@@ -220,8 +227,12 @@ def _filled(value: Any, outputs: dict[str, str]) -> Any:
 
 
 def _digest_of(path: Path) -> str:
-    """Digest of a file's or a folder's names, sizes and times: cheap, and it changes when anything in it does."""
+    """Digest of a file's or a folder's names, sizes and times: cheap, and it changes when anything in it does.
+
+    But for drop lists of a data set: they never change, settings name the one in use, and a run may write the next.
+    """
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    files = [file for file in files if file.parent != path / EXCLUDE]
     status = ((file.relative_to(path.parent).as_posix(), file.stat()) for file in files)
     return _hash([[name, each.st_size, each.st_mtime_ns] for name, each in status])
 

@@ -4,10 +4,21 @@ import difflib
 import json
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from shards.augreg import PRESETS
 from shards.errors import UserError
@@ -54,12 +65,27 @@ def _longer_than_nothing(value: Duration) -> Duration:
 Period = Annotated[Duration, AfterValidator(_longer_than_nothing)]
 
 
+class TrainSource(Settings):
+    """One data set of a mixture, a ``[[data.train]]`` table."""
+
+    url: str
+    weight: float = Field(gt=0, allow_inf_nan=False, description="samples are drawn by the ratio of the weights")
+    exclude: str | None = Field(None, description="version of the drop list that this run pins")
+
+
+def _url_or_tables(value: Any) -> str:
+    return "|url" if isinstance(value, str) else "|tables"
+
+
 class DataSettings(Settings):
     """Where the samples come from, and what happens to their pixels."""
 
-    train: str
+    train: Annotated[
+        Annotated[str, Tag("|url")] | Annotated[tuple[TrainSource, ...], Tag("|tables")],
+        Discriminator(_url_or_tables),
+    ] = Field(description="a data set, or [[data.train]] tables of several to draw from by weight")
     val: str | None = None
-    exclude: str | None = Field(None, description="version of the drop list that this run pins")
+    exclude: str | None = Field(None, description="version of the drop list that this run pins, of a single data set")
     resolution: int = Field(224, gt=0)
     augment: Literal[
         "inception", "resize", "resize_crop", "light1", "light2", "medium1", "medium2", "strong1", "strong2"
@@ -71,6 +97,14 @@ class DataSettings(Settings):
     threads: int = Field(2, gt=0, description="decode threads of each rank")
     allow_decoder_change: bool = Field(False, description="go on although the image libraries' versions changed")
     window_bytes: int = Field(16_000_000_000, gt=0, description="shuffle window over the whole cluster")
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _url_or_tables(cls, value: Any) -> Any:
+        tables = isinstance(value, (list, tuple)) and all(isinstance(each, (dict, TrainSource)) for each in value)
+        if not isinstance(value, str) and not (tables and value):
+            raise ValueError("give the URL of a data set, or [[data.train]] tables with the url and weight of each")
+        return value
 
     @field_validator("crop_area")
     @classmethod
@@ -86,6 +120,19 @@ class DataSettings(Settings):
                 f"scaled_decoding is for crops, and augment {self.augment!r} takes the whole image; unset it"
             )
         return self
+
+    @model_validator(mode="after")
+    def _drop_list_of_one(self) -> "DataSettings":
+        if self.exclude is not None and not isinstance(self.train, str):
+            raise ValueError("exclude is of one data set, and train lists several; set exclude in their tables")
+        return self
+
+    @property
+    def sources(self) -> tuple[TrainSource, ...]:
+        """The training sets; a single one has all the weight."""
+        if isinstance(self.train, str):
+            return (TrainSource(url=self.train, weight=1.0, exclude=self.exclude),)
+        return self.train
 
     @property
     def mixup(self) -> float:
@@ -262,11 +309,14 @@ def check(kind: type[S], table: dict[str, Any], where: str) -> S:
     try:
         return kind.model_validate(table)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        first = min(
+            error.errors(), key=lambda each: each["type"] != "extra_forbidden"
+        )  # a typo may hide what is missing
+        path = [part for part in first["loc"] if not str(part).startswith("|")]  # tags of what may have several types
+        key = ".".join(map(str, path))
         if first["type"] == "extra_forbidden":
-            known = list(_table_of(kind, first["loc"][:-1]).model_fields)
-            hint = nearest(str(first["loc"][-1]), known)
+            known = list(_table_of(kind, path[:-1]).model_fields)
+            hint = nearest(str(path[-1]), known)
             raise UserError(
                 f"unknown setting {key} in {where}{hint}; the settings there are: {', '.join(known)}"
             ) from None
@@ -312,12 +362,21 @@ def _toml_key(key: str) -> str:
 def _toml_value(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    if isinstance(value, dict):
+        pairs = (f"{_toml_key(key)} = {_toml_value(item)}" for key, item in value.items() if item is not None)
+        return "{ " + ", ".join(pairs) + " }"
     return json.dumps(value, ensure_ascii=False)  # TOML's strings, numbers and booleans read as JSON's
 
 
-def _table_of(kind: type[Settings], path: tuple) -> type[Settings]:
+def _table_of(kind: type[Settings], path: list) -> type[Settings]:
     for part in path:
         if isinstance(part, str):  # a number is a place in a list of tables
-            annotation = kind.model_fields[part].annotation
-            kind = get_args(annotation)[0] if get_args(annotation) else annotation
+            kind = next(_tables_in(kind.model_fields[part].annotation))
     return kind
+
+
+def _tables_in(annotation: Any) -> Iterator[type[Settings]]:
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _tables_in(inner)

@@ -1,4 +1,4 @@
-"""From stored images to what a model sees: the transform that settings name, and pixels as floats."""
+"""From stored images to what a model sees: the data and the transform that settings name, and pixels as floats."""
 
 import numpy as np
 import torch
@@ -9,8 +9,22 @@ from pipeline.config import DataSettings, TrainSettings
 from shards.augment import TRANSFORMS, InceptionCrop, Transform
 from shards.augreg import PRESETS
 from shards.batch import Batch
+from shards.dataset import Dataset
+from shards.mixture import Mixture
 from shards.mixup import mixup_weights, partner_rows
 from shards.randaugment import RandAugment
+
+
+def training_set(data: DataSettings) -> Dataset | Mixture:
+    """Open the data set of a training stage, or several as the mixture that they are drawn from.
+
+    Raises:
+        UserError: One is not there or not whole, or their classes do not go together.
+    """
+    opened = [Dataset.open(source.url, source.exclude) for source in data.sources]
+    if len(opened) == 1:
+        return opened[0]
+    return Mixture([(dataset, source.weight) for dataset, source in zip(opened, data.sources, strict=True)])
 
 
 def training_transform(data: DataSettings) -> Transform:

@@ -17,7 +17,7 @@ from pipeline import checkpoint, distributed, provenance, stop
 from pipeline.config import TrainSettings
 from pipeline.engines import create_engine
 from pipeline.evaluate.classify import classify
-from pipeline.images import training_input, training_transform
+from pipeline.images import training_input, training_set, training_transform
 from pipeline.models import create_model
 from pipeline.objectives.supervised import supervised_loss
 from pipeline.resume import check_resume
@@ -59,20 +59,20 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
         (out / "quarantine.jsonl").unlink(missing_ok=True)  # of a run that nothing is left of
 
     # ---- data
-    train_set = Dataset.open(settings.data.train, settings.data.exclude)
+    train_set = training_set(settings.data)
     val_set = Dataset.open(settings.data.val) if settings.data.val else None
     if val_set is not None and val_set.classes != train_set.classes:
         raise UserError(
-            f"{settings.data.val} has other classes than {settings.data.train}; build both with one command"
+            f"{settings.data.val} has other classes than {train_set.url}; build both with one list of classes"
         )
+    schedule = Schedule.of(settings, len(train_set))
     loader = Loader(
         train_set, global_batch=settings.global_batch, rank=rank, world_size=world_size, seed=settings.seed,
         transform=training_transform(settings.data),
-        threads=settings.data.threads, window_bytes=settings.data.window_bytes,
+        threads=settings.data.threads, window_bytes=settings.data.window_bytes, stop=schedule.total,
         quarantine=out / "quarantine.jsonl",
         ledger=distributed.everyone(new_segment(out / "ledger") if rank == 0 else None)[0],
     )  # fmt: skip
-    schedule = Schedule.of(settings, len(train_set))
 
     # ---- model, objective, engine
     init = Weights(settings.init) if settings.init else None

@@ -17,7 +17,9 @@ import numpy as np
 from shards.dataset import Dataset
 from shards.errors import UserError
 from shards.ledger import BrokenLedgerError, Frame, read_frame
+from shards.mixedorder import MixedOrder, source_seed
 from shards.order import ORDER_VERSION, STAND_INS, Order, Shuffle, kept_to_raw
+from shards.quarantine import Place
 
 SHOWN = 20  # misfits of each kind that are named; all are counted
 KINDS = {
@@ -32,8 +34,20 @@ KINDS = {
 }
 _SLICE = 1 << 22  # bits looked through at once
 
-Source = tuple[str, str | None, str]
-"""URL of the data set, drop list, and identity of the order as JSON."""
+
+@dataclass(frozen=True)
+class Run:
+    """What a run read.
+
+    Attributes:
+        data: URLs of the data sets.
+        exclude: Their drop lists.
+        order: Identity of the order, as JSON.
+    """
+
+    data: tuple[str, ...]
+    exclude: tuple[str | None, ...]
+    order: str
 
 
 @dataclass(frozen=True)
@@ -49,21 +63,23 @@ class Piece:
 
 @dataclass(frozen=True)
 class Span:
-    """Positions [start, stop), from the first of an epoch on.
+    """Positions [start, stop).
 
     Attributes:
-        source: What the run read.
+        run: What was read.
         start: Position.
         stop: Position.
-        pieces: Where they are written.
-        listed: By shard and raw index of each sample on the quarantine list, the position at which it was met.
+        end: Where all positions end.
+        pieces: What the ledger says of these.
+        listed: Of each sample on the quarantine list, the position at which it was met.
     """
 
-    source: Source
+    run: Run
     start: int
     stop: int
+    end: int
     pieces: list[Piece]
-    listed: dict[tuple[int, int], int]
+    listed: dict[Place, int]
 
 
 @dataclass
@@ -76,6 +92,7 @@ class Found:
         records: In words, what is wrong with files: a set, since two spans may find one damaged frame.
         stand_ins: Positions for which a stand-in came.
         replaced: Numbers of the samples for which they came.
+        epochs: Of a source and an epoch that goes over the edge of the span: what came of it in the span.
     """
 
     counts: Counter = field(default_factory=Counter)
@@ -83,6 +100,7 @@ class Found:
     records: set[str] = field(default_factory=set)
     stand_ins: int = 0
     replaced: set[int] = field(default_factory=set)
+    epochs: dict[tuple[int, int], "Seen"] = field(default_factory=dict)
 
     def add(self, kind: str, reason: str) -> None:
         """Note a misfit."""
@@ -93,65 +111,123 @@ class Found:
         """Note what was found behind this."""
         self.counts += other.counts
         for kind, reasons in other.named.items():
-            self.named[kind] += reasons[: SHOWN - len(self.named[kind])]
+            self.named[kind] += reasons[: max(0, SHOWN - len(self.named[kind]))]
         self.records |= other.records
         self.stand_ins += other.stand_ins
         self.replaced |= other.replaced
 
 
 class Expected:
-    """What the manifest holds and what the order says. Samples have one number over all shards, dropped ones too."""
+    """What the manifests hold and what the order says.
 
-    def __init__(self, dataset: Dataset, order: Order):
-        self.order, self._dataset = order, dataset
-        self._raw_starts = np.concatenate([[0], np.cumsum(dataset.raw_sizes)])
-        self._kept_starts = np.concatenate([[0], np.cumsum(dataset.shard_sizes)])
-        self.raw_samples = int(self._raw_starts[-1])
+    Samples have one number over all shards of all data sets, the sources; dropped ones too.
+
+    Attributes:
+        order: Of the run.
+        sizes: int64 [sources], kept samples.
+        starts: int64 [sources + 1], number of the first sample of each source.
+    """
+
+    def __init__(self, datasets: list[Dataset], order: Order | MixedOrder):
+        self.order, self._datasets = order, datasets
+        self._raw_sizes = np.concatenate([each.raw_sizes for each in datasets])
+        self._raw_starts = np.cumsum([0, *self._raw_sizes])
+        self._kept_starts = np.cumsum([0, *(size for each in datasets for size in each.shard_sizes)])
+        self._first_shards = np.cumsum([0, *(len(each.raw_sizes) for each in datasets)])
+        self.sizes = np.array([len(each) for each in datasets])
+        self.starts = self._raw_starts[self._first_shards]
+        self._dropped = [self._dropped_of(each, first) for each, first in zip(datasets, self.starts, strict=False)]
+        self._all_dropped = np.concatenate(self._dropped)
+
+    @staticmethod
+    def _dropped_of(dataset: Dataset, first: int) -> np.ndarray:
+        starts = first + np.cumsum([0, *dataset.raw_sizes])
         shards = np.flatnonzero(dataset.raw_sizes > dataset.shard_sizes).tolist()
-        self.dropped = np.concatenate([np.empty(0, int), *(self._raw_starts[s] + dataset.dropped(s) for s in shards)])
+        return np.concatenate([np.empty(0, int), *(starts[shard] + dataset.dropped(shard) for shard in shards)])
 
     def number(self, shard: np.ndarray, index: np.ndarray) -> np.ndarray:
         """Return the numbers of samples, int64 [n]; -1 where there is no such sample."""
-        there = (shard >= 0) & (shard < len(self._dataset.raw_sizes)) & (index >= 0)
+        there = (shard >= 0) & (shard < len(self._raw_sizes)) & (index >= 0)
         shard = np.where(there, shard, 0)
-        return np.where(there & (index < self._dataset.raw_sizes[shard]), self._raw_starts[shard] + index, -1)
+        return np.where(there & (index < self._raw_sizes[shard]), self._raw_starts[shard] + index, -1)
 
-    def due(self, positions: np.ndarray) -> np.ndarray:
-        """Return the numbers of the samples that the order has at positions, int64 [n]."""
-        _, shard, index = self.order.locate(positions)
-        return kept_to_raw(self._kept_starts[shard] + index, self.dropped)
+    def number_of(self, place: Place) -> int:
+        """Return the number of a sample; -1 if there is none."""
+        source, shard, index = place
+        if not 0 <= source < len(self._datasets) or not 0 <= shard < len(self._datasets[source].raw_sizes):
+            return -1
+        return int(self.number(np.array(self._first_shards[source] + shard), np.array(index)))
+
+    def source(self, number: np.ndarray) -> np.ndarray:
+        """Return the sources of samples, int64 [n]."""
+        return np.searchsorted(self.starts, number, side="right") - 1
+
+    def due(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the epochs, of their sources, and the numbers of what the order has at positions; int64 [n]."""
+        epoch, shard, index = self.order.locate(positions)
+        return epoch, kept_to_raw(self._kept_starts[shard] + index, self._all_dropped)
 
     def stand_ins(self, position: int) -> Iterator[int]:
         """Yield the samples that may stand in at a position, in their order."""
         for attempt in range(1, STAND_INS + 1):
-            yield int(self.due(np.array([self.order.stand_in(position, attempt)]))[0])
+            yield int(self.due(np.array([self.order.stand_in(position, attempt)]))[1][0])
+
+    def drawn(self, position: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return how many samples of each source come before a position: all up to, and none from; int64 [sources].
+
+        In a mixture, the lanes draw unevenly inside a period, so the two differ.
+        """
+        if isinstance(self.order, Order):
+            return np.array([position]), np.array([position])
+        lane = np.arange(self.order.lanes)[:, None]
+        following = self.order.drawn(position) * self.order.lanes + lane  # each lane's next position in each source
+        last = np.where(following >= self.order.lanes, following - self.order.lanes, -1)
+        return following.min(axis=0), last.max(axis=0) + 1
+
+    def dropped(self, source: int) -> np.ndarray:
+        """Return the numbers of a source's dropped samples, from its own first on, ascending."""
+        return self._dropped[source] - self.starts[source]
 
     def name(self, number: int) -> str:
         """Return a sample in words."""
         if number < 0:
             return "a sample that is not in the data set"
         shard = int(np.searchsorted(self._raw_starts, number, side="right")) - 1
-        return f"sample {number - self._raw_starts[shard]} of {self._dataset.paths[shard]}"
+        source = int(self.source(number))
+        tar = self._datasets[source].paths[shard - self._first_shards[source]]
+        where = f"{self._datasets[source].url}/{tar}" if len(self._datasets) > 1 else tar
+        return f"sample {number - self._raw_starts[shard]} of {where}"
 
 
 @lru_cache(maxsize=1)
-def expected(data: str, exclude: str | None, identity: str) -> Expected:
-    """Open a data set and make its order, as a run had them.
+def expected(run: Run) -> Expected:
+    """Open the data sets and make the order, as a run had them.
 
     Raises:
-        UserError: It is another data set, or this Patchmill has another order.
+        UserError: A data set is another one, or this Patchmill has another order.
     """
-    order = json.loads(identity)
+    order = json.loads(run.order)
     if order["order_version"] != ORDER_VERSION:
         raise UserError(
             f"the run followed version {order['order_version']} of the order, this Patchmill has {ORDER_VERSION}; "
             "audit it with the Patchmill that ran it"
         )
-    dataset = Dataset.open(data, exclude)
-    if dataset.digest != order["data"]:
-        raise UserError(f"{data} is not the data set of the run: its digest is {dataset.digest}, was {order['data']}")
-    shuffle = Shuffle(order["lanes"], order["chunk"], order["block"])
-    return Expected(dataset, Order(dataset.shard_sizes, order["seed"], shuffle))
+    datasets = [Dataset.open(url, exclude) for url, exclude in zip(run.data, run.exclude, strict=True)]
+    mixed = isinstance(order["data"], list)
+    for dataset, digest in zip(datasets, order["data"] if mixed else [order["data"]], strict=True):
+        if dataset.digest != digest:
+            raise UserError(
+                f"{dataset.url} is not the data set of the run: its digest is {dataset.digest}, was {digest}; give "
+                "that one with --data, or mend it"
+            )
+    if not mixed:
+        shuffle = Shuffle(order["lanes"], order["chunk"], order["block"])
+        return Expected(datasets, Order(datasets[0].shard_sizes, order["seed"], shuffle))
+    orders = [
+        Order(dataset.shard_sizes, source_seed(order["seed"], s), Shuffle(order["lanes"], chunk, block))
+        for s, (dataset, chunk, block) in enumerate(zip(datasets, order["chunk"], order["block"], strict=True))
+    ]
+    return Expected(datasets, MixedOrder(orders, order["weights"], order["seed"], period=sum(order["weights"])))
 
 
 def audit_span(span: Span) -> Found:
@@ -171,15 +247,17 @@ class _Check:
     """What came for the positions of a span."""
 
     def __init__(self, span: Span):
-        self.found = Found()
-        self._expected = expected(*span.source)
-        self._start, self._stop = span.start, span.stop
-        self._epoch = self._expected.order.samples
-        self._listed = {int(self._expected.number(*np.array(place))): at for place, at in span.listed.items()}
-        self._width = -(-self._expected.raw_samples // 8) * 8  # of an epoch: whole bytes
-        self._positions = _Seen(span.stop - span.start)
-        self._samples = _Seen(-(-(span.stop - span.start) // self._epoch) * self._width)
+        self.found, self._expected, self._span = Found(), expected(span.run), span
+        self._listed = {self._expected.number_of(place): at for place, at in span.listed.items()}
+        self._positions = Seen(span.stop - span.start)
         self._replaced: set[tuple[int, int]] = set()  # (position, sample)
+        # A bit for each sample of each epoch that the span has some of: the epochs of one source lie together.
+        before, after = self._expected.drawn(span.start)[0], self._expected.drawn(span.stop)[1]
+        self._first_epochs = before // self._expected.sizes
+        self._epochs = np.maximum(0, -(-after // self._expected.sizes) - self._first_epochs)
+        self._widths = -(-np.diff(self._expected.starts) // 8) * 8
+        self._begins = np.cumsum([0, *(self._epochs * self._widths)])
+        self._samples = Seen(int(self._begins[-1]))
 
     def take(self, frame: Frame, piece: Piece) -> None:
         """Take in what a frame says."""
@@ -187,7 +265,7 @@ class _Check:
         a, b = (max(0, -(-(position - frame.first) // ranks)) for position in (piece.start, piece.stop))
         came = self._expected.number(frame.shard[a:b], frame.index[a:b])
         positions = frame.first + np.arange(a, a + len(came)) * ranks
-        again = self._positions.add(positions - self._start) + self._start
+        again = self._positions.add(positions - self._span.start) + self._span.start
         self.found.counts["duplicate"] += len(again)
         for position in again[:SHOWN]:
             sample = name(came[positions == position][0])
@@ -197,31 +275,34 @@ class _Check:
         marks = frame.replaced[(frame.replaced[:, 0] >= a) & (frame.replaced[:, 0] < a + len(came))]
         rows = marks[:, 0] - a
         meant[rows] = self._expected.number(marks[:, 1], marks[:, 2])
-        there = meant >= 0
-        epochs = positions // self._epoch - self._start // self._epoch
-        ids = epochs[there] * self._width + meant[there]
-        again = self._samples.add(ids)
-        self.found.counts["repeated"] += len(again)
-        for twice in again[:SHOWN]:
-            at, sample = positions[there][ids == twice][-1], name(twice % self._width)
-            self.found.named["repeated"].append(f"epoch {at // self._epoch}: {sample} came again at position {at}")
+        epoch, due = self._expected.due(positions)
+        self._take_epochs(positions, epoch, meant, self._expected.source(due))
 
-        due = self._expected.due(positions)
         self.found.stand_ins += len(rows)
         for row in rows:
             self._check_stand_in(int(positions[row]), int(meant[row]), int(came[row]))
         wrong = np.flatnonzero(meant != due)
         for row in wrong[:SHOWN]:
-            position = int(positions[row])
+            where = f"position {positions[row]}"
             if int(due[row]) in self._listed:
-                self.found.add(
-                    "stand-in",
-                    f"position {position}: {name(came[row])} came for {name(due[row])}, not marked as a stand-in",
-                )
+                what = f"{name(came[row])} came for {name(due[row])}, not marked as a stand-in"
+                self.found.add("stand-in", f"{where}: {what}")
             else:
-                self.found.add("wrong", f"position {position}: {name(meant[row])} came, {name(due[row])} was due")
-        if len(wrong) > SHOWN:
-            self.found.counts["wrong"] += len(wrong) - SHOWN
+                self.found.add("wrong", f"{where}: {name(meant[row])} came, {name(due[row])} was due")
+        self.found.counts["wrong"] += max(0, len(wrong) - SHOWN)
+
+    def _take_epochs(self, positions: np.ndarray, epoch: np.ndarray, sample: np.ndarray, source: np.ndarray) -> None:
+        """Note which samples came in which epochs of their sources."""
+        own = self._expected.source(sample) == source  # else it is none, or of another source, so of no epoch here
+        sample, source, epoch, positions = sample[own], source[own], epoch[own], positions[own]
+        inside = sample - self._expected.starts[source]
+        ids = self._begins[source] + (epoch - self._first_epochs[source]) * self._widths[source] + inside
+        again = self._samples.add(ids)
+        self.found.counts["repeated"] += len(again)
+        for twice in again[:SHOWN]:
+            row = np.flatnonzero(ids == twice)[-1]
+            what = f"{self._expected.name(sample[row])} came again at position {positions[row]}"
+            self.found.named["repeated"].append(f"epoch {epoch[row]}: {what}")
 
     def _check_stand_in(self, position: int, broken: int, came: int) -> None:
         name = self._expected.name
@@ -240,50 +321,79 @@ class _Check:
 
     def sum_up(self) -> None:
         """Look for what did not come."""
-        gaps, first = self._positions.lacking(0, self._stop - self._start)
+        start, stop = self._span.start, self._span.stop
+        gaps, ranges = self._positions.lacking(0, stop - start)
         self.found.counts["gap"] += gaps
-        for a, b in first:
-            where = (
-                f"position {a + self._start}" if b - a == 1 else f"positions {a + self._start} to {b + self._start - 1}"
-            )
+        for a, b in ranges:
+            where = f"position {start + a}" if b - a == 1 else f"positions {start + a} to {start + b - 1}"
             self.found.named["gap"].append(f"{where}: nothing came")
-        for epoch in range((self._stop - self._start) // self._epoch):
-            begin = epoch * self._width
-            self._samples.add(begin + self._expected.dropped)
-            missing, first = self._samples.lacking(begin, begin + self._expected.raw_samples)
-            self.found.counts["missing"] += missing
-            names = [self._expected.name(i - begin) for a, b in first for i in range(a, min(b, a + SHOWN))]
-            number = self._start // self._epoch + epoch
-            self.found.named["missing"] += [f"epoch {number}: {name} did not come" for name in names]
         for sample, position in self._listed.items():
-            if self._start <= position < self._stop and (position, sample) not in self._replaced:
-                self.found.add(
-                    "quarantine",
-                    f"position {position}: {self._expected.name(sample)} is listed, but no stand-in came",
-                )
+            if start <= position < stop and (position, sample) not in self._replaced:
+                what = f"{self._expected.name(sample)} is listed, but no stand-in came"
+                self.found.add("quarantine", f"position {position}: {what}")
+        self._sum_up_epochs()
+
+    def _sum_up_epochs(self) -> None:
+        """Look for samples that are missing in epochs that lie in the span, and hand out the others that get whole."""
+        begun, whole, ever = (
+            self._expected.drawn(position)[what]
+            for position, what in ((self._span.start, 1), (self._span.stop, 0), (self._span.end, 0))
+        )
+        for source, size in enumerate(self._expected.sizes.tolist()):
+            for i in range(int(self._epochs[source])):
+                epoch = int(self._first_epochs[source]) + i
+                begin = int(self._begins[source] + i * self._widths[source])
+                part = self._samples.part(begin, begin + int(self._widths[source]))
+                if epoch * size >= begun[source] and (epoch + 1) * size <= whole[source]:
+                    note_missing(self.found, self._expected, source, epoch, part)
+                elif (epoch + 1) * size <= ever[source]:
+                    self.found.epochs[source, epoch] = part
 
 
-class _Seen:
+def note_missing(found: Found, expected: Expected, source: int, epoch: int, came: "Seen") -> None:
+    """Note which samples of a source did not come in a whole epoch."""
+    first, stop = expected.starts[source : source + 2].tolist()
+    came.add(expected.dropped(source))
+    missing, ranges = came.lacking(0, stop - first)
+    found.counts["missing"] += missing
+    numbers = [number for a, b in ranges for number in range(a, min(b, a + SHOWN))][:SHOWN]
+    found.named["missing"] += [f"epoch {epoch}: {expected.name(first + number)} did not come" for number in numbers]
+
+
+class Seen:
     """Which of ``number`` things came: a bit for each."""
 
     def __init__(self, number: int):
-        self._bits = np.zeros(-(-number // 8), dtype=np.uint8)
+        self.bits = np.zeros(-(-number // 8), dtype=np.uint8)
 
     def add(self, ids: np.ndarray) -> np.ndarray:
         """Note what came; return what of it had come before, or comes more than once."""
         ids = np.sort(ids)
         byte, bit = ids >> 3, np.left_shift(1, ids & 7).astype(np.uint8)
-        again = (self._bits[byte] & bit) > 0
+        again = (self.bits[byte] & bit) > 0
         again[1:] |= ids[1:] == ids[:-1]
-        np.bitwise_or.at(self._bits, byte, bit)
+        np.bitwise_or.at(self.bits, byte, bit)
         return ids[again]
 
+    def part(self, start: int, stop: int) -> "Seen":
+        """Return a part of it, from a multiple of 8 to another."""
+        part = Seen(0)
+        part.bits = self.bits[start // 8 : stop // 8]
+        return part
+
+    def merge(self, other: "Seen") -> np.ndarray:
+        """Note what came elsewhere; return what had come here as well."""
+        both = np.flatnonzero(self.bits & other.bits)
+        again = np.flatnonzero(np.unpackbits((self.bits & other.bits)[both], bitorder="little"))
+        self.bits = self.bits | other.bits
+        return both[again // 8] * 8 + again % 8
+
     def lacking(self, start: int, stop: int) -> tuple[int, list[tuple[int, int]]]:
-        """Return how many in [start, stop) did not come, and the first ``SHOWN`` ranges of them."""
+        """Return how many in [start, stop) did not come, and the first ``SHOWN`` ranges; ``start``: a multiple of 8."""
         number, ranges = 0, []
         for a in range(start, stop, _SLICE):
             b = min(a + _SLICE, stop)
-            bits = np.unpackbits(self._bits[a // 8 : -(-b // 8)], bitorder="little")[a % 8 :][: b - a]
+            bits = np.unpackbits(self.bits[a // 8 : -(-b // 8)], bitorder="little")[: b - a]
             edges = np.flatnonzero(np.diff(bits, prepend=np.uint8(1), append=np.uint8(1))) + a
             number += int(len(bits) - bits.sum(dtype=np.int64))
             for lo, hi in edges[: 2 * SHOWN + 2].reshape(-1, 2).tolist():

@@ -9,6 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from shards.dataset import Dataset, Sample
+from shards.mixedorder import MixedOrder
+from shards.mixture import Mixture
 from shards.order import Order
 
 REQUESTS = 16  # in flight: 8 MB each keep a 10 Gbit/s line busy at 100 ms
@@ -18,7 +20,7 @@ class ChunkReader:
     """Reads samples of a data set by chunks; ``ahead`` and ``release`` from one thread, ``read`` from any.
 
     Args:
-        dataset: Whose tars are remote.
+        dataset: Some of whose shards are remote.
         order: That says which samples lie together, and how long each is needed.
         requests: In flight at most.
 
@@ -27,7 +29,7 @@ class ChunkReader:
         bytes: Of the images in them.
     """
 
-    def __init__(self, dataset: Dataset, order: Order, requests: int = REQUESTS):
+    def __init__(self, dataset: Dataset | Mixture, order: Order | MixedOrder, requests: int = REQUESTS):
         self.chunks = self.bytes = 0
         self._dataset, self._order = dataset, order
         self._pool = ThreadPoolExecutor(requests, thread_name_prefix="fetch")
@@ -35,10 +37,11 @@ class ChunkReader:
         self._until: dict[tuple[int, int], int] = {}  # the last position that needs the chunk
 
     def ahead(self, positions: np.ndarray) -> None:
-        """Begin to read what the samples at these positions lie in; int64 [n], soon needed first."""
-        until = self._order.needed_until(positions)
+        """Begin to read what the remote samples at these positions lie in; int64 [n], soon needed first."""
         _, shard, index = self._order.locate(positions)
-        number = index // self._order.shuffle.chunk
+        far = ~self._dataset.local[shard]
+        shard, index, until = shard[far], index[far], self._order.needed_until(positions[far])
+        number = index // self._order.chunk_sizes[shard]
         for place in zip(shard.tolist(), number.tolist(), until.tolist(), strict=True):
             self._hold(place[:2], place[2])
 
@@ -48,8 +51,8 @@ class ChunkReader:
         self._until[chunk] = max(until, self._until.get(chunk, until))
 
     def _fetch(self, shard: int, number: int) -> list[Sample]:
-        start = number * self._order.shuffle.chunk
-        samples = self._dataset.read_many(shard, start, start + self._order.shuffle.chunk)
+        size = int(self._order.chunk_sizes[shard])
+        samples = self._dataset.read_many(shard, number * size, (number + 1) * size)
         self.chunks += 1
         self.bytes += sum(len(sample.image) for sample in samples)
         return samples
@@ -60,7 +63,7 @@ class ChunkReader:
         Raises:
             UserError, PatchmillError: As from ``Dataset.read_many``.
         """
-        number, inside = divmod(index, self._order.shuffle.chunk)
+        number, inside = divmod(index, int(self._order.chunk_sizes[shard]))
         chunk = self._held.get((shard, number))
         return chunk.result()[inside] if chunk else self._dataset.read(shard, index)
 

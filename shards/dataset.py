@@ -16,6 +16,7 @@ import pyarrow as pa
 from shards import manifest
 from shards.errors import UserError
 from shards.objects import ExistsError, MissingError
+from shards.order import DEFAULT_WINDOW_BYTES, Order, choose_shuffle
 from shards.store import Store, open_store
 
 ROW_COLUMNS = ["key", "offset", "size", "format", "labels", "weights", "width", "height", "member"]
@@ -32,7 +33,7 @@ class Sample(NamedTuple):
         format: jpg, png or webp.
         labels: Class indices.
         weights: Of the labels; none: all are 1.
-        shard: Number of the shard; -1 if it is of none.
+        shard: Number of the shard, in a mixture over all sources; -1 if it is of none.
         index: Raw place in the shard: dropped samples count.
         offset: First byte in the tar.
     """
@@ -97,7 +98,8 @@ class Dataset:
         shard_sizes: (shards,) int64, kept samples a shard.
         mean_bytes: Mean size of an image in bytes, before dropping.
         store: Where its manifest is read.
-        tars: Where its images are read; ``tars.local`` tells whether reads are cheap one by one.
+        tars: Where its images are read.
+        local: (shards,) bool, whether reads of a shard are cheap one by one.
     """
 
     def __init__(
@@ -122,6 +124,7 @@ class Dataset:
         self._dropped = dropped[1]
         self._dropped_starts = np.searchsorted(dropped[0], np.arange(info.shards + 1))
         self.shard_sizes = self.raw_sizes - np.diff(self._dropped_starts)
+        self.local = np.full(info.shards, self.tars.local)
         self.digest = info.digest if exclude is None else manifest.digest_with_exclude(info.digest, *dropped)
         self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
         cached_shards = cached_shards or max(64, CACHED_ROWS // max(1, info.samples // info.shards))
@@ -153,6 +156,31 @@ class Dataset:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    def order(
+        self,
+        seed: int,
+        window_bytes: float = DEFAULT_WINDOW_BYTES,
+        lanes: int | None = None,
+        chunk: int | None = None,
+        block: int | None = None,
+    ) -> Order:
+        """Return the order of a run; see ``choose_shuffle`` in shards/order.py for the arguments.
+
+        Raises:
+            UserError: There is no sample left.
+        """
+        shuffle = choose_shuffle(len(self), self.mean_bytes, window_bytes, lanes, chunk, block)
+        return Order(self.shard_sizes, seed, shuffle)
+
+    @property
+    def datasets(self) -> list["Dataset"]:
+        """The data sets of which the shards are; as of a ``Mixture``, which has several."""
+        return [self]
+
+    def place(self, shard: int) -> tuple["Dataset", int]:
+        """Return the data set that a shard is of, and its number there; as of a ``Mixture``, which has several."""
+        return self, shard
 
     def rows(self, shard: int) -> Rows:
         """Return the kept samples of a shard; those of the shards used last stay in memory."""

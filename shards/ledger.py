@@ -30,7 +30,10 @@ from shards.atomic import fsync_folder
 from shards.batch import Work
 from shards.dataset import Dataset
 from shards.errors import PatchmillError, UserError
+from shards.mixedorder import MixedOrder
+from shards.mixture import Mixture
 from shards.order import Order
+from shards.store import absolute
 
 FORMAT = 1
 FRAME_ROWS = 1 << 16  # kept in memory until then or until a checkpoint: what a kill loses is in no weights
@@ -81,7 +84,7 @@ class Ledger:
 
     Args:
         segment: Folder from ``new_segment``, the same on all ranks.
-        dataset: What the run reads.
+        dataset: What the run reads, one data set or a mixture.
         order: In which order.
         rank: Of this process.
         world_size: Number of ranks.
@@ -91,10 +94,20 @@ class Ledger:
         UserError: From ``append``: another process writes to the same file.
     """
 
-    def __init__(self, segment: str | os.PathLike, dataset: Dataset, order: Order, rank: int, world_size: int):
+    def __init__(
+        self,
+        segment: str | os.PathLike,
+        dataset: Dataset | Mixture,
+        order: Order | MixedOrder,
+        rank: int,
+        world_size: int,
+    ):
         self._first_segment = Path(segment)
-        url = dataset.url if "://" in dataset.url else os.path.abspath(dataset.url)
-        self._run = {"data": url, "exclude": dataset.exclude, "order": order.identity(dataset.digest)}
+        self._run = {
+            "data": [absolute(each.url) for each in dataset.datasets],
+            "exclude": [each.exclude for each in dataset.datasets],
+            "order": order.identity(dataset.digest),
+        }
         self._rank, self._world_size = rank, world_size
         self._file: BinaryIO | None = None
         self._segments = 0  # begun

@@ -86,8 +86,7 @@ def lineage(ledger: Path, stand: Stand) -> tuple[list[Segment], list[str]]:
 
 
 def _order(segment: Segment) -> dict:
-    run = segment.head["run"]
-    return {"exclude": run["exclude"], **run["order"]}  # the data set may have moved
+    return {key: value for key, value in segment.head["run"].items() if key != "data"}  # which may have moved
 
 
 def _files(folder: Path, problems: list[str]) -> list[RankFile]:

@@ -171,9 +171,23 @@ def read_receipt(store: Store, path: str) -> Receipt:
         UserError: It is damaged, or has no receipt.
     """
     with store.stream(path) as file, _damage_told(store, path):
-        fields = json.loads(pq.read_schema(file).metadata[b"receipt"])
-        fields["rejected"] = [tuple(entry) for entry in fields["rejected"]]
-        return Receipt(**fields)
+        return _receipt(pq.read_schema(file))
+
+
+def receipt_of(table: pa.Table, store: Store, path: str) -> Receipt:
+    """Return the receipt of a sample table that was read from ``path``.
+
+    Raises:
+        UserError: It has none, or a damaged one.
+    """
+    with _damage_told(store, path):
+        return _receipt(table.schema)
+
+
+def _receipt(schema: pa.Schema) -> Receipt:
+    fields = json.loads(schema.metadata[b"receipt"])
+    fields["rejected"] = [tuple(entry) for entry in fields["rejected"]]
+    return Receipt(**fields)
 
 
 def write_info(store: Store, info: Info) -> None:

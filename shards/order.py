@@ -12,7 +12,6 @@ So where a run stands is p alone, whatever the number of ranks, threads and rest
 O(1) once the plan of its epoch is made.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
 
@@ -29,7 +28,7 @@ STAND_INS = 64
 
 DEFAULT_WINDOW_BYTES = 16e9
 _LANES = (15360, 3840, 960, 240, 48, 12, 4, 2, 1)
-_CHUNKS, _BLOCKS, _DRAWS = 1, 2, 3  # what a hash is for, its second word
+_CHUNKS, _BLOCKS = 1, 2  # what a hash is for, its second word; shards/mixedorder.py has 3 and 4
 _SLICE = 1 << 16
 
 
@@ -76,7 +75,7 @@ def choose_shuffle(
     mean_bytes = max(1.0, mean_bytes)
     room = max(1, int(min(samples, window_bytes / mean_bytes)))
     if chunk is None:
-        chunk = _power_of_two(min(8e6 / mean_bytes, 512, samples / 384, room / (2 * 48)))
+        chunk = _power_of_two(min(8e6 / mean_bytes, 512, samples / 384, room / (2 * max(48, lanes or 0))))
     if lanes is None:
         lanes = next((n for n in _LANES if n * max(2 * chunk, block or 0) <= room), 1)
     if block is None:
@@ -116,6 +115,10 @@ class Order:
         seed: Any integer.
         shuffle: How the order is cut.
 
+    Attributes:
+        samples: Of an epoch.
+        chunk_sizes: int64 [shards], samples a chunk of each shard; the last chunk of a shard may be shorter.
+
     Raises:
         UserError: There is no sample, or a chunk size gives 2**32 chunks or more.
     """
@@ -127,6 +130,7 @@ class Order:
             raise UserError("the data set has no sample left to train on; look at its drop list and shards")
         self.seed = seed
         self.shuffle = shuffle
+        self.chunk_sizes = np.full(len(self.sizes), shuffle.chunk, dtype=np.int64)
         self._first_chunk = np.concatenate([[0], np.cumsum(-(-self.sizes // shuffle.chunk))])
         if self._first_chunk[-1] >= 1 << 32:
             raise UserError(f"chunk {shuffle.chunk} cuts the data set into {self._first_chunk[-1]} chunks; raise it")
@@ -160,14 +164,6 @@ class Order:
         """
         epoch, inside = np.divmod(np.asarray(positions, dtype=np.int64), self.samples)
         offset, lane = np.divmod(inside, self.shuffle.lanes)
-        return epoch, *self.locate_in_lane(epoch, lane, offset)
-
-    def lane_length(self, lane: np.ndarray) -> np.ndarray:
-        """Return how many samples an epoch of each lane has."""
-        return self._short + (lane < self._longer)
-
-    def locate_in_lane(self, epoch: np.ndarray, lane: np.ndarray, offset: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Find the samples at offsets of lanes; all int64 [n]. Returns shard and kept index, int64 [n]."""
         block, begin, size = self._block(lane, offset)
         start = lane * self._short + np.minimum(lane, self._longer)
         sequence = start + begin + self._permuted(epoch, lane, block, size, offset - begin)
@@ -175,7 +171,7 @@ class Order:
         for e in np.unique(epoch):
             here = epoch == e
             shard[here], index[here] = self._sample(self.plan(int(e)), sequence[here])
-        return shard, index
+        return epoch, shard, index
 
     def needed_until(self, positions: np.ndarray) -> np.ndarray:
         """Return how long the chunk of each sample is needed by the lane that the sample is in.
@@ -199,7 +195,7 @@ class Order:
             chunk = self.shuffle.chunk
             length = np.minimum(chunk, self.sizes[shard] - index // chunk * chunk)
             last[here] = sequence[here] - index % chunk + length - 1
-        last = np.minimum(last - start, self.lane_length(lane) - 1)
+        last = np.minimum(last - start, self._lane_length(lane) - 1)
         _, begin, size = self._block(lane, last)
         return epoch * self.samples + (begin + size - 1) * self.shuffle.lanes + lane
 
@@ -254,13 +250,16 @@ class Order:
         shard = self._shard(chunk)
         return shard, (chunk - self._first_chunk[shard]) * self.shuffle.chunk + inside
 
+    def _lane_length(self, lane: np.ndarray) -> np.ndarray:
+        return self._short + (lane < self._longer)
+
     def _block(self, lane: np.ndarray, offset: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return number, first offset and length of the block that holds each offset of its lane."""
         full = self.shuffle.block
         first = np.maximum(1, full * (lane + 1) // self.shuffle.lanes)
         block = np.where(offset < first, 0, 1 + (offset - first) // full)
         begin = np.where(block == 0, 0, first + (block - 1) * full)
-        return block, begin, np.minimum(np.where(block == 0, first, full), self.lane_length(lane) - begin)
+        return block, begin, np.minimum(np.where(block == 0, first, full), self._lane_length(lane) - begin)
 
     def _permuted(
         self, epoch: np.ndarray, lane: np.ndarray, block: np.ndarray, size: np.ndarray, slot: np.ndarray
@@ -296,97 +295,6 @@ class Order:
         keys[slots >= size[:, None].astype(np.uint64)] = np.iinfo(np.uint64).max
         keys.sort(axis=1)
         return keys.astype(np.uint32)
-
-
-class Mixture:
-    """The endless sequence of samples drawn from several orders by weight.
-
-    Row t of lane l is global position t * lanes + l. Each lane takes its rows in periods of ``period``: in
-    each period every source has a fixed quota of rows, in an order hashed from (seed, lane, period, row).
-    Lane l of the mixture reads lane l of each source in sequence, so each source has its own epochs, lane by
-    lane, and every counter follows from the position.
-
-    Args:
-        orders: One order a source, all with the same number of lanes.
-        weights: How often each source is drawn, positive, of any sum.
-        seed: Any integer.
-        period: Rows after which each lane has drawn the sources exactly by their quotas.
-
-    Raises:
-        UserError: The lanes differ, a source has fewer samples than lanes, or a weight is not positive or so
-            small that its source would never be drawn.
-    """
-
-    def __init__(self, orders: Sequence[Order], weights: Sequence[float], seed: int, period: int = 64):
-        self.orders, self.seed, self.period = list(orders), seed, period
-        self.lanes = orders[0].shuffle.lanes
-        if len({o.shuffle.lanes for o in orders}) > 1:
-            raise UserError(
-                f"the sources of the mixture have {[o.shuffle.lanes for o in orders]} lanes; set one number for all"
-            )
-        for s, order in enumerate(orders):
-            if order.samples < self.lanes:
-                raise UserError(
-                    f"source {s} of the mixture has {order.samples} samples for {self.lanes} lanes; "
-                    f"set lanes to {order.samples} or fewer"
-                )
-        self.quotas = quotas(weights, period)
-        if len(self.quotas) != len(orders):
-            raise UserError(f"the mixture has {len(orders)} sources and {len(self.quotas)} weights; give one each")
-
-    def identity(self, data: Sequence[str]) -> dict:
-        """Return what a resumed run must agree on; ``data`` holds the digest of each source."""
-        sources = [order.identity(digest) for order, digest in zip(self.orders, data, strict=True)]
-        return {
-            "order_version": ORDER_VERSION,
-            "seed": self.seed,
-            "quotas": self.quotas.tolist(),
-            "sources": sources,
-        }
-
-    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Find the samples at global positions, int64 [n].
-
-        Returns:
-            source, the source's epoch, shard and kept index within the shard, each int64 [n].
-        """
-        row, lane = np.divmod(np.asarray(positions, dtype=np.int64), self.lanes)
-        number, inside = np.divmod(row, self.period)
-        source, counter = self._draw(lane, number, inside)
-        epoch, shard, index = (np.empty_like(row) for _ in range(3))
-        for s, order in enumerate(self.orders):
-            mine = source == s
-            epoch[mine], offset = np.divmod(counter[mine], order.lane_length(lane[mine]))
-            shard[mine], index[mine] = order.locate_in_lane(epoch[mine], lane[mine], offset)
-        return source, epoch, shard, index
-
-    def _draw(self, lane: np.ndarray, number: np.ndarray, inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the source at a row of each lane's period, and how often the lane drew it before."""
-        _, first, group = np.unique(number * self.lanes + lane, return_index=True, return_inverse=True)
-        slots = np.arange(self.period, dtype=np.uint64)
-        prefix = hash_int(self.seed, _DRAWS)
-        keys = sort_keys(hash_array(prefix, lane[first, None], number[first, None], slots), slots)
-        keys.sort(axis=1)
-        sources = np.repeat(np.arange(len(self.quotas)), self.quotas)[keys.astype(np.uint32)]
-        before = np.empty_like(sources)
-        for s in range(len(self.quotas)):
-            drawn = sources == s
-            before[drawn] = (np.cumsum(drawn, axis=1) - 1)[drawn]
-        source = sources[group, inside]
-        return source, number * self.quotas[source] + before[group, inside]
-
-
-def quotas(weights: Sequence[float], period: int) -> np.ndarray:
-    """Split a period among weights by largest remainder (of equal ones, the first), int64 [weights]."""
-    share = np.asarray(weights, dtype=np.float64)
-    if not (np.isfinite(share).all() and (share > 0).all()):
-        raise UserError(f"the mixture's weights are {list(weights)}; give positive numbers")
-    share = share / share.sum() * period
-    whole = np.floor(share).astype(np.int64)
-    whole[np.argsort(whole - share, kind="stable")[: period - whole.sum()]] += 1
-    if (whole == 0).any():
-        raise UserError(f"weights {list(weights)} give quotas {whole.tolist()} of {period} rows; raise the period")
-    return whole
 
 
 def rank_positions(position: int, global_batch: int, rank: int, world_size: int) -> np.ndarray:

@@ -8,22 +8,36 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
 from shards.dataset import Dataset, Sample, read_exclude, write_exclude
 from shards.errors import PatchmillError, UserError
+from shards.mixture import Mixture
+from shards.store import absolute
+
+Place = tuple[int, int, int]
+"""Number of the data set in a mixture, shard in that, raw index in the shard: dropped samples count."""
+
+_FIELDS = {"position", "key", "data", "source", "shard", "index", "offset", "reason"}  # that are needed
 
 
 class Quarantine:
     """Notes each sample once, however often, by whatever rank and after whatever restart it is met.
 
     Args:
-        path: The file; it need not exist.
+        path: The file, which need not exist; None to note in memory only.
         dataset: Whose samples are noted.
+
+    Attributes:
+        met: Samples that this process noted or tried to.
     """
 
-    def __init__(self, path: str | os.PathLike, dataset: Dataset):
-        self._path, self._dataset = Path(path), dataset
-        self._known: set[tuple[int, int]] = set()
-        self._read = 0  # bytes of the file that ``_known`` is from
+    def __init__(self, path: str | os.PathLike | None, dataset: Dataset | Mixture):
+        self._path, self._datasets = path and Path(path), dataset.datasets
+        self._first_shards = np.cumsum([0, *(len(each.shard_sizes) for each in self._datasets)])
+        self.met: set[Place] = set()
+        self._listed: set[Place] = set()
+        self._read = 0  # bytes of the file that ``_listed`` is from
 
     def add(self, sample: Sample, position: int, reason: str) -> None:
         """Note a sample, and the global position at which it was to come.
@@ -31,15 +45,20 @@ class Quarantine:
         Raises:
             PatchmillError: The file cannot be written.
         """
-        place = sample.shard, sample.index
-        if place in self._known:
+        source = int(np.searchsorted(self._first_shards, sample.shard, side="right")) - 1
+        shard = sample.shard - int(self._first_shards[source])
+        place = source, shard, sample.index
+        self.met.add(place)
+        if self._path is None or place in self._listed:
             return
         entry = {
             "position": position,
             "key": sample.key,
-            "shard": sample.shard,
-            "tar": self._dataset.paths[sample.shard],
-            "index": sample.index,  # raw: dropped samples count
+            "data": absolute(self._datasets[source].url),
+            "source": source,
+            "shard": shard,
+            "tar": self._datasets[source].paths[shard],
+            "index": sample.index,
             "offset": sample.offset,
             "reason": reason,
         }
@@ -50,22 +69,23 @@ class Quarantine:
                 f"cannot write {self._path}: {error.strerror}; make room or mend the disk, then run again"
             ) from error
 
-    def _append(self, place: tuple[int, int], line: bytes) -> None:
+    def _append(self, place: Place, line: bytes) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with open(self._path, "a+b") as file, _locked(file):
             file.seek(self._read)
             lines = file.read()
             half = lines.rpartition(b"\n")[2]  # of a process that was killed
             self._read += len(lines) - len(half)
-            self._known |= {(each["shard"], each["index"]) for each in _entries(lines)}
-            if place not in self._known:
+            self._listed |= {place_of(entry) for entry in _entries(lines) if entry.keys() >= _FIELDS}
+            if place not in self._listed:
                 file.write(b"\n" * bool(half) + line + b"\n")
-                self._known.add(place)
+                self._listed.add(place)
 
     def commit(self) -> None:
         """Make durable what is noted."""
-        with suppress(FileNotFoundError), open(self._path, "rb+") as file:
-            os.fsync(file.fileno())
+        if self._path:
+            with suppress(FileNotFoundError), open(self._path, "rb+") as file:
+                os.fsync(file.fileno())
 
 
 @contextmanager
@@ -87,9 +107,14 @@ def read_quarantine(path: str | os.PathLike) -> list[dict]:
     except FileNotFoundError:
         return []
     for entry in entries:
-        if missing := {"position", "key", "shard", "index", "offset", "reason"} - entry.keys():
-            raise UserError(f"{path} has an entry without {min(missing)}: {entry}; it is of an older Patchmill")
+        if missing := _FIELDS - entry.keys():
+            raise UserError(f"{path} has an entry without {min(missing)}: {entry}; it is no quarantine list of a run")
     return entries
+
+
+def place_of(entry: dict) -> Place:
+    """Return the place of an entry's sample."""
+    return entry["source"], entry["shard"], entry["index"]
 
 
 def _entries(lines: bytes) -> Iterator[dict]:
@@ -106,7 +131,7 @@ def drop_quarantined(
 
     Args:
         url: The data set.
-        files: Quarantine files of runs on it.
+        files: Quarantine files of runs on it, or on mixtures with it.
         version: Name of the new drop list.
         exclude: Older drop list, which the new one takes in.
 
@@ -118,14 +143,11 @@ def drop_quarantined(
     """
     dataset = Dataset.open(url)
     old = read_exclude(url, exclude)
-    known = {(shard, index) for shard, index, _ in old}
+    dropped = {(shard, index) for shard, index, _ in old}
     new: dict[tuple[int, int], str] = {}
     for file in files:
-        entries = read_quarantine(file)
-        if not entries:
-            raise UserError(f"{file} names no sample; give the quarantine.jsonl of a run that met broken images")
-        for entry in entries:
-            shard, index = place = entry["shard"], entry["index"]
+        for entry in _of_dataset(file, url):
+            shard, index = entry["shard"], entry["index"]
             there = 0 <= shard < len(dataset.raw_sizes) and 0 <= index < dataset.raw_sizes[shard]
             rows = dataset.rows(shard) if there else None
             if rows is None or (rows.keys[index].as_py(), rows.offset[index]) != (entry["key"], entry["offset"]):
@@ -133,7 +155,18 @@ def drop_quarantined(
                     f"{file} is of another data set than {url}, where sample {index} of shard {shard} is not "
                     f"{entry['key']} at byte {entry['offset']}; give the data set of the run"
                 )
-            if place not in known:
-                new.setdefault(place, entry["reason"])
+            if (shard, index) not in dropped:
+                new.setdefault((shard, index), entry["reason"])
     write_exclude(url, version, [*old, *((*place, reason) for place, reason in new.items())])
     return len(new), len(old)
+
+
+def _of_dataset(file: str | Path, url: str | Path) -> list[dict]:
+    """Return the entries of a data set, which may have moved unless the run had several."""
+    entries = read_quarantine(file)
+    sources = sorted({entry["data"] for entry in entries})
+    mine = entries if len(sources) == 1 else [entry for entry in entries if entry["data"] == absolute(url)]
+    if not mine:
+        named = f"samples of {' and '.join(sources)} only" if sources else "no sample"
+        raise UserError(f"{file} names {named}; give the quarantine.jsonl of a run that met broken images of {url}")
+    return mine

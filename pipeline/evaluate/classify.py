@@ -11,7 +11,7 @@ from pipeline.images import to_model_input
 from shards.augment import Resize
 from shards.dataset import Dataset
 from shards.errors import UserError
-from shards.evaluation import evaluation_batches
+from shards.evaluation import EvaluationLoader
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def classify(
     """
     device = distributed.device()
     sums = torch.zeros(4, dtype=torch.float64)
-    for part in evaluation_batches(
+    for part in EvaluationLoader(
         dataset, batch, transform=Resize(resolution), rank=distributed.rank(), world_size=distributed.world_size(),
         threads=threads,
     ):  # fmt: skip

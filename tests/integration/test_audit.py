@@ -67,7 +67,10 @@ def test_killed_rolled_back_and_on_other_ranks_each_position_came_once(tmp_path)
     assert (code, found["counts"], found["misfits"]) == (0, {}, [])
     samples = len(Dataset.open(train))
     assert found["positions"] == losses(run)[-1][0]
-    assert (found["samples"], found["epochs"], found["ranks"]) == (samples, found["positions"] // samples, [2, 3])
+    assert [(each["samples"], each["epochs"]) for each in found["sources"]] == [
+        (samples, found["positions"] // samples)
+    ]
+    assert found["ranks"] == [2, 3]
     assert found["replaced"] == len(BROKEN)
     assert sorted((each["shard"], each["index"]) for each in read_quarantine(run / "quarantine.jsonl")) == BROKEN
 

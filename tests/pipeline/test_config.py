@@ -52,6 +52,43 @@ def test_a_wrong_value_names_key_and_value():
         check(TrainSettings, {**MINIMAL, "model": {}}, "here.toml")
 
 
+MIXED = [{"url": "a", "weight": 3}, {"url": "b", "weight": 1, "exclude": "v1"}]
+
+
+def test_training_data_is_one_set_or_several_with_weights():
+    assert [source.url for source in settings().data.sources] == ["somewhere"]
+    assert [source.exclude for source in settings(data={"exclude": "v2"}).data.sources] == ["v2"]
+    mixed = settings(data={"train": MIXED})
+    assert [(s.url, s.weight, s.exclude) for s in mixed.data.sources] == [("a", 3, None), ("b", 1, "v1")]
+    text = ["data.train=[{url='a', weight=3}, {url='b', weight=1, exclude='v1'}]"]
+    assert check(TrainSettings, override(MINIMAL, text), "here.toml") == mixed
+    assert (
+        check(TrainSettings, override(merge(MINIMAL, {"data": {"train": MIXED}}), ["data.train=c"]), "x").data.train
+        == "c"
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"train": []}, r"data\.train = \[\] .*give the URL of a data set, or \[\[data\.train\]\] tables"),
+        ({"train": ["a", "b"]}, r"data\.train = \['a', 'b'\] .*tables with the url and weight of each"),
+        ({"train": {"url": "a"}}, r"data\.train in .*tables with the url"),
+        ({"train": [*MIXED, {"url": "c"}]}, r"data\.train\.2\.weight is missing"),
+        (
+            {"train": [{"url": "c", "weihgt": 2}]},
+            r"unknown setting data\.train\.0\.weihgt .*did you mean 'weight'.*: url, ",
+        ),
+        ({"train": [{"url": "c", "weight": 0}]}, r"data\.train\.0\.weight = 0 "),
+        ({"train": MIXED, "exclude": "v1"}, "train lists several; set exclude in their tables"),
+    ],
+)
+def test_a_mixture_that_makes_no_sense_is_refused(data, words):
+    with pytest.raises(UserError, match=words) as raised:
+        settings(data=data)
+    assert "\n" not in str(raised.value)
+
+
 def test_scaled_decoding_is_for_crops():
     assert settings(data={"augment": "light1", "scaled_decoding": True}).data.scaled_decoding
     with pytest.raises(UserError, match="scaled_decoding is for crops, and augment 'resize' takes the whole image"):
@@ -82,8 +119,9 @@ def test_a_batch_that_the_ranks_do_not_divide_names_those_that_fit():
 
 def test_settings_survive_their_own_toml():
     first = settings(optim={"lr": 1e-05, "clip": 1.0}, data={"train": 'a "quoted" pfad/ü'})
-    table = tomllib.loads(dump_toml(first.model_dump(mode="json")))
-    assert check(TrainSettings, table, "dumped") == first
+    for each in (first, settings(data={"train": [{**MIXED[1], "url": 'a "b" = {c}'}, MIXED[0]]})):
+        table = tomllib.loads(dump_toml(each.model_dump(mode="json")))
+        assert check(TrainSettings, table, "dumped") == each
 
 
 def test_broken_toml_and_missing_files_are_one_line(tmp_path):

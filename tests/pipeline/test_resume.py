@@ -20,7 +20,7 @@ LOADED = SimpleNamespace(path=SimpleNamespace(name="samples-1"), state={"setting
     "over",
     [{"seed": 1}, {"kind": "finetune"}, {"loss": "sigmoid"}, {"model": {"depth": 3}}, {"optim": {"name": "sgd"}},
      {"data": {"resolution": 32}}, {"data": {"augment": "resize"}}, {"data": {"augment": "light1"}},
-     {"data": {"scaled_decoding": True}},
+     {"data": {"scaled_decoding": True}}, {"data": {"exclude": "v1"}},
      {"label_smoothing": 0.1}],
 )  # fmt: skip
 def test_what_would_make_it_another_run_is_refused(over):

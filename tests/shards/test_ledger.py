@@ -12,12 +12,13 @@ from typer.testing import CliRunner
 
 from launch.cli import app
 from shards import ledger, manifest
-from shards.audit import audit, audit_span
+from shards.audit import Source, audit, audit_span
 from shards.augment import Resize
 from shards.dataset import Dataset, write_exclude
 from shards.errors import PatchmillError, UserError
 from shards.ledger import Frame, RankFile, new_segment, rank_path, read_frame
 from shards.loader import Loader
+from shards.mixture import Mixture
 from shards.quarantine import read_quarantine
 from tests.shards.datasets import Made, plain, write_dataset
 
@@ -41,6 +42,16 @@ def whole(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """A small data set with some of the classes of the others."""
+    folder = tmp_path_factory.mktemp("few")
+    made = [[Made(f"few{i:02d}", plain((i, 0, 7 * i)), (i,)) for i in range(a, b)] for a, b in ((0, 5), (5, 12))]
+    write_dataset(folder, [f"class{n}" for n in range(12)], made)
+    write_exclude(folder, "v1", [(1, 3, "test")])
+    return folder
+
+
+@pytest.fixture(scope="module")
 def broken(tmp_path_factory):
     """Three images are broken: two neighbours, and the first of a shard."""
     folder = build(tmp_path_factory.mktemp("broken"))
@@ -58,17 +69,22 @@ BROKEN = [(1, 0), (3, 4), (3, 5)]
 class Stage:
     """A training stage that does not train: starts, checkpoints and kills as the training loop has them."""
 
-    def __init__(self, folder: Path, data: Path, exclude: str | None = "v1", **options):
-        self.folder, self.data, self.exclude, self.options = folder, data, exclude, options
+    def __init__(self, folder: Path, *data: Path):
+        self.folder, self.data = folder, data
         self.came: dict[int, int] = {}  # the sample of each position in the lineage, by its label
+
+    def open(self) -> Dataset | Mixture:
+        """Open the data set; of several, the first is drawn twice as often as each other."""
+        opened = [Dataset.open(each, "v1") for each in self.data]
+        return Mixture([(each, 2 - (i > 0)) for i, each in enumerate(opened)]) if len(opened) > 1 else opened[0]
 
     def start(self, ranks: int, steps: int, saves: set[int] = frozenset(), back: int = 0, batch: int = BATCH):
         """Run some steps from the newest checkpoint or one ``back`` before; save after those in ``saves``."""
         segment = new_segment(self.folder / "ledger")
         self.loaders = [
             Loader(
-                Dataset.open(self.data, self.exclude), global_batch=batch, transform=Resize(4), seed=3, rank=rank,
-                world_size=ranks, threads=1, ledger=segment, quarantine=self.folder / "quarantine.jsonl", **self.options
+                self.open(), global_batch=batch, transform=Resize(4), seed=3, rank=rank,
+                world_size=ranks, threads=1, ledger=segment, quarantine=self.folder / "quarantine.jsonl",
             )
             for rank in range(ranks)
         ]  # fmt: skip
@@ -149,7 +165,7 @@ def test_the_ledger_holds_what_came(whole, tmp_path, monkeypatch, rows):
     assert sorted(stage.came) == list(range(30 * BATCH))
     found = audit(tmp_path)
     assert (found.counts, found.misfits, found.ranks) == ({}, [], [2])
-    assert (found.positions, found.epochs, found.samples) == (180, 3, SAMPLES)
+    assert (found.positions, found.sources) == (180, [Source(str(whole), SAMPLES, 3)])
     assert (found.stand_ins, found.replaced) == (0, 0)
 
 
@@ -163,17 +179,17 @@ starts = st.lists(
         st.sampled_from([6, 12, 18]),  # global batch
     ),
     min_size=1,
-    max_size=5,
+    max_size=4,
 )
 
 
-@settings(max_examples=20)
-@given(starts=starts, rows=st.sampled_from([1, 7, 1 << 16]), bad=st.booleans())
+@settings(max_examples=15)
+@given(starts=starts, rows=st.sampled_from([1, 7, 1 << 16]), kind=st.sampled_from(["whole", "broken", "mixed"]))
 def test_whatever_is_killed_and_rolled_back_the_audit_follows_the_weights(
-    whole, broken, tmp_path_factory, starts, rows, bad
+    whole, broken, few, tmp_path_factory, starts, rows, kind
 ):
     folder = tmp_path_factory.mktemp("run")
-    stage = Stage(folder, broken if bad else whole)
+    stage = Stage(folder, *{"whole": [whole], "broken": [broken], "mixed": [broken, few]}[kind])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ledger, "FRAME_ROWS", rows)
         for ranks, steps, saves, back, torn, batch in starts:
@@ -181,17 +197,23 @@ def test_whatever_is_killed_and_rolled_back_the_audit_follows_the_weights(
             stage.kill(torn)
         stage.start(2, steps=10, back=starts[0][3])
         stage.end()
-    found = audit(folder)
+        patch.setattr("shards.audit._LEAST_SPAN", 1)
+        patch.setattr("shards.audit.FRAME_ROWS", rows)
+        found = audit(folder)
     assert found.misfits == []
     assert found.positions == len(stage.came)
-    epochs = [sorted(n for p, n in stage.came.items() if p // SAMPLES == e) for e in range(found.epochs)]
-    kept = [s * A_SHARD + i for s in range(SHARDS) for i in range(A_SHARD) if (s, i) not in DROPPED]
-    if bad:
-        gone = {s * A_SHARD + i for s, i in BROKEN}
-        assert all(set(epoch) == set(kept) - gone for epoch in epochs)
-        assert found.stand_ins >= len(BROKEN) * found.epochs
+    if kind == "mixed":
+        assert [source.samples for source in found.sources] == [SAMPLES, 11]
+        assert sum(source.epochs * source.samples for source in found.sources) <= found.positions
     else:
-        assert all(epoch == kept for epoch in epochs)
+        (source,) = found.sources
+        assert (source.samples, source.epochs) == (SAMPLES, found.positions // SAMPLES)
+        epochs = [sorted(n for p, n in stage.came.items() if p // SAMPLES == e) for e in range(source.epochs)]
+        kept = [s * A_SHARD + i for s in range(SHARDS) for i in range(A_SHARD) if (s, i) not in DROPPED]
+        gone = {s * A_SHARD + i for s, i in BROKEN} if kind == "broken" else set()
+        assert all(set(epoch) == set(kept) - gone for epoch in epochs)
+        assert all(epoch == kept for epoch in epochs if not gone)
+        assert found.stand_ins >= len(gone) * source.epochs
     shutil.rmtree(folder)
 
 
@@ -463,12 +485,14 @@ def audit_command(*arguments) -> tuple[int, str]:
 def test_the_command_says_it_in_words_and_in_json(fine, mended):
     code, said = audit_command(mended)
     assert code == 0
-    assert f"samples-000000000162: 3 whole epochs of {SAMPLES} samples and 12 more, from 2 starts on 2, 3 ranks" in said
+    assert "162 positions to " in said
+    assert f"samples-000000000162, from 2 starts on 2, 3 ranks\n3 whole epochs of {SAMPLES} samples: " in said
     assert "11 stand-ins for 3 samples on the quarantine list\nit fits:" in said
     code, said = audit_command(fine / "checkpoints" / "samples-000000000084", "--json")
     said = json.loads(said)
     assert code == 0
-    assert [said[name] for name in ("positions", "epochs", "ranks", "counts")] == [84, 1, [2], {}]
+    assert [said[name] for name in ("positions", "ranks", "counts")] == [84, [2], {}]
+    assert [(source["samples"], source["epochs"]) for source in said["sources"]] == [(SAMPLES, 1)]
 
     rewrite(rank_path(fine / "ledger" / "000000", 0), lambda f: [f._replace(shard=f.shard[5:], index=f.index[5:])])
     code, said = audit_command(fine)
@@ -518,3 +542,55 @@ def test_large_data_are_audited_by_spans_on_several_processes(fine, monkeypatch)
     data = path.read_bytes()
     path.write_bytes(data[:-3] + bytes(3))  # a frame of two spans
     assert audit(fine).counts == {"record": 1, "gap": 42, "missing": 42}
+
+
+@pytest.fixture(scope="module")
+def mixed(broken, few, tmp_path_factory):
+    """A stage on a mixture of 53 and 11 samples, 2 to 1, with broken images in the larger source; to be copied."""
+    stage = Stage(tmp_path_factory.mktemp("mixed"), broken, few)
+    stage.start(2, steps=20)
+    stage.save()
+    stage.kill()
+    stage.start(1, steps=15)
+    stage.end()
+    return stage.folder
+
+
+@pytest.mark.parametrize("span", [1, 1 << 22])
+def test_each_source_of_a_mixture_has_epochs_of_its_own(mixed, broken, few, tmp_path, monkeypatch, span):
+    """Also where its epochs go over the edges of what is audited together."""
+    monkeypatch.setattr("shards.audit._LEAST_SPAN", span)
+    monkeypatch.setattr("shards.audit.FRAME_ROWS", span)
+    folder = Path(shutil.copytree(mixed, tmp_path / "mixed"))
+    found = audit(folder)
+    assert (found.counts, found.positions, found.replaced) == ({}, 210, len(BROKEN))
+    assert [(source.url, source.samples) for source in found.sources] == [(str(broken), SAMPLES), (str(few), 11)]
+    source, own = Stage(folder, broken, few).open().order(3).draw(np.arange(210))
+    lacking = [min(set(range(211)) - set(own[source == s])) for s in (0, 1)]
+    assert [source.epochs for source in found.sources] == [lacking[0] // SAMPLES, lacking[1] // 11]
+    assert found.sources[1].epochs > 1
+    assert audit(folder, workers=2).counts == {}
+
+    path = rank_path(folder / "ledger" / "000000", 1)
+    frame = frames(path)[0]
+    first, later = np.flatnonzero(frame.shard >= SHARDS)[:2]
+
+    def change(f):
+        f.shard[first], f.index[first] = f.shard[later], f.index[later]
+        return [f]
+
+    rewrite(path, change)
+    named = misfits(folder)
+    gone = f"sample {frame.index[first]} of {few}/shards/{frame.shard[first] - SHARDS:06d}.tar"
+    came = f"sample {frame.index[later]} of {few}/shards/{frame.shard[later] - SHARDS:06d}.tar"
+    assert named["wrong"] == [f"position {2 * first + 1}: {came} came, {gone} was due"]
+    assert named["missing"] == [f"epoch 0: {gone} did not come"]
+    assert [reason.split(" again")[0] for reason in named["repeated"]] == [f"epoch 0: {came} came"]
+
+
+def test_a_mixture_that_moved_is_named_whole(mixed, broken, few, tmp_path):
+    moved = shutil.copytree(few, tmp_path / "moved")
+    code, said = audit_command(mixed, "--data", moved)
+    assert (code, said.startswith("--data is given 1 times, the run read 2: ")) == (2, True)
+    assert audit_command(mixed, "--data", broken, "--data", moved)[0] == 0
+    assert audit_command(mixed, "--data", moved, "--data", broken)[0] == 2

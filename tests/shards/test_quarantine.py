@@ -13,7 +13,8 @@ from shards.augment import Resize
 from shards.dataset import Dataset, read_exclude, write_exclude
 from shards.errors import PatchmillError
 from shards.loader import Loader
-from shards.quarantine import read_quarantine
+from shards.mixture import Mixture
+from shards.quarantine import place_of, read_quarantine
 from tests.shards.datasets import Made, plain, write_dataset
 
 BROKEN = [(0, 5), (2, 1), (2, 2)]
@@ -118,6 +119,32 @@ def test_a_drop_list_is_made_of_what_runs_could_not_decode(data, tmp_path):
     assert json.loads(said) == {"exclude": "v3", "new": 3, "dropped": 3}
 
 
+def test_a_mixture_lists_each_sample_by_its_own_data_set(data, tmp_path):
+    whole = write_dataset(tmp_path / "whole", list("01234567"), [[Made(f"w{i}", plain((i, 0, 0))) for i in range(6)]])
+    file = tmp_path / "quarantine.jsonl"
+    mixed = Mixture([(Dataset.open(whole), 1), (Dataset.open(data), 1), (Dataset.open(whole), 1)])
+    for _ in islice(Loader(mixed, global_batch=8, transform=Resize(4), quarantine=file), 30):
+        pass
+    entries = read_quarantine(file)
+    assert sorted(place_of(entry) for entry in entries) == [(1, *place) for place in BROKEN]
+    assert {(entry["data"], entry["tar"].startswith("shards/")) for entry in entries} == {(str(data), True)}
+    other = entries[0] | {
+        "data": str(whole),
+        "source": 0,
+        "shard": 0,
+        "index": 3,
+        "key": "w3",
+        "offset": 3 * 1024 + 512,
+    }
+    with open(file, "a") as lines:
+        lines.write(json.dumps(other) + "\n")
+    assert command("drop", data, file, "--version", "v2")[1] == "drop list v2 leaves out 3 samples, 3 of them new\n"
+    assert command("drop", whole, file, "--version", "v2")[1] == "drop list v2 leaves out 1 sample, 1 of them new\n"
+    assert read_exclude(whole, "v2") == [(0, 3, other["reason"])]
+    third = write_dataset(tmp_path / "third", ["0"], [[Made("t", plain((0, 0, 0)))]])
+    assert f"names samples of {data} and {whole} only; give" in command("drop", third, file)[1]
+
+
 def test_mistakes_are_told(data, tmp_path):
     file = tmp_path / "quarantine.jsonl"
     code, said = command("drop", data, file)
@@ -130,5 +157,5 @@ def test_mistakes_are_told(data, tmp_path):
         code, said = command("drop", data, file)
         assert (code, "is of another data set than" in said) == (2, True)
     file.write_text(json.dumps({"shard": 0, "index": 1}) + "\n")
-    assert "has an entry without key" in command("drop", data, file)[1]
+    assert "has an entry without data" in command("drop", data, file)[1]
     assert Dataset.open(data).exclude_versions() == ["v1"]
