@@ -6,7 +6,6 @@ Where it stands is one integer, the samples consumed; schedules, saves and evalu
 
 import json
 import math
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +19,14 @@ from pipeline.evaluate.classify import classify
 from pipeline.images import training_input, training_set, training_transform
 from pipeline.models import create_model
 from pipeline.objectives.supervised import supervised_loss
+from pipeline.prefetch import pinned_array, prefetched
 from pipeline.resume import check_resume
 from pipeline.schedule import Schedule
 from pipeline.telemetry import Telemetry
 from pipeline.weights import Weights, first_values, resolve_model
+from pipeline.window import Window
 from shards.atomic import write_text
+from shards.batch import Batch
 from shards.dataset import Dataset
 from shards.errors import PatchmillError, StoppedOnRequestError, UserError
 from shards.hashing import hash_int
@@ -70,7 +72,7 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
         train_set, global_batch=settings.global_batch, rank=rank, world_size=world_size, seed=settings.seed,
         transform=training_transform(settings.data),
         threads=settings.data.threads, window_bytes=settings.data.window_bytes, stop=schedule.total,
-        quarantine=out / "quarantine.jsonl",
+        quarantine=out / "quarantine.jsonl", allocate=pinned_array,
         ledger=distributed.everyone(new_segment(out / "ledger") if rank == 0 else None)[0],
     )  # fmt: skip
 
@@ -87,6 +89,9 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
     def loss_fn(model: Any, batch: MicroBatch) -> Tensor:
         torch.manual_seed(batch.seed)  # dropout
         return objective(model, (batch.images, batch.labels))
+
+    def prepare(batch: Batch) -> tuple[Tensor, Tensor]:
+        return training_input(batch, settings, len(train_set), len(train_set.classes), distributed.device())
 
     # ---- start
     state: dict[str, Any] = {"steps": 0, "best": None, "val": None}
@@ -111,7 +116,7 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
     }  # fmt: skip
 
     def save(best: bool) -> Path:
-        noted = {**notes, **state, "loader": loader.state_dict()}
+        noted = {**notes, **state, "loader": {**loader.state_dict(), "samples": samples}}
         path = checkpoint.save(out / "checkpoints", samples, engine.pieces(), shapes, noted, best)
         if rank == 0:
             checkpoint.prune(out / "checkpoints", settings.checkpoint.keep)
@@ -132,15 +137,11 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
 
     # ---- the loop
     micro_batch = settings.micro_batch or settings.global_batch // world_size
-    window_loss, window_steps, window_wait, window_start = 0.0, 0, 0.0, time.monotonic()
-    trained, trained_seconds, path = 0, 0.0, loaded.path if loaded else None
-    batches = iter(loader)
+    path = loaded.path if loaded else None
+    batches = prefetched(iter(loader), prepare, distributed.device())
+    window = Window(settings, loader)
     while samples < schedule.total:
-        waited = time.monotonic()
-        batch = next(batches)
-        window_wait += time.monotonic() - waited
-
-        images, labels = training_input(batch, settings, len(train_set), len(train_set.classes), distributed.device())
+        images, labels = window.next(batches)
         micro_batches = [
             MicroBatch(
                 images[i : i + micro_batch], labels[i : i + micro_batch], hash_int(settings.seed, samples, rank, i)
@@ -150,7 +151,7 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
         samples, state["steps"] = samples + settings.global_batch, state["steps"] + 1
         lr = schedule.rate(samples)
         step = engine.step(micro_batches, loss_fn, lr)
-        window_loss, window_steps, trained = window_loss + step.loss, window_steps + 1, trained + settings.global_batch
+        window.add(step.loss)
 
         saving = schedule.due("save", samples)
         evaluating = val_set is not None and schedule.due("evaluate", samples)
@@ -158,22 +159,16 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
             continue  # nothing below touches the hot path
 
         # A save or an evaluation ends the logging window too, so a resumed run logs the same lines.
-        loss_sum, wait, replaced, stopping = distributed.sum_over_ranks(
-            [float(window_loss), window_wait, loader.replaced, float(stop.asked())]
-        )
-        seconds = time.monotonic() - window_start
+        measured, stopping = window.measure(stop.asked())
         values = {
-            "step": state["steps"], "epoch": samples / len(train_set),
-            "loss": loss_sum / window_steps / world_size, "lr": lr, "grad_norm": float(step.grad_norm),
-            "images_per_second": window_steps * settings.global_batch / seconds,
-            "data_wait": wait / world_size / seconds, "replaced": int(replaced),
+            "step": state["steps"], "epoch": samples / len(train_set), "lr": lr,
+            "grad_norm": float(step.grad_norm), **measured,
         }  # fmt: skip
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             raise PatchmillError(
                 f"the loss is {values['loss']} and the gradient norm {values['grad_norm']} at {samples} samples; lower "
                 f"optim.lr or set optim.clip, then run again: it goes on from {path or 'the start'}"
             )
-        trained_seconds += seconds
         if telemetry:
             telemetry.log(samples, values)
         best = evaluating and evaluate()
@@ -186,12 +181,12 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
                 telemetry.close()
                 write_text(out / "stopped.json", json.dumps({"samples": samples, "checkpoint": str(path)}))
             raise StoppedOnRequestError(f"stopped on request at {samples} samples, saved in {path}; run again to go on")
-        window_loss, window_steps, window_wait, window_start = 0.0, 0, 0.0, time.monotonic()
+        window.open()
 
     batches.close()
     if telemetry:
         telemetry.close()
     return {
         "samples": samples, "steps": state["steps"], "val": state["val"], "best": state["best"],
-        "checkpoint": str(path), "images_per_second": trained / trained_seconds if trained else None,
+        "checkpoint": str(path), "images_per_second": window.images / window.seconds if window.images else None,
     }  # fmt: skip

@@ -10,13 +10,14 @@ from time import perf_counter
 import numpy as np
 
 from shards.augment import RESIZER, Transform
-from shards.batch import Batch, Broken, Work
+from shards.batch import Batch, Broken, Work, host_array
 from shards.chunks import ChunkReader
 from shards.dataset import Dataset, Sample
 from shards.decode import DECODER, DecodeError
 from shards.errors import PatchmillError
 from shards.identity import check_identity
 from shards.ledger import Ledger
+from shards.meter import Counts, Meter
 from shards.mixture import Mixture
 from shards.order import DEFAULT_WINDOW_BYTES, STAND_INS, check_batch, rank_positions
 from shards.quarantine import Quarantine
@@ -48,6 +49,7 @@ class Loader:
         quarantine: File that gets a JSON line for each sample that could not be decoded; ranks and restarts share it.
         ledger: Folder that gets a record of every sample delivered, for ``shards/audit.py``: from
             ``shards.ledger.new_segment``, a new one each start, the same on all ranks.
+        allocate: Makes the uint8 array of a batch from its shape, uninitialised; for pinned memory.
 
     Attributes:
         order: The order it follows.
@@ -77,6 +79,7 @@ class Loader:
         stop: int | None = None,
         quarantine: str | os.PathLike | None = None,
         ledger: str | os.PathLike | None = None,
+        allocate: Callable[[tuple[int, ...]], np.ndarray] = host_array,
     ):
         self.dataset, self.transform, self.seed = dataset, transform, seed
         self.rank, self.world_size, self.threads, self.prefetch = rank, world_size, threads, prefetch
@@ -88,6 +91,11 @@ class Loader:
         self.data_seconds = 0.0
         self._quarantine = Quarantine(quarantine, dataset)
         self._ledger = Ledger(ledger, dataset, self.order, rank, world_size) if ledger else None
+        self._meter, self._allocate = Meter(), allocate
+
+    def counts(self) -> Counts:
+        """Return what was counted since the loader was made; what was decoded ahead counts already."""
+        return self._meter.counts(replaced=self.replaced, quarantined=len(self._quarantine.met))
 
     @property
     def global_batch(self) -> int:
@@ -152,7 +160,9 @@ class Loader:
 
     def _begin(self, pool: ThreadPoolExecutor, read: Callable[[int, int], Sample], position: int) -> Work:
         positions = rank_positions(position, self.global_batch, self.rank, self.world_size)
-        return Work(pool, read, self.transform, self.seed, positions, *self.order.locate(positions))
+        return Work(
+            pool, self._meter, self._allocate, read, self.transform, self.seed, positions, *self.order.locate(positions)
+        )
 
     def _replace(self, work: Work, broken: Broken) -> None:
         """Put the first stand-in that decodes into the row of a broken sample, under the row's own key."""

@@ -1,6 +1,7 @@
 import json
 import threading
 from itertools import islice
+from time import perf_counter
 
 import numpy as np
 import pytest
@@ -309,6 +310,25 @@ def test_threads_end_with_the_iterator(dataset):
     for _ in EvaluationLoader(dataset, 4, transform=CROP):
         break
     assert not decoding_threads()
+
+
+def test_counts_are_of_what_the_threads_did(own):
+    dataset = Dataset.open(own)
+    mine = loader(dataset, prefetch=0, threads=3)
+    began = perf_counter()
+    batches = list(islice(mine, 3))
+    seconds = perf_counter() - began
+    _, shard, index = mine.order.locate(np.concatenate([batch.positions for batch in batches]))
+    counts = mine.counts()
+    assert counts.bytes == sum(int(dataset.rows(s).size[i]) for s, i in zip(shard, index, strict=True))
+    assert 0 < counts.read_seconds < 3 * seconds
+    assert 0 < counts.decode_seconds < 3 * seconds
+    assert counts.replaced == counts.quarantined == 0
+    damage(own, [(0, 3), (2, 7)])
+    mine = loader(Dataset.open(own), prefetch=0)
+    list(islice(mine, 9))  # two epochs
+    assert mine.counts().quarantined == 2
+    assert mine.counts().replaced == mine.replaced >= 4
 
 
 @pytest.mark.parametrize("prefetch", [0, 3])

@@ -1,0 +1,75 @@
+"""What a run measures between two log lines: speed, loss and what the loader did, over all ranks."""
+
+import time
+from collections.abc import Iterator
+from typing import TypeVar
+
+from torch import Tensor
+
+from pipeline import distributed
+from pipeline.config import TrainSettings
+from shards.loader import Loader
+
+T = TypeVar("T")
+
+
+class Window:
+    """The steps since the last log line.
+
+    Args:
+        settings: Of the stage.
+        loader: Whose counts are read.
+
+    Attributes:
+        images: Trained on in all windows that were measured, over all ranks.
+        seconds: That those windows took.
+    """
+
+    def __init__(self, settings: TrainSettings, loader: Loader):
+        self.images, self.seconds = 0, 0.0
+        self._settings, self._loader = settings, loader
+        self.open()
+
+    def open(self) -> None:
+        """Begin a window."""
+        self._loss, self._steps, self._waited = 0.0, 0, 0.0
+        self._before, self._began = self._loader.counts(), time.monotonic()
+
+    def next(self, batches: Iterator[T]) -> T:
+        """Return the next batch; the time until it is there is time that the model waits for data."""
+        began = time.monotonic()
+        batch = next(batches)
+        self._waited += time.monotonic() - began
+        return batch
+
+    def add(self, loss: float | Tensor) -> None:
+        """Count a step with the mean loss of this rank's samples; a tensor stays on its device."""
+        self._loss, self._steps = self._loss + loss, self._steps + 1
+
+    def measure(self, asked: bool) -> tuple[dict[str, float], bool]:
+        """Measure the window; collective over all ranks.
+
+        Args:
+            asked: This rank was asked to stop; here, so that one sum over the ranks does for all.
+
+        Returns:
+            The values of a log line, and whether any rank was asked to stop. Shares are of the time of all ranks, those
+            of reading and decoding of the time of all their decode threads; the last counts are since the run started.
+        """
+        loss = float(self._loss)  # waits for the device: whatever is decoded meanwhile belongs to the window
+        now, before = self._loader.counts(), self._before
+        mine = [loss, self._waited, float(asked), now.bytes - before.bytes]
+        mine += [now.read_seconds - before.read_seconds, now.decode_seconds - before.decode_seconds]
+        mine += [now.replaced, now.quarantined]
+        loss, waited, stopping, size, reading, decoding, *counts = distributed.sum_over_ranks(mine)
+        seconds, ranks = time.monotonic() - self._began, distributed.world_size()
+        threads = ranks * self._settings.data.threads
+        images = self._steps * self._settings.global_batch
+        self.images, self.seconds = self.images + images, self.seconds + seconds
+        return {
+            "loss": loss / self._steps / ranks,
+            "images_per_second": images / seconds, "mb_per_second": size / 1e6 / seconds,
+            "data_wait": waited / ranks / seconds, "read_share": reading / threads / seconds,
+            "decode_share": decoding / threads / seconds,
+            **dict(zip(("replaced", "quarantined"), map(int, counts), strict=True)),
+        }, stopping > 0  # fmt: skip
