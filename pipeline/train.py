@@ -30,6 +30,7 @@ from shards.batch import Batch
 from shards.dataset import Dataset
 from shards.errors import PatchmillError, StoppedOnRequestError, UserError
 from shards.hashing import hash_int
+from shards.ledger import new_segment
 from shards.loader import Loader
 
 
@@ -56,6 +57,8 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
         StoppedOnRequestError: A signal asked for a stop; everything is saved.
     """
     rank, world_size = distributed.rank(), distributed.world_size()
+    if rank == 0 and not checkpoint.whole_checkpoints(out / "checkpoints"):
+        (out / "quarantine.jsonl").unlink(missing_ok=True)  # of a run that nothing is left of
 
     # ---- data
     train_set = training_set(settings.data)
@@ -70,6 +73,8 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
         transform=training_transform(settings.data),
         threads=settings.data.threads, window_bytes=settings.data.window_bytes, stop=schedule.total,
         quarantine=out / "quarantine.jsonl", allocate=pinned_array,
+        cache=settings.data.open_cache(), cache_ranks=distributed.ranks_here(),
+        ledger=distributed.everyone(new_segment(out / "ledger") if rank == 0 else None)[0],
     )  # fmt: skip
 
     # ---- model, objective, engine
