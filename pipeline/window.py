@@ -9,6 +9,7 @@ from torch import Tensor
 from pipeline import distributed
 from pipeline.config import TrainSettings
 from shards.loader import Loader
+from shards.stream import StreamLoader
 
 T = TypeVar("T")
 
@@ -25,7 +26,7 @@ class Window:
         seconds: That those windows took.
     """
 
-    def __init__(self, settings: TrainSettings, loader: Loader):
+    def __init__(self, settings: TrainSettings, loader: Loader | StreamLoader):
         self.images, self.seconds = 0, 0.0
         self._settings, self._loader = settings, loader
         self.open()
@@ -35,10 +36,10 @@ class Window:
         self._loss, self._steps, self._waited = 0.0, 0, 0.0
         self._before, self._began = self._loader.counts(), time.monotonic()
 
-    def next(self, batches: Iterator[T]) -> T:
-        """Return the next batch; the time until it is there is time that the model waits for data."""
+    def next(self, batches: Iterator[T]) -> T | None:
+        """Return the next batch, None after the last; the time until it is there is time that the model waits."""
         began = time.monotonic()
-        batch = next(batches)
+        batch = next(batches, None)
         self._waited += time.monotonic() - began
         return batch
 
