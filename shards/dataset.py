@@ -132,7 +132,7 @@ class Dataset:
         except MissingError as error:
             raise UserError(f"no data set at {store.url}{_hint(store)}") from error
         shards = manifest.open_table(store, manifest.SHARDS, manifest.SHARDS_SCHEMA.names)
-        if manifest.digest(info.classes, shards["sha256"].to_pylist()) != info.digest:
+        if manifest.digest(info.classes, shards["sha256"].to_pylist(), info.build) != info.digest:
             raise UserError(f"{store.url}: dataset.json and shards.parquet do not belong together; build it again")
         return cls(store, info, shards, exclude, _read_dropped(store, exclude), cached_shards)
 

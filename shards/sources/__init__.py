@@ -22,6 +22,7 @@ class Item(NamedTuple):
     weights: tuple[float, ...] = ()  # of the labels; empty: all are 1
     changed: int = 0  # when the file was, nanoseconds since 1970; 0: nobody knows
     part: str = ""  # such as train or test, where the source itself is divided
+    broken: str = ""  # why the image cannot be used, if the source knows: it is rejected unread
 
 
 class Source(Protocol):

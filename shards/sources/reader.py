@@ -38,11 +38,13 @@ class Reader:
         """Return the bytes of one image.
 
         Raises:
-            BrokenImageError: It is not to be had, and nobody had seen it: it is remote, or its size was unknown. The
-                message is the reason: missing, or what its server says.
+            BrokenImageError: It is not to be had, and nobody had seen it: it is remote, or its size was unknown. Or its
+                source says that it is broken. The message is the reason: missing, or what source or server say.
             UserError: A local file is gone, unreadable, or no longer as long as the item says.
             PatchmillError: The network failed, in spite of retries.
         """
+        if item.broken:
+            raise BrokenImageError(item.broken)
         try:
             store, path = self._place(item.file)
         except (PatchmillError, ValueError) as error:

@@ -85,7 +85,7 @@ def write_dataset(folder: Path, classes: list[str], shards: list[list[Made]]) ->
         bytes=sum(table["bytes"]),
         image_bytes=sum(receipt.image_bytes for receipt in receipts),
         shards=len(shards),
-        digest=manifest.digest(classes, table["sha256"]),
+        digest=manifest.digest(classes, table["sha256"], {}),
         build={},
     )
     manifest.write_info(store, info)
