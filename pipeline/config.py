@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import (
     AfterValidator,
     BaseModel,
+    ByteSize,
     ConfigDict,
     Discriminator,
     Field,
@@ -21,6 +22,7 @@ from pydantic import (
 )
 
 from shards.augreg import PRESETS
+from shards.cache import ChunkCache
 from shards.errors import UserError
 from shards.tarstream import is_stream
 
@@ -107,6 +109,8 @@ class DataSettings(Settings):
     allow_pipe: bool = Field(False, description="train = 'pipe:COMMAND' may run its command")
     allow_decoder_change: bool = Field(False, description="go on although the image libraries' versions changed")
     window_bytes: int = Field(16_000_000_000, gt=0, description="shuffle window over the whole cluster")
+    cache: str | None = Field(None, description="local folder for chunks of remote data, one for all jobs of a machine")
+    cache_bytes: ByteSize | None = Field(None, gt=0, description='limit of the cache, as in "200 GB"')
 
     @field_validator("train", mode="before")
     @classmethod
@@ -122,6 +126,12 @@ class DataSettings(Settings):
         if not 0 < value[0] <= value[1] <= 1:
             raise ValueError("give the least and the greatest share of the image's area, above 0 and at most 1")
         return value
+
+    @model_validator(mode="after")
+    def _limited_cache(self) -> "DataSettings":
+        if (self.cache is None) != (self.cache_bytes is None):
+            raise ValueError('cache and cache_bytes go together; set both, as in cache_bytes = "200 GB", or none')
+        return self
 
     @model_validator(mode="after")
     def _scaled_crops(self) -> "DataSettings":
@@ -147,6 +157,10 @@ class DataSettings(Settings):
         elif stream := next((source.url for source in self.train if is_stream(source.url)), None):
             raise ValueError(f"the stream {stream!r} cannot be one of several; index it with `patchmill shards index`")
         return self
+
+    def open_cache(self) -> ChunkCache | None:
+        """Return the cache of remote chunks, if one is set; a folder that cannot be one is a UserError."""
+        return ChunkCache(self.cache, self.cache_bytes) if self.cache else None
 
     @property
     def sources(self) -> tuple[TrainSource, ...]:

@@ -10,6 +10,7 @@ from pipeline.prefetch import pinned_array
 from pipeline.schedule import Schedule
 from shards.dataset import Dataset
 from shards.errors import UserError
+from shards.ledger import new_segment
 from shards.loader import Loader
 from shards.mixture import Mixture
 from shards.stream import StreamLoader
@@ -61,7 +62,11 @@ def open_data(settings: TrainSettings, out: Path) -> TrainingData:
     if held_out is not None and held_out.classes != dataset.classes:
         raise UserError(f"{data.val} has other classes than {dataset.url}; build both with one list of classes")
     schedule = Schedule.of(settings, len(dataset))
-    loader = Loader(dataset, window_bytes=data.window_bytes, stop=schedule.total, **options)
+    loader = Loader(
+        dataset, window_bytes=data.window_bytes, stop=schedule.total, **options,
+        cache=data.open_cache(), cache_ranks=distributed.ranks_here(),
+        ledger=distributed.everyone(new_segment(out / "ledger") if distributed.rank() == 0 else None)[0],
+    )  # fmt: skip
     return TrainingData(loader, dataset.classes, len(dataset), held_out, schedule)
 
 

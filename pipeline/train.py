@@ -55,6 +55,9 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
     """
     rank, world_size = distributed.rank(), distributed.world_size()
 
+    # ---- data
+    if rank == 0 and not checkpoint.whole_checkpoints(out / "checkpoints"):
+        (out / "quarantine.jsonl").unlink(missing_ok=True)  # of a run that nothing is left of
     data = open_data(settings, out)
     loader, schedule = data.loader, data.schedule
 

@@ -56,14 +56,17 @@ class Broken(NamedTuple):
     """A sample that did not decode, and the row of the batch it was for."""
 
     row: int
-    shard: int
-    index: int
-    key: str
+    sample: Sample
     error: DecodeError
 
 
 class Work:
     """A batch in the making.
+
+    Attributes:
+        shards: int32 [n], where the sample in each row came from, as its reader tells: the number of its shard.
+        indices: int32 [n], and its raw place there.
+        replaced: By row, the broken sample that a stand-in replaces.
 
     Args:
         pool: Whose threads make it.
@@ -96,6 +99,8 @@ class Work:
         self.images = allocate((len(positions), size, size, 3))
         self.images[len(shard) :] = 0
         self.labels = np.zeros(len(positions), dtype=np.int64)
+        self.shards, self.indices = np.full((2, len(positions)), -1, dtype=np.int32)
+        self.replaced: dict[int, Sample] = {}
         self.keys = [(seed, e, p) for e, p in zip(epoch.tolist(), positions.tolist(), strict=True)]
         self._where = list(zip(shard.tolist(), index.tolist(), strict=True))
         rows = range(len(self._where))
@@ -111,7 +116,7 @@ class Work:
             try:
                 self.put(row, sample)
             except DecodeError as error:
-                broken.append(Broken(row, shard, index, sample.key, error))
+                broken.append(Broken(row, sample, error))
             size, reading, decoding = (
                 size + len(sample.image),
                 reading + there - began,
@@ -129,6 +134,7 @@ class Work:
             )
         self.images[row] = square(self.transform, sample.image, sample.key, self.keys[row])
         self.labels[row] = sample.labels[0]
+        self.shards[row], self.indices[row] = sample.shard, sample.index
 
     def wait(self) -> list[Broken]:
         """Wait for the batch; returns the samples that did not decode."""

@@ -102,6 +102,14 @@ class MixedOrder:
         drawn = number * self.quotas[source] + place - self._first_place[source]
         return source, drawn * self.lanes + lane
 
+    def drawn(self, position: int) -> np.ndarray:
+        """Return how many samples each lane draws of each source before a position, int64 [lanes, sources]."""
+        lane = np.arange(self.lanes)
+        number, row = np.divmod((position - lane + self.lanes - 1) // self.lanes, self.period)
+        tables, group = self._periods(lane, number)
+        before = tables[group, 1] < row[:, None]
+        return number[:, None] * self.quotas + np.add.reduceat(before, self._first_place[:-1], axis=1, dtype=np.int64)
+
     def _positions(self, source: np.ndarray, own: np.ndarray) -> np.ndarray:
         """Return the global positions of positions in the sources' own orders: the inverse of ``draw``."""
         drawn, lane = np.divmod(own, self.lanes)
@@ -118,6 +126,20 @@ class MixedOrder:
             mine = source == s
             last[mine] = self.orders[s].needed_until(own[mine])
         return self._positions(source, last)
+
+    def next_use(
+        self, positions: np.ndarray, ranks: Sequence[int] = (0,), world_size: int = 1, epochs: int = 1
+    ) -> np.ndarray:
+        """Return when some ranks need the chunk of each sample again; as ``Order.next_use``, but for a period or two.
+
+        The epochs are the source's own. If the ranks do not divide the lanes, it may be another rank that needs it.
+        """
+        source, own = self.draw(positions)
+        use = np.empty_like(own)
+        for s in np.unique(source):
+            mine = source == s
+            use[mine] = self.orders[s].next_use(own[mine], ranks, world_size, epochs)
+        return self._positions(source, use)
 
     def stand_in(self, position: int, attempt: int) -> int:
         """Return the position whose sample, of the same source, replaces the one at ``position``; see ``Order``."""

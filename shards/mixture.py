@@ -6,7 +6,7 @@ from itertools import chain
 
 import numpy as np
 
-from shards.dataset import Dataset, Sample
+from shards.dataset import Dataset, Sample, Through
 from shards.errors import UserError
 from shards.mixedorder import MixedOrder, choose_shuffles, source_seed
 from shards.order import DEFAULT_WINDOW_BYTES, Order
@@ -79,17 +79,21 @@ class Mixture:
 
     def read(self, shard: int, index: int) -> Sample:
         """Read one sample by its place among the kept samples of a shard; raises as ``Dataset.read``."""
-        dataset, shard = self._places[shard]
-        return self._labelled(dataset, dataset.read(shard, index))
+        dataset, inside = self._places[shard]
+        return self._numbered(dataset, shard - inside, dataset.read(inside, index))
 
-    def read_many(self, shard: int, start: int, stop: int) -> list[Sample]:
-        """Read consecutive kept samples of a shard; raises as ``Dataset.read_many``."""
-        dataset, shard = self._places[shard]
-        return [self._labelled(dataset, sample) for sample in dataset.read_many(shard, start, stop)]
+    def read_many(self, shard: int, start: int, stop: int, through: Through | None = None) -> list[Sample]:
+        """Read consecutive kept samples of a shard; arguments and errors as of ``Dataset.read_many``."""
+        dataset, inside = self._places[shard]
+        found = dataset.read_many(inside, start, stop, through)
+        return [self._numbered(dataset, shard - inside, sample) for sample in found]
 
-    def _labelled(self, dataset: Dataset, sample: Sample) -> Sample:
-        labels = self._labels[dataset]
-        return sample if labels is None else sample._replace(labels=tuple(labels[each] for each in sample.labels))
+    def _numbered(self, dataset: Dataset, first_shard: int, sample: Sample) -> Sample:
+        """Return a sample with labels and shard as the mixture numbers them."""
+        labels, shard = self._labels[dataset], first_shard + sample.shard
+        if labels is None:
+            return sample._replace(shard=shard)
+        return sample._replace(shard=shard, labels=tuple(labels[each] for each in sample.labels))
 
 
 def _labels(dataset: Dataset, first: Dataset) -> list[int] | None:

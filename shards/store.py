@@ -3,6 +3,7 @@
 Both kinds offer the same calls and are safe to use from many threads. What is written appears whole or not at all.
 """
 
+import os
 import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -37,6 +38,11 @@ def open_store(url: str | Path, create: bool = False) -> Store:
     if not root.is_dir():
         raise MissingError(f"no folder {root}; check the path")
     return LocalStore(root)
+
+
+def absolute(url: str | Path) -> str:
+    """Return a URL as it is, and a local path so that it holds in any working folder."""
+    return str(url) if "://" in str(url) else os.path.abspath(url)
 
 
 def local_path(path: str | Path, name: str) -> Path:
