@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from braceexpand import UnbalancedBracesError, braceexpand
@@ -17,6 +18,7 @@ from braceexpand import UnbalancedBracesError, braceexpand
 from shards.errors import PatchmillError, UserError
 from shards.header import BrokenImageError
 from shards.labels import ClassNames, LabelError, LabelRule
+from shards.storesettings import StoreSettings
 from shards.tarindex import Reading
 from shards.tarlist import find_tars
 from shards.tarscan import BLOCK, COMPRESSED, DamagedTarError, Member
@@ -50,18 +52,21 @@ class Tar(NamedTuple):
     open: Callable[[], BinaryIO]
 
 
-def is_stream(source: str) -> bool:
+def is_stream(source: object) -> bool:
     """Tell whether a source of samples is a stream, no data set: ``-``, ``pipe:...`` or something ``.tar``."""
-    return source == STDIN or source.startswith(PIPE) or source.endswith(".tar")
+    return isinstance(source, str) and (
+        source == STDIN or source.startswith(PIPE) or (source.endswith(".tar") and not Path(source).is_dir())
+    )
 
 
-def find_streams(source: str, allow_pipe: bool) -> list[Tar]:
+def find_streams(source: str, allow_pipe: bool, settings: StoreSettings | None = None) -> list[Tar]:
     """Return the tars that a source means.
 
     Args:
         source: ``-``, standard input; ``pipe:COMMAND``, the output of a shell command, of several with braces as in
             ``pipe:curl -sf https://host/{000..146}.tar``; or tars as in ``find_tars``.
         allow_pipe: Commands may run.
+        settings: Of a remote store; by default those of the environment.
 
     Raises:
         UserError: There are no tars, or a command is not allowed.
@@ -69,7 +74,7 @@ def find_streams(source: str, allow_pipe: bool) -> list[Tar]:
     if source == STDIN:
         return [Tar("standard input", partial(open, 0, "rb", buffering=0, closefd=False))]
     if not source.startswith(PIPE):
-        store, paths = find_tars(source)
+        store, paths = find_tars(source, settings)
         return [Tar(f"{store.url}/{path}", partial(store.stream, path)) for path in paths]
     if not allow_pipe:
         raise UserError(f"{source} would run a command; if you trust it, set data.allow_pipe = true")
