@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import (
     AfterValidator,
     BaseModel,
+    ByteSize,
     ConfigDict,
     Discriminator,
     Field,
@@ -21,6 +22,7 @@ from pydantic import (
 )
 
 from shards.augreg import PRESETS
+from shards.cache import ChunkCache
 from shards.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -97,6 +99,8 @@ class DataSettings(Settings):
     threads: int = Field(2, gt=0, description="decode threads of each rank")
     allow_decoder_change: bool = Field(False, description="go on although the image libraries' versions changed")
     window_bytes: int = Field(16_000_000_000, gt=0, description="shuffle window over the whole cluster")
+    cache: str | None = Field(None, description="local folder for chunks of remote data, one for all jobs of a machine")
+    cache_bytes: ByteSize | None = Field(None, gt=0, description='limit of the cache, as in "200 GB"')
 
     @field_validator("train", mode="before")
     @classmethod
@@ -114,6 +118,12 @@ class DataSettings(Settings):
         return value
 
     @model_validator(mode="after")
+    def _limited_cache(self) -> "DataSettings":
+        if (self.cache is None) != (self.cache_bytes is None):
+            raise ValueError('cache and cache_bytes go together; set both, as in cache_bytes = "200 GB", or none')
+        return self
+
+    @model_validator(mode="after")
     def _scaled_crops(self) -> "DataSettings":
         if self.scaled_decoding and self.augment in ("resize", "resize_crop"):
             raise ValueError(
@@ -126,6 +136,10 @@ class DataSettings(Settings):
         if self.exclude is not None and not isinstance(self.train, str):
             raise ValueError("exclude is of one data set, and train lists several; set exclude in their tables")
         return self
+
+    def open_cache(self) -> ChunkCache | None:
+        """Return the cache of remote chunks, if one is set; a folder that cannot be one is a UserError."""
+        return ChunkCache(self.cache, self.cache_bytes) if self.cache else None
 
     @property
     def sources(self) -> tuple[TrainSource, ...]:

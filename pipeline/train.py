@@ -73,6 +73,7 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
         transform=training_transform(settings.data),
         threads=settings.data.threads, window_bytes=settings.data.window_bytes, stop=schedule.total,
         quarantine=out / "quarantine.jsonl", allocate=pinned_array,
+        cache=settings.data.open_cache(), cache_ranks=distributed.ranks_here(),
         ledger=distributed.everyone(new_segment(out / "ledger") if rank == 0 else None)[0],
     )  # fmt: skip
 

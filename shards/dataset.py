@@ -1,9 +1,10 @@
 """A data set at rest: opening costs O(shards), sample rows are read lazily, shard by shard."""
 
+import hashlib
 import re
 import sys
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -22,6 +23,9 @@ from shards.store import Store, open_store
 ROW_COLUMNS = ["key", "offset", "size", "format", "labels", "weights", "width", "height", "member"]
 BLOCK = 512  # bytes of a tar header, which precedes each image
 CACHED_ROWS = 4_000_000  # kept in memory per open data set: about 50 to 100 bytes each
+
+Through = Callable[[str, list[int], Callable[[], list[bytes]]], list[bytes]]
+"""Gives the bytes of several samples, by a name for them (40 hex digits), their lengths, and what fetches them."""
 
 
 class Sample(NamedTuple):
@@ -121,6 +125,7 @@ class Dataset:
         self.mean_bytes = info.image_bytes / info.samples
         self.paths = shards["path"].to_pylist()
         self.raw_sizes = shards["samples"].to_numpy()
+        self._sha256 = shards["sha256"]
         self._dropped = dropped[1]
         self._dropped_starts = np.searchsorted(dropped[0], np.arange(info.shards + 1))
         self.shard_sizes = self.raw_sizes - np.diff(self._dropped_starts)
@@ -230,10 +235,18 @@ class Dataset:
         """
         rows = self.rows(shard)
         start, length = int(rows.offset[index]) - BLOCK, int(rows.size[index]) + BLOCK
-        return self._sample(rows, shard, index, self.tars.read_range(self.paths[shard], start, length))
+        data = self.tars.read_range(self.paths[shard], start, length)
+        self._check(rows, shard, index, data)
+        return self._sample(rows, shard, index, data)
 
-    def read_many(self, shard: int, start: int, stop: int) -> list[Sample]:
+    def read_many(self, shard: int, start: int, stop: int, through: Through | None = None) -> list[Sample]:
         """Read consecutive kept samples of a shard; on a remote store with as few requests as possible.
+
+        Args:
+            shard: Number of the shard.
+            start: The first sample.
+            stop: The one after the last.
+            through: A cache that is asked first. It is given the right bytes only.
 
         Raises:
             UserError: The tar is not the one that was built or indexed.
@@ -241,22 +254,39 @@ class Dataset:
         rows = self.rows(shard)
         here = range(*slice(start, stop).indices(len(rows)))
         starts, lengths = rows.offset[start:stop] - BLOCK, rows.size[start:stop] + BLOCK
-        found = self.tars.read_ranges(self.paths[shard], starts.tolist(), lengths.tolist()) if here else []
+
+        def fetch() -> list[bytes]:
+            found = self.tars.read_ranges(self.paths[shard], starts.tolist(), lengths.tolist()) if here else []
+            for index, data in zip(here, found, strict=True):
+                self._check(rows, shard, index, data)
+            return found
+
+        if through:
+            digest = hashlib.blake2b(
+                f"{self.tars.url}/{self.paths[shard]} {self._sha256[shard].as_py()}".encode(), digest_size=20
+            )
+            digest.update(np.stack([starts, lengths]).astype("<i8").tobytes())
+            found = through(digest.hexdigest(), lengths.tolist(), fetch)
+        else:
+            found = fetch()
         for place, index in enumerate(here):  # in place: all bytes twice would be twice the memory
             found[place] = self._sample(rows, shard, index, found[place])
         return found
 
-    def _sample(self, rows: Rows, shard: int, index: int, data: bytes) -> Sample:
-        """Return a sample of its bytes in the tar, which begin with the tar header."""
-        key, offset = rows.keys[index].as_py(), int(rows.offset[index])
+    def _check(self, rows: Rows, shard: int, index: int, data: bytes) -> None:
+        """Raise a UserError unless bytes of the tar begin with the tar header of a sample."""
         if zlib.crc32(data[:BLOCK]) != rows.member[index]:
             raise UserError(
-                f"{self.tars.url}/{self.paths[shard]} is not the tar that {self.url} knows: {key} is not at byte "
-                f"{offset}: the tars changed; {self._remedy} again"
+                f"{self.tars.url}/{self.paths[shard]} is not the tar that {self.url} knows: "
+                f"{rows.keys[index].as_py()} is not at byte {rows.offset[index]}: the tars changed; "
+                f"{self._remedy} again"
             )
+
+    def _sample(self, rows: Rows, shard: int, index: int, data: bytes) -> Sample:
+        """Return a sample of its bytes in the tar, which begin with the tar header."""
         weights = rows.weights[index] if rows.weights else ()
-        place = shard, int(rows.index[index]), offset
-        return Sample(key, data[BLOCK:], rows.format[index], rows.labels[index], weights, *place)
+        place = shard, int(rows.index[index]), int(rows.offset[index])
+        return Sample(rows.keys[index].as_py(), data[BLOCK:], rows.format[index], rows.labels[index], weights, *place)
 
     def __getitem__(self, index: int) -> Sample:
         """Read one sample by its place among all kept samples; for looking around, not for training."""

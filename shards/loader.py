@@ -3,7 +3,7 @@
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from shards.augment import RESIZER, Transform
 from shards.batch import Batch, Broken, Work, host_array
+from shards.cache import ChunkCache
 from shards.chunks import ChunkReader
 from shards.dataset import Dataset, Sample
 from shards.decode import DECODER, DecodeError
@@ -50,11 +51,14 @@ class Loader:
         ledger: Folder that gets a record of every sample delivered, for ``shards/audit.py``: from
             ``shards.ledger.new_segment``, a new one each start, the same on all ranks.
         allocate: Makes the uint8 array of a batch from its shape, uninitialised; for pinned memory.
+        cache: For the chunks of remote data, on this machine.
+        cache_ranks: Those of the ranks that share the cache: the ones of this machine; None: all.
 
     Attributes:
         order: The order it follows.
         samples: Global positions delivered.
         replaced: Samples of this rank that a stand-in replaced.
+        cache: As given; it counts hits, misses and bytes.
         data_seconds: Time that the consumer waited for batches.
 
     Raises:
@@ -80,6 +84,8 @@ class Loader:
         quarantine: str | os.PathLike | None = None,
         ledger: str | os.PathLike | None = None,
         allocate: Callable[[tuple[int, ...]], np.ndarray] = host_array,
+        cache: ChunkCache | None = None,
+        cache_ranks: Sequence[int] | None = None,
     ):
         self.dataset, self.transform, self.seed = dataset, transform, seed
         self.rank, self.world_size, self.threads, self.prefetch = rank, world_size, threads, prefetch
@@ -89,6 +95,7 @@ class Loader:
         self.stop = stop
         self.replaced = 0
         self.data_seconds = 0.0
+        self.cache, self._cache_ranks = cache, cache_ranks
         self._quarantine = Quarantine(quarantine, dataset)
         self._ledger = Ledger(ledger, dataset, self.order, rank, world_size) if ledger else None
         self._meter, self._allocate = Meter(), allocate
@@ -109,7 +116,10 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
-        chunks = None if self.dataset.local.all() else ChunkReader(self.dataset, self.order)
+        chunks = None
+        if not self.dataset.local.all():
+            cached = {"cache": self.cache, "cache_ranks": self._cache_ranks, "world_size": self.world_size}
+            chunks = ChunkReader(self.dataset, self.order, **cached)
         read = chunks.read if chunks else self.dataset.read
         ahead: deque[Work] = deque()
         announced, stood = self.samples, (self.samples, self.global_batch)

@@ -127,6 +127,20 @@ class MixedOrder:
             last[mine] = self.orders[s].needed_until(own[mine])
         return self._positions(source, last)
 
+    def next_use(
+        self, positions: np.ndarray, ranks: Sequence[int] = (0,), world_size: int = 1, epochs: int = 1
+    ) -> np.ndarray:
+        """Return when some ranks need the chunk of each sample again; as ``Order.next_use``, but for a period or two.
+
+        The epochs are the source's own. If the ranks do not divide the lanes, it may be another rank that needs it.
+        """
+        source, own = self.draw(positions)
+        use = np.empty_like(own)
+        for s in np.unique(source):
+            mine = source == s
+            use[mine] = self.orders[s].next_use(own[mine], ranks, world_size, epochs)
+        return self._positions(source, use)
+
     def stand_in(self, position: int, attempt: int) -> int:
         """Return the position whose sample, of the same source, replaces the one at ``position``; see ``Order``."""
         source, own = self.draw(np.array([position]))

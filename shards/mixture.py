@@ -6,7 +6,7 @@ from itertools import chain
 
 import numpy as np
 
-from shards.dataset import Dataset, Sample
+from shards.dataset import Dataset, Sample, Through
 from shards.errors import UserError
 from shards.mixedorder import MixedOrder, choose_shuffles, source_seed
 from shards.order import DEFAULT_WINDOW_BYTES, Order
@@ -82,10 +82,10 @@ class Mixture:
         dataset, inside = self._places[shard]
         return self._numbered(dataset, shard - inside, dataset.read(inside, index))
 
-    def read_many(self, shard: int, start: int, stop: int) -> list[Sample]:
-        """Read consecutive kept samples of a shard; raises as ``Dataset.read_many``."""
+    def read_many(self, shard: int, start: int, stop: int, through: Through | None = None) -> list[Sample]:
+        """Read consecutive kept samples of a shard; arguments and errors as of ``Dataset.read_many``."""
         dataset, inside = self._places[shard]
-        found = dataset.read_many(inside, start, stop)
+        found = dataset.read_many(inside, start, stop, through)
         return [self._numbered(dataset, shard - inside, sample) for sample in found]
 
     def _numbered(self, dataset: Dataset, first_shard: int, sample: Sample) -> Sample:

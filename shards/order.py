@@ -12,7 +12,9 @@ So where a run stands is p alone, whatever the number of ranks, threads and rest
 O(1) once the plan of its epoch is made.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import gcd
 
 import numpy as np
@@ -104,11 +106,19 @@ class EpochPlan:
     short_ends: np.ndarray
     missing: np.ndarray
 
+    @cached_property
+    def places(self) -> np.ndarray:
+        """The place of each chunk, uint32 [chunks]: the inverse of ``chunks``."""
+        places = np.empty_like(self.chunks)
+        places[self.chunks] = np.arange(len(places), dtype=np.uint32)
+        return places
+
 
 class Order:
     """The endless sequence of samples of one data set.
 
-    Keeps the plans of two epochs and each lane's current block; not for use from several threads at once.
+    Keeps the plans of two epochs, of more once ``next_use`` looks further, and each lane's current block; not for use
+    from several threads at once.
 
     Args:
         shard_sizes: Kept samples of each shard, integers [shards].
@@ -136,6 +146,7 @@ class Order:
             raise UserError(f"chunk {shuffle.chunk} cuts the data set into {self._first_chunk[-1]} chunks; raise it")
         self._short, self._longer = divmod(self.samples, shuffle.lanes)
         self._plans: dict[int, EpochPlan] = {}
+        self._plans_kept = 2
         # The current block of every lane: a row of permuted slots, and which block it is.
         width = min(shuffle.block, self._short + 1)
         self._rows = np.zeros((shuffle.lanes, width), dtype=np.uint32)
@@ -199,6 +210,63 @@ class Order:
         _, begin, size = self._block(lane, last)
         return epoch * self.samples + (begin + size - 1) * self.shuffle.lanes + lane
 
+    def find(self, epoch: np.ndarray, shard: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Return the position at which a sample comes in an epoch: the inverse of ``locate``.
+
+        Args:
+            epoch: int64 [n].
+            shard: int64 [n].
+            index: Kept index within the shard, int64 [n].
+
+        Returns:
+            int64 [n].
+        """
+        number, inside = np.divmod(index, self.shuffle.chunk)
+        chunk = self._first_chunk[shard] + number
+        sequence = np.empty_like(index)
+        for e in np.unique(epoch):
+            here = epoch == e
+            sequence[here] = self._sequence(self.plan(int(e)), chunk[here], inside[here])
+        edge = self._longer * (self._short + 1)  # from here on, lanes are one sample shorter
+        lane = np.where(
+            sequence < edge, sequence // (self._short + 1), self._longer + (sequence - edge) // max(1, self._short)
+        )
+        offset = sequence - lane * self._short - np.minimum(lane, self._longer)
+        block, begin, size = self._block(lane, offset)
+        slot = self._slots(epoch, lane, block, size, offset - begin)
+        return epoch * self.samples + (begin + slot) * self.shuffle.lanes + lane
+
+    def next_use(
+        self, positions: np.ndarray, ranks: Sequence[int] = (0,), world_size: int = 1, epochs: int = 1
+    ) -> np.ndarray:
+        """Return when some of all ranks need the chunk of each sample again, once the sample's lane is done with it.
+
+        That is in the next epoch if these are all ranks; or in this one, if the chunk is cut over two lanes or its lane
+        is read by several ranks.
+
+        Args:
+            positions: Non-negative int64 [n].
+            ranks: Those that are asked for.
+            world_size: Number of all ranks.
+            epochs: How many epochs after the sample's own to look through; their plans stay in memory.
+
+        Returns:
+            int64 [n], the first position after ``needed_until(positions)`` that is of one of the ranks and of a sample
+            of the chunk. Where these epochs have none: the last position of a sample of the chunk in them.
+        """
+        self._plans_kept = max(self._plans_kept, 2 + epochs)
+        epoch, shard, index = self.locate(positions)
+        chunk = self.shuffle.chunk
+        first = index - index % chunk
+        last = np.minimum(first + chunk, self.sizes[shard]) - 1
+        samples = np.minimum(first[:, None] + np.arange(chunk), last[:, None])  # the last one again, in a short chunk
+        wanted = np.broadcast_arrays(
+            epoch[:, None, None] + np.arange(1 + epochs)[:, None], shard[:, None, None], samples[:, None]
+        )
+        uses = self.find(*(each.ravel() for each in wanted)).reshape(len(epoch), -1)
+        again = (uses > self.needed_until(positions)[:, None]) & np.isin(uses % world_size, ranks)
+        return np.where(again, uses, uses.max(axis=1, keepdims=True)).min(axis=1)
+
     def stand_in(self, position: int, attempt: int) -> int:
         """Return the position whose sample replaces the one at ``position`` if it cannot be decoded.
 
@@ -214,10 +282,10 @@ class Order:
         return epoch * self.samples + offset * self.shuffle.lanes + lane
 
     def plan(self, epoch: int) -> EpochPlan:
-        """Return the plan of an epoch, from the last two used or made anew: O(chunks)."""
+        """Return the plan of an epoch, from the last ones used or made anew: O(chunks)."""
         plan = self._plans.pop(epoch, None) or self._make_plan(epoch)
         self._plans[epoch] = plan  # the last used comes last
-        if len(self._plans) > 2:
+        if len(self._plans) > self._plans_kept:
             del self._plans[next(iter(self._plans))]
         return plan
 
@@ -249,6 +317,12 @@ class Order:
         chunk = plan.chunks[place].astype(np.int64)
         shard = self._shard(chunk)
         return shard, (chunk - self._first_chunk[shard]) * self.shuffle.chunk + inside
+
+    def _sequence(self, plan: EpochPlan, chunk: np.ndarray, inside: np.ndarray) -> np.ndarray:
+        """Return the indices into an epoch's sequence of samples of chunks: the inverse of ``_sample``."""
+        place = plan.places[chunk].astype(np.int64)
+        short = (plan.short_ends + plan.missing[1:]) // self.shuffle.chunk - 1  # places of the chunks that are not full
+        return place * self.shuffle.chunk - plan.missing[np.searchsorted(short, place)] + inside
 
     def _lane_length(self, lane: np.ndarray) -> np.ndarray:
         return self._short + (lane < self._longer)
@@ -286,6 +360,24 @@ class Order:
             latest = len(part) - 1 - latest
             self._rows[lanes], self._row_of[lanes] = rows[latest], names[part[latest]]
         return permuted.astype(np.int64)
+
+    def _slots(
+        self, epoch: np.ndarray, lane: np.ndarray, block: np.ndarray, size: np.ndarray, permuted: np.ndarray
+    ) -> np.ndarray:
+        """Return the slot that became each permuted slot of its block: the inverse of ``_permuted``."""
+        names, first, group = np.unique(
+            (epoch * self._blocks_a_lane + block) * self.shuffle.lanes + lane,
+            return_index=True,
+            return_inverse=True,
+        )
+        slot = np.empty_like(permuted)
+        many = max(1, _SLICE // self._rows.shape[1])
+        for a in range(0, len(names), many):
+            one = first[a : a + many]
+            inverse = self._permutations(epoch[one], lane[one], block[one], size[one]).argsort(axis=1)
+            mine = np.flatnonzero((group >= a) & (group < a + many))
+            slot[mine] = inverse[group[mine] - a, permuted[mine]]
+        return slot
 
     def _permutations(self, epoch: np.ndarray, lane: np.ndarray, block: np.ndarray, size: np.ndarray) -> np.ndarray:
         """Return each block's permutation, uint32 [blocks, width]; past its size a row means nothing."""

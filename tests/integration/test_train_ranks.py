@@ -14,6 +14,7 @@ import pytest
 from shards.build import build
 from shards.dataset import Dataset
 from tests.images import make_image_folder
+from tests.shards.sources.servers import serve
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
@@ -126,7 +127,7 @@ def test_log_lines_say_what_the_loaders_of_all_ranks_did(folder, undisturbed):
 
 
 @pytest.mark.parametrize("ranks", [2, 1, 3])
-def test_stopped_on_request_it_saves_and_goes_on_with_any_ranks(folder, undisturbed, ranks):
+def test_stopped_on_request_it_saves_and_goes_on_with_any_ranks_and_data_moved_to_a_server(folder, undisturbed, ranks):
     run = folder / f"stopped-{ranks}"
     first = launch(folder, 2, run.name)
     wait_for_steps(run, first, 9)
@@ -138,8 +139,16 @@ def test_stopped_on_request_it_saves_and_goes_on_with_any_ranks(folder, undistur
     assert 9 * 12 <= stopped["samples"] < undisturbed[-1][0]
     assert losses(run) == undisturbed[: stopped["samples"] // 12]
 
-    code, stderr = done(launch(folder, ranks, run.name))
+    with serve(folder / "set") as url:
+        over = (
+            f"data.train={url}/train",
+            f"data.val={url}/val",
+            f"data.cache={run.name}/cache",
+            "data.cache_bytes=50 kB",
+        )
+        code, stderr = done(launch(folder, ranks, run.name, over=over))
     assert code == 0, stderr
+    assert 20_000 < sum(path.stat().st_size for path in (run / "cache").iterdir()) < 50_000
     assert not (run / "stopped.json").exists()
     after = losses(run)
     if ranks == 2:

@@ -95,6 +95,19 @@ def test_scaled_decoding_is_for_crops():
         settings(data={"augment": "resize", "scaled_decoding": True})
 
 
+def test_a_cache_has_a_size_as_people_write_it():
+    for text, size in [("200 GB", 200 * 10**9), ("1.5TB", 1500 * 10**9), ("8GiB", 8 << 30), (5000, 5000)]:
+        data = settings(data={"cache": "here", "cache_bytes": text}).data
+        assert data.cache_bytes == size
+        assert tomllib.loads(dump_toml(data.model_dump(mode="json")))["cache_bytes"] == size
+    for wrong in ({"cache": "here"}, {"cache_bytes": "1 GB"}):
+        with pytest.raises(UserError, match="cache and cache_bytes go together"):
+            settings(data=wrong)
+    for text in ("much", "3 apples", "0 GB", "-1 GB"):
+        with pytest.raises(UserError, match=r"data\.cache_bytes = "):
+            settings(data={"cache": "here", "cache_bytes": text})
+
+
 def test_overrides_are_toml_values_and_bare_words():
     table = override({"optim": {"lr": 1, "clip": 2}}, ["optim.lr=1e-3", "data.train=a/b", "betas=[0.9, 0.95]"])
     assert table == {"optim": {"lr": 1e-3, "clip": 2}, "data": {"train": "a/b"}, "betas": [0.9, 0.95]}

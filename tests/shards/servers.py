@@ -40,6 +40,7 @@ class RangeHandler(SimpleHTTPRequestHandler):
     """The standard file server, plus byte ranges; faults are as ``FaultServer`` says."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else the body of each answer waits 40 ms for the client to confirm the header
 
     def do_GET(self):
         fault = self.server.next_fault()

@@ -82,6 +82,22 @@ def test_any_position_alone_is_the_same_as_in_bulk_and_is_found_again(sources, l
     assert (mixture._positions(*mixture.draw(positions)) == positions).all()
 
 
+@given(parts, st.sampled_from([1, 2, 3]), st.integers(1, 2), st.integers(20, 40), st.data())
+@quick
+def test_next_use_is_nearly_what_a_search_finds(sources, world_size, times, period, data):
+    """Lanes of one period are not drawn in step, so another sample of the chunk may come earlier in the same one."""
+    mixture = mixed(sources, world_size * times, period)
+    rank, position = data.draw(st.integers(0, world_size - 1)), data.draw(st.integers(0, 500))
+    got = int(mixture.next_use(np.array([position]), [rank], world_size, epochs=2)[0])
+    end = int(mixture.needed_until(np.array([position]))[0])
+    chunks = [(s, i // 3) for _, s, i in located(mixture, np.arange(got + 1))]
+    assert chunks[got] == chunks[position]
+    slack = period * mixture.lanes
+    assert got > end - slack
+    earlier = [p for p in range(end + slack, got - slack) if chunks[p] == chunks[position] and p % world_size == rank]
+    assert not earlier or got % world_size != rank
+
+
 def test_ranks_share_the_same_positions_and_keep_to_their_lanes_of_every_source():
     sources = [([70, 65], 3.0), ([40], 1.0)]
     mixture = mixed(sources, 12, 16)

@@ -83,6 +83,31 @@ def test_any_position_alone_is_the_same_as_in_bulk(sizes, shuffle, start, data):
         assert located(order, [start + k]) == [bulk[k]]
 
 
+@given(shard_sizes, shuffles, st.integers(0, 1000))
+@quick
+def test_find_is_the_inverse_of_locate(sizes, shuffle, epoch):
+    order, n = Order(sizes, 6, shuffle), sum(sizes)
+    positions = np.arange(epoch * n, (epoch + 3) * n)
+    assert order.find(*order.locate(positions)).tolist() == positions.tolist()
+
+
+@given(shard_sizes, shuffles, st.integers(1, 8), st.integers(0, 3), st.integers(1, 3), st.data())
+@quick
+def test_next_use_is_what_a_search_finds(sizes, shuffle, world_size, epoch, epochs, data):
+    ranks = data.draw(st.lists(st.integers(0, world_size - 1), min_size=1, unique=True))
+    n = sum(sizes)
+    asked = data.draw(st.lists(st.integers(epoch * n, (epoch + 1) * n - 1), min_size=1, max_size=5))
+    order = Order(sizes, 7, shuffle)
+    chunks = [(s, i // shuffle.chunk) for _, s, i in located(order, np.arange((epoch + epochs + 1) * n))]
+    until = order.needed_until(np.array(asked)).tolist()
+    expected = []
+    for position, end in zip(asked, until, strict=True):
+        same = [p for p, chunk in enumerate(chunks) if chunk == chunks[position]]
+        expected.append(next((p for p in same if p > end and p % world_size in ranks), same[-1]))
+    got = Order(sizes, 7, shuffle).next_use(np.array(asked), ranks, world_size, epochs)
+    assert got.tolist() == expected
+
+
 def test_a_seek_makes_only_the_blocks_it_needs():
     order = Order(np.full(1000, 1000), 1, Shuffle(240, 64, 128))
     order.plan(0)
