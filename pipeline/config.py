@@ -24,6 +24,7 @@ from pydantic import (
 from shards.augreg import PRESETS
 from shards.cache import ChunkCache
 from shards.errors import UserError
+from shards.tarstream import is_stream
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -39,9 +40,14 @@ class Duration(str):
 
     PATTERN = re.compile(r"^\s*([\d_]+(?:\.\d+)?)\s*(epoch|step|sample)s?\s*$")
 
-    def samples(self, epoch: int, global_batch: int) -> int:
-        """Return the length in samples, given the samples of an epoch and of a global batch."""
+    def samples(self, epoch: int | None, global_batch: int) -> int:
+        """Return the length in samples, given the samples of an epoch, if anybody knows, and of a global batch."""
         number, unit = self.PATTERN.match(self).groups()
+        if unit == "epoch" and epoch is None:
+            raise UserError(
+                f"{self!r}: nobody knows the epoch of a stream; give duration, schedule.warmup, checkpoint.every and "
+                "evaluate.every in steps or samples"
+            )
         return round(float(number) * {"epoch": epoch, "step": global_batch, "sample": 1}[unit])
 
     @classmethod
@@ -85,7 +91,10 @@ class DataSettings(Settings):
     train: Annotated[
         Annotated[str, Tag("|url")] | Annotated[tuple[TrainSource, ...], Tag("|tables")],
         Discriminator(_url_or_tables),
-    ] = Field(description="a data set, or [[data.train]] tables of several to draw from by weight")
+    ] = Field(
+        description="a data set; [[data.train]] tables of several to draw from by weight; or a stream: '-', "
+        "'pipe:COMMAND' or tars without a manifest"
+    )
     val: str | None = None
     exclude: str | None = Field(None, description="version of the drop list that this run pins, of a single data set")
     resolution: int = Field(224, gt=0)
@@ -97,6 +106,7 @@ class DataSettings(Settings):
         False, description="large JPEGs at a fraction of their size: quicker, but antialiased"
     )
     threads: int = Field(2, gt=0, description="decode threads of each rank")
+    allow_pipe: bool = Field(False, description="train = 'pipe:COMMAND' may run its command")
     allow_decoder_change: bool = Field(False, description="go on although the image libraries' versions changed")
     window_bytes: int = Field(16_000_000_000, gt=0, description="shuffle window over the whole cluster")
     cache: str | None = Field(None, description="local folder for chunks of remote data, one for all jobs of a machine")
@@ -135,6 +145,17 @@ class DataSettings(Settings):
     def _drop_list_of_one(self) -> "DataSettings":
         if self.exclude is not None and not isinstance(self.train, str):
             raise ValueError("exclude is of one data set, and train lists several; set exclude in their tables")
+        return self
+
+    @model_validator(mode="after")
+    def _streams_alone(self) -> "DataSettings":
+        if isinstance(self.train, str):
+            if is_stream(self.train) and self.exclude is not None:
+                raise ValueError(
+                    f"exclude is of a data set with a manifest, and train = {self.train!r} is a stream; unset it"
+                )
+        elif stream := next((source.url for source in self.train if is_stream(source.url)), None):
+            raise ValueError(f"the stream {stream!r} cannot be one of several; index it with `patchmill shards index`")
         return self
 
     def open_cache(self) -> ChunkCache | None:

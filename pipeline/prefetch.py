@@ -47,10 +47,10 @@ def _on_stream(
     stream: torch.cuda.Stream, batches: Generator[B], prepare: Callable[[B], tuple[Tensor, ...]]
 ) -> tuple[Tensor, ...] | None:
     """Prepare the next batch on a stream, wait until it is there, and only then let go of the batch's host memory."""
-    batch = next(batches, None)
-    if batch is None:
-        return None
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream):  # and on its device, which a thread does not inherit
+        batch = next(batches, None)
+        if batch is None:
+            return None
         tensors = prepare(batch)
     done = torch.cuda.Event(blocking=True)  # sleeps: decode threads need the core
     done.record(stream)

@@ -9,6 +9,8 @@ from torch import Tensor
 from pipeline import distributed
 from pipeline.config import TrainSettings
 from shards.loader import Loader
+from shards.meter import Counts
+from shards.stream import StreamLoader
 
 T = TypeVar("T")
 
@@ -25,7 +27,7 @@ class Window:
         seconds: That those windows took.
     """
 
-    def __init__(self, settings: TrainSettings, loader: Loader):
+    def __init__(self, settings: TrainSettings, loader: Loader | StreamLoader):
         self.images, self.seconds = 0, 0.0
         self._settings, self._loader = settings, loader
         self.open()
@@ -35,10 +37,10 @@ class Window:
         self._loss, self._steps, self._waited = 0.0, 0, 0.0
         self._before, self._began = self._loader.counts(), time.monotonic()
 
-    def next(self, batches: Iterator[T]) -> T:
-        """Return the next batch; the time until it is there is time that the model waits for data."""
+    def next(self, batches: Iterator[T]) -> T | None:
+        """Return the next batch, None after the last; the time until it is there is time that the model waits."""
         began = time.monotonic()
-        batch = next(batches)
+        batch = next(batches, None)
         self._waited += time.monotonic() - began
         return batch
 
@@ -57,19 +59,19 @@ class Window:
             of reading and decoding of the time of all their decode threads; the last counts are since the run started.
         """
         loss = float(self._loss)  # waits for the device: whatever is decoded meanwhile belongs to the window
-        now, before = self._loader.counts(), self._before
-        mine = [loss, self._waited, float(asked), now.bytes - before.bytes]
-        mine += [now.read_seconds - before.read_seconds, now.decode_seconds - before.decode_seconds]
-        mine += [now.replaced, now.quarantined]
-        loss, waited, stopping, size, reading, decoding, *counts = distributed.sum_over_ranks(mine)
+        mine = [loss, self._waited, float(asked), *self._loader.counts(), *self._before]
+        loss, waited, stopping, *counts = distributed.sum_over_ranks(mine)
+        now, before = Counts(*counts[: len(counts) // 2]), Counts(*counts[len(counts) // 2 :])
+        here = Counts(*(after - earlier for after, earlier in zip(now, before, strict=True)))
         seconds, ranks = time.monotonic() - self._began, distributed.world_size()
-        threads = ranks * self._settings.data.threads
+        threads, asked_for = ranks * self._settings.data.threads, here.cache_hits + here.cache_misses
         images = self._steps * self._settings.global_batch
         self.images, self.seconds = self.images + images, self.seconds + seconds
         return {
             "loss": loss / self._steps / ranks,
-            "images_per_second": images / seconds, "mb_per_second": size / 1e6 / seconds,
-            "data_wait": waited / ranks / seconds, "read_share": reading / threads / seconds,
-            "decode_share": decoding / threads / seconds,
-            **dict(zip(("replaced", "quarantined"), map(int, counts), strict=True)),
+            "images_per_second": images / seconds, "mb_per_second": here.bytes / 1e6 / seconds,
+            "data_wait": waited / ranks / seconds, "read_share": here.read_seconds / threads / seconds,
+            "decode_share": here.decode_seconds / threads / seconds,
+            **({"cache_hit_share": here.cache_hits / asked_for} if asked_for else {}),
+            "replaced": int(now.replaced), "quarantined": int(now.quarantined),
         }, stopping > 0  # fmt: skip

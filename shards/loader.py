@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -99,10 +100,12 @@ class Loader:
         self._quarantine = Quarantine(quarantine, dataset)
         self._ledger = Ledger(ledger, dataset, self.order, rank, world_size) if ledger else None
         self._meter, self._allocate = Meter(), allocate
+        self._handing_out = threading.Lock()  # a thread that fetches ahead may iterate while another asks for the state
 
     def counts(self) -> Counts:
         """Return what was counted since the loader was made; what was decoded ahead counts already."""
-        return self._meter.counts(replaced=self.replaced, quarantined=len(self._quarantine.met))
+        cache = {"cache_hits": self.cache.hits, "cache_misses": self.cache.misses} if self.cache else {}
+        return self._meter.counts(replaced=self.replaced, quarantined=len(self._quarantine.met), **cache)
 
     @property
     def global_batch(self) -> int:
@@ -142,9 +145,10 @@ class Loader:
                 work = ahead.popleft()
                 for broken in work.wait():
                     self._replace(work, broken)
-                if self._ledger:
-                    self._ledger.append(self.samples, work)
-                self.samples += self.global_batch
+                with self._handing_out:
+                    if self._ledger:
+                        self._ledger.append(self.samples, work)
+                    self.samples += self.global_batch
                 self.data_seconds += perf_counter() - began
                 stood = (self.samples, self.global_batch)
                 yield Batch(work.images, work.labels, work.positions)
@@ -197,15 +201,16 @@ class Loader:
         ) from broken.error
 
     def state_dict(self) -> dict:
-        """Return where the stream stands (``samples``), and what a resumed run must agree on.
+        """Return where the stream stands (``samples``), and what a resumed run must agree on; from any thread.
 
         With a ledger or a quarantine, what they hold up to here is durable from now on: call it on every rank.
         """
-        self._quarantine.commit()
-        if self._ledger:
-            self._ledger.commit()
-        ledger = {"ledger": self._ledger.segment} if self._ledger else {}
-        return {"samples": self.samples, **ledger, **self._identity()}
+        with self._handing_out:
+            self._quarantine.commit()
+            if self._ledger:
+                self._ledger.commit()
+            ledger = {"ledger": self._ledger.segment} if self._ledger else {}
+            return {"samples": self.samples, **ledger, **self._identity()}
 
     def load_state_dict(self, state: dict, allow_decoder_change: bool = False) -> None:
         """Go on where a stream stood, on any number of ranks.

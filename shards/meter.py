@@ -13,6 +13,8 @@ class Counts(NamedTuple):
         decode_seconds: That these threads decoded and transformed; by the clock, so a busy machine lengthens it.
         replaced: Samples that a stand-in replaced.
         quarantined: Different samples that did not decode.
+        cache_hits: Chunks that the cache had.
+        cache_misses: Chunks that it was asked for and had not.
     """
 
     bytes: int = 0
@@ -20,6 +22,8 @@ class Counts(NamedTuple):
     decode_seconds: float = 0.0
     replaced: int = 0
     quarantined: int = 0
+    cache_hits: int = 0
+    cache_misses: int = 0
 
 
 class Meter:

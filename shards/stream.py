@@ -135,6 +135,16 @@ class StreamLoader:
         finally:
             pool.shutdown(cancel_futures=True)
 
+    def __len__(self) -> int:
+        """Return how many batches iterating gives from here on.
+
+        Raises:
+            TypeError: No ``stop`` is set, or standard input may end before it.
+        """
+        if self.stop is None or self.source == STDIN:
+            raise TypeError(f"nobody knows where {self.source} ends, so it has no length; give tars and stop=...")
+        return max(0, -((self.samples - self.stop) // self.global_batch))
+
     def _batch(self, found: list[_Decoded]) -> Batch:
         images = self._allocate((len(found), self._size, self._size, 3))
         np.stack([each.image for each in found], out=images)

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from braceexpand import UnbalancedBracesError, braceexpand
@@ -50,9 +51,11 @@ class Tar(NamedTuple):
     open: Callable[[], BinaryIO]
 
 
-def is_stream(source: str) -> bool:
+def is_stream(source: object) -> bool:
     """Tell whether a source of samples is a stream, no data set: ``-``, ``pipe:...`` or something ``.tar``."""
-    return source == STDIN or source.startswith(PIPE) or source.endswith(".tar")
+    return isinstance(source, str) and (
+        source == STDIN or source.startswith(PIPE) or (source.endswith(".tar") and not Path(source).is_dir())
+    )
 
 
 def find_streams(source: str, allow_pipe: bool) -> list[Tar]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import threading
 from pathlib import Path
 
@@ -495,6 +496,30 @@ def audit_command(*arguments) -> tuple[int, str]:
     if isinstance(done.exception, PatchmillError):
         return done.exception.exit_code, str(done.exception)
     return done.exit_code, done.stdout
+
+
+def test_a_state_asked_for_while_another_thread_takes_batches_loses_nothing(whole, tmp_path):
+    loader = Loader(
+        Dataset.open(whole, "v1"),
+        global_batch=BATCH,
+        transform=Resize(4),
+        stop=300 * BATCH,
+        ledger=new_segment(tmp_path),
+    )
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        taker = threading.Thread(target=lambda: list(loader))
+        taker.start()
+        while taker.is_alive():
+            assert loader.state_dict()["samples"] % BATCH == 0
+        taker.join()
+    finally:
+        sys.setswitchinterval(before)
+    path = rank_path(tmp_path / "000000", 0)
+    frames = [read_frame(path, int(offset)) for offset in RankFile(path).offset]
+    assert [frame.first for frame in frames] == np.cumsum([0, *(len(frame.shard) for frame in frames)])[:-1].tolist()
+    assert sum(len(frame.shard) for frame in frames) == 300 * BATCH
 
 
 def test_the_command_says_it_in_words_and_in_json(fine, mended):

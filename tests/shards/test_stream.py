@@ -266,8 +266,13 @@ def test_it_cannot_be_resumed_and_says_so(folder, capsys, tmp_path):
 
 def test_stop_ends_it(folder):
     mine = stream(f"{folder}/*.tar", stop=20)
+    assert len(mine) == 3
     assert len(list(mine)) == 3
     assert list(mine) == []
+    assert len(mine) == 0
+    for source, options in [(f"{folder}/*.tar", {}), ("-", {"stop": 20})]:
+        with pytest.raises(TypeError, match="nobody knows where"):
+            len(stream(source, **options))
 
 
 STDIN = """
