@@ -37,6 +37,7 @@ bench: setup
 	$(BIN)/python bench/order.py
 	$(BIN)/python bench/loader.py
 	$(BIN)/python bench/manifest.py
+	$(BIN)/python bench/ledger.py
 	$(BIN)/python bench/build.py
 
 # Made anew only when what is installed changes.

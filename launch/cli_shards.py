@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -206,6 +207,57 @@ def shards_verify(
         raise UserError(found.unwritten)
     if found.faults:
         raise typer.Exit(1)
+
+
+@shards_app.command("audit")
+def shards_audit(
+    stage: Annotated[Path, typer.Argument(help="Folder of a training stage, or a checkpoint in it.")],
+    data: Annotated[
+        list[str] | None, typer.Option(help="Data set of the run, if it has moved; of a mixture all.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; default: the cores, as far as they pay.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Prove from a run's ledger that its weights saw every sample once an epoch. Exit code 1 if they did not."""
+    from shards.audit import audit
+    from shards.auditspan import KINDS
+
+    found = audit(stage, data or (), workers, progress=True)
+    if as_json:
+        print(json.dumps(asdict(found)))
+    else:
+        for kind in found.counts:
+            named = [misfit.reason for misfit in found.misfits if misfit.kind == kind]
+            print(f"{kind}: {KINDS[kind]}, {found.counts[kind]:,} times")
+            print("\n".join(f"  {reason}" for reason in named))
+            if found.counts[kind] > len(named):
+                print("  ...")
+        starts = f"{_count(len(found.ranks), 'start')} on {', '.join(map(str, found.ranks))} ranks"
+        print(f"{found.positions:,} positions to {found.checkpoint}, from {starts}")
+        for source in found.sources:
+            print(f"{_count(source.epochs, 'whole epoch')} of {_count(source.samples, 'sample')}: {source.url}")
+        print(f"{_count(found.stand_ins, 'stand-in')} for {_count(found.replaced, 'sample')} on the quarantine list")
+        print("it does not fit" if found.counts else "it fits: each position once, each sample once an epoch")
+    if found.counts:
+        raise typer.Exit(1)
+
+
+@shards_app.command("drop")
+def shards_drop(
+    url: Annotated[str, typer.Argument(help="Data set.")],
+    quarantine: Annotated[list[Path], typer.Argument(help="quarantine.jsonl of runs that met broken images.")],
+    version: Annotated[str, typer.Option(help="Name of the new drop list.")] = "quarantine-1",
+    exclude: Annotated[str | None, typer.Option(help="Older drop list, which the new one takes in.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a drop list of the images that training could not decode."""
+    from shards.quarantine import drop_quarantined
+
+    new, old = drop_quarantined(url, quarantine, version, exclude)
+    if as_json:
+        print(json.dumps({"exclude": version, "new": new, "dropped": new + old}))
+    else:
+        print(f"drop list {version} leaves out {_count(new + old, 'sample')}, {new:,} of them new")
 
 
 @shards_app.command("dedupe")

@@ -16,6 +16,9 @@ from pipeline.weights import check_model
 from shards.errors import UserError
 from shards.manifest import EXCLUDE
 from shards.sources.open import find_kind
+from shards.tarlist import find_tars
+from shards.tarstream import PIPE, STDIN, is_stream
+from shards.urls import refuse_password
 
 PLACEHOLDER = re.compile(r"\{([A-Za-z0-9_-]+)\}")
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
@@ -183,7 +186,10 @@ def _with_path(
     if found := PLACEHOLDER.match(value):
         _check_part(value, found, by_name, where, base)
         return table, None
+    if head == "train" and is_stream(value):
+        return _with_stream(table, value, base, where)
     if "://" in value:
+        refuse_password(value)
         return table, value
     there = base / value
     if not there.exists():
@@ -191,6 +197,15 @@ def _with_path(
             f"{where}: there is no {there} ({key}); mend the path, relative ones count from the plan's folder"
         )
     return {**table, head: str(there)}, _digest_of(there)
+
+
+def _with_stream(table: dict[str, Any], value: str, base: Path, where: str) -> tuple[dict[str, Any], Any]:
+    if value == STDIN:
+        raise UserError(f"{where}: standard input comes once, and a plan may run again; give tars, or pipe:COMMAND")
+    if value.startswith(PIPE) or "://" in value:
+        return table, value
+    store, tars = find_tars(base / value)
+    return {**table, "train": str(base / value)}, [_digest_of(Path(store.url) / tar) for tar in tars]
 
 
 def _check_part(value: str, found: re.Match, by_name: dict[str, StageTable], where: str, base: Path) -> None:

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from shards.augment import Transform
-from shards.batch import Work
+from shards.batch import Work, host_array
 from shards.dataset import Dataset
+from shards.meter import Meter
 from shards.order import rank_positions
 
 
@@ -83,4 +84,4 @@ class EvaluationLoader:
         shard = np.searchsorted(ends, real, side="right")
         index = real - (ends - self.dataset.shard_sizes)[shard]
         epoch = np.zeros_like(positions)
-        return Work(pool, self.dataset.read, self.transform, 0, positions, epoch, shard, index)
+        return Work(pool, Meter(), host_array, self.dataset.read, self.transform, 0, positions, epoch, shard, index)

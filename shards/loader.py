@@ -1,8 +1,8 @@
 """Batches of a data set in the order of shards/order.py, from any position on, without end if none is set."""
 
-import json
 import os
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,18 +11,20 @@ from time import perf_counter
 import numpy as np
 
 from shards.augment import RESIZER, Transform
-from shards.batch import Batch, Broken, Work
+from shards.batch import Batch, Broken, Work, host_array
 from shards.cache import ChunkCache
 from shards.chunks import ChunkReader
 from shards.dataset import Dataset, Sample
 from shards.decode import DECODER, DecodeError
 from shards.errors import PatchmillError
 from shards.identity import check_identity
+from shards.ledger import Ledger
+from shards.meter import Counts, Meter
 from shards.mixture import Mixture
-from shards.order import DEFAULT_WINDOW_BYTES, check_batch, rank_positions
+from shards.order import DEFAULT_WINDOW_BYTES, STAND_INS, check_batch, rank_positions
+from shards.quarantine import Quarantine
 
 READ_AHEAD = 8  # batches whose remote chunks are on the way before they are decoded
-_STAND_INS = 64  # tried before a broken sample ends the run: a chunk may be broken whole, a block hardly
 
 
 class Loader:
@@ -46,7 +48,10 @@ class Loader:
         chunk: Of the order, in samples, likewise.
         block: Of the order, in samples, likewise.
         stop: The batch that reaches this many samples is the last; it may be set at any time. None: no batch is.
-        quarantine: File that gets a JSON line for each sample that could not be decoded.
+        quarantine: File that gets a JSON line for each sample that could not be decoded; ranks and restarts share it.
+        ledger: Folder that gets a record of every sample delivered, for ``shards/audit.py``: from
+            ``shards.ledger.new_segment``, a new one each start, the same on all ranks.
+        allocate: Makes the uint8 array of a batch from its shape, uninitialised; for pinned memory.
         cache: For the chunks of remote data, on this machine.
         cache_ranks: Those of the ranks that share the cache: the ones of this machine; None: all.
 
@@ -78,6 +83,8 @@ class Loader:
         block: int | None = None,
         stop: int | None = None,
         quarantine: str | os.PathLike | None = None,
+        ledger: str | os.PathLike | None = None,
+        allocate: Callable[[tuple[int, ...]], np.ndarray] = host_array,
         cache: ChunkCache | None = None,
         cache_ranks: Sequence[int] | None = None,
     ):
@@ -90,7 +97,15 @@ class Loader:
         self.replaced = 0
         self.data_seconds = 0.0
         self.cache, self._cache_ranks = cache, cache_ranks
-        self._quarantine, self._quarantined = quarantine, set()
+        self._quarantine = Quarantine(quarantine, dataset)
+        self._ledger = Ledger(ledger, dataset, self.order, rank, world_size) if ledger else None
+        self._meter, self._allocate = Meter(), allocate
+        self._handing_out = threading.Lock()  # a thread that fetches ahead may iterate while another asks for the state
+
+    def counts(self) -> Counts:
+        """Return what was counted since the loader was made; what was decoded ahead counts already."""
+        cache = {"cache_hits": self.cache.hits, "cache_misses": self.cache.misses} if self.cache else {}
+        return self._meter.counts(replaced=self.replaced, quarantined=len(self._quarantine.met), **cache)
 
     @property
     def global_batch(self) -> int:
@@ -130,7 +145,10 @@ class Loader:
                 work = ahead.popleft()
                 for broken in work.wait():
                     self._replace(work, broken)
-                self.samples += self.global_batch
+                with self._handing_out:
+                    if self._ledger:
+                        self._ledger.append(self.samples, work)
+                    self.samples += self.global_batch
                 self.data_seconds += perf_counter() - began
                 stood = (self.samples, self.global_batch)
                 yield Batch(work.images, work.labels, work.positions)
@@ -138,6 +156,8 @@ class Loader:
             if chunks:
                 chunks.close()
             pool.shutdown(cancel_futures=True)
+            if self._ledger:
+                self._ledger.flush()
 
     def __len__(self) -> int:
         """Return how many batches iterating gives from here on.
@@ -154,46 +174,43 @@ class Loader:
 
     def _begin(self, pool: ThreadPoolExecutor, read: Callable[[int, int], Sample], position: int) -> Work:
         positions = rank_positions(position, self.global_batch, self.rank, self.world_size)
-        return Work(pool, read, self.transform, self.seed, positions, *self.order.locate(positions))
+        return Work(
+            pool, self._meter, self._allocate, read, self.transform, self.seed, positions, *self.order.locate(positions)
+        )
 
     def _replace(self, work: Work, broken: Broken) -> None:
         """Put the first stand-in that decodes into the row of a broken sample, under the row's own key."""
-        self._report(broken)
         self.replaced += 1
-        for attempt in range(1, _STAND_INS + 1):
+        position, sample, error = int(work.positions[broken.row]), broken.sample, broken.error
+        for attempt in range(1, STAND_INS + 1):
+            self._quarantine.add(sample, position, str(error))
             position = self.order.stand_in(int(work.positions[broken.row]), attempt)
             _, shard, index = (int(x[0]) for x in self.order.locate(np.array([position])))
+            sample = work.read(shard, index)
             try:
-                work.put(broken.row, work.read(shard, index))
-                return
-            except DecodeError:
-                continue  # it is reported when its own turn comes
-        dataset, shard = self.dataset.place(broken.shard)
+                work.put(broken.row, sample)
+            except DecodeError as problem:
+                error = problem
+                continue
+            work.replaced[broken.row] = broken.sample
+            return
+        dataset, shard = self.dataset.place(broken.sample.shard)
         raise PatchmillError(
-            f"{broken.key} in shard {shard} of {dataset.url} and {_STAND_INS} samples near it cannot be decoded; "
+            f"{broken.sample.key} in shard {shard} of {dataset.url} and {STAND_INS} samples near it cannot be decoded; "
             "check the data set"
         ) from broken.error
 
-    def _report(self, broken: Broken) -> None:
-        sample = (broken.shard, broken.index)
-        if self._quarantine is None or sample in self._quarantined:
-            return
-        self._quarantined.add(sample)
-        dataset, shard = self.dataset.place(broken.shard)
-        entry = {
-            "key": broken.key,
-            "data": dataset.url,
-            "shard": shard,
-            "index": broken.index,  # among the samples that this drop list keeps:
-            "exclude": dataset.exclude,
-            "reason": str(broken.error),
-        }
-        with open(self._quarantine, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")  # one write: ranks may share the file
-
     def state_dict(self) -> dict:
-        """Return where the stream stands (``samples``), and what a resumed run must agree on."""
-        return {"samples": self.samples, **self._identity()}
+        """Return where the stream stands (``samples``), and what a resumed run must agree on; from any thread.
+
+        With a ledger or a quarantine, what they hold up to here is durable from now on: call it on every rank.
+        """
+        with self._handing_out:
+            self._quarantine.commit()
+            if self._ledger:
+                self._ledger.commit()
+            ledger = {"ledger": self._ledger.segment} if self._ledger else {}
+            return {"samples": self.samples, **ledger, **self._identity()}
 
     def load_state_dict(self, state: dict, allow_decoder_change: bool = False) -> None:
         """Go on where a stream stood, on any number of ranks.
@@ -207,6 +224,8 @@ class Loader:
             del mine["decoder"]
         check_identity(mine, state)
         self.samples = state["samples"]
+        if self._ledger:
+            self._ledger.go_on_from(state.get("ledger"))
 
     def _identity(self) -> dict:
         order = self.order.identity(self.dataset.digest)

@@ -100,9 +100,10 @@ class Receipt:
     notes: dict = field(default_factory=dict)  # what else an index found; see shards/tarindex.py
 
 
-def digest(classes: list[str], shard_sha256: Iterable[str]) -> str:
-    """Return the hex digest of a data set: its class names and the content of all its shards, in order."""
-    return hashlib.sha256(json.dumps([classes, list(shard_sha256)]).encode()).hexdigest()
+def digest(classes: list[str], shard_sha256: Iterable[str], build: dict) -> str:
+    """Return the hex digest of a data set: class names, all shards in order, and how an index reads labels in them."""
+    read = [build["label"], build["image"]] if build.get("source") == "index" else []
+    return hashlib.sha256(json.dumps([classes, list(shard_sha256), *read]).encode()).hexdigest()
 
 
 def digest_with_exclude(base: str, shard: np.ndarray, index: np.ndarray) -> str:
@@ -221,7 +222,7 @@ def write_manifest(
         bytes=sum(rows["bytes"]),
         image_bytes=sum(receipt.image_bytes for receipt in receipts),
         shards=len(receipts),
-        digest=digest(classes, rows["sha256"]),
+        digest=digest(classes, rows["sha256"], build),
         build=build,
         tars=tars,
     )

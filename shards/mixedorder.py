@@ -102,6 +102,14 @@ class MixedOrder:
         drawn = number * self.quotas[source] + place - self._first_place[source]
         return source, drawn * self.lanes + lane
 
+    def drawn(self, position: int) -> np.ndarray:
+        """Return how many samples each lane draws of each source before a position, int64 [lanes, sources]."""
+        lane = np.arange(self.lanes)
+        number, row = np.divmod((position - lane + self.lanes - 1) // self.lanes, self.period)
+        tables, group = self._periods(lane, number)
+        before = tables[group, 1] < row[:, None]
+        return number[:, None] * self.quotas + np.add.reduceat(before, self._first_place[:-1], axis=1, dtype=np.int64)
+
     def _positions(self, source: np.ndarray, own: np.ndarray) -> np.ndarray:
         """Return the global positions of positions in the sources' own orders: the inverse of ``draw``."""
         drawn, lane = np.divmod(own, self.lanes)

@@ -30,6 +30,7 @@ class Mixture:
         exclude: The version of each source's drop list, or None.
         shard_sizes: (shards,) int64, kept samples a shard.
         local: (shards,) bool, whether reads of a shard are cheap one by one.
+        concurrency: Requests in flight, the most that the settings of a source's stores say, or None.
 
     Raises:
         UserError: There is no source, or one has classes that the first has not.
@@ -45,6 +46,7 @@ class Mixture:
         self.exclude = [dataset.exclude for dataset in self.datasets]
         self.shard_sizes = np.concatenate([dataset.shard_sizes for dataset in self.datasets])
         self.local = np.concatenate([dataset.local for dataset in self.datasets])
+        self.concurrency = max((d.concurrency for d in self.datasets if d.concurrency), default=None)
         self._places = list(chain(*([(d, s) for s in range(len(d.shard_sizes))] for d in self.datasets)))
         self._labels = {dataset: _labels(dataset, self.datasets[0]) for dataset in self.datasets}
 
@@ -79,17 +81,21 @@ class Mixture:
 
     def read(self, shard: int, index: int) -> Sample:
         """Read one sample by its place among the kept samples of a shard; raises as ``Dataset.read``."""
-        dataset, shard = self._places[shard]
-        return self._labelled(dataset, dataset.read(shard, index))
+        dataset, inside = self._places[shard]
+        return self._numbered(dataset, shard - inside, dataset.read(inside, index))
 
     def read_many(self, shard: int, start: int, stop: int, through: Through | None = None) -> list[Sample]:
         """Read consecutive kept samples of a shard; arguments and errors as of ``Dataset.read_many``."""
-        dataset, shard = self._places[shard]
-        return [self._labelled(dataset, sample) for sample in dataset.read_many(shard, start, stop, through)]
+        dataset, inside = self._places[shard]
+        found = dataset.read_many(inside, start, stop, through)
+        return [self._numbered(dataset, shard - inside, sample) for sample in found]
 
-    def _labelled(self, dataset: Dataset, sample: Sample) -> Sample:
-        labels = self._labels[dataset]
-        return sample if labels is None else sample._replace(labels=tuple(labels[each] for each in sample.labels))
+    def _numbered(self, dataset: Dataset, first_shard: int, sample: Sample) -> Sample:
+        """Return a sample with labels and shard as the mixture numbers them."""
+        labels, shard = self._labels[dataset], first_shard + sample.shard
+        if labels is None:
+            return sample._replace(shard=shard)
+        return sample._replace(shard=shard, labels=tuple(labels[each] for each in sample.labels))
 
 
 def _labels(dataset: Dataset, first: Dataset) -> list[int] | None:

@@ -25,6 +25,9 @@ from shards.hashing import hash_array, hash_int, sort_keys
 ORDER_VERSION = 1
 """Part of a run's state: raised whenever the law above gives other positions."""
 
+STAND_INS = 64
+"""Tried before a broken sample ends a run: a chunk may be broken whole, a block hardly."""
+
 DEFAULT_WINDOW_BYTES = 16e9
 _LANES = (15360, 3840, 960, 240, 48, 12, 4, 2, 1)
 _CHUNKS, _BLOCKS = 1, 2  # what a hash is for, its second word; shards/mixedorder.py has 3 and 4

@@ -21,7 +21,7 @@ _NAME = re.compile(
     r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL
 )  # key, extensions: up to the first dot of the last part
 METADATA = re.compile(r"__[^/]*__(/|$)")  # webdataset's own members, such as __index__
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _BAD_HEADER = (tarfile.TarError, ValueError, LookupError, OverflowError, RecursionError)
 
 
@@ -139,7 +139,7 @@ class TarScan:
 
     def _no_tar(self, error: Exception) -> DamagedTarError:
         start = self._store.read_range(self._path, 0, min(self.bytes, 8))
-        for magic, packer in _COMPRESSED.items():
+        for magic, packer in COMPRESSED.items():
             if start.startswith(magic):
                 return DamagedTarError(
                     f"{self.name} is compressed with {packer}, so nothing in it can be read on its own; unpack it to a "

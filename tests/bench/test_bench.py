@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
         ("order", 4, set()),
         ("loader", 4, {"webdataset"}),
         ("manifest", 16, set()),
+        ("ledger", 6, set()),
         ("dedupe", 21, set()),
         ("build", 6, {"tar, 1 worker", "tar, 2 workers", "Pillow + webdataset, 1 worker", "1 worker, 2 workers"}),
     ],

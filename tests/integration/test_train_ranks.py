@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from shards.build import build
+from shards.dataset import Dataset
 from tests.images import make_image_folder
 from tests.shards.sources.servers import serve
 
@@ -105,6 +106,24 @@ def undisturbed(folder) -> list[tuple[int, float]]:
     code, stderr = done(launch(folder, 2, "undisturbed"))
     assert code == 0, stderr
     return losses(folder / "undisturbed")
+
+
+def test_log_lines_say_what_the_loaders_of_all_ranks_did(folder, undisturbed):
+    lines = [json.loads(line) for line in (folder / "undisturbed" / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "loss" in line]
+    dataset = Dataset.open(folder / "set" / "train")
+    megabytes = sum(int(dataset.rows(shard).size.sum()) for shard in range(len(dataset.shard_sizes))) / 1e6
+    read = sum(line["mb_per_second"] * 12 / line["images_per_second"] for line in lines)
+    # What is decoded while a checkpoint is written or the held-out set evaluated is in no line.
+    assert 0.6 < read / (megabytes * lines[-1]["epoch"]) < 1.2
+    for share in ("data_wait", "read_share", "decode_share"):
+        assert all(line[share] >= 0 for line in lines)
+        assert (
+            0
+            < sum(line[share] / line["images_per_second"] for line in lines)
+            < sum(1 / line["images_per_second"] for line in lines)
+        )
+    assert all(line["quarantined"] == line["replaced"] == 0 for line in lines)
 
 
 @pytest.mark.parametrize("ranks", [2, 1, 3])

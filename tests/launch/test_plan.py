@@ -57,6 +57,34 @@ def test_a_digest_follows_settings_inputs_and_images_but_not_ranks(write, tmp_pa
     assert not set(before) & set(digests(HEAD + SHARDS + PRETRAIN + CONVERT))
 
 
+STREAM = """
+[[stage]]
+name = "stream"
+kind = "supervised"
+recipe = "small_pretrain"
+set = { duration = "10 steps", data = { train = "SOURCE", val = "images", allow_pipe = true } }
+"""
+
+
+def test_a_stage_may_train_on_a_stream(write, tmp_path):
+    def stage(source: str):
+        return read_plan(write(HEAD + STREAM.replace("SOURCE", source)), tmp_path / "runs").stages[0]
+
+    for number in range(2):
+        (tmp_path / f"x-{number}.tar").write_bytes(bytes(1024))
+    before = stage("x-{0..1}.tar")
+    assert before.settings.data.train == f"{tmp_path}/x-{{0..1}}.tar"
+    assert stage("x-{0..1}.tar").digest == before.digest != stage("x-*.tar").digest
+    (tmp_path / "x-1.tar").write_bytes(bytes(2048))
+    assert stage("x-{0..1}.tar").digest != before.digest
+    for source in ("pipe:cat {0..9}.tar", "https://host/{0..9}.tar"):
+        assert stage(source).settings.data.train == source
+    with pytest.raises(UserError, match="standard input comes once, and a plan may run again"):
+        stage("-")
+    with pytest.raises(UserError, match=r"no object .*missing.tar"):
+        stage("missing.tar")
+
+
 MIXED = """
 [[stage]]
 name = "pretrain"

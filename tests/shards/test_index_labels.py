@@ -156,3 +156,15 @@ def test_a_number_that_is_no_class_is_told(tmp_path):
     write_tar(tmp_path / "0.tar", [("a.jpg", image(0)), ("a.cls", b"1700000000")])
     with pytest.raises(UserError, match=r"label 1700000000 in 0\.tar would make 1,700,000,001 classes"):
         index(tmp_path)
+
+
+def test_reading_other_labels_makes_another_data_set(tmp_path):
+    labels = [{"fine": i % 3, "coarse": 2 - i % 3} for i in range(6)]
+    members = [(f"{i}.{kind}", data) for i, row in enumerate(labels)
+               for kind, data in (("jpg", image(i)), ("json", json.dumps(row).encode()))]  # fmt: skip
+    write_tar(tmp_path / "set" / "0.tar", members)
+    digests = set()
+    for label in ("json:fine", "json:coarse"):
+        index(tmp_path / "set", tmp_path / label, label=label)
+        digests.add(Dataset.open(tmp_path / label).digest)
+    assert len(digests) == 2  # a run on one does not go on with the other

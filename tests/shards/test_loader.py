@@ -1,6 +1,7 @@
 import json
 import threading
 from itertools import islice
+from time import perf_counter
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from shards.errors import PatchmillError, UserError
 from shards.evaluation import EvaluationLoader
 from shards.loader import Loader
 from shards.store import open_store
+from tests.shards.datasets import damage
 
 SAMPLES = 53  # prime: nothing divides an epoch
 CROP = InceptionCrop(16)
@@ -170,16 +172,6 @@ def test_another_drop_list_is_refused_and_named(own):
     loader(Dataset.open(own, "v1")).load_state_dict(state)
 
 
-def damage(folder, places):
-    """Overwrite images inside the tars, as a failing disk would."""
-    dataset = Dataset.open(folder)
-    for shard, index in places:
-        rows = dataset.rows(shard)
-        with open(folder / manifest.shard_path(shard), "r+b") as tar:
-            tar.seek(int(rows.offset[index]))
-            tar.write(bytes(int(rows.size[index])))
-
-
 def test_broken_samples_get_stand_ins_from_their_block(own, tmp_path):
     whole, _ = take(Dataset.open(own), 5)
     broken = [(0, 3), (2, 7), (2, 8)]
@@ -309,6 +301,25 @@ def test_threads_end_with_the_iterator(dataset):
     for _ in EvaluationLoader(dataset, 4, transform=CROP):
         break
     assert not decoding_threads()
+
+
+def test_counts_are_of_what_the_threads_did(own):
+    dataset = Dataset.open(own)
+    mine = loader(dataset, prefetch=0, threads=3)
+    began = perf_counter()
+    batches = list(islice(mine, 3))
+    seconds = perf_counter() - began
+    _, shard, index = mine.order.locate(np.concatenate([batch.positions for batch in batches]))
+    counts = mine.counts()
+    assert counts.bytes == sum(int(dataset.rows(s).size[i]) for s, i in zip(shard, index, strict=True))
+    assert 0 < counts.read_seconds < 3 * seconds
+    assert 0 < counts.decode_seconds < 3 * seconds
+    assert counts.replaced == counts.quarantined == 0
+    damage(own, [(0, 3), (2, 7)])
+    mine = loader(Dataset.open(own), prefetch=0)
+    list(islice(mine, 9))  # two epochs
+    assert mine.counts().quarantined == 2
+    assert mine.counts().replaced == mine.replaced >= 4
 
 
 @pytest.mark.parametrize("prefetch", [0, 3])

@@ -50,6 +50,16 @@ def test_order_follows_the_law(sources, lanes, period):
     assert located(mixture, np.arange(count)) == samples
 
 
+@given(parts, st.integers(1, 5), st.integers(20, 30), st.integers(0, 400))
+@quick
+def test_what_lanes_have_drawn_is_what_came_before(sources, lanes, period, position):
+    mixture = mixed(sources, lanes, period)
+    drawn = np.zeros((lanes, len(sources)), dtype=int)
+    for p, (source, _) in enumerate(naive(mixture, position)):
+        drawn[p % lanes, source] += 1
+    assert mixture.drawn(position).tolist() == drawn.tolist()
+
+
 @given(parts, st.integers(1, 6), st.integers(20, 40))
 @quick
 def test_quotas_are_exact_and_sources_go_through_whole_epochs(sources, lanes, period):
