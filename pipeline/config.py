@@ -24,7 +24,9 @@ from pydantic import (
 from shards.augreg import PRESETS
 from shards.cache import ChunkCache
 from shards.errors import UserError
+from shards.storesettings import StoreSettings
 from shards.tarstream import is_stream
+from shards.urls import refuse_password
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -73,10 +75,18 @@ def _longer_than_nothing(value: Duration) -> Duration:
 Period = Annotated[Duration, AfterValidator(_longer_than_nothing)]
 
 
+def _without_password(url: str) -> str:
+    refuse_password(url)
+    return url
+
+
+Url = Annotated[str, AfterValidator(_without_password)]
+
+
 class TrainSource(Settings):
     """One data set of a mixture, a ``[[data.train]]`` table."""
 
-    url: str
+    url: Url
     weight: float = Field(gt=0, allow_inf_nan=False, description="samples are drawn by the ratio of the weights")
     exclude: str | None = Field(None, description="version of the drop list that this run pins")
 
@@ -89,13 +99,13 @@ class DataSettings(Settings):
     """Where the samples come from, and what happens to their pixels."""
 
     train: Annotated[
-        Annotated[str, Tag("|url")] | Annotated[tuple[TrainSource, ...], Tag("|tables")],
+        Annotated[Url, Tag("|url")] | Annotated[tuple[TrainSource, ...], Tag("|tables")],
         Discriminator(_url_or_tables),
     ] = Field(
         description="a data set; [[data.train]] tables of several to draw from by weight; or a stream: '-', "
         "'pipe:COMMAND' or tars without a manifest"
     )
-    val: str | None = None
+    val: Url | None = None
     exclude: str | None = Field(None, description="version of the drop list that this run pins, of a single data set")
     resolution: int = Field(224, gt=0)
     augment: Literal[
@@ -111,6 +121,7 @@ class DataSettings(Settings):
     window_bytes: int = Field(16_000_000_000, gt=0, description="shuffle window over the whole cluster")
     cache: str | None = Field(None, description="local folder for chunks of remote data, one for all jobs of a machine")
     cache_bytes: ByteSize | None = Field(None, gt=0, description='limit of the cache, as in "200 GB"')
+    store: StoreSettings = Field(default_factory=StoreSettings, description="how buckets and web servers are reached")
 
     @field_validator("train", mode="before")
     @classmethod
@@ -403,15 +414,15 @@ def _toml_value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)  # TOML's strings, numbers and booleans read as JSON's
 
 
-def _table_of(kind: type[Settings], path: list) -> type[Settings]:
+def _table_of(kind: type[BaseModel], path: list) -> type[BaseModel]:
     for part in path:
         if isinstance(part, str):  # a number is a place in a list of tables
             kind = next(_tables_in(kind.model_fields[part].annotation))
     return kind
 
 
-def _tables_in(annotation: Any) -> Iterator[type[Settings]]:
-    if isinstance(annotation, type) and issubclass(annotation, Settings):
+def _tables_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for inner in get_args(annotation):
         yield from _tables_in(inner)

@@ -42,7 +42,7 @@ def open_data(settings: TrainSettings, out: Path) -> TrainingData:
         UserError: Something is not there or not whole, or things do not go together.
     """
     data = settings.data
-    held_out = Dataset.open(data.val) if data.val else None
+    held_out = Dataset.open(data.val, settings=data.store) if data.val else None
     options = {
         "global_batch": settings.global_batch, "rank": distributed.rank(), "world_size": distributed.world_size(),
         "seed": settings.seed, "transform": training_transform(data), "threads": data.threads,
@@ -76,7 +76,7 @@ def training_set(data: DataSettings) -> Dataset | Mixture:
     Raises:
         UserError: One is not there or not whole, or their classes do not go together.
     """
-    opened = [Dataset.open(source.url, source.exclude) for source in data.sources]
+    opened = [Dataset.open(source.url, source.exclude, settings=data.store) for source in data.sources]
     if len(opened) == 1:
         return opened[0]
     return Mixture([(dataset, source.weight) for dataset, source in zip(opened, data.sources, strict=True)])

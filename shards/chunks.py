@@ -27,7 +27,6 @@ class ChunkReader:
     Args:
         dataset: Some of whose shards are remote.
         order: That says which samples lie together, and how long each is needed.
-        requests: In flight at most.
         cache: On this machine.
         cache_ranks: Those that share the cache; None: all.
         world_size: Number of ranks.
@@ -41,7 +40,6 @@ class ChunkReader:
         self,
         dataset: Dataset | Mixture,
         order: Order | MixedOrder,
-        requests: int = REQUESTS,
         cache: ChunkCache | None = None,
         cache_ranks: Sequence[int] | None = None,
         world_size: int = 1,
@@ -51,7 +49,7 @@ class ChunkReader:
         self._ranks, self._world_size = range(world_size) if cache_ranks is None else cache_ranks, world_size
         machines = -(-world_size // len(self._ranks))  # each chunk comes to this one every so many epochs
         self._epochs = max(1, min(machines, _EPOCHS, _SAMPLES // order.samples))
-        self._pool = ThreadPoolExecutor(requests, thread_name_prefix="fetch")
+        self._pool = ThreadPoolExecutor(dataset.concurrency or REQUESTS, thread_name_prefix="fetch")
         self._held: dict[tuple[int, int], Future[list[Sample]]] = {}
         self._until: dict[tuple[int, int], int] = {}  # the last position that needs the chunk
 

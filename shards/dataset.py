@@ -19,6 +19,7 @@ from shards.errors import UserError
 from shards.objects import ExistsError, MissingError
 from shards.order import DEFAULT_WINDOW_BYTES, Order, choose_shuffle
 from shards.store import Store, open_store
+from shards.storesettings import StoreSettings
 
 ROW_COLUMNS = ["key", "offset", "size", "format", "labels", "weights", "width", "height", "member"]
 BLOCK = 512  # bytes of a tar header, which precedes each image
@@ -104,6 +105,7 @@ class Dataset:
         store: Where its manifest is read.
         tars: Where its images are read.
         local: (shards,) bool, whether reads of a shard are cheap one by one.
+        concurrency: Requests in flight, as the settings of its stores say; None leaves it to the reader.
     """
 
     def __init__(
@@ -114,10 +116,12 @@ class Dataset:
         exclude: str | None,
         dropped: np.ndarray,
         cached_shards: int | None,
+        settings: StoreSettings,
     ):
         self.store, self.url, self.exclude = store, store.url, exclude
+        self.concurrency = settings.concurrency
         try:
-            self.tars = open_store(info.tars) if info.tars else store
+            self.tars = open_store(info.tars, settings=settings) if info.tars else store
         except MissingError as error:
             raise UserError(f"the tars of {store.url} are not at {info.tars}; index them where they are") from error
         self._remedy = "index them" if info.build.get("source") == "index" else "copy or build the data set"
@@ -136,7 +140,13 @@ class Dataset:
         self._cached_rows = lru_cache(maxsize=cached_shards)(self._read_rows)
 
     @classmethod
-    def open(cls, url: str | Path, exclude: str | None = None, cached_shards: int | None = None) -> "Dataset":
+    def open(
+        cls,
+        url: str | Path,
+        exclude: str | None = None,
+        cached_shards: int | None = None,
+        settings: StoreSettings | None = None,
+    ) -> "Dataset":
         """Open the data set at ``url``, leaving out the samples of drop list ``exclude``.
 
         Reads ``dataset.json``, ``shards.parquet`` and the drop list, nothing of the samples.
@@ -145,11 +155,13 @@ class Dataset:
             url: Local path or URL.
             exclude: Version of the drop list, or None.
             cached_shards: So many shards' rows stay in memory; by default those of 4 million samples.
+            settings: Of its remote stores; by default those of the environment.
 
         Raises:
             UserError: There is no whole data set at ``url``, or no such drop list.
         """
-        store = open_store(url)
+        settings = settings or StoreSettings()
+        store = open_store(url, settings=settings)
         try:
             info = manifest.parse_info(store.read(manifest.DATASET), store.url)
         except MissingError as error:
@@ -157,7 +169,7 @@ class Dataset:
         shards = manifest.open_table(store, manifest.SHARDS, manifest.SHARDS_SCHEMA.names)
         if manifest.digest(info.classes, shards["sha256"].to_pylist(), info.build) != info.digest:
             raise UserError(f"{store.url}: dataset.json and shards.parquet do not belong together; build it again")
-        return cls(store, info, shards, exclude, _read_dropped(store, exclude), cached_shards)
+        return cls(store, info, shards, exclude, _read_dropped(store, exclude), cached_shards, settings)
 
     def __len__(self) -> int:
         return int(self._starts[-1])

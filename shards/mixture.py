@@ -30,6 +30,7 @@ class Mixture:
         exclude: The version of each source's drop list, or None.
         shard_sizes: (shards,) int64, kept samples a shard.
         local: (shards,) bool, whether reads of a shard are cheap one by one.
+        concurrency: Requests in flight, the most that the settings of a source's stores say, or None.
 
     Raises:
         UserError: There is no source, or one has classes that the first has not.
@@ -45,6 +46,7 @@ class Mixture:
         self.exclude = [dataset.exclude for dataset in self.datasets]
         self.shard_sizes = np.concatenate([dataset.shard_sizes for dataset in self.datasets])
         self.local = np.concatenate([dataset.local for dataset in self.datasets])
+        self.concurrency = max((d.concurrency for d in self.datasets if d.concurrency), default=None)
         self._places = list(chain(*([(d, s) for s in range(len(d.shard_sizes))] for d in self.datasets)))
         self._labels = {dataset: _labels(dataset, self.datasets[0]) for dataset in self.datasets}
 

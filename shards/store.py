@@ -13,25 +13,26 @@ from shards.localstore import LocalStore
 from shards.objects import MissingError
 from shards.remotestore import RemoteStore
 from shards.storesettings import StoreSettings
+from shards.urls import refuse_password
 
 Store = LocalStore | RemoteStore
 
 
-def open_store(url: str | Path, create: bool = False) -> Store:
+def open_store(url: str | Path, create: bool = False, settings: StoreSettings | None = None) -> Store:
     """Open a local path or a ``file://``, ``http(s)://``, ``s3://``, ``gs://`` or ``az://`` URL.
 
     Args:
         url: Of a folder, a bucket or a prefix in it.
         create: Make a local folder that is missing.
+        settings: Of a remote store; by default those of the environment.
 
     Raises:
         UserError: The local folder is missing, the URL is of no known kind, or it carries a password.
     """
     parts = urlsplit(str(url))
     if "://" in str(url) and parts.scheme != "file":
-        if parts.password:
-            raise UserError(f"the URL of {parts.hostname} carries a password; put secrets into the environment instead")
-        return RemoteStore(str(url).rstrip("/"), StoreSettings())
+        refuse_password(str(url))
+        return RemoteStore(str(url).rstrip("/"), settings or StoreSettings())
     root = Path(unquote(parts.path)) if parts.scheme == "file" else Path(url)
     if create:
         root.mkdir(parents=True, exist_ok=True)

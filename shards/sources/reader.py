@@ -15,6 +15,7 @@ from shards.header import BrokenImageError
 from shards.objects import MissingError
 from shards.sources import Item, unpacked_path, web
 from shards.store import Store, open_store
+from shards.storesettings import StoreSettings
 
 AHEAD = 32  # remote reads in flight: enough to hide a round trip of 100 ms behind 300 images a second
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -89,11 +90,12 @@ class Reader:
             UserError, PatchmillError: As from ``read``.
         """
         waiting: deque[tuple[Item, Future | None]] = deque()
-        pool = ThreadPoolExecutor(AHEAD)
+        requests = StoreSettings().concurrency or AHEAD
+        pool = ThreadPoolExecutor(requests)
         try:
             for item in items:
                 waiting.append((item, None if self._local(item.file) else pool.submit(self._try, item)))
-                while waiting and (waiting[0][1] is None or len(waiting) > AHEAD):
+                while waiting and (waiting[0][1] is None or len(waiting) > requests):
                     yield self._next(waiting)
             while waiting:
                 yield self._next(waiting)

@@ -145,3 +145,27 @@ def test_broken_toml_and_missing_files_are_one_line(tmp_path):
         read_toml(tmp_path / "y.toml")
     with pytest.raises(UserError, match=r"no recipe 'small_pretrian'.*did you mean 'small_pretrain'"):
         read_recipe("small_pretrian")
+
+
+def test_how_stores_are_reached_is_a_table_of_its_own(monkeypatch):
+    base = {"duration": "1 epoch", "global_batch": 8, "model": {"name": "vit_b16"}}
+    monkeypatch.setenv("PATCHMILL_STORE_REGION", "eu-test-1")
+    monkeypatch.setenv("PATCHMILL_STORE_TIMEOUT_SECONDS", "7")
+    settings = check(TrainSettings, {**base, "data": {"train": "a", "store": {"timeout_seconds": 9}}}, "c.toml")
+    assert (settings.data.store.region, settings.data.store.timeout_seconds) == ("eu-test-1", 9)
+    again = check(TrainSettings, tomllib.loads(dump_toml(settings.model_dump(mode="json"))), "resolved.toml")
+    assert again == settings
+    for table, message in [
+        ({"endpiont": "x"}, r"unknown setting data\.store\.endpiont .*did you mean 'endpoint'"),
+        ({"endpoint": "x"}, r"setting data\.store\.endpoint = 'x' in c\.toml does not fit: give the URL"),
+        ({"concurrency": 0}, r"setting data\.store\.concurrency = 0 in c\.toml does not fit"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            check(TrainSettings, {**base, "data": {"train": "a", "store": table}}, "c.toml")
+    url = "https://me:hunter2@h/x"
+    for table in ({"train": url}, {"train": [{"url": url, "weight": 1}]}, {"train": "a", "store": {"endpoint": url}}):
+        with pytest.raises(UserError, match=r"^the URL of h carries a password; put secrets into the environment"):
+            check(TrainSettings, {**base, "data": table}, "c.toml")
+    monkeypatch.setenv("PATCHMILL_STORE_TIMEOUT_SECONDS", "soon")
+    with pytest.raises(UserError, match="environment variable PATCHMILL_STORE_TIMEOUT_SECONDS=soon does not fit"):
+        check(TrainSettings, {**base, "data": {"train": "a"}}, "c.toml")

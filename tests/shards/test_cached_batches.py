@@ -21,6 +21,7 @@ from shards.errors import UserError
 from shards.loader import Loader
 from shards.mixture import Mixture
 from shards.order import Order, Shuffle
+from shards.storesettings import StoreSettings
 from tests.shards.datasets import Made, plain, write_dataset
 from tests.shards.images import make_source, tree
 from tests.shards.sources.servers import serve
@@ -126,10 +127,10 @@ def test_in_each_later_epoch_the_hits_are_what_the_cache_can_hold(even, tmp_path
     clock, room, batch = [10**18], 10, 8
     monkeypatch.setattr("time.time_ns", lambda: clock[0])
     monkeypatch.setattr("shards.cache._LOOK", float("inf"))
-    dataset = Dataset.open(even)
+    dataset = Dataset.open(even, settings=StoreSettings(concurrency=1))
     order = Order(dataset.shard_sizes, 3, Shuffle(4, 4, 16))
     cache = ChunkCache(tmp_path, room * 8192)
-    reader = ChunkReader(dataset, order, requests=1, cache=cache)
+    reader = ChunkReader(dataset, order, cache=cache)
     hits = []
     for position in range(0, 4 * order.samples, batch):
         reader.release(position)

@@ -1,8 +1,6 @@
 """Indexes of tars on web servers and S3, and those that no longer fit their tars."""
 
-import io
 import os
-import tarfile
 
 import pytest
 
@@ -10,7 +8,7 @@ from shards.dataset import Dataset, write_exclude
 from shards.errors import UserError
 from shards.index import index
 from shards.store import open_store
-from tests.shards.foreign import samples, write_webdataset
+from tests.shards.foreign import replace_with_same_size, samples, write_webdataset
 from tests.shards.servers import serve_faults
 
 
@@ -55,18 +53,6 @@ def test_tars_and_manifest_on_s3(s3, tmp_path):
     assert len(samples(f"{s3}/data/set", exclude="v1")) == 23
     with pytest.raises(UserError, match="exists and never changes"):
         write_exclude(f"{s3}/data/set", "v1", [])
-
-
-def replace_with_same_size(path):
-    """Make a tar anew with its samples in another order."""
-    with tarfile.open(path) as tar:
-        members = [(member, tar.extractfile(member).read()) for member in tar]
-    size = path.stat().st_size
-    path.unlink()
-    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
-        for member, data in members[3:] + members[:3]:
-            tar.addfile(member, io.BytesIO(data))
-    assert path.stat().st_size == size
 
 
 @pytest.mark.parametrize("where", ["local", "web"])

@@ -16,6 +16,7 @@ from shards.errors import PatchmillError, UserError
 from shards.evaluation import EvaluationLoader
 from shards.loader import Loader
 from shards.store import open_store
+from tests.shards.datasets import damage
 
 SAMPLES = 53  # prime: nothing divides an epoch
 CROP = InceptionCrop(16)
@@ -169,16 +170,6 @@ def test_another_drop_list_is_refused_and_named(own):
         assert "\n" not in str(raised.value)
         assert mine.samples == 0
     loader(Dataset.open(own, "v1")).load_state_dict(state)
-
-
-def damage(folder, places):
-    """Overwrite images inside the tars, as a failing disk would."""
-    dataset = Dataset.open(folder)
-    for shard, index in places:
-        rows = dataset.rows(shard)
-        with open(folder / manifest.shard_path(shard), "r+b") as tar:
-            tar.seek(int(rows.offset[index]))
-            tar.write(bytes(int(rows.size[index])))
 
 
 def test_broken_samples_get_stand_ins_from_their_block(own, tmp_path):

@@ -156,15 +156,18 @@ def test_spans_merge_what_is_near():
     ]
 
 
-def test_a_server_without_ranges_is_told(folder):
+@pytest.fixture
+def plain_server(folder):
+    """The standard file server, which knows no ranges."""
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder)) as server:
         threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
-        store = open_store(f"http://127.0.0.1:{server.server_port}/shards")
-        with pytest.raises(PatchmillError, match="use a server that can send parts of a file"):
-            store.read_range("000000.tar", 5, 10)
-        with pytest.raises(PatchmillError, match=r"plain web servers such as .* cannot list"):
-            store.list("")
+        yield f"http://127.0.0.1:{server.server_port}/shards"
         server.shutdown()
+
+
+def test_a_plain_server_lists_nothing(plain_server):
+    with pytest.raises(PatchmillError, match=r"plain web servers such as .* cannot list"):
+        open_store(plain_server).list("")
 
 
 @pytest.fixture(params=["path", "s3"])
@@ -269,9 +272,10 @@ def test_bad_urls(url, tmp_path):
         open_store(url.format(tmp_path))
 
 
-def test_password_in_url_is_refused_and_not_repeated():
+@pytest.mark.parametrize("url", ["https://me:hunter2@example.org/data", "s3://me:hunter2/+hunter2@bucket/data"])
+def test_password_in_url_is_refused_and_not_repeated(url):
     with pytest.raises(UserError, match="environment") as caught:
-        open_store("https://me:hunter2@example.org/data")
+        open_store(url)
     assert "hunter2" not in str(caught.value)
 
 
