@@ -18,6 +18,7 @@ from braceexpand import UnbalancedBracesError, braceexpand
 from shards.errors import PatchmillError, UserError
 from shards.header import BrokenImageError
 from shards.labels import ClassNames, LabelError, LabelRule
+from shards.storesettings import StoreSettings
 from shards.tarindex import Reading
 from shards.tarlist import find_tars
 from shards.tarscan import BLOCK, COMPRESSED, DamagedTarError, Member
@@ -58,13 +59,14 @@ def is_stream(source: object) -> bool:
     )
 
 
-def find_streams(source: str, allow_pipe: bool) -> list[Tar]:
+def find_streams(source: str, allow_pipe: bool, settings: StoreSettings | None = None) -> list[Tar]:
     """Return the tars that a source means.
 
     Args:
         source: ``-``, standard input; ``pipe:COMMAND``, the output of a shell command, of several with braces as in
             ``pipe:curl -sf https://host/{000..146}.tar``; or tars as in ``find_tars``.
         allow_pipe: Commands may run.
+        settings: Of the store of remote tars; by default those of the environment.
 
     Raises:
         UserError: There are no tars, or a command is not allowed.
@@ -72,7 +74,7 @@ def find_streams(source: str, allow_pipe: bool) -> list[Tar]:
     if source == STDIN:
         return [Tar("standard input", partial(open, 0, "rb", buffering=0, closefd=False))]
     if not source.startswith(PIPE):
-        store, paths = find_tars(source)
+        store, paths = find_tars(source, settings)
         return [Tar(f"{store.url}/{path}", partial(store.stream, path)) for path in paths]
     if not allow_pipe:
         raise UserError(f"{source} would run a command; if you trust it, set data.allow_pipe = true")
