@@ -16,6 +16,7 @@ segment tells where it begins and which one delivered what was before. What came
 import json
 import os
 import struct
+import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,6 +83,8 @@ def new_segment(folder: str | os.PathLike) -> Path:
 class Ledger:
     """Writes one rank's file of a segment; of another one each time the stream is set to another place.
 
+    A checkpoint may be taken while another thread fetches the next batch.
+
     Args:
         segment: Folder from ``new_segment``, the same on all ranks.
         dataset: What the run reads, one data set or a mixture.
@@ -116,6 +119,7 @@ class Ledger:
         self._steps: list[tuple[np.ndarray, np.ndarray]] = []
         self._replaced: list[tuple[int, int, int]] = []
         self._at = self._rows = 0  # first position and number of rows in memory
+        self._lock = threading.RLock()
 
     @property
     def segment(self) -> str | None:
@@ -129,32 +133,36 @@ class Ledger:
 
     def go_on_from(self, segment: str | None) -> None:
         """Begin another segment with the next step: the stream was set to where ``segment`` stood."""
-        self.flush()
-        if self._file:
-            self._file.close()
-        self._file, self._after = None, segment
+        with self._lock:
+            self.flush()
+            if self._file:
+                self._file.close()
+            self._file, self._after = None, segment
 
     def append(self, position: int, work: Work) -> None:
         """Note a step that is handed out; ``position`` is the first of its global batch."""
         first, rows = int(work.positions[0]), len(work.positions)
-        if self._file and first != self._next:
-            self.go_on_from(self.segment)
-        if not self._file:
-            self._begin(position)
-        if self._steps and rows != len(self._steps[0][0]):
-            self.flush()
-        if not self._steps:
-            self._at = first
-        self._replaced += [(self._rows + row, broken.shard, broken.index) for row, broken in work.replaced.items()]
-        self._steps.append((work.shards, work.indices))
-        self._rows += rows
-        self._next = first + rows * self._world_size
-        if self._rows >= FRAME_ROWS:
-            self.flush()
+        with self._lock:
+            if self._file and first != self._next:
+                self.go_on_from(self.segment)
+            if not self._file:
+                self._begin(position)
+            if self._steps and rows != len(self._steps[0][0]):
+                self.flush()
+            if not self._steps:
+                self._at = first
+            self._replaced += [(self._rows + row, broken.shard, broken.index) for row, broken in work.replaced.items()]
+            self._steps.append((work.shards, work.indices))
+            self._rows += rows
+            self._next = first + rows * self._world_size
+            if self._rows >= FRAME_ROWS:
+                self.flush()
 
     def flush(self) -> None:
         """Hand what is in memory to the system."""
-        if self._steps:
+        with self._lock:
+            if not self._steps:
+                return
             shard, index = (np.concatenate(column) for column in zip(*self._steps, strict=True))
             replaced = np.array(self._replaced, dtype=np.int32).reshape(-1, 3)
             self._write(_pack(Frame(self._at, len(self._steps[0][0]), shard, index, replaced)))
@@ -162,10 +170,11 @@ class Ledger:
 
     def commit(self) -> None:
         """Make all durable that was noted."""
-        self.flush()
-        if self._file:
-            with self._told():
-                os.fsync(self._file.fileno())
+        with self._lock:
+            self.flush()
+            if self._file:
+                with self._told():
+                    os.fsync(self._file.fileno())
 
     def _begin(self, position: int) -> None:
         self._segments += 1

@@ -42,7 +42,7 @@ def test_tars_without_a_manifest_are_a_stream_whose_classes_are_those_of_the_hel
     assert len(list(open_data(settings(folder, **pipe, allow_pipe=True), tmp_path).loader)) == 10
 
 
-def test_a_data_set_is_known_by_its_length(folder, tmp_path, alone):
+def test_a_data_set_is_known_by_its_length(alone, folder, tmp_path):
     data = open_data(settings(folder, train=f"{folder}/set", length="2 epochs"), tmp_path)
     assert isinstance(data.loader, Loader)
     assert data.epoch == 40

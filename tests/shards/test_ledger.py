@@ -185,7 +185,7 @@ starts = st.lists(
 )
 
 
-@settings(max_examples=15)
+@settings(max_examples=12)
 @given(starts=starts, rows=st.sampled_from([1, 7, 1 << 16]), kind=st.sampled_from(["whole", "broken", "mixed"]))
 def test_whatever_is_killed_and_rolled_back_the_audit_follows_the_weights(
     whole, broken, few, tmp_path_factory, starts, rows, kind
@@ -475,6 +475,20 @@ def test_a_checkpoint_makes_durable_what_came_before_it(whole, tmp_path):
     next(batches)
     batches.close()
     assert RankFile(path).last.tolist() == [3, 7]
+
+
+def test_checkpoints_are_taken_while_another_thread_fetches(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger, "FRAME_ROWS", 3 * BATCH)
+    stage = Stage(tmp_path, whole)
+    stage.start(1, steps=1)
+    (loader,), (batches,) = stage.loaders, stage.batches
+    thread = threading.Thread(target=lambda: [next(batches) for _ in range(300)])
+    thread.start()
+    while thread.is_alive():
+        loader.state_dict()
+    stage.end()
+    assert audit(tmp_path).counts == {}
+    assert audit(tmp_path).positions == 301 * BATCH
 
 
 def audit_command(*arguments) -> tuple[int, str]:
