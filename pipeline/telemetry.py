@@ -85,9 +85,9 @@ def _in_words(values: dict[str, Any], seconds_left: float) -> list[str]:
     if "cache_hit_share" in values:
         text.append(f"cache {values['cache_hit_share']:.0%}")
     if values["retries"]:
-        text.append(f"{values['retries']:,} retries")
+        text.append(f"retried {values['retries']:,}")
     if values["quarantined"]:
-        text.append(f"{values['quarantined']:,} images quarantined")
+        text.append(f"quarantined {values['quarantined']:,}")
     return text
 
 
