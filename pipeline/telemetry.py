@@ -84,8 +84,10 @@ def _in_words(values: dict[str, Any], seconds_left: float) -> list[str]:
     text += [f"decoding {values['decode_share']:.0%}", f"{speed:,.0f} MB/s" if speed >= 10 else f"{speed:.1f} MB/s"]
     if "cache_hit_share" in values:
         text.append(f"cache {values['cache_hit_share']:.0%}")
+    if values["retries"]:
+        text.append(f"retried {values['retries']:,}")
     if values["quarantined"]:
-        text.append(f"{values['quarantined']:,} images quarantined")
+        text.append(f"quarantined {values['quarantined']:,}")
     return text
 
 

@@ -73,5 +73,5 @@ class Window:
             "data_wait": waited / ranks / seconds, "read_share": here.read_seconds / threads / seconds,
             "decode_share": here.decode_seconds / threads / seconds,
             **({"cache_hit_share": here.cache_hits / asked_for} if asked_for else {}),
-            "replaced": int(now.replaced), "quarantined": int(now.quarantined),
+            "retries": int(now.retries), "replaced": int(now.replaced), "quarantined": int(now.quarantined),
         }, stopping > 0  # fmt: skip

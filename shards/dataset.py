@@ -195,6 +195,11 @@ class Dataset:
         """The data sets of which the shards are; as of a ``Mixture``, which has several."""
         return [self]
 
+    @property
+    def retries(self) -> int:
+        """Reads from its stores that were asked again so far."""
+        return sum(store.retries for store in {self.store, self.tars})
+
     def place(self, shard: int) -> tuple["Dataset", int]:
         """Return the data set that a shard is of, and its number there; as of a ``Mixture``, which has several."""
         return self, shard

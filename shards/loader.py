@@ -105,7 +105,9 @@ class Loader:
     def counts(self) -> Counts:
         """Return what was counted since the loader was made; what was decoded ahead counts already."""
         cache = {"cache_hits": self.cache.hits, "cache_misses": self.cache.misses} if self.cache else {}
-        return self._meter.counts(replaced=self.replaced, quarantined=len(self._quarantine.met), **cache)
+        return self._meter.counts(
+            replaced=self.replaced, quarantined=len(self._quarantine.met), retries=self.dataset.retries, **cache
+        )
 
     @property
     def global_batch(self) -> int:

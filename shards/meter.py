@@ -13,6 +13,7 @@ class Counts(NamedTuple):
         decode_seconds: That these threads decoded and transformed; by the clock, so a busy machine lengthens it.
         replaced: Samples that a stand-in replaced.
         quarantined: Different samples that did not decode.
+        retries: Reads that a store was asked for again.
         cache_hits: Chunks that the cache had.
         cache_misses: Chunks that it was asked for and had not.
     """
@@ -22,6 +23,7 @@ class Counts(NamedTuple):
     decode_seconds: float = 0.0
     replaced: int = 0
     quarantined: int = 0
+    retries: int = 0
     cache_hits: int = 0
     cache_misses: int = 0
 

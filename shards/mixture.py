@@ -75,6 +75,11 @@ class Mixture:
         ]
         return MixedOrder(orders, self.weights, seed)
 
+    @property
+    def retries(self) -> int:
+        """Reads of all sources that were asked again so far."""
+        return sum(dataset.retries for dataset in set(self.datasets))
+
     def place(self, shard: int) -> tuple[Dataset, int]:
         """Return the data set that a shard is of, and its number there."""
         return self._places[shard]

@@ -25,8 +25,8 @@ _CLOUDS = {
 _CLIENT = ("allow_http", "allow_invalid_certificates", "proxy_url", "root_certificate")
 
 
-def open_remote(url: str, settings: StoreSettings) -> obstore.store.ObjectStore:
-    """Return the store of a URL.
+def open_remote(url: str, settings: StoreSettings, retry: bool = True) -> obstore.store.ObjectStore:
+    """Return the store of a URL; without ``retry``, one that asks once.
 
     Raises:
         UserError: The profile or a variable of the environment does not fit.
@@ -39,7 +39,7 @@ def open_remote(url: str, settings: StoreSettings) -> obstore.store.ObjectStore:
         "client_options": _client(cloud, settings.timeout_seconds, server),
         # Server errors, lost connections and time-outs are tried again by obstore, with exponential back-off: the time
         # decides, since ten tries are over in two seconds.
-        "retry_config": {"max_retries": 1000, "retry_timeout": timedelta(seconds=settings.retry_seconds)},
+        "retry_config": {"max_retries": 1000 * retry, "retry_timeout": timedelta(seconds=settings.retry_seconds)},
     }
     if cloud in _CLOUDS:
         options["config"] = _config(cloud, settings, profile, server)

@@ -1,17 +1,14 @@
 """A bucket, a prefix in it or a web folder as a store, through ``obstore``."""
 
 import io
-import itertools
-import random
 import sys
 import threading
-import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, NotFoundError, NotSupportedError
@@ -20,14 +17,13 @@ from shards.errors import PatchmillError, UserError
 from shards.objects import Entry, ExistsError, MissingError, ShortError, failure, reason, too_short
 from shards.remoteaccess import open_remote
 from shards.remotefile import remote_file
+from shards.retries import Retries
 from shards.storesettings import StoreSettings
 from shards.temporary import temporary_folder
 from shards.wholefiles import WholeFiles
 
 GAP = 1 << 20  # bytes between two ranges that are fetched along rather than asked for apart
 
-Answer = TypeVar("Answer")
-_BROKEN_OFF = ("response body", "Range request not supported")  # the second: on asking for the rest
 ERRORS = (BaseError, OSError, ValueError)  # the last: a path that no store takes
 
 
@@ -44,15 +40,21 @@ class RemoteStore:
         self.web = url.startswith(("http://", "https://"))  # a plain server: it lists nothing and takes no files
         self._whole: WholeFiles | None = None
         self._lock = threading.Lock()
+        self._retries = Retries(settings.retry_seconds)  # of reads, to count them; obstore tries the rest again
         try:
-            self._store = open_remote(url, settings)
+            self._store, self._reads = open_remote(url, settings), open_remote(url, settings, retry=False)
         except BaseError as error:
             raise UserError(f"cannot open {url}: {reason(error)}; check the URL") from error
+
+    @property
+    def retries(self) -> int:
+        """Reads that were asked again so far."""
+        return self._retries.count
 
     def read(self, path: str) -> bytes:
         """Return the whole object at ``path``, relative to the store."""
         try:
-            return self._whole_body(lambda: bytes(obstore.get(self._store, path).bytes()))
+            return self._retries(lambda: bytes(obstore.get(self._reads, path).bytes()))
         except ERRORS as error:
             raise failure(self.url, path, error) from error
 
@@ -69,7 +71,7 @@ class RemoteStore:
         try:
             # Each span is one request. Obstore would merge ranges itself, and panic where the object ends inside them.
             first, ends = [start for start, _ in spans], [end for _, end in spans]
-            parts = self._whole_body(lambda: self._get_spans(path, first, ends))
+            parts = self._retries(lambda: self._get_spans(path, first, ends))
         except NotSupportedError:
             self._begin_whole()
             return self._ranges_of_whole(path, wanted)
@@ -85,9 +87,9 @@ class RemoteStore:
         return found
 
     def _get_spans(self, path: str, starts: list[int], ends: list[int]) -> list[obstore.Bytes]:
-        parts = obstore.get_ranges(self._store, path, starts=starts, ends=ends, coalesce=0)
+        parts = obstore.get_ranges(self._reads, path, starts=starts, ends=ends, coalesce=0)
         short = [end for part, start, end in zip(parts, starts, ends, strict=True) if len(part) < end - start]
-        if short and max(short) <= obstore.head(self._store, path)["size"]:  # else the object is cut short
+        if short and max(short) <= obstore.head(self._reads, path)["size"]:  # else the object is cut short
             raise GenericError("the response body is shorter than what was asked for")
         return parts
 
@@ -115,11 +117,11 @@ class RemoteStore:
 
         def download() -> None:
             with open(target, "wb") as file:
-                for part in obstore.get(self._store, path).stream():
+                for part in obstore.get(self._reads, path).stream():
                     file.write(part)
 
         try:
-            self._whole_body(download)
+            self._retries(download)
         except ERRORS as error:
             if isinstance(error, OSError) and error.errno:  # of the local disk
                 raise UserError(
@@ -127,20 +129,6 @@ class RemoteStore:
                     "use a server that sends parts of files"
                 ) from error
             raise failure(self.url, path, error) from error
-
-    def _whole_body(self, request: Callable[[], Answer]) -> Answer:
-        """Ask again, with back-off, where a connection ended inside an answer and obstore could not get the rest."""
-        deadline = time.monotonic() + self.settings.retry_seconds
-        for attempt in itertools.count():
-            try:
-                return request()
-            except NotSupportedError:  # a server that sends no parts
-                raise
-            except BaseError as error:
-                wait = min(0.1 * 2**attempt, 15) * random.uniform(0.5, 1)  # not all workers at once
-                if not any(sign in str(error) for sign in _BROKEN_OFF) or time.monotonic() + wait > deadline:
-                    raise
-                time.sleep(wait)
 
     def stream(self, path: str) -> io.BufferedIOBase:
         """Open the object for sequential reading; seeking is allowed."""
@@ -156,18 +144,18 @@ class RemoteStore:
 
     def size(self, path: str) -> int:
         """Return the bytes of the object at ``path``."""
-        try:
-            return obstore.head(self._store, path)["size"]
-        except ERRORS as error:
-            raise failure(self.url, path, error) from error
+        return self._head(path)["size"]
 
     def modified(self, path: str) -> int:
         """Return when the object at ``path`` was written, nanoseconds since 1970, by the server's clock.
 
         Servers tell whole seconds: it is the end of that second, since what was made just before is no newer.
         """
+        return (int(self._head(path)["last_modified"].timestamp()) + 1) * 10**9 - 1
+
+    def _head(self, path: str) -> dict[str, Any]:
         try:
-            return (int(obstore.head(self._store, path)["last_modified"].timestamp()) + 1) * 10**9 - 1
+            return self._retries(lambda: obstore.head(self._reads, path))
         except ERRORS as error:
             raise failure(self.url, path, error) from error
 

@@ -24,7 +24,7 @@ class Retries:
     """Safe to share between threads.
 
     Args:
-        seconds: For which a request that fails is asked again.
+        seconds: For which a request is asked again, from its first fault on.
 
     Attributes:
         count: Requests that were asked again so far.
@@ -36,12 +36,13 @@ class Retries:
 
     def __call__(self, request: Callable[[], Answer]) -> Answer:
         """Return what ``request`` does; its error if that will not pass, or time is up before the next try."""
-        deadline = time.monotonic() + self._seconds
+        deadline = None
         for attempt in itertools.count():
             try:
                 return request()
             except BaseError as error:
                 pause = min(_FIRST * 2**attempt, _LONGEST) * random.uniform(0.5, 1)  # not all workers at once
+                deadline = deadline or time.monotonic() + self._seconds
                 if not _PASSING.search(str(error).partition("\n")[0]) or time.monotonic() + pause > deadline:
                     raise
             with self._lock:

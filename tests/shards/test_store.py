@@ -22,6 +22,7 @@ from shards.errors import PatchmillError, UserError
 from shards.objects import ExistsError, MissingError
 from shards.remotestore import GAP, _spans
 from shards.store import open_store
+from shards.storesettings import StoreSettings
 from tests.shards.servers import serve_faults
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
@@ -102,12 +103,24 @@ READS = {
 }
 
 
-@pytest.mark.parametrize("read", READS.values(), ids=READS)
-@pytest.mark.parametrize("fault", ["error", "half body"])
-def test_bad_answers_are_asked_for_again(server, read, fault):
+FAULTS = ("error", "reset", "silence", "half body", "reset inside", "stall", "wrong length")
+
+
+@pytest.mark.parametrize(
+    ("fault", "read"),
+    [
+        pytest.param(fault, read, id=f"{fault}-{name}")
+        for fault in FAULTS
+        for name, read in READS.items()
+        if (fault, name) != ("wrong length", "whole")  # only of a range is it known how long it should be
+    ],
+)
+def test_bad_answers_are_asked_for_again_and_counted(server, fault, read):
     server.fault, server.bad = fault, 2
-    assert read(open_store(f"{server.url}/shards"))
+    store = open_store(f"{server.url}/shards", settings=StoreSettings(timeout_seconds=0.5))
+    assert read(store)
     assert server.requests == 3
+    assert store.retries == 2
 
 
 @pytest.mark.parametrize(
