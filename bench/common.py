@@ -48,6 +48,14 @@ def machine() -> dict:
     return {"cpu": model, "cores": cores(), "python": platform.python_version(), "numpy": np.__version__}
 
 
+def memory(field: str) -> float:
+    """Return a memory counter of this process in MB: VmRSS is what it holds now, VmHWM the peak of that."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024 / 1e6
+    raise RuntimeError(f"no {field} in /proc/self/status")
+
+
 def report(bench: str, rows: list[Row], ratios: dict[str, float | None], path: Path | None) -> None:
     """Print the table, and write the JSON if a path is given.
 

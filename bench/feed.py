@@ -3,8 +3,8 @@
 Prints {"images/s": ..., "shape": [...], "mean": ...} as JSON. Runs in Patchmill's environment or in the peers'; so what
 only one of them has is imported by the function that needs it. All do the same work, endlessly, on as many cores as
 told, and are held to those: read tars, decode, take an Inception crop of 5 to 100 % of the area, resize it to 224,
-mirror half of them, and batch 64 as uint8. The law of the crop is torchvision's and DALI's for all of them (area uniform, aspect ratio
-log-uniform) but for ``patchmill, own crops``.
+mirror half of them, and batch 64 as uint8. The law of the crop is torchvision's and DALI's for all of them (area
+uniform, aspect ratio log-uniform) but for ``patchmill, own crops``.
 """
 
 import argparse
@@ -107,7 +107,7 @@ def dali(folder: Path, cores: int) -> Iterator:
     @pipeline_def(batch_size=BATCH, num_threads=cores, device_id=None, seed=0)
     def pipeline():
         images, labels = fn.readers.webdataset(
-            paths=tars(folder), ext=["jpg", "cls"], random_shuffle=True, initial_fill=1000, missing_component_behavior="error"
+            paths=tars(folder), ext=["jpg", "cls"], random_shuffle=True, initial_fill=1000
         )
         images = fn.decoders.image_random_crop(
             images, device="cpu", output_type=types.RGB, random_area=list(AREA), random_aspect_ratio=list(ASPECT)

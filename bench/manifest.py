@@ -16,7 +16,7 @@ from time import perf_counter
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from common import arguments, report, row
+from common import arguments, memory, report, row
 
 from shards import manifest
 from shards.store import Store, open_store
@@ -85,7 +85,7 @@ def write_samples(store: Store, shard: int, rng: np.random.Generator) -> manifes
         "height": sides[1],
         "orientation": np.where(rng.random(SAMPLES) < 0.02, rng.integers(2, 9, SAMPLES), 1),
         "member": rng.integers(0, 1 << 32, SAMPLES, dtype=np.uint32),
-        "sha256": [rng.bytes(32) for _ in range(SAMPLES)],
+        "xxh128": [rng.bytes(16) for _ in range(SAMPLES)],
     }
     receipt = manifest.Receipt(
         sha256=rng.bytes(32).hex(),
@@ -151,14 +151,6 @@ def bytes_a_sample(folder: Path, different: int) -> dict[str, list[float]]:
             name = column.path_in_schema.partition(".")[0]
             found.setdefault(name, []).append(column.total_compressed_size / SAMPLES)
     return found
-
-
-def memory(field: str) -> float:
-    """Return a memory counter of this process in MB: VmRSS is what it holds now, VmHWM the peak of that."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024 / 1e6
-    raise RuntimeError(f"no {field} in /proc/self/status")
 
 
 if __name__ == "__main__":

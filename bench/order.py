@@ -5,11 +5,10 @@ Start is what one rank of 2,048 does before its first batch, at a random place o
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from time import perf_counter
 
 import numpy as np
-from common import arguments, report, row
+from common import arguments, memory, report, row
 
 from shards.order import Order, choose_shuffle, rank_positions
 
@@ -63,14 +62,6 @@ def measure(shards: int) -> dict[str, float]:
         "next batch": 1e3 * step,
         "memory": memory("VmHWM") - before,
     }
-
-
-def memory(field: str) -> float:
-    """Return a memory counter of this process in MB: VmRSS is what it holds now, VmHWM the peak of that."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024 / 1e6
-    raise RuntimeError(f"no {field} in /proc/self/status")
 
 
 if __name__ == "__main__":

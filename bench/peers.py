@@ -1,4 +1,4 @@
-"""The environment of other projects, `.venv-peers`, which `make peers` makes: what is in it, and running scripts there."""
+"""The environment of other projects, which `make peers` makes: what is in it, and running scripts there."""
 
 import json
 import subprocess

@@ -1,8 +1,8 @@
 """Data sets of photographs for benchmarks: 2,048 crops of real ones as shards, made once and kept in build/bench.
 
-The photographs are wallpapers of Debian packages. A crop has 4:3, is anywhere in its photograph, half to all of its height,
-and comes down to 500 × 375 with an antialiasing filter. The JPEGs are of 4:2:0 and of two neighbouring qualities, mixed
-so that their mean size is what was asked.
+The photographs are wallpapers of Debian packages. A crop has 4:3, is anywhere in its photograph, half to all of its
+height, and comes down to 500 × 375 with an antialiasing filter. The JPEGs are of 4:2:0 and of two neighbouring
+qualities, mixed so that their mean size is what was asked.
 """
 
 import hashlib
@@ -19,8 +19,9 @@ import simplejpeg
 from PIL import Image
 
 from shards.build import build
+from shards.manifest import SCHEMA_VERSION
 
-PACKAGES = "plasma-workspace-wallpapers lomiri-wallpapers-16.04 lomiri-wallpapers-20.04 mate-backgrounds"
+WALLPAPERS = "plasma-workspace-wallpapers lomiri-wallpapers-16.04 lomiri-wallpapers-20.04 mate-backgrounds"
 KDE, BACKGROUNDS = (Path("/usr/share") / name for name in ("wallpapers", "backgrounds"))
 # What of the wallpapers is a photograph, as looked at.
 PHOTOGRAPHS = {
@@ -38,7 +39,7 @@ SHARDS = 8
 KEPT = Path(__file__).parents[1] / "build/bench"
 
 
-def wallpapers() -> list[Path | None]:
+def photograph_files() -> list[Path | None]:
     """Return the photographs' files; None for what is not installed."""
     return [largest(folder, name) for folder, names in PHOTOGRAPHS.items() for name in names.split()]
 
@@ -52,11 +53,11 @@ def largest(folder: Path, name: str) -> Path | None:
 def photographs(kilobytes: int) -> Path:
     """Return a data set of the crops, of about so many kB each."""
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
-    folder = KEPT / f"photographs-{kilobytes}kB-{version}"
+    folder = KEPT / f"photographs-{kilobytes}kB-{version}-v{SCHEMA_VERSION}"
     if not folder.exists():
-        files = wallpapers()
+        files = photograph_files()
         if not all(files):
-            sys.exit(f"the photographs are missing: apt-get install --no-install-recommends {PACKAGES}")
+            sys.exit(f"the photographs are missing: apt-get install --no-install-recommends {WALLPAPERS}")
         KEPT.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=KEPT) as new:  # whole or not at all
             write(Path(new) / "images", crops(files), kilobytes)

@@ -166,9 +166,14 @@ def main() -> None:
         app()
     except PatchmillError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        code = error.exit_code
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
+    except SystemExit as end:
+        code = end.code or 0
+    if distributed := sys.modules.get("pipeline.distributed"):  # this may be a rank
+        distributed.end_process(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from shards.encode import FORMATS, Encoding
 from shards.errors import UserError
 from shards.manifest import Info, Receipt
 from shards.merge import Building, PartBuilding, Result, clear, finish, finished_shards, read_building, write_building
+from shards.objects import MissingError
 from shards.plan import WHOLE, Slice, job_file, make_plan
 from shards.progress import ImageProgress
 from shards.rejected import too_many
@@ -30,7 +31,7 @@ from shards.shard import Form, Job, write_shard
 from shards.sources import Item
 from shards.sources.open import open_source
 from shards.sources.reader import Reader
-from shards.store import MissingError, open_store
+from shards.store import open_store
 from shards.workers import cores, run_jobs
 
 _IMAGES_A_WORKER = 1_000  # a process starts in the time that another writes these

@@ -15,7 +15,8 @@ import pyarrow as pa
 
 from shards import manifest
 from shards.errors import UserError
-from shards.store import ExistsError, MissingError, Store, open_store
+from shards.objects import ExistsError, MissingError
+from shards.store import Store, open_store
 
 ROW_COLUMNS = ["key", "offset", "size", "format", "labels", "weights", "width", "height", "member"]
 BLOCK = 512  # bytes of a tar header, which precedes each image

@@ -16,10 +16,12 @@ from shards import manifest
 from shards.atomic import only_one
 from shards.errors import UserError
 from shards.labels import LabelRule
+from shards.localstore import LocalStore
 from shards.manifest import Receipt
+from shards.objects import MissingError
 from shards.progress import ImageProgress
 from shards.rejected import too_many
-from shards.store import LocalStore, MissingError, Store, open_store
+from shards.store import Store, open_store
 from shards.tarindex import Job, Reading, finished, index_tar, renumber
 from shards.tarlist import find_tars
 from shards.workers import cores, run_jobs

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from shards.errors import UserError
 from shards.store import Store
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 DATASET = "manifest/dataset.json"
 SHARDS = "manifest/shards.parquet"
 EXCLUDE = "manifest/exclude"
@@ -41,7 +41,7 @@ SAMPLES_SCHEMA = pa.schema(
         ("height", pa.int32()),
         ("orientation", pa.int8()),  # of the EXIF data in the source: kept bytes still want it, re-encoded ones had it
         ("member", pa.uint32()),  # CRC-32 of the tar header before the image: tells a tar that was made anew
-        ("sha256", pa.binary(32)),  # of the image
+        ("xxh128", pa.binary(16)),  # of the image; the receipt has the sha256 of the whole tar
     ]
 )
 # Hashes fit no dictionary; offsets, sizes, labels and keys are near their neighbours: a sixth less than parquet's way.
@@ -52,7 +52,7 @@ SAMPLES_ENCODING = {
     "size": "DELTA_BINARY_PACKED",
     "labels.list.element": "DELTA_BINARY_PACKED",
     "member": "PLAIN",
-    "sha256": "PLAIN",
+    "xxh128": "PLAIN",
 }
 EXCLUDE_SCHEMA = pa.schema([("shard", pa.int32()), ("index", pa.int32()), ("reason", pa.string())])
 

@@ -14,10 +14,12 @@ from pathlib import Path
 from shards import manifest
 from shards.atomic import only_one
 from shards.errors import UserError
+from shards.localstore import LocalStore
 from shards.manifest import Receipt
+from shards.objects import MissingError
 from shards.plan import WHOLE
 from shards.shard import finished
-from shards.store import LocalStore, MissingError, Store, open_store
+from shards.store import Store, open_store
 
 BUILDING = "building.json"
 

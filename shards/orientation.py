@@ -18,11 +18,11 @@ def read_orientation(data: bytes) -> int:
     It is 1 if the image says none, if that is damaged, and for anything but an image.
     """
     if data[:3] == b"\xff\xd8\xff":
-        return _of_tiff(_in_jpeg(data))
+        return _of_tiff(_exif(data, jpeg_segments(data), 0xE1))
     if data[:8] == b"\x89PNG\r\n\x1a\n":
-        return _of_tiff(_in_png(data))
+        return _of_tiff(_exif(data, _chunks(data, png=True), b"eXIf"))
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return _of_tiff(_in_webp(data))
+        return _of_tiff(_exif(data, _chunks(data, png=False), b"EXIF"))
     return 1
 
 
@@ -41,30 +41,21 @@ def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
         at = end
 
 
-def _in_jpeg(data: bytes) -> bytes:
-    for marker, start, end in jpeg_segments(data):
-        if marker == 0xE1 and data.startswith(_EXIF, start, end):
-            return data[start + len(_EXIF) : end]
-    return b""
-
-
-def _in_png(data: bytes) -> bytes:
-    at = 8
+def _chunks(data: bytes, png: bool) -> Iterator[tuple[bytes, int, int]]:
+    """Yield kind, start and end of the content of each chunk of a PNG or WebP file."""
+    at = 8 if png else 12
     while at + 8 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, at)
-        if kind == b"eXIf":
-            return data[at + 8 : at + 8 + length]
-        at += 12 + length
-    return b""
+        first, second = data[at : at + 4], data[at + 4 : at + 8]
+        kind, length = (second, int.from_bytes(first, "big")) if png else (first, int.from_bytes(second, "little"))
+        yield kind, at + 8, at + 8 + length
+        at += 8 + length + (4 if png else length % 2)  # a checksum, or what makes it even
 
 
-def _in_webp(data: bytes) -> bytes:
-    at = 12
-    while at + 8 <= len(data):
-        kind, length = struct.unpack_from("<4sI", data, at)
-        if kind == b"EXIF":
-            return data[at + 8 : at + 8 + length].removeprefix(_EXIF)  # which some write here too
-        at += 8 + length + length % 2
+def _exif(data: bytes, parts: Iterator[tuple[int | bytes, int, int]], wanted: int | bytes) -> bytes:
+    """Return the EXIF data in the first part of the wanted kind; a JPEG may have other things in such a part."""
+    for kind, start, end in parts:
+        if kind == wanted and (wanted != 0xE1 or data.startswith(_EXIF, start, end)):
+            return data[start:end].removeprefix(_EXIF)  # some write it into WebP, too
     return b""
 
 

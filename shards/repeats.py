@@ -40,7 +40,7 @@ class Repeats:
 
 
 def repeats(dataset: Dataset, column: str, progress: bool = False) -> Repeats:
-    """Find what occurs more than once in a column of the sample tables, ``key`` or ``sha256``; reads it all once.
+    """Find what occurs more than once in a column of the sample tables, ``key`` or ``xxh128``; reads it all once.
 
     Only where something does occur twice, the tables are read again, until the examples are found.
     """

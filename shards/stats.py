@@ -101,7 +101,7 @@ def stats(dataset: Dataset, progress: bool = False) -> Stats:
         percentiles=percentiles,
         histograms=histograms,
         repeated_keys=repeats(dataset, "key", progress),
-        repeated_images=repeats(dataset, "sha256", progress),
+        repeated_images=repeats(dataset, "xxh128", progress),
     )
 
 

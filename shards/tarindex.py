@@ -7,12 +7,15 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
+from xxhash import xxh3_128_digest
+
 from shards import manifest
 from shards.errors import UserError
 from shards.header import BrokenImageError, read_header
 from shards.labels import ClassNames, LabelError, LabelRule, as_index
 from shards.manifest import Info, Receipt
-from shards.store import MissingError, open_store
+from shards.objects import MissingError
+from shards.store import open_store
 from shards.tarscan import BLOCK, DamagedTarError, Member, TarScan
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -150,7 +153,7 @@ def _walk(scan: TarScan, reading: Reading) -> tuple[dict[str, list], list[list],
             "height": header.height,
             "orientation": header.orientation,
             "member": image.header,
-            "sha256": hashlib.sha256(image.data).digest(),
+            "xxh128": xxh3_128_digest(image.data),
         }
         for name, value in row.items():
             rows[name].append(value)

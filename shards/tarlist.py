@@ -7,7 +7,8 @@ from pathlib import Path
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from shards.errors import UserError
-from shards.store import MissingError, Store, open_store
+from shards.objects import MissingError
+from shards.store import Store, open_store
 
 _PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 

@@ -1,6 +1,5 @@
 """Is a data set what its manifest says? Each tar is walked once and compared with its sample table."""
 
-import hashlib
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from rich.table import Table
+from xxhash import xxh3_128_digest
 
 from shards import manifest
 from shards.dataset import Dataset, check_version, read_exclude, write_exclude
@@ -18,8 +18,9 @@ from shards.errors import PatchmillError, UserError
 from shards.header import BrokenImageError, read_header
 from shards.labels import ClassNames, LabelError, LabelRule, as_index
 from shards.manifest import Info, Receipt
+from shards.objects import MissingError, ShortError
 from shards.progress import ImageProgress
-from shards.store import MissingError, ShortError, Store, open_store
+from shards.store import Store, open_store
 from shards.tarindex import Reading
 from shards.tarscan import BLOCK, DamagedTarError, Member, TarSample, TarScan
 from shards.workers import cores, run_jobs
@@ -299,8 +300,8 @@ class _Check:
     def _compare_bytes(self, row: dict, image: bytes, header: int) -> str:
         if header != row["member"]:
             return "the tar header before it is another one"
-        if hashlib.sha256(image).digest() != row["sha256"]:
-            return "its bytes changed: the sha256 is another one"
+        if xxh3_128_digest(image) != row["xxh128"]:
+            return "its bytes changed: their hash is another one"
         if any(label >= self._classes for label in row["labels"]):
             return f"labels {row['labels']}, but there are {self._classes} classes"
         try:

@@ -15,9 +15,10 @@ import pyarrow as pa
 from PIL import Image
 
 from shards.errors import UserError
+from shards.objects import Entry
 from shards.sources import Item, place
 from shards.sources.unpack import harmless, look, unpack
-from shards.store import Entry, open_store
+from shards.store import open_store
 
 SIDE = 32  # pixels
 PIXELS = 3 * SIDE * SIDE  # bytes of an image: all red, all green, all blue

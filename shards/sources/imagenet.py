@@ -20,9 +20,10 @@ from typing import BinaryIO
 import pyarrow as pa
 
 from shards.errors import UserError
+from shards.objects import MissingError
 from shards.sources import Item, clean_key, place
 from shards.sources.unpack import harmless, look, unpack
-from shards.store import MissingError, Store, open_store
+from shards.store import Store, open_store
 from shards.tarscan import TarSample, TarScan
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"

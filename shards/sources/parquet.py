@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.errors import UserError
+from shards.objects import Entry
 from shards.sources import Item, clean_key, columns, place
 from shards.sources.columns import Batch, LabelCells
 from shards.sources.unpack import harmless, look, unpack
-from shards.store import Entry, Store, open_store
+from shards.store import Store, open_store
 
 IMAGE = ("image", "img", "picture", "jpg", "jpeg", "png", "webp", "bytes", "content")
 ROWS = 10_000  # of a batch without images

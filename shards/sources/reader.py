@@ -12,8 +12,9 @@ from urllib.parse import quote, unquote, urlsplit
 
 from shards.errors import PatchmillError, UserError
 from shards.header import BrokenImageError
+from shards.objects import MissingError
 from shards.sources import Item, unpacked_path, web
-from shards.store import MissingError, Store, open_store
+from shards.store import Store, open_store
 
 AHEAD = 32  # remote reads in flight: enough to hide a round trip of 100 ms behind 300 images a second
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")

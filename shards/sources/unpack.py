@@ -18,8 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.atomic import fsync_folder
+from shards.objects import Entry
 from shards.sources import clean_key
-from shards.store import Entry, Store
+from shards.store import Store
 
 NAME_BYTES = 100  # of a file's name: with what is put before and behind it, it must stay below 255
 

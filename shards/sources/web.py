@@ -1,5 +1,6 @@
 """What web servers answer to the URLs of a table: some pages are gone for good, and some send no length."""
 
+import itertools
 import re
 import socket
 import time
@@ -11,7 +12,7 @@ from urllib.request import Request, getproxies, urlopen
 
 from shards.errors import PatchmillError
 from shards.header import BrokenImageError
-from shards.store import RETRY
+from shards.storesettings import StoreSettings
 
 TIMEOUT = 60  # seconds without a byte
 
@@ -60,16 +61,18 @@ def fetch(url: str) -> bytes:
         PatchmillError: The network failed, in spite of retries.
     """
     request = Request(quote(url, safe="%/:=&?~#+!$,;'@()*[]"), headers={"User-Agent": "patchmill"})
-    for attempt in range(min(RETRY["max_retries"], 10) + 1):
+    deadline = time.monotonic() + StoreSettings().retry_seconds
+    for attempt in itertools.count():
         try:
             with urlopen(request, timeout=TIMEOUT) as answer:
                 return answer.read()
         except (OSError, HTTPException) as error:  # the first is urllib's own, too
             if isinstance(error, HTTPError) and (reason := _for_good(f"{error.code} {error.reason}")):
                 raise BrokenImageError(reason) from error
-            failure = error
-        time.sleep(min(0.1 * 2**attempt, 15))
-    raise PatchmillError(f"cannot read {url}: {failure}; check the network and the address") from failure
+            wait = min(0.1 * 2**attempt, 15)
+            if time.monotonic() + wait > deadline:
+                raise PatchmillError(f"cannot read {url}: {error}; check the network and the address") from error
+            time.sleep(wait)
 
 
 def _for_good(answer: str) -> str | None:

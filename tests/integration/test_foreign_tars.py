@@ -8,26 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.launch.test_cli import patchmill
+from tests.command import TRAIN, patchmill
 from tests.shards.foreign import write_img2dataset, write_webdataset
-
-SETTINGS = """
-duration = "20 epochs"
-global_batch = 16
-[data]
-train = "{train}"
-val = "{val}"
-resolution = 16
-[model]
-name = "vit_ti8"
-embed_dim = 24
-num_heads = 3
-depth = 1
-[optim]
-lr = 3e-3
-[engine]
-kind = "accelerate"
-"""
 
 
 def coloured(number: int) -> bytes:
@@ -56,7 +38,10 @@ def sets(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(("train", "val"), [("webdataset", "img2dataset"), ("img2dataset", "webdataset")])
 def test_they_train(sets, tmp_path, train, val):
-    (tmp_path / "c.toml").write_text(SETTINGS.format(train=sets / train, val=sets / val))
-    done = patchmill("train", "c.toml", "--out", "run", "--json", cwd=tmp_path)
+    (tmp_path / "c.toml").write_text(TRAIN.format(train=sets / train, val=sets / val))
+    done = patchmill(
+        "train", "c.toml", "duration=20 epochs", "global_batch=16", "optim.lr=3e-3", "--out", "run", "--json",
+        cwd=tmp_path,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["val"]["top1"] >= 0.6  # three colours: chance is a third

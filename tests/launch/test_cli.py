@@ -1,34 +1,12 @@
 """Every mistake: one clear line on stderr, exit code 2, no traceback, nothing under a final name."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.command import TRAIN, patchmill, refused
 from tests.images import make_image_folder
-
-ROOT = Path(__file__).parents[2]
-
-
-def patchmill(*arguments: object, cwd: Path, timeout: float = 120, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "launch.cli", *map(str, arguments)],
-        cwd=cwd, capture_output=True, text=True, timeout=timeout,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env},
-    )  # fmt: skip
-
-
-def refused(done: subprocess.CompletedProcess) -> str:
-    """Return the one line of an error, after checking that it is one."""
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, done.stderr
-    assert done.stdout == ""
-    return lines[0]
 
 
 @pytest.fixture(scope="module")
@@ -71,25 +49,8 @@ def test_bad_image_folders(tmp_path):
     assert "--max-rejected 1" in line
 
 
-TRAIN = """
-duration = "1 epoch"
-global_batch = 12
-[data]
-train = "{data}/set/train"
-val = "{data}/set/val"
-resolution = 16
-[model]
-name = "vit_ti8"
-embed_dim = 24
-num_heads = 3
-depth = 1
-[engine]
-kind = "accelerate"
-"""
-
-
 def test_bad_settings(data, tmp_path):
-    (tmp_path / "c.toml").write_text(TRAIN.replace("{data}", str(data)))
+    (tmp_path / "c.toml").write_text(TRAIN.format(train=data / "set/train", val=data / "set/val"))
 
     def train(*over: str, **env: str) -> str:
         line = refused(patchmill("train", "c.toml", *over, "--out", "run", cwd=tmp_path, **env))
@@ -107,7 +68,7 @@ def test_bad_settings(data, tmp_path):
 
 
 def test_a_checkpoint_of_another_model(data, tmp_path):
-    (tmp_path / "c.toml").write_text(TRAIN.replace("{data}", str(data)))
+    (tmp_path / "c.toml").write_text(TRAIN.format(train=data / "set/train", val=data / "set/val"))
     done = patchmill("train", "c.toml", "--out", "run", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["val"]["images"] > 0

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from shards.dataset import Dataset, Sample
 from tests.shards.images import encode
 
 FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
@@ -74,4 +75,20 @@ def write_img2dataset(
         write_tar(folder / f"{number:05d}.tar", members, tarfile.PAX_FORMAT)
         pq.write_table(pa.Table.from_pylist(rows), folder / f"{number:05d}.parquet")
         (folder / f"{number:05d}_stats.json").write_text(json.dumps({"count": len(rows), "successes": len(rows)}))
+    return folder
+
+
+def samples(url: str | Path, **kwargs: object) -> list[Sample]:
+    """Return all samples of a data set."""
+    dataset = Dataset.open(url, **kwargs)
+    return [dataset[i] for i in range(len(dataset))]
+
+
+def write_named(folder: Path, *shards: list[str]) -> Path:
+    """Write a tar for each list of class names."""
+    for number, names in enumerate(shards):
+        members = [
+            (f"{number}-{i}.{e}", d) for i, n in enumerate(names) for e, d in [("jpg", image(i)), ("cls", n.encode())]
+        ]
+        write_tar(folder / f"{number}.tar", members)
     return folder

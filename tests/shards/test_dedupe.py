@@ -5,13 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import partial
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +26,7 @@ from shards.errors import UserError
 from shards.plan import Slice
 from tests.shards.images import tree
 from tests.shards.photographs import jpeg, photographs
-from tests.shards.test_store import RangeHandler
+from tests.shards.servers import serve_faults
 
 ROOT = Path(__file__).parents[2]
 COPIES = {"bytes": ("exact", False), "quality": ("near", False), "half": ("near", False), "mirror": ("near", True),
@@ -359,15 +356,12 @@ def test_a_drop_list_that_cannot_be_written(sets, train, tmp_path):
     assert not (tmp_path / "out/report.html").exists()  # which would tell of the list
     (train / manifest.EXCLUDE).unlink()
     assert dedupe(train, against(sets), out=tmp_path / "out", workers=1).dropped == 6
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(RangeHandler, directory=train)) as server:
-        server.fault, server.bad, server.requests = "", 0, 0
-        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
+    with serve_faults(train) as server:
+        url = server.url
         with pytest.raises(UserError, match="takes no drop list: a web server"):
             dedupe(url, against(sets), out=tmp_path / "web", workers=1)
         assert not (tmp_path / "web").exists()
         assert dedupe(url, against(sets), out=tmp_path / "web", workers=1, dry_run=True).copies == 6
-        server.shutdown()
 
 
 @pytest.mark.parametrize("out", ["s3://bucket/out", "file:///tmp/out", Path("s3://bucket/out")])

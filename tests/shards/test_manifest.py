@@ -20,7 +20,7 @@ ROWS = {
     "height": [30, 40],
     "orientation": [1, 6],
     "member": [0, 2**32 - 1],
-    "sha256": [bytes(range(32)), bytes(32)],
+    "xxh128": [bytes(range(16)), bytes(16)],
 }
 RECEIPT = Receipt("ab" * 32, 10240, 2, 3000, "cd" * 32, [("c/x.jpg", "empty file")])
 INFO = Info(["a", "b"], 2, 10240, 3000, 1, "ef" * 32, {"seed": 0})
@@ -48,9 +48,9 @@ def test_info_round_trips_and_is_the_same_every_time(tmp_path):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b'{"schema_version": 1}', "schema version 1"),
+        (b'{"schema_version": 2}', "schema version 2"),
         (b'{"schema_ver', "damaged"),
-        (b'{"schema_version": 2}', "damaged"),
+        (b'{"schema_version": 3}', "damaged"),
         (b"[]", "damaged"),
     ],
 )
@@ -90,7 +90,7 @@ def test_a_sample_costs_little_more_than_its_hashes(tmp_path):
         "height": [375] * count,
         "orientation": [1] * count,
         "member": rng.integers(0, 1 << 32, count, dtype=np.uint32),
-        "sha256": [rng.bytes(32) for _ in range(count)],
+        "xxh128": [rng.bytes(16) for _ in range(count)],
     }
     path = tmp_path / "000000.parquet"
     manifest.write_samples(open_store(tmp_path), path.name, rows, RECEIPT)

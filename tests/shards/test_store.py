@@ -17,44 +17,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shards import store as store_module
+from shards import localstore
 from shards.errors import PatchmillError, UserError
-from shards.store import ExistsError, MissingError, open_store
+from shards.objects import ExistsError, MissingError
+from shards.remotestore import GAP, _spans
+from shards.store import open_store
+from tests.shards.servers import serve_faults
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
-
-
-class RangeHandler(SimpleHTTPRequestHandler):
-    """The standard file server, plus byte ranges; its first ``bad`` answers are as ``fault`` says."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):
-        self.server.requests += 1
-        fault, self.server.bad = self.server.fault if self.server.bad else "", max(0, self.server.bad - 1)
-        if fault == "error":
-            return self.send_error(500)
-        try:
-            with open(self.translate_path(self.path), "rb") as file:
-                data = file.read()
-        except FileNotFoundError:
-            return self.send_error(404)
-        found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        start, stop = (int(found[1]), int(found[2]) + 1) if found else (0, len(data))
-        part = data[start : stop - (stop - start) // 2 if fault == "short range" else stop]
-        self.send_response(206 if found else 200)
-        if found:
-            self.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(data)}")
-        self.send_header("Content-Length", str(len(part)))
-        self.end_headers()
-        if fault == "half body":
-            self.wfile.write(part[: len(part) // 2])
-            self.close_connection = True
-        else:
-            self.wfile.write(part)
-
-    def log_message(self, *_):
-        pass
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -71,11 +41,8 @@ def folder(tmp_path):
 
 @pytest.fixture
 def server(folder):
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(RangeHandler, directory=folder)) as server:
-        server.fault, server.bad, server.requests = "", 0, 0
-        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+    with serve_faults(folder) as server:
         yield server
-        server.shutdown()
 
 
 @pytest.fixture(params=["path", "file URL", "http", "s3"])
@@ -86,7 +53,7 @@ def store(request, folder):
         return store
     if request.param == "http":
         server = request.getfixturevalue("server")
-        return open_store(f"http://127.0.0.1:{server.server_port}")
+        return open_store(server.url)
     return open_store(folder if request.param == "path" else folder.as_uri())
 
 
@@ -116,7 +83,7 @@ def test_a_cut_object_is_an_error(store):
 
 
 def test_many_threads_share_a_store_with_few_descriptors(folder, monkeypatch):
-    monkeypatch.setattr(store_module, "OPEN_FILES", 2)  # so that descriptors are closed under the readers
+    monkeypatch.setattr(localstore, "OPEN_FILES", 2)  # so that descriptors are closed under the readers
     for i in range(5):
         (folder / f"{i}.bin").write_bytes(bytes([i]) * 10_000)
     store = open_store(folder)
@@ -139,7 +106,7 @@ READS = {
 @pytest.mark.parametrize("fault", ["error", "half body"])
 def test_bad_answers_are_asked_for_again(server, read, fault):
     server.fault, server.bad = fault, 2
-    assert read(open_store(f"http://127.0.0.1:{server.server_port}/shards"))
+    assert read(open_store(f"{server.url}/shards"))
     assert server.requests == 3
 
 
@@ -157,24 +124,24 @@ def test_bad_answers_are_asked_for_again(server, read, fault):
     ],
 )
 def test_a_server_that_stays_bad_is_an_error_in_one_line(monkeypatch, server, fault, message, read):
-    monkeypatch.setattr(store_module, "RETRY", {"max_retries": 1})
+    monkeypatch.setenv("PATCHMILL_STORE_RETRY_SECONDS", "0.3")
     server.fault, server.bad = fault, 99
     with pytest.raises(PatchmillError, match=rf"http.*000000\.tar.*{message}") as caught:
-        read(open_store(f"http://127.0.0.1:{server.server_port}/shards"))
+        read(open_store(f"{server.url}/shards"))
     assert "\n" not in str(caught.value)
-    assert server.requests == (1 if fault == "short range" else 2)
+    assert server.requests == 1 if fault == "short range" else server.requests > 1
 
 
 def test_network_fault_names_url_and_range(monkeypatch, server):
-    monkeypatch.setattr(store_module, "RETRY", {"max_retries": 0})
+    monkeypatch.setenv("PATCHMILL_STORE_RETRY_SECONDS", "0")
     server.fault, server.bad = "error", 1
     with pytest.raises(PatchmillError, match=r"cannot read http.*x\.tar, bytes 3 to 7: .*500") as caught:
-        open_store(f"http://127.0.0.1:{server.server_port}").read_range("x.tar", 3, 4)
+        open_store(server.url).read_range("x.tar", 3, 4)
     assert "\n" not in str(caught.value)
 
 
 def test_near_ranges_share_a_request(server):
-    store = open_store(f"http://127.0.0.1:{server.server_port}/shards")
+    store = open_store(f"{server.url}/shards")
     starts, lengths = [5000, 100, 120, 100, 299_999], [10, 50, 10, 5, 1]
     found = store.read_ranges("000000.tar", starts, lengths)
     assert found == [CONTENT[s : s + n] for s, n in zip(starts, lengths, strict=True)]
@@ -182,8 +149,8 @@ def test_near_ranges_share_a_request(server):
 
 
 def test_spans_merge_what_is_near():
-    gap = store_module.GAP
-    assert store_module._spans([(10, 5), (0, 20), (20 + gap, 1), (22 + 2 * gap, 3)]) == [
+    gap = GAP
+    assert _spans([(10, 5), (0, 20), (20 + gap, 1), (22 + 2 * gap, 3)]) == [
         (0, 21 + gap),
         (22 + 2 * gap, 25 + 2 * gap),
     ]

@@ -5,9 +5,6 @@ import os
 import re
 import shutil
 import tarfile
-import threading
-from functools import partial
-from http.server import ThreadingHTTPServer
 
 import pyarrow as pa
 import pytest
@@ -15,7 +12,6 @@ from typer.testing import CliRunner
 
 from launch.cli import app
 from shards import manifest
-from shards import store as store_module
 from shards.build import build
 from shards.dataset import Dataset, read_exclude, write_exclude
 from shards.errors import PatchmillError, UserError
@@ -24,7 +20,7 @@ from shards.store import open_store
 from shards.verify import Fault, verify
 from tests.shards.foreign import image, write_tar, write_webdataset
 from tests.shards.images import encode, make_source, tree
-from tests.shards.test_store import RangeHandler
+from tests.shards.servers import serve_faults
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +96,7 @@ def test_a_changed_byte_of_an_image(copy):
     change(copy / TAR, place["offset"] + place["size"] // 2, b"\0\1\2\3")
     found = verify(copy)
     assert found.faults[0] == Fault(
-        "its bytes changed: the sha256 is another one", 1, TAR, 3, place["key"], place["offset"]
+        "its bytes changed: their hash is another one", 1, TAR, 3, place["key"], place["offset"]
     )
     assert found.faults[1].reason.startswith("the tar's sha256 is ")
     assert (len(found.faults), found.faulty) == (2, 1)
@@ -134,17 +130,14 @@ def test_what_a_cut_tar_still_holds_is_read_once_the_rest_is_quarantined(copy, w
     with open(copy / TAR, "r+b") as file:
         file.truncate(row(copy, 6)["offset"] + 10)
     verify(copy, quarantine="v1")
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(RangeHandler, directory=copy)) as server:
-        server.fault, server.bad, server.requests = "", 0, 0
-        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
-        dataset = Dataset.open(copy if where == "local" else f"http://127.0.0.1:{server.server_port}", "v1")
+    with serve_faults(copy) as server:
+        dataset = Dataset.open(copy if where == "local" else server.url, "v1")
         assert dataset.shard_sizes.tolist() == [10, 6, 4]
         assert [sample.image for sample in dataset.read_many(1, 0, 6)] == images
         assert [dataset.read(1, index).image for index in range(6)] == images
         assert len([dataset[index] for index in range(20)]) == 20
         with pytest.raises(UserError, match=rf"{TAR} ends before byte .*cut short"):
             Dataset.open(dataset.url).read(1, 6)
-        server.shutdown()
 
 
 def row_bytes(folder, shard=1):
@@ -193,7 +186,7 @@ CHANGES = {
     "labels": ([1], "its labels in the tar are [0], [1] in the table"),
     "weights": ([0.5], "the weights of its labels are [] in the tar, [0.5] in the table"),
     "member": (1, "the tar header before it is another one"),
-    "sha256": (bytes(32), "its bytes changed"),
+    "xxh128": (bytes(16), "its bytes changed"),
 }
 
 
@@ -283,7 +276,7 @@ def test_quarantine_is_a_new_drop_list_on_top_of_the_old(copy):
     assert [(fault.index) for fault in found.faults] == [7, None]
     assert (found.faulty, found.dropped, found.quarantine) == (1, 2, "v2")
     assert read_exclude(copy, "v2") == [
-        (0, 2, "a duplicate"), (1, 3, "blurred"), (1, 7, "its bytes changed: the sha256 is another one"),
+        (0, 2, "a duplicate"), (1, 3, "blurred"), (1, 7, "its bytes changed: their hash is another one"),
     ]  # fmt: skip
     assert read_exclude(copy, "v1") == [(0, 2, "a duplicate"), (1, 3, "blurred")]
     assert len(Dataset.open(copy, "v2")) == 21
@@ -345,16 +338,13 @@ def test_a_drop_list_that_cannot_be_written_costs_no_finding(copy):
 
 
 def test_a_web_server_is_refused_before_anything_is_read(copy):
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(RangeHandler, directory=copy)) as server:
-        server.fault, server.bad, server.requests = "", 0, 0
-        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
+    with serve_faults(copy) as server:
+        url = server.url
         with pytest.raises(UserError, match="takes no drop list: a web server"):
             verify(url, quarantine="v1")
         assert server.requests == 2  # dataset.json and shards.parquet
         with pytest.raises(UserError, match="a plain web server takes no files"):
             open_store(url).create("x", b"1")
-        server.shutdown()
 
 
 def test_a_tar_that_is_missing_is_quarantined_whole(copy):
@@ -367,16 +357,13 @@ def test_a_tar_that_is_missing_is_quarantined_whole(copy):
 
 
 def test_a_network_fault_is_no_fault_of_the_data(copy, monkeypatch):
-    monkeypatch.setattr(store_module, "RETRY", {"max_retries": 0})
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(RangeHandler, directory=copy)) as server:
-        server.fault, server.bad, server.requests = "", 0, 0
-        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("PATCHMILL_STORE_RETRY_SECONDS", "0")
+    with serve_faults(copy) as server:
+        url = server.url
         assert verify(url).faults == []
         server.fault, server.bad = "error", 99
         with pytest.raises(PatchmillError, match="500"):
             verify(url)
-        server.shutdown()
 
 
 def test_a_data_set_on_s3_is_checked_and_quarantined(s3, copy):

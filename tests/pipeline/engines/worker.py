@@ -75,3 +75,4 @@ if __name__ == "__main__":
     distributed.start()
     main(*sys.argv[1:])
     distributed.finish()
+    distributed.end_process(0)

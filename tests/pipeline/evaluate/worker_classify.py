@@ -14,3 +14,4 @@ model = create_model("vit_ti8", embed_dim=24, num_heads=3, depth=1, image_size=1
 model.head.weight.data = model.initial_value("blocks.0.mlp.fc1.weight", (3, 24), 5)
 print(json.dumps(classify(model, dataset, 16, int(sys.argv[2]))))
 distributed.finish()
+distributed.end_process(0)

@@ -1,39 +1,15 @@
 """Real servers for the tests of sources: S3 (moto's) and HTTP with ranges, on free ports."""
 
-import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import obstore
 
-
-class RangeHandler(SimpleHTTPRequestHandler):
-    """The standard file server, plus byte ranges."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):
-        found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if not found:
-            return super().do_GET()
-        try:
-            data = Path(self.translate_path(self.path)).read_bytes()
-        except FileNotFoundError:
-            return self.send_error(404)
-        part = data[int(found[1]) : int(found[2]) + 1]
-        self.send_response(206)
-        self.send_header("Content-Range", f"bytes {found[1]}-{int(found[1]) + len(part) - 1}/{len(data)}")
-        self.send_header("Content-Length", str(len(part)))
-        self.end_headers()
-        self.wfile.write(part)
-
-    def log_message(self, *_):
-        pass
+from tests.shards.servers import serve_faults
 
 
 class AnswerHandler(BaseHTTPRequestHandler):
@@ -89,10 +65,8 @@ def answering() -> Iterator[str]:
 @contextmanager
 def serve(folder: Path) -> Iterator[str]:
     """Yield the URL of a web server that serves ``folder``."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(RangeHandler, directory=folder)) as server:
-        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with serve_faults(folder) as server:
+        yield server.url
 
 
 def upload(folder: Path, url: str) -> str:

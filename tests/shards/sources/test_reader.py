@@ -7,7 +7,7 @@ import pytest
 
 from shards.errors import PatchmillError, UserError
 from shards.header import BrokenImageError
-from shards.sources import Item, web
+from shards.sources import Item
 from shards.sources import reader as reader_module
 from shards.sources.reader import Reader
 from tests.shards.sources.servers import answering, serve, upload
@@ -89,7 +89,7 @@ def test_a_file_that_changed_or_went_away_is_an_error(folder):
 
 
 def test_a_dead_server_is_an_error_not_a_missing_image(monkeypatch):
-    monkeypatch.setattr("shards.store.RETRY", {"max_retries": 0})
+    monkeypatch.setenv("PATCHMILL_STORE_RETRY_SECONDS", "0")
     reader_module._store.cache_clear()
     for url in ("http://127.0.0.1:9/x.jpg", "https://127.0.0.1:9/x.jpg"):
         with pytest.raises(PatchmillError, match="cannot read"):
@@ -102,7 +102,7 @@ def test_a_dead_server_is_an_error_not_a_missing_image(monkeypatch):
 
 
 def test_a_url_that_is_refused_for_good_takes_its_turn(monkeypatch):
-    monkeypatch.setattr("shards.store.RETRY", {"max_retries": 1})
+    monkeypatch.setenv("PATCHMILL_STORE_RETRY_SECONDS", "0.3")
     reader_module._store.cache_clear()
     with answering() as url:
         files = {
@@ -133,7 +133,7 @@ def test_a_url_that_is_refused_for_good_takes_its_turn(monkeypatch):
 
 
 def test_bodies_without_length(monkeypatch):
-    monkeypatch.setitem(web.RETRY, "max_retries", 2)
+    monkeypatch.setenv("PATCHMILL_STORE_RETRY_SECONDS", "1")
     with answering() as url:
         read = Reader("/", "/").read
         assert read(item(f"{url}/chunked")) == b"a body"

@@ -1,0 +1,37 @@
+"""Temporary folders for what is on its way to a bucket."""
+
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def upload_folder() -> Iterator[Path]:
+    """Yield a temporary folder, after removing those that killed processes left: the lock goes with the process."""
+    for old in Path(tempfile.gettempdir()).glob("patchmill-upload-*"):
+        with suppress(OSError):  # somebody else's, or gone meanwhile
+            if time.time() - old.stat().st_mtime > 60 and (lock := _lock(old)):
+                shutil.rmtree(old)
+                os.close(lock)
+    with tempfile.TemporaryDirectory(prefix="patchmill-upload-") as folder:
+        lock = _lock(Path(folder))
+        try:
+            yield Path(folder)
+        finally:
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Return a locked descriptor of a folder, or None if another process has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
