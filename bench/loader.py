@@ -21,20 +21,20 @@ NEEDED = {"webdataset": ("webdataset", "torchvision"), "dali": ("nvidia.dali",)}
 
 def main():
     args = arguments(__doc__)
-    rounds, seconds = (1, 0.2) if args.quick else (3, 6)
+    rounds, seconds, counts = (1, 0.2, [cores()]) if args.quick else (3, 6, sorted({1, cores()}))
     present = [name for name in CONTESTANTS if name not in NEEDED or is_installed(*NEEDED[name])]
     with tempfile.TemporaryDirectory() as folder:
         if args.quick:
             sets = {"noise": little_noise(Path(folder))}
         else:
             sets = {f"{size} kB": photographs(size) for size in (55, 100)}
-        speeds = {(name, size, many): [] for size in sets for name in present for many in {1, cores()}}
+        speeds = {(name, size, many): [] for size in sets for name in present for many in counts}
         for _ in range(rounds):
             for (name, size, many), values in speeds.items():
                 values.append(speed(name, sets[size], many, seconds))
     rows = {key: row(label(*key), "images/s", values) for key, values in speeds.items()}
     every = [*rows.values()]
-    for size in sets if cores() > 1 else []:
+    for size in sets if len(counts) > 1 else []:
         one, all_of_them = (speeds["patchmill", size, many] for many in (1, cores()))
         shares = [100 * b / (cores() * a) for a, b in zip(one, all_of_them, strict=True)]
         every.append(row(f"efficiency of patchmill from 1 to {cores()} cores, {size}", "%", shares))
@@ -44,7 +44,7 @@ def main():
         else None
         for size in sets
         for peer in NEEDED
-        for many in sorted({1, cores()})
+        for many in counts
     }
     report("loader", every, ratios, args.json)
 

@@ -102,7 +102,7 @@ def encode(image: np.ndarray, quality: int) -> bytes:
     return simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality, colorsubsampling="420")
 
 
-def little_noise(folder: Path, count: int = 96) -> Path:
+def little_noise(folder: Path, count: int = 48) -> Path:
     """Make a small data set without photographs, for tests: JPEGs of noise with their spectrum."""
     write(folder / "images", list(islice(coloured_noise(), count)), 55)
     build(folder / "images", folder / "set", shard_samples=count // SHARDS)
