@@ -2,8 +2,10 @@
 # make demo   the main job on real images, and its result
 # make test   the tests (10 minutes at most on 2 cores)
 # make test-slow   the long ones
-# make peers       other projects' readers, into .venv-peers
+# make peers       other projects' readers and loaders, into .venv-peers
 # make test-peers  our shards in their hands
+# make bench       speed and memory, on a quiet machine; what needs no other project
+# make bench-peers the same, then ours beside other projects'
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -11,7 +13,7 @@ READY  := $(VENV)/.ready
 PEERS  := .venv-peers
 PIP    := python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo test test-slow test-peers peers lint bench clean
+.PHONY: setup demo test test-slow test-peers peers lint bench bench-peers clean
 
 # The native JPEG decoder is built at once if it is not there, and gone on without if it cannot be.
 setup: $(READY)
@@ -34,11 +36,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 
 bench: setup
-	$(BIN)/python bench/order.py
-	$(BIN)/python bench/loader.py
-	$(BIN)/python bench/manifest.py
-	$(BIN)/python bench/ledger.py
-	$(BIN)/python bench/build.py
+	for name in order seek memory beside manifest ledger build; do $(BIN)/python bench/$$name.py || exit 1; done
+
+bench-peers: setup peers bench
+	for name in loader shuffle; do $(BIN)/python bench/$$name.py || exit 1; done
 
 # Made anew only when what is installed changes.
 $(READY): pyproject.toml constraints.txt
@@ -49,11 +50,14 @@ $(READY): pyproject.toml constraints.txt
 
 # timm and OpenCLIP ask for torchvision, a CUDA build, which would bring all of CUDA: they and it come without what they ask
 # for, and the rest of that is named here. See tests/peers/read.py for how it is imported beside a CPU build of torch.
+# DALI's pipeline on the CPU needs none of its decoders for the GPU; of streaming only what orders samples is used.
 peers: $(PEERS)/.ready
 $(PEERS)/.ready: constraints-peers.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/$(PIP) -c constraints-peers.txt torch webdataset megatron-energon huggingface_hub safetensors ftfy regex pandas
-	$(PEERS)/bin/$(PIP) -c constraints-peers.txt --no-deps timm open_clip_torch torchvision
+	$(PEERS)/bin/$(PIP) -c constraints-peers.txt astunparse gast libcst makefun nvtx optree packaging six
+	$(PEERS)/bin/$(PIP) -c constraints-peers.txt --no-deps timm open_clip_torch torchvision mosaicml-streaming \
+		nvidia-dali-cuda120 nvidia-nvimgcodec-cu12
 	@touch $@
 
 clean:

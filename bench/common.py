@@ -56,14 +56,18 @@ def memory(field: str) -> float:
     raise RuntimeError(f"no {field} in /proc/self/status")
 
 
-def report(bench: str, rows: list[Row], ratios: dict[str, float], path: Path | None) -> None:
-    """Print the table, and write the JSON if a path is given; a ratio above 1 means that ours is better."""
+def report(bench: str, rows: list[Row], ratios: dict[str, float | None], path: Path | None) -> None:
+    """Print the table, and write the JSON if a path is given.
+
+    A ratio above 1 means that ours is better; None that the peer is missing.
+    """
     where = machine()
     table = Table("", "median", "min", "max", "unit", title=f"{bench}: {where['cpu']}, {where['cores']} cores")
     for each in rows:
         table.add_row(each.name, *(f"{x:,.4g}" for x in (each.value, each.min, each.max)), each.unit)
     for peer, ratio in ratios.items():
-        table.add_row(f"ours / {peer}", f"{ratio:.2f}", "", "", "x")
+        shown = "missing" if ratio is None else f"{ratio:.2f}"
+        table.add_row(f"ours / {peer}", shown, "", "", "" if ratio is None else "x")
     Console().print(table)
     if path:
         result = {

@@ -21,6 +21,7 @@ from time import perf_counter
 import numpy as np
 import pyarrow.parquet as pq
 from common import Row, arguments, report, row
+from photographs import WALLPAPERS, photograph_files
 from PIL import Image, ImageEnhance
 
 from shards import phash
@@ -29,23 +30,12 @@ from shards.dedupe import dedupe
 from shards.hashindex import HashIndex, TestImages, write_index
 
 PACKAGES = (
-    "plasma-workspace-wallpapers lomiri-wallpapers-16.04 lomiri-wallpapers-20.04 mate-backgrounds gcompris-qt-data "
-    "openclipart-png oxygen-icon-theme gnome-icon-theme tango-icon-theme adwaita-icon-theme tuxpaint-stamps-default"
+    f"{WALLPAPERS} gcompris-qt-data openclipart-png oxygen-icon-theme gnome-icon-theme tango-icon-theme "
+    "adwaita-icon-theme tuxpaint-stamps-default"
 )
-KDE, BACKGROUNDS, GCOMPRIS = (Path("/usr/share") / name for name in ("wallpapers", "backgrounds", "gcompris-qt/rcc"))
+GCOMPRIS = Path("/usr/share/gcompris-qt/rcc")
 DRAWINGS = [Path("/usr/share") / name for name in (
     "openclipart/png", "icons/oxygen", "icons/gnome", "icons/Tango", "icons/Adwaita", "tuxpaint/stamps")]  # fmt: skip
-# What of the wallpapers is a photograph, as looked at.
-PHOTOGRAPHS = {
-    KDE: "Autumn BytheWater ColdRipple ColorfulCups DarkestHour EveningGlow FallenLeaf Grey Kite OneStandsOut Path "
-         "summer_1am",
-    BACKGROUNDS: "Bridge_by_Sander_Klootwijk Dragonfly_by_Bolly Kleiber_by_Lukas_Baubkus Picture_0B_by_freespace "
-                 "Picture_1A_by_freespace Wine_by_Jakkub_Mede aitzgorri_by_Aitzol_Berasategi free_by_Peter_Nerlich "
-                 "friends_by_Aitzol_Berasategi greentock_by_Peter_Nerlich life_by_Aitzol_Berasategi "
-                 "picosdeeuropa_by_Aitzol_Berasategi seeding_by_Clements_Engelhardt sunset_by_Aitzol_Berasategi",
-    BACKGROUNDS / "mate/nature": "Aqua Blinds Dune FreshFlower Garden GreenMeadow LadyBird RainDrops Storm TwoWings "
-                                 "Wood YellowFlower",
-}  # fmt: skip
 # The activities of gcompris whose pictures without transparency are photographs, but for a few.
 ACTIVITIES = (
     "categorization erase explore_farm_animals explore_monuments explore_world_animals explore_world_music lang"
@@ -138,7 +128,7 @@ def write(folder: Path, images: Iterator[bytes]) -> None:
 
 def real_data(rng: np.random.Generator) -> tuple[list, list, list, list]:
     """Return queries, plain pieces and distractors as pixels, and drawings as files' bytes."""
-    wallpapers = [largest(folder, name) for folder, names in PHOTOGRAPHS.items() for name in names.split()]
+    wallpapers = photograph_files()
     activities = [GCOMPRIS / f"{name}.rcc" for name in ACTIVITIES.split()]
     missing = [path for path in [*wallpapers, *activities, *DRAWINGS] if path is None or not path.exists()]
     if missing:
@@ -170,12 +160,6 @@ def distinct(images: list[np.ndarray]) -> list[np.ndarray]:
     small = [np.asarray(Image.fromarray(image).convert("L").resize((16, 16), Image.BOX)).ravel() for image in images]
     same = np.triu(np.corrcoef(np.stack(small)) > 0.9, 1)
     return [image for i, image in enumerate(images) if not same[:, i].any()]
-
-
-def largest(folder: Path, name: str) -> Path | None:
-    """Return the file of a wallpaper, the largest of its sizes."""
-    files = [*folder.glob(f"{name}.*"), *folder.glob(f"{name}/contents/images/*")]
-    return max(files, key=lambda path: path.stat().st_size, default=None)
 
 
 def carved(path: Path) -> Iterator[np.ndarray]:

@@ -1,117 +1,65 @@
-"""Images a second of our loader and of stock webdataset with Pillow, on the same shards, in turns.
+"""Images a second of our loader, of stock webdataset with Pillow and torchvision, and of NVIDIA DALI on the CPU.
 
-Both read, decode JPEGs of 500 × 375, take an Inception crop by the same law to 224 pixels, mirror half of
-them and batch, with as many threads or worker processes as there are cores. Pillow's bilinear resize
-antialiases where it shrinks, as everyone's does who uses it; ours does not, as in the paper's code.
+All read the same tars, decode JPEGs of 500 × 375, crop, resize to 224, mirror and batch 64, in turns, each in a
+process of its own that is held to one core, or to all of them. See feed.py for what each of them is. The images are
+2,048 crops of photographs, once of 55 kB and once of 100 kB in the mean. The law of the crops is the same for all but
+"own crops", which is the paper's code's. Ours and DALI's resize is bilinear without antialiasing; torchvision's of
+Pillow images is bilinear with it, and cannot be otherwise.
 """
 
+import sys
 import tempfile
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
-from time import perf_counter
 
-import numpy as np
-import psutil
-import simplejpeg
-import torch
-import webdataset
 from common import arguments, cores, report, row
-from PIL import Image
+from feed import BATCH, CONTESTANTS, SIZE
+from peers import PYTHON, is_installed, run_script
+from photographs import little_noise, photographs
 
-from shards.augment import InceptionCrop, draws, inception_box
-from shards.build import build
-from shards.dataset import Dataset
-from shards.loader import Loader
-
-BATCH, SIZE = 64, 224
+NEEDED = {"webdataset": ("webdataset", "torchvision"), "dali": ("nvidia.dali",)}  # in the peers' environment
 
 
 def main():
     args = arguments(__doc__)
-    images, batches, rounds = (96, 4, 3) if args.quick else (768, 40, 5)
-    contestants = {"patchmill": ours, "webdataset": stock}
-    speed, per_core = ({name: [] for name in contestants} for _ in range(2))
+    rounds, seconds, counts = (1, 0.2, [cores()]) if args.quick else (3, 6, sorted({1, cores()}))
+    present = [name for name in CONTESTANTS if name not in NEEDED or is_installed(*NEEDED[name])]
     with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "set"
-        synthesise(Path(folder) / "images", images)
-        build(Path(folder) / "images", data, shard_samples=images // 8)
+        if args.quick:
+            sets = {"noise": little_noise(Path(folder))}
+        else:
+            sets = {f"{size} kB": photographs(size) for size in (55, 100)}
+        speeds = {(name, size, many): [] for size in sets for name in present for many in counts}
         for _ in range(rounds):
-            for name, contestant in contestants.items():
-                seconds, cpu = timed(contestant(data), batches)
-                speed[name].append(BATCH * batches / seconds)
-                per_core[name].append(BATCH * batches / cpu)
-    rows = [row(name, "images/s", speed[name]) for name in contestants]
-    rows += [row(f"{name}, per core", "images/CPU s", per_core[name]) for name in contestants]
-    report("loader", rows, {"webdataset": rows[0].value / rows[1].value}, args.json)
+            for (name, size, many), values in speeds.items():
+                values.append(speed(name, sets[size], many, seconds))
+    rows = {key: row(label(*key), "images/s", values) for key, values in speeds.items()}
+    every = [*rows.values()]
+    for size in sets if len(counts) > 1 else []:
+        one, all_of_them = (speeds["patchmill", size, many] for many in (1, cores()))
+        shares = [100 * b / (cores() * a) for a, b in zip(one, all_of_them, strict=True)]
+        every.append(row(f"efficiency of patchmill from 1 to {cores()} cores, {size}", "%", shares))
+    ratios = {
+        label(peer, size, many): rows["patchmill", size, many].value / rows[peer, size, many].value
+        if peer in present
+        else None
+        for size in sets
+        for peer in NEEDED
+        for many in counts
+    }
+    report("loader", every, ratios, args.json)
 
 
-def synthesise(folder: Path, images: int) -> None:
-    """Write JPEGs of 1/f noise, whose spectrum is that of photographs: 4:2:0, 50 to 60 kB each."""
-    rng = np.random.default_rng(0)
-    frequency = np.hypot(np.fft.fftfreq(375)[:, None], np.fft.rfftfreq(500)[None])
-    frequency[0, 0] = 1
-    (folder / "noise").mkdir(parents=True)
-    for i in range(images):
-        noise = np.fft.rfft2(rng.standard_normal((375, 500)))
-        tint = np.fft.rfft2(rng.standard_normal((3, 375, 500)), axes=(1, 2))
-        planes = np.fft.irfft2((noise + 0.3 * tint) / frequency, (375, 500), axes=(1, 2))
-        pixels = (planes / planes.std() * 30 + 128).clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
-        data = simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality=75, colorsubsampling="420")
-        (folder / "noise" / f"{i:05d}.jpg").write_bytes(data)
+def label(name: str, size: str, many: int) -> str:
+    return f"{name}, {size}, {many} {'core' if many == 1 else 'cores'}"
 
 
-def ours(data: Path) -> Iterator:
-    """Batches of our loader."""
-    transform = InceptionCrop(SIZE)
-    return iter(Loader(Dataset.open(data), global_batch=BATCH, transform=transform, threads=cores()))
-
-
-class PillowCrop:
-    """Inception crop by our law with Pillow, the usual way."""
-
-    def __init__(self):
-        self.position = 0
-
-    def __call__(self, image: Image.Image) -> np.ndarray:
-        """Turn an image into uint8 [224, 224, 3]."""
-        self.position += 1
-        draw = draws((0, 0, self.position))
-        top, left, h, w = inception_box(image.height, image.width, draw)
-        image = image.resize((SIZE, SIZE), Image.BILINEAR, box=(left, top, left + w, top + h))
-        if next(draw) < 0.5:
-            image = image.transpose(Image.FLIP_LEFT_RIGHT)
-        return np.asarray(image)
-
-
-def stock(data: Path) -> Iterator:
-    """Batches of webdataset as its own documentation builds them, endless."""
-    tars = [str(tar) for tar in sorted((data / "shards").glob("*.tar"))]
-    dataset = (
-        webdataset.WebDataset(tars, shardshuffle=False, resampled=True)
-        .shuffle(1000)
-        .decode("pil")
-        .to_tuple("jpg", "cls")
-        .map_tuple(PillowCrop(), int)
-        .batched(BATCH)
-    )
-    return iter(torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=cores()))
-
-
-def timed(batches: Iterator, count: int) -> tuple[float, float]:
-    """Return wall seconds and CPU seconds, with all child processes, of ``count`` batches once it runs."""
-    for batch in islice(batches, 4):
-        assert batch[0].shape == (BATCH, SIZE, SIZE, 3)
-    family = [psutil.Process(), *psutil.Process().children(recursive=True)]
-    cpu, began = cpu_seconds(family), perf_counter()
-    for _ in islice(batches, count):
-        pass
-    return perf_counter() - began, cpu_seconds(family) - cpu
-
-
-def cpu_seconds(family: list[psutil.Process]) -> float:
-    """Return the CPU time, user and system, that processes have used."""
-    return sum(sum(process.cpu_times()[:2]) for process in family)
+def speed(name: str, folder: Path, many: int, seconds: float) -> float:
+    """Return the images/s of a contestant on so many cores."""
+    python = PYTHON if name in NEEDED else sys.executable
+    found = run_script(python, "feed.py", name, folder, "--cores", many, "--seconds", seconds)
+    if (found["shape"], found["dtype"]) != ([BATCH, SIZE, SIZE, 3], "uint8"):
+        sys.exit(f"{name} gives {found['dtype']} {found['shape']}")
+    return found["images/s"]
 
 
 if __name__ == "__main__":

@@ -69,6 +69,7 @@ def encode_sampling(name):
 ENCODERS = {name: encode_sampling(name) for name in SAMPLINGS} | {
     "grey": lambda image, q, _: simplejpeg.encode_jpeg(image[:, :, :1].copy(), q, "GRAY", "Gray"),
     "rgb": lambda image, q, _: saved(image, quality=q, subsampling=0, keep_rgb=True),
+    "codes of its own": lambda image, q, _: saved(image, quality=q, subsampling=2, optimize=True),
     "restarts": lambda image, q, rng: saved(
         image, quality=q, subsampling=2, restart_marker_blocks=int(rng.integers(1, 5))
     ),
@@ -219,6 +220,22 @@ def test_damaged_files_give_the_same_with_and_without_it(native, monkeypatch):
     for a, b in zip(got, want, strict=True):
         assert (a is None) == (b is None)
         assert a is None or (a == b).all()
+
+
+def test_filling_inside_the_data_is_left_to_the_full_decoder(native):
+    # libjpeg-turbo leaves coefficients of its first try behind there.
+    data = saved(image_of(np.random.default_rng(6), 90, 60), quality=95)
+    stuffed = data.index(b"\xff\x00", data.index(b"\xff\xda"))
+    assert jpegcrop.decode_part(data, 0, 0, 9, 9) is not None
+    assert jpegcrop.decode_part(data[:stuffed] + b"\xff" + data[stuffed:], 0, 0, 9, 9) is None
+
+
+def test_data_that_ends_before_the_part_does_is_noticed(native):
+    data = saved(image_of(np.random.default_rng(6), 90, 60), quality=95)
+    scan = data.index(b"\xff\xda") + 14
+    for share in (0, 0.3, 0.9):
+        early = data[: scan + int(share * (len(data) - 2 - scan))].rstrip(b"\xff") + b"\xff\xd9"
+        assert jpegcrop.decode_part(early, 60, 0, 30, 60) is None
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
