@@ -55,7 +55,7 @@ def make(folder: str, shards: int) -> tuple[Dataset, Order]:
         "sha256": [f"{shard:064x}" for shard in range(shards)],
     }
     manifest.write_table(store, manifest.SHARDS, pa.table(table, schema=manifest.SHARDS_SCHEMA))
-    samples, digest = sum(table["samples"]), manifest.digest(["a"], table["sha256"])
+    samples, digest = sum(table["samples"]), manifest.digest(["a"], table["sha256"], {})
     info = manifest.Info(["a"], samples, sum(table["bytes"]), sum(table["bytes"]), shards, digest, build={})
     manifest.write_info(store, info)
     dataset = Dataset.open(folder)

@@ -55,8 +55,13 @@ def open_data(settings: TrainSettings, out: Path) -> TrainingData:
             )
         schedule = Schedule.of(settings, None)
         loader = StreamLoader(
-            data.train, held_out.classes, stop=schedule.total, allow_pipe=data.allow_pipe, store=data.store, **options
-        )  # fmt: skip
+            data.train,
+            held_out.classes,
+            stop=schedule.total,
+            allow_pipe=data.allow_pipe,
+            settings=data.store,
+            **options,
+        )
         return TrainingData(loader, held_out.classes, None, held_out, schedule)
     dataset = training_set(data)
     if held_out is not None and held_out.classes != dataset.classes:

@@ -55,7 +55,7 @@ class StreamLoader:
         buffer: Encoded images among which the shuffle mixes, within one reading of all tars.
         stop: The batch that reaches this many samples is the last; None: no batch is.
         allow_pipe: ``pipe:`` may run its command.
-        store: Settings of the store of remote tars; by default those of the environment.
+        settings: Of the store that tars are in; by default those of the environment.
         quarantine: File that gets a JSON line for each sample that is left out.
         allocate: Makes the uint8 array of a batch from its shape, uninitialised; for pinned memory.
 
@@ -82,12 +82,12 @@ class StreamLoader:
         buffer: int = 1000,
         stop: int | None = None,
         allow_pipe: bool = False,
-        store: StoreSettings | None = None,
+        settings: StoreSettings | None = None,
         quarantine: str | os.PathLike | None = None,
         allocate: Callable[[tuple[int, ...]], np.ndarray] = host_array,
     ):
         check_batch(global_batch, world_size)
-        self._tars = find_streams(source, allow_pipe, store)
+        self._tars = find_streams(source, allow_pipe, settings)
         if len(self._tars) < world_size:
             raise UserError(
                 f"{source} is {len(self._tars)} tar(s) for {world_size} ranks, and each reads tars of its own; name "

@@ -66,7 +66,7 @@ def find_streams(source: str, allow_pipe: bool, settings: StoreSettings | None =
         source: ``-``, standard input; ``pipe:COMMAND``, the output of a shell command, of several with braces as in
             ``pipe:curl -sf https://host/{000..146}.tar``; or tars as in ``find_tars``.
         allow_pipe: Commands may run.
-        settings: Of the store of remote tars; by default those of the environment.
+        settings: Of a remote store; by default those of the environment.
 
     Raises:
         UserError: There are no tars, or a command is not allowed.

@@ -85,7 +85,7 @@ def test_no_file_and_no_line_of_a_run_has_a_secret(bucket, s3_server, tmp_path):
 def test_nor_has_one_that_fails(bucket, s3_server, tmp_path):
     done = run(tmp_path, name="bad", data="s3://no-such-bucket/set", endpoint=s3_server)
     assert done.returncode == 2
-    assert "no data set at s3://no-such-bucket/set/train" in done.stderr
+    assert "no data set at s3://no-such-bucket/set/" in done.stderr
     assert not with_secrets(tmp_path / "runs", done.stdout, done.stderr)
 
     done = run(tmp_path, name="worse", data=f"https://me:{SECRET}@example.org/set", endpoint=s3_server)

@@ -148,7 +148,9 @@ def test_stopped_on_request_it_saves_and_goes_on_with_any_ranks_and_data_moved_t
         )
         code, stderr = done(launch(folder, ranks, run.name, over=over))
     assert code == 0, stderr
-    assert 20_000 < sum(path.stat().st_size for path in (run / "cache").iterdir()) < 50_000
+    cached = [path.stat().st_size for path in (run / "cache").iterdir()]
+    assert len(cached) > 1
+    assert sum(cached) < 50_000
     assert not (run / "stopped.json").exists()
     after = losses(run)
     if ranks == 2:

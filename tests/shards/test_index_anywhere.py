@@ -48,7 +48,8 @@ def test_tars_and_manifest_on_s3(s3, tmp_path):
     assert samples(f"{s3}/data/set") == samples(tmp_path / "set")
     assert index(f"{s3}/data/set").read == 0
     index(f"{s3}/data/set/set-*1.tar", tmp_path / "out")
-    assert samples(tmp_path / "out") == samples(tmp_path / "set")[10:20]
+    alone = [sample._replace(shard=1) for sample in samples(tmp_path / "out")]  # there it is the only shard
+    assert alone == samples(tmp_path / "set")[10:20]
     write_exclude(f"{s3}/data/set", "v1", [(0, 1, "x")])
     assert len(samples(f"{s3}/data/set", exclude="v1")) == 23
     with pytest.raises(UserError, match="exists and never changes"):

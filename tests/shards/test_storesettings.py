@@ -16,7 +16,9 @@ from shards.sources import Item
 from shards.sources.reader import Reader
 from shards.store import open_store
 from shards.storesettings import StoreSettings
+from shards.tarstream import find_streams
 from tests.shards.datasets import Made, plain, write_dataset
+from tests.shards.foreign import write_tar
 from tests.shards.servers import serve_faults
 
 SECRET = "hunter2hunter2"
@@ -49,6 +51,14 @@ def test_endpoint_region_and_anonymous_are_what_the_server_sees(server):
     assert signed_as(server, endpoint=server.url) == ("ENVIRONMENT", "us-east-1")
     assert signed_as(server, endpoint=f"{server.url}/", region="eu-test-1") == ("ENVIRONMENT", "eu-test-1")
     assert signed_as(server, endpoint=server.url, anonymous=True) is None
+
+
+def test_streams_of_tars_have_settings_too(server, tmp_path):
+    write_tar(tmp_path / "site/bucket/0.tar", [("a.jpg", b"image")])
+    (tar,) = find_streams("s3://bucket/{0..0}.tar", False, StoreSettings(endpoint=server.url, region="eu-test-1"))
+    with tar.open() as stream:
+        assert stream.read() == (tmp_path / "site/bucket/0.tar").read_bytes()
+    assert "/eu-test-1/" in server.authorizations[-1]
 
 
 @pytest.mark.parametrize("url", ["gs://bucket", "az://bucket"])
