@@ -61,7 +61,7 @@ def make(folder: Path, shards: int, different: int) -> None:
         bytes=sum(rows["bytes"]),
         image_bytes=images,
         shards=shards,
-        digest=manifest.digest(classes, rows["sha256"]),
+        digest=manifest.digest(classes, rows["sha256"], {}),
         build={},
     )
     manifest.write_info(store, info)

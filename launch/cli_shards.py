@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 shards_app = typer.Typer(no_args_is_help=True, help="Data sets: build, index, check, inspect, look at.")
 
+LISTED = 10  # rejected images, with where and why
+
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -111,12 +113,25 @@ def _print_built(built: "Result", as_json: bool) -> None:
         print(json.dumps(asdict(built)))
         return
     for name, part in built.parts.items():
-        rejected = f", {len(part.rejected)} images rejected" if part.rejected else ""
-        what = f"{part.samples:,} samples of {len(built.classes):,} classes in {part.shards:,} shards"
+        rejected = f", {_count(len(part.rejected), 'image')} rejected" if part.rejected else ""
+        classes = _count(len(built.classes), "class", "classes")
+        what = f"{_count(part.samples, 'sample')} of {classes} in {_count(part.shards, 'shard')}"
         size = f"{part.bytes:,} bytes" if part.bytes else "bytes not known yet"
         print(f"{name}: {what}, {size}{rejected}: {part.url}")
+        _print_rejected(part.rejected, "image")
     if built.others:
         print("left out: " + ", ".join(f"{count} {suffix}" for suffix, count in built.others.items()), file=sys.stderr)
+
+
+def _print_rejected(rejected: list[tuple[str, str]], what: str) -> None:
+    for where, reason in rejected[:LISTED]:
+        print(f"left out: {where}: {reason}")
+    if len(rejected) > LISTED:
+        print(f"left out: {len(rejected):,} {what}s in all; --json lists them")
+
+
+def _count(number: int, one: str, many: str = "") -> str:
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 @shards_app.command("index")
@@ -127,7 +142,7 @@ def shards_index(
         str, typer.Option(help="Where labels stand: cls, txt, json:FIELD ...; default: cls, or else json.")
     ] = "",
     image: Annotated[str, typer.Option(help="Extension of the image, where samples have several.")] = "",
-    classes: Annotated[Path | None, typer.Option(help="File with the name of a class a line.")] = None,
+    classes: Annotated[str | None, typer.Option(help="File with the name of a class a line.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; default: the cores, as far as they pay.")] = None,
     max_rejected: Annotated[int, typer.Option(help="Broken samples to leave out before giving up.")] = 0,
     as_json: Json = False,
@@ -142,18 +157,17 @@ def shards_index(
         print(json.dumps(asdict(made)))
         return
     kept = f" ({made.shards - made.read:,} as they were)" if made.read < made.shards else ""
-    print(f"{made.samples:,} samples in {made.shards:,} shards{kept}, {made.bytes:,} bytes: {made.url}")
+    what = f"{_count(made.samples, 'sample')} in {_count(made.shards, 'shard')}"
+    print(f"{what}{kept}, {made.bytes:,} bytes: {made.url}")
     if made.unlabelled == made.samples:
         print(
             "no sample has a label: captions (KEY.txt, or a caption in KEY.json) are none; if class names or numbers "
             "stand somewhere, say where with --label, such as --label txt or --label json:FIELD"
         )
     else:
-        print(f"{len(made.classes):,} classes" + f", {made.unlabelled:,} samples without label" * bool(made.unlabelled))
-    for where, reason in made.rejected[:10]:
-        print(f"left out: {where}: {reason}")
-    if len(made.rejected) > 10:
-        print(f"left out: {len(made.rejected):,} samples in all; --json lists them")
+        bare = f", {_count(made.unlabelled, 'sample')} without label" if made.unlabelled else ""
+        print(_count(len(made.classes), "class", "classes") + bare)
+    _print_rejected(made.rejected, "sample")
     if made.skipped:
         print("passed over: " + ", ".join(f"{count:,} {kind}" for kind, count in made.skipped.items()), file=sys.stderr)
     for tar, size in made.trailing.items():
@@ -184,7 +198,8 @@ def shards_verify(
         verdict = "no faults"
         if found.faults:
             verdict = f"{_count(len(found.faults), 'fault')} in {_count(found.faulty, 'sample')}"
-        print(f"{verdict}: {found.samples:,} samples in {found.shards:,} shards, {found.bytes:,} bytes: {found.url}")
+        what = f"{_count(found.samples, 'sample')} in {_count(found.shards, 'shard')}"
+        print(f"{verdict}: {what}, {found.bytes:,} bytes: {found.url}")
         if found.quarantine:
             dropped = _count(found.faulty + found.dropped, "sample")
             print(f"drop list {found.quarantine} leaves out {dropped}; runs use it once told: exclude = ...")
@@ -194,8 +209,55 @@ def shards_verify(
         raise typer.Exit(1)
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' * (number != 1)}"
+@shards_app.command("audit")
+def shards_audit(
+    stage: Annotated[Path, typer.Argument(help="Folder of a training stage, or a checkpoint in it.")],
+    data: Annotated[
+        list[str] | None, typer.Option(help="Data set of the run, if it has moved; of a mixture all.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; default: the cores, as far as they pay.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Prove from a run's ledger that its weights saw every sample once an epoch. Exit code 1 if they did not."""
+    from shards.audit import audit
+    from shards.auditspan import KINDS
+
+    found = audit(stage, data or (), workers, progress=True)
+    if as_json:
+        print(json.dumps(asdict(found)))
+    else:
+        for kind in found.counts:
+            named = [misfit.reason for misfit in found.misfits if misfit.kind == kind]
+            print(f"{kind}: {KINDS[kind]}, {found.counts[kind]:,} times")
+            print("\n".join(f"  {reason}" for reason in named))
+            if found.counts[kind] > len(named):
+                print("  ...")
+        starts = f"{_count(len(found.ranks), 'start')} on {', '.join(map(str, found.ranks))} ranks"
+        print(f"{found.positions:,} positions to {found.checkpoint}, from {starts}")
+        for source in found.sources:
+            print(f"{_count(source.epochs, 'whole epoch')} of {_count(source.samples, 'sample')}: {source.url}")
+        print(f"{_count(found.stand_ins, 'stand-in')} for {_count(found.replaced, 'sample')} on the quarantine list")
+        print("it does not fit" if found.counts else "it fits: each position once, each sample once an epoch")
+    if found.counts:
+        raise typer.Exit(1)
+
+
+@shards_app.command("drop")
+def shards_drop(
+    url: Annotated[str, typer.Argument(help="Data set.")],
+    quarantine: Annotated[list[Path], typer.Argument(help="quarantine.jsonl of runs that met broken images.")],
+    version: Annotated[str, typer.Option(help="Name of the new drop list.")] = "quarantine-1",
+    exclude: Annotated[str | None, typer.Option(help="Older drop list, which the new one takes in.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a drop list of the images that training could not decode."""
+    from shards.quarantine import drop_quarantined
+
+    new, old = drop_quarantined(url, quarantine, version, exclude)
+    if as_json:
+        print(json.dumps({"exclude": version, "new": new, "dropped": new + old}))
+    else:
+        print(f"drop list {version} leaves out {_count(new + old, 'sample')}, {new:,} of them new")
 
 
 @shards_app.command("dedupe")
@@ -205,7 +267,7 @@ def shards_dedupe(
         list[str] | None, typer.Option(help="Test set whose images must not be in it; once each.")
     ] = None,
     version: Annotated[str, typer.Option(help="Name of the new drop list.")] = "dedupe-1",
-    exclude: Annotated[str | None, typer.Option(help="Older drop list, which the new one takes in.")] = None,
+    exclude: Annotated[str | None, typer.Option(help="Older drop list, to read less and to build on.")] = None,
     out: Annotated[
         str | None, typer.Option(help="Folder of report and findings, shared by slices; default: VERSION.")
     ] = None,
@@ -230,13 +292,13 @@ def shards_dedupe(
     for test in found.tests:
         print(f"{test.name}: {test.exact:,} same bytes, {test.near:,} same picture ({test.mirrored:,} mirrored)")
     if found.undecodable:
-        print(f"{len(found.undecodable):,} training images cannot be decoded", file=sys.stderr)
+        print(f"{_count(len(found.undecodable), 'training image')} cannot be decoded", file=sys.stderr)
     if not found.finished:
         print(f"{found.shards_left:,} of {found.shards:,} shards are still to be scanned", file=sys.stderr)
         return
     print(f"{found.copies:,} of {found.images:,} training images are copies of test images")
     if found.exclude:
-        print(f"drop list: {found.exclude}, {found.dropped:,} samples")
+        print(f"drop list: {found.exclude}, {_count(found.dropped, 'sample')}")
     print(f"report: {found.report}")
 
 

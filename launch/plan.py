@@ -14,7 +14,11 @@ from launch.stages import KINDS
 from pipeline.config import Settings, TrainSettings, check, merge, nearest, read_recipe, read_toml
 from pipeline.weights import check_model
 from shards.errors import UserError
+from shards.manifest import EXCLUDE
 from shards.sources.open import find_kind
+from shards.tarlist import find_tars
+from shards.tarstream import PIPE, STDIN, is_stream
+from shards.urls import refuse_password
 
 PLACEHOLDER = re.compile(r"\{([A-Za-z0-9_-]+)\}")
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
@@ -164,19 +168,28 @@ def _prepare(
 
 def _with_path(
     table: dict[str, Any], key: str, base: Path, by_name: dict[str, StageTable], where: str
-) -> tuple[dict[str, Any], str | None]:
-    """Return the table with the path at ``key`` made absolute, and a digest of what is there; stages' outputs stay."""
+) -> tuple[dict[str, Any], Any]:
+    """Return the table with the path at ``key`` made absolute, and a digest of what is there; stages' outputs stay.
+
+    Where ``key`` holds a list of tables, it is done to the ``url`` of each, and there is a list of digests.
+    """
     head, _, rest = key.partition(".")
     value = table.get(head)
     if rest and isinstance(value, dict):
         inner, digest = _with_path(value, rest, base, by_name, where)
         return {**table, head: inner}, digest
+    if isinstance(value, list) and all(isinstance(each, dict) for each in value):
+        found = [_with_path(each, "url", base, by_name, where) for each in value]
+        return {**table, head: [each for each, _ in found]}, [digest for _, digest in found]
     if not isinstance(value, str):
         return table, None
     if found := PLACEHOLDER.match(value):
         _check_part(value, found, by_name, where, base)
         return table, None
+    if head == "train" and is_stream(value):
+        return _with_stream(table, value, base, where)
     if "://" in value:
+        refuse_password(value)
         return table, value
     there = base / value
     if not there.exists():
@@ -184,6 +197,15 @@ def _with_path(
             f"{where}: there is no {there} ({key}); mend the path, relative ones count from the plan's folder"
         )
     return {**table, head: str(there)}, _digest_of(there)
+
+
+def _with_stream(table: dict[str, Any], value: str, base: Path, where: str) -> tuple[dict[str, Any], Any]:
+    if value == STDIN:
+        raise UserError(f"{where}: standard input comes once, and a plan may run again; give tars, or pipe:COMMAND")
+    if value.startswith(PIPE) or "://" in value:
+        return table, value
+    store, tars = find_tars(base / value)
+    return {**table, "train": str(base / value)}, [_digest_of(Path(store.url) / tar) for tar in tars]
 
 
 def _check_part(value: str, found: re.Match, by_name: dict[str, StageTable], where: str, base: Path) -> None:
@@ -220,8 +242,12 @@ def _filled(value: Any, outputs: dict[str, str]) -> Any:
 
 
 def _digest_of(path: Path) -> str:
-    """Digest of a file's or a folder's names, sizes and times: cheap, and it changes when anything in it does."""
+    """Digest of a file's or a folder's names, sizes and times: cheap, and it changes when anything in it does.
+
+    But for drop lists of a data set: they never change, settings name the one in use, and a run may write the next.
+    """
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    files = [file for file in files if file.parent != path / EXCLUDE]
     status = ((file.relative_to(path.parent).as_posix(), file.stat()) for file in files)
     return _hash([[name, each.st_size, each.st_mtime_ns] for name, each in status])
 

@@ -4,13 +4,29 @@ import difflib
 import json
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from shards.augreg import PRESETS
+from shards.cache import ChunkCache
 from shards.errors import UserError
+from shards.storesettings import StoreSettings
+from shards.tarstream import is_stream
+from shards.urls import refuse_password
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -26,9 +42,14 @@ class Duration(str):
 
     PATTERN = re.compile(r"^\s*([\d_]+(?:\.\d+)?)\s*(epoch|step|sample)s?\s*$")
 
-    def samples(self, epoch: int, global_batch: int) -> int:
-        """Return the length in samples, given the samples of an epoch and of a global batch."""
+    def samples(self, epoch: int | None, global_batch: int) -> int:
+        """Return the length in samples, given the samples of an epoch, if anybody knows, and of a global batch."""
         number, unit = self.PATTERN.match(self).groups()
+        if unit == "epoch" and epoch is None:
+            raise UserError(
+                f"{self!r}: nobody knows the epoch of a stream; give duration, schedule.warmup, checkpoint.every and "
+                "evaluate.every in steps or samples"
+            )
         return round(float(number) * {"epoch": epoch, "step": global_batch, "sample": 1}[unit])
 
     @classmethod
@@ -54,12 +75,38 @@ def _longer_than_nothing(value: Duration) -> Duration:
 Period = Annotated[Duration, AfterValidator(_longer_than_nothing)]
 
 
+def _without_password(url: str) -> str:
+    refuse_password(url)
+    return url
+
+
+Url = Annotated[str, AfterValidator(_without_password)]
+
+
+class TrainSource(Settings):
+    """One data set of a mixture, a ``[[data.train]]`` table."""
+
+    url: Url
+    weight: float = Field(gt=0, allow_inf_nan=False, description="samples are drawn by the ratio of the weights")
+    exclude: str | None = Field(None, description="version of the drop list that this run pins")
+
+
+def _url_or_tables(value: Any) -> str:
+    return "|url" if isinstance(value, str) else "|tables"
+
+
 class DataSettings(Settings):
     """Where the samples come from, and what happens to their pixels."""
 
-    train: str
-    val: str | None = None
-    exclude: str | None = Field(None, description="version of the drop list that this run pins")
+    train: Annotated[
+        Annotated[Url, Tag("|url")] | Annotated[tuple[TrainSource, ...], Tag("|tables")],
+        Discriminator(_url_or_tables),
+    ] = Field(
+        description="a data set; [[data.train]] tables of several to draw from by weight; or a stream: '-', "
+        "'pipe:COMMAND' or tars without a manifest"
+    )
+    val: Url | None = None
+    exclude: str | None = Field(None, description="version of the drop list that this run pins, of a single data set")
     resolution: int = Field(224, gt=0)
     augment: Literal[
         "inception", "resize", "resize_crop", "light1", "light2", "medium1", "medium2", "strong1", "strong2"
@@ -69,8 +116,20 @@ class DataSettings(Settings):
         False, description="large JPEGs at a fraction of their size: quicker, but antialiased"
     )
     threads: int = Field(2, gt=0, description="decode threads of each rank")
+    allow_pipe: bool = Field(False, description="train = 'pipe:COMMAND' may run its command")
     allow_decoder_change: bool = Field(False, description="go on although the image libraries' versions changed")
     window_bytes: int = Field(16_000_000_000, gt=0, description="shuffle window over the whole cluster")
+    cache: str | None = Field(None, description="local folder for chunks of remote data, one for all jobs of a machine")
+    cache_bytes: ByteSize | None = Field(None, gt=0, description='limit of the cache, as in "200 GB"')
+    store: StoreSettings = Field(default_factory=StoreSettings, description="how buckets and web servers are reached")
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _url_or_tables(cls, value: Any) -> Any:
+        tables = isinstance(value, (list, tuple)) and all(isinstance(each, (dict, TrainSource)) for each in value)
+        if not isinstance(value, str) and not (tables and value):
+            raise ValueError("give the URL of a data set, or [[data.train]] tables with the url and weight of each")
+        return value
 
     @field_validator("crop_area")
     @classmethod
@@ -80,12 +139,46 @@ class DataSettings(Settings):
         return value
 
     @model_validator(mode="after")
+    def _limited_cache(self) -> "DataSettings":
+        if (self.cache is None) != (self.cache_bytes is None):
+            raise ValueError('cache and cache_bytes go together; set both, as in cache_bytes = "200 GB", or none')
+        return self
+
+    @model_validator(mode="after")
     def _scaled_crops(self) -> "DataSettings":
         if self.scaled_decoding and self.augment in ("resize", "resize_crop"):
             raise ValueError(
                 f"scaled_decoding is for crops, and augment {self.augment!r} takes the whole image; unset it"
             )
         return self
+
+    @model_validator(mode="after")
+    def _drop_list_of_one(self) -> "DataSettings":
+        if self.exclude is not None and not isinstance(self.train, str):
+            raise ValueError("exclude is of one data set, and train lists several; set exclude in their tables")
+        return self
+
+    @model_validator(mode="after")
+    def _streams_alone(self) -> "DataSettings":
+        if isinstance(self.train, str):
+            if is_stream(self.train) and self.exclude is not None:
+                raise ValueError(
+                    f"exclude is of a data set with a manifest, and train = {self.train!r} is a stream; unset it"
+                )
+        elif stream := next((source.url for source in self.train if is_stream(source.url)), None):
+            raise ValueError(f"the stream {stream!r} cannot be one of several; index it with `patchmill shards index`")
+        return self
+
+    def open_cache(self) -> ChunkCache | None:
+        """Return the cache of remote chunks, if one is set; a folder that cannot be one is a UserError."""
+        return ChunkCache(self.cache, self.cache_bytes) if self.cache else None
+
+    @property
+    def sources(self) -> tuple[TrainSource, ...]:
+        """The training sets; a single one has all the weight."""
+        if isinstance(self.train, str):
+            return (TrainSource(url=self.train, weight=1.0, exclude=self.exclude),)
+        return self.train
 
     @property
     def mixup(self) -> float:
@@ -262,11 +355,14 @@ def check(kind: type[S], table: dict[str, Any], where: str) -> S:
     try:
         return kind.model_validate(table)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        first = min(
+            error.errors(), key=lambda each: each["type"] != "extra_forbidden"
+        )  # a typo may hide what is missing
+        path = [part for part in first["loc"] if not str(part).startswith("|")]  # tags of what may have several types
+        key = ".".join(map(str, path))
         if first["type"] == "extra_forbidden":
-            known = list(_table_of(kind, first["loc"][:-1]).model_fields)
-            hint = nearest(str(first["loc"][-1]), known)
+            known = list(_table_of(kind, path[:-1]).model_fields)
+            hint = nearest(str(path[-1]), known)
             raise UserError(
                 f"unknown setting {key} in {where}{hint}; the settings there are: {', '.join(known)}"
             ) from None
@@ -312,12 +408,21 @@ def _toml_key(key: str) -> str:
 def _toml_value(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    if isinstance(value, dict):
+        pairs = (f"{_toml_key(key)} = {_toml_value(item)}" for key, item in value.items() if item is not None)
+        return "{ " + ", ".join(pairs) + " }"
     return json.dumps(value, ensure_ascii=False)  # TOML's strings, numbers and booleans read as JSON's
 
 
-def _table_of(kind: type[Settings], path: tuple) -> type[Settings]:
+def _table_of(kind: type[BaseModel], path: list) -> type[BaseModel]:
     for part in path:
         if isinstance(part, str):  # a number is a place in a list of tables
-            annotation = kind.model_fields[part].annotation
-            kind = get_args(annotation)[0] if get_args(annotation) else annotation
+            kind = next(_tables_in(kind.model_fields[part].annotation))
     return kind
+
+
+def _tables_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _tables_in(inner)

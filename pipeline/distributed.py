@@ -4,6 +4,7 @@ import atexit
 import datetime
 import gc
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -91,6 +92,12 @@ def everyone(obj: Any) -> list[Any]:
     gathered: list[Any] = [None] * world_size()
     dist.all_gather_object(gathered, obj)
     return gathered
+
+
+def ranks_here() -> list[int]:
+    """Return the ranks on this machine; collective."""
+    hosts = everyone(socket.gethostname())
+    return [number for number, host in enumerate(hosts) if host == hosts[rank()]]
 
 
 @contextmanager

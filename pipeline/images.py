@@ -1,5 +1,7 @@
 """From stored images to what a model sees: the transform that settings name, and pixels as floats."""
 
+import sys
+
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name everyone knows)
@@ -28,11 +30,18 @@ def to_model_input(images: np.ndarray, device: torch.device) -> Tensor:
 
 
 def training_input(
-    batch: Batch, settings: TrainSettings, epoch_samples: int, num_classes: int, device: torch.device
+    batch: Batch, settings: TrainSettings, epoch_samples: int | None, num_classes: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Bring a rank's share of a global batch to the device, and mix each row with its partner's if settings say so.
 
     Mixing is done here, not in the loader: floats mix without rounding, and the device has time for it.
+
+    Args:
+        batch: Of host memory.
+        settings: Of the stage.
+        epoch_samples: Samples of an epoch; None: it never ends.
+        num_classes: Of the labels.
+        device: Of the model.
 
     Returns:
         images, float32 [n, 3, H, W] in [-1, 1], and class indices, int64 [n], or with mixup the classes' shares,
@@ -41,7 +50,7 @@ def training_input(
     images, labels = to_model_input(batch.images, device), torch.from_numpy(batch.labels).to(device)
     if not settings.data.mixup:
         return images, labels
-    weights = mixup_weights(batch.positions, epoch_samples, settings.seed, settings.data.mixup)
+    weights = mixup_weights(batch.positions, epoch_samples or sys.maxsize, settings.seed, settings.data.mixup)
     keep = torch.from_numpy(weights).to(device)
     partner = torch.from_numpy(partner_rows(len(labels))).to(device)
     shares = F.one_hot(labels, num_classes).float()

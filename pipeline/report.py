@@ -20,6 +20,7 @@ from shards.atomic import write_text
 from shards.dataset import Dataset
 from shards.decode import decode
 from shards.errors import UserError
+from shards.storesettings import StoreSettings
 
 SAMPLES = 24
 
@@ -130,7 +131,7 @@ def _validation_set(run: Run) -> Dataset | None:
     for name in reversed(run.stages("supervised") + run.stages("finetune")):
         data = read_toml(run.folder / "stages" / name / "resolved.toml")["data"]
         if "val" in data:
-            return Dataset.open(data["val"])
+            return Dataset.open(data["val"], settings=StoreSettings(**data.get("store", {})))
     return None
 
 
@@ -232,7 +233,8 @@ def _samples(run: Run) -> str:
 
     folder = run.folder / "stages" / tuned[-1]
     model, classes = load_model(folder)
-    dataset = Dataset.open(configs[tuned[-1]]["data"]["val"])
+    data = configs[tuned[-1]]["data"]
+    dataset = Dataset.open(data["val"], settings=StoreSettings(**data.get("store", {})))
     figures = []
     for index in np.linspace(0, len(dataset) - 1, min(SAMPLES, len(dataset))).astype(int):
         sample = dataset[int(index)]

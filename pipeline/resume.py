@@ -13,7 +13,7 @@ RULES = {
     "model": "refused", "optim.name": "refused", "data.resolution": "refused", "data.augment": "refused",
     "data.crop_area": "refused", "data.scaled_decoding": "refused", "data.exclude": "refused",
     "data.window_bytes": "refused",
-    "data": "free",  # the samples themselves are checked by digest, so a data set may move
+    "data": "free",  # data sets may move: the loader checks their digests, drop lists and weights
     "init": "free", "log_every": "free", "checkpoint": "free", "evaluate": "free",
     "duration": "allowed", "global_batch": "allowed", "micro_batch": "allowed", "optim": "allowed",
     "schedule": "allowed", "engine": "allowed",

@@ -23,8 +23,8 @@ class Schedule:
     periods: dict[str, int]
 
     @classmethod
-    def of(cls, settings: TrainSettings, epoch: int) -> "Schedule":
-        """Return the schedule of a stage whose epoch has ``epoch`` samples."""
+    def of(cls, settings: TrainSettings, epoch: int | None) -> "Schedule":
+        """Return the schedule of a stage whose epoch has ``epoch`` samples; None where nobody knows how many."""
         batch = settings.global_batch
         periods = {"log": settings.log_every, "save": settings.checkpoint.every, "evaluate": settings.evaluate.every}
         return cls(

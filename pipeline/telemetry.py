@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from shards.atomic import write_text
+
+BAR = 12  # columns
 
 
 class Telemetry:
@@ -28,7 +31,7 @@ class Telemetry:
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
         self.board = _tensorboard(out / "tensorboard", start)
         self.progress = Progress(
-            TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("[bold]{task.description}"), BarColumn(bar_width=BAR), TextColumn("{task.percentage:>3.0f}%"),
             TextColumn("{task.fields[text]}"),
             console=Console(stderr=True), disable=not sys.stderr.isatty(),
         )  # fmt: skip
@@ -47,20 +50,18 @@ class Telemetry:
                     self.board.add_scalar(key, value, samples)
 
     def show(self, samples: int, values: dict[str, Any]) -> None:
-        """Move the progress line; where stderr is no terminal, say it as a plain line every 15 seconds."""
-        left = datetime.timedelta(seconds=round((self.total - samples) / values["images_per_second"]))
-        text = (
-            f"loss {values['loss']:.3f}  {values['images_per_second']:.0f} images/s  "
-            f"waiting {100 * values['data_wait']:.0f}%  {left} left"
-        )
-        if values["val_top1"] is not None:
-            text += f"  top-1 {100 * values['val_top1']:.1f}%"
-        if values["replaced"]:
-            text += f"  {values['replaced']} broken images replaced"
-        self.progress.update(self.task, completed=samples, text=text)
+        """Move the progress line; where stderr is no terminal, say it as a plain line every 15 seconds.
+
+        Args:
+            samples: Consumed.
+            values: As ``Window.measure`` returns them, and ``val_top1`` or None.
+        """
+        text = _in_words(values, (self.total - samples) / values["images_per_second"])
+        room = self.progress.console.width - len(self.title) - BAR - len("  100% ")
+        self.progress.update(self.task, completed=samples, text=_folded(text, room))
         if self.progress.disable and (time.monotonic() - self.spoke > 15 or samples >= self.total):
             self.spoke = time.monotonic()
-            print(f"{self.title}: {100 * samples / self.total:.0f}% {text}", file=sys.stderr, flush=True)
+            print(f"{self.title}: {100 * samples / self.total:.0f}% {'  '.join(text)}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Flush everything."""
@@ -70,6 +71,31 @@ class Telemetry:
         self.file.close()
         if self.board is not None:
             self.board.close()
+
+
+def _in_words(values: dict[str, Any], seconds_left: float) -> list[str]:
+    """Say what a log line says; troubles only where there are any."""
+    left = datetime.timedelta(seconds=round(seconds_left))
+    text = [f"loss {values['loss']:.3f}"]
+    if values["val_top1"] is not None:
+        text.append(f"top-1 {values['val_top1']:.1%}")
+    text += [f"{values['images_per_second']:,.0f} images/s", f"{left} left", f"waiting {values['data_wait']:.0%}"]
+    speed = values["mb_per_second"]
+    text += [f"decoding {values['decode_share']:.0%}", f"{speed:,.0f} MB/s" if speed >= 10 else f"{speed:.1f} MB/s"]
+    if "cache_hit_share" in values:
+        text.append(f"cache {values['cache_hit_share']:.0%}")
+    if values["retries"]:
+        text.append(f"retried {values['retries']:,}")
+    if values["quarantined"]:
+        text.append(f"quarantined {values['quarantined']:,}")
+    return text
+
+
+def _folded(text: list[str], width: int) -> str:
+    """Put the pieces on as few lines as the width allows, none of them broken."""
+    joined = "  ".join(piece.replace(" ", "\xa0") for piece in text)
+    lines = textwrap.wrap(joined, max(width, 1), break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines).replace("\xa0", " ")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ Where it stands is one integer, the samples consumed; schedules, saves and evalu
 
 import json
 import math
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,20 +14,21 @@ from torch import Tensor
 
 from pipeline import checkpoint, distributed, provenance, stop
 from pipeline.config import TrainSettings
+from pipeline.data import open_data
 from pipeline.engines import create_engine
 from pipeline.evaluate.classify import classify
-from pipeline.images import training_input, training_transform
+from pipeline.images import training_input
 from pipeline.models import create_model
 from pipeline.objectives.supervised import supervised_loss
+from pipeline.prefetch import prefetched
 from pipeline.resume import check_resume
-from pipeline.schedule import Schedule
 from pipeline.telemetry import Telemetry
 from pipeline.weights import Weights, first_values, resolve_model
+from pipeline.window import Window
 from shards.atomic import write_text
-from shards.dataset import Dataset
+from shards.batch import Batch
 from shards.errors import PatchmillError, StoppedOnRequestError, UserError
 from shards.hashing import hash_int
-from shards.loader import Loader
 
 
 class MicroBatch(NamedTuple):
@@ -56,33 +56,27 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
     rank, world_size = distributed.rank(), distributed.world_size()
 
     # ---- data
-    train_set = Dataset.open(settings.data.train, settings.data.exclude)
-    val_set = Dataset.open(settings.data.val) if settings.data.val else None
-    if val_set is not None and val_set.classes != train_set.classes:
-        raise UserError(
-            f"{settings.data.val} has other classes than {settings.data.train}; build both with one command"
-        )
-    loader = Loader(
-        train_set, global_batch=settings.global_batch, rank=rank, world_size=world_size, seed=settings.seed,
-        transform=training_transform(settings.data),
-        threads=settings.data.threads, window_bytes=settings.data.window_bytes,
-        quarantine=out / "quarantine.jsonl",
-    )  # fmt: skip
-    schedule = Schedule.of(settings, len(train_set))
+    if rank == 0 and not checkpoint.whole_checkpoints(out / "checkpoints"):
+        (out / "quarantine.jsonl").unlink(missing_ok=True)  # of a run that nothing is left of
+    data = open_data(settings, out)
+    loader, schedule = data.loader, data.schedule
 
     # ---- model, objective, engine
     init = Weights(settings.init) if settings.init else None
-    model_settings = resolve_model(settings, init, len(train_set.classes))
+    model_settings = resolve_model(settings, init, len(data.classes))
     with torch.device("meta"):
         template = create_model(**model_settings, seed=None)
     shapes = {name: tuple(parameter.shape) for name, parameter in template.named_parameters()}
     value_of = first_values(template, init, settings)
     engine = create_engine(lambda: create_model(**model_settings, seed=None), value_of, settings)
-    objective = supervised_loss(settings, len(train_set.classes))
+    objective = supervised_loss(settings, len(data.classes))
 
     def loss_fn(model: Any, batch: MicroBatch) -> Tensor:
         torch.manual_seed(batch.seed)  # dropout
         return objective(model, (batch.images, batch.labels))
+
+    def prepare(batch: Batch) -> tuple[Tensor, Tensor]:
+        return training_input(batch, settings, data.epoch, len(data.classes), distributed.device())
 
     # ---- start
     state: dict[str, Any] = {"steps": 0, "best": None, "val": None}
@@ -102,12 +96,12 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
 
     # ---- what happens between two steps
     notes = {
-        "settings": settings.model_dump(mode="json"), "model": model_settings, "classes": train_set.classes,
+        "settings": settings.model_dump(mode="json"), "model": model_settings, "classes": data.classes,
         "versions": provenance.versions(), "commit": provenance.commit(),
     }  # fmt: skip
 
     def save(best: bool) -> Path:
-        noted = {**notes, **state, "loader": loader.state_dict()}
+        noted = {**notes, **state, "loader": {**loader.state_dict(), "samples": samples}}
         path = checkpoint.save(out / "checkpoints", samples, engine.pieces(), shapes, noted, best)
         if rank == 0:
             checkpoint.prune(out / "checkpoints", settings.checkpoint.keep)
@@ -117,7 +111,7 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
         """Evaluate the held-out set; return whether it is the best so far."""
         engine.model.eval()
         state["val"] = classify(
-            engine.model, val_set, settings.data.resolution, settings.evaluate.batch, settings.data.threads
+            engine.model, data.held_out, settings.data.resolution, settings.evaluate.batch, settings.data.threads
         )
         if telemetry:
             telemetry.log(samples, {f"val_{key}": value for key, value in state["val"].items()})
@@ -128,15 +122,16 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
 
     # ---- the loop
     micro_batch = settings.micro_batch or settings.global_batch // world_size
-    window_loss, window_steps, window_wait, window_start = 0.0, 0, 0.0, time.monotonic()
-    trained, trained_seconds, path = 0, 0.0, loaded.path if loaded else None
-    batches = iter(loader)
+    path = loaded.path if loaded else None
+    batches = prefetched(iter(loader), prepare, distributed.device())
+    window = Window(settings, loader)
     while samples < schedule.total:
-        waited = time.monotonic()
-        batch = next(batches)
-        window_wait += time.monotonic() - waited
-
-        images, labels = training_input(batch, settings, len(train_set), len(train_set.classes), distributed.device())
+        if (batch := window.next(batches)) is None:
+            raise UserError(
+                f"{settings.data.train} ended at {samples} of {schedule.total} samples, saved in {save(False)}; give "
+                "it more and run again, or set a shorter duration"
+            )
+        images, labels = batch
         micro_batches = [
             MicroBatch(
                 images[i : i + micro_batch], labels[i : i + micro_batch], hash_int(settings.seed, samples, rank, i)
@@ -146,30 +141,24 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
         samples, state["steps"] = samples + settings.global_batch, state["steps"] + 1
         lr = schedule.rate(samples)
         step = engine.step(micro_batches, loss_fn, lr)
-        window_loss, window_steps, trained = window_loss + step.loss, window_steps + 1, trained + settings.global_batch
+        window.add(step.loss)
 
         saving = schedule.due("save", samples)
-        evaluating = val_set is not None and schedule.due("evaluate", samples)
+        evaluating = data.held_out is not None and schedule.due("evaluate", samples)
         if not (saving or evaluating or schedule.due("log", samples)):
             continue  # nothing below touches the hot path
 
         # A save or an evaluation ends the logging window too, so a resumed run logs the same lines.
-        loss_sum, wait, replaced, stopping = distributed.sum_over_ranks(
-            [float(window_loss), window_wait, loader.replaced, float(stop.asked())]
-        )
-        seconds = time.monotonic() - window_start
+        measured, stopping = window.measure(stop.asked())
         values = {
-            "step": state["steps"], "epoch": samples / len(train_set),
-            "loss": loss_sum / window_steps / world_size, "lr": lr, "grad_norm": float(step.grad_norm),
-            "images_per_second": window_steps * settings.global_batch / seconds,
-            "data_wait": wait / world_size / seconds, "replaced": int(replaced),
+            "step": state["steps"], "epoch": data.epoch and samples / data.epoch, "lr": lr,
+            "grad_norm": float(step.grad_norm), **measured,
         }  # fmt: skip
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             raise PatchmillError(
                 f"the loss is {values['loss']} and the gradient norm {values['grad_norm']} at {samples} samples; lower "
                 f"optim.lr or set optim.clip, then run again: it goes on from {path or 'the start'}"
             )
-        trained_seconds += seconds
         if telemetry:
             telemetry.log(samples, values)
         best = evaluating and evaluate()
@@ -182,12 +171,12 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
                 telemetry.close()
                 write_text(out / "stopped.json", json.dumps({"samples": samples, "checkpoint": str(path)}))
             raise StoppedOnRequestError(f"stopped on request at {samples} samples, saved in {path}; run again to go on")
-        window_loss, window_steps, window_wait, window_start = 0.0, 0, 0.0, time.monotonic()
+        window.open()
 
     batches.close()
     if telemetry:
         telemetry.close()
     return {
         "samples": samples, "steps": state["steps"], "val": state["val"], "best": state["best"],
-        "checkpoint": str(path), "images_per_second": trained / trained_seconds if trained else None,
+        "checkpoint": str(path), "images_per_second": window.images / window.seconds if window.images else None,
     }  # fmt: skip

@@ -2,16 +2,40 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
 
-from shards.augment import Transform, transform_encoded
+from shards.augment import Key, Transform, transform_encoded
 from shards.dataset import Sample
 from shards.decode import DecodeError
 from shards.errors import UserError
+from shards.meter import Meter
 
 _ROWS_A_TASK = 8  # few enough to share out a batch evenly, enough to make the pool's own cost small
+
+
+def host_array(shape: tuple[int, ...]) -> np.ndarray:
+    """Return an uninitialised uint8 array: what batches are made in unless the caller has better memory."""
+    return np.empty(shape, dtype=np.uint8)
+
+
+def side_of(transform: Transform) -> int:
+    """Return the side of a transform's results, pixels; a UserError if it does not tell."""
+    if not hasattr(transform, "size"):
+        raise UserError(f"the transform {transform} has no attribute size; set it to the side of its results in pixels")
+    return transform.size
+
+
+def square(transform: Transform, data: bytes, name: str, key: Key) -> np.ndarray:
+    """Decode and transform an image to uint8 [size, size, 3]; raises DecodeError, and UserError if it is not that."""
+    image = transform_encoded(transform, data, name, key)
+    shape = (transform.size, transform.size, 3)
+    if not isinstance(image, np.ndarray) or (image.dtype, image.shape) != (np.uint8, shape):
+        made = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise UserError(f"the transform made {made} of {name}; let it make uint8 {shape}")
+    return image
 
 
 class Batch(NamedTuple):
@@ -32,17 +56,22 @@ class Broken(NamedTuple):
     """A sample that did not decode, and the row of the batch it was for."""
 
     row: int
-    shard: int
-    index: int
-    key: str
+    sample: Sample
     error: DecodeError
 
 
 class Work:
     """A batch in the making.
 
+    Attributes:
+        shards: int32 [n], where the sample in each row came from, as its reader tells: the number of its shard.
+        indices: int32 [n], and its raw place there.
+        replaced: By row, the broken sample that a stand-in replaces.
+
     Args:
         pool: Whose threads make it.
+        meter: That counts what they do.
+        allocate: Makes the array of the images from its shape, uint8, uninitialised.
         read: Returns the sample at (shard, index).
         transform: What makes squares of them.
         seed: First word of the keys of the transform.
@@ -55,6 +84,8 @@ class Work:
     def __init__(
         self,
         pool: ThreadPoolExecutor,
+        meter: Meter,
+        allocate: Callable[[tuple[int, ...]], np.ndarray],
         read: Callable[[int, int], Sample],
         transform: Transform,
         seed: int,
@@ -63,28 +94,35 @@ class Work:
         shard: np.ndarray,
         index: np.ndarray,
     ):
-        self.read, self.transform, self.positions = read, transform, positions
-        size = getattr(transform, "size", None)
-        if size is None:
-            raise UserError(
-                f"the transform {transform} has no attribute size; set it to the side of its results in pixels"
-            )
-        self.images = np.zeros((len(positions), size, size, 3), dtype=np.uint8)
+        self.read, self.transform, self.positions, self._meter = read, transform, positions, meter
+        size = side_of(transform)
+        self.images = allocate((len(positions), size, size, 3))
+        self.images[len(shard) :] = 0
         self.labels = np.zeros(len(positions), dtype=np.int64)
+        self.shards, self.indices = np.full((2, len(positions)), -1, dtype=np.int32)
+        self.replaced: dict[int, Sample] = {}
         self.keys = [(seed, e, p) for e, p in zip(epoch.tolist(), positions.tolist(), strict=True)]
         self._where = list(zip(shard.tolist(), index.tolist(), strict=True))
         rows = range(len(self._where))
         self._tasks = [pool.submit(self._fill, rows[a : a + _ROWS_A_TASK]) for a in range(0, len(rows), _ROWS_A_TASK)]
 
     def _fill(self, rows: range) -> list[Broken]:
-        broken = []
+        broken, size, reading, decoding = [], 0, 0.0, 0.0
         for row in rows:
             shard, index = self._where[row]
+            began = perf_counter()
             sample = self.read(shard, index)
+            there = perf_counter()
             try:
                 self.put(row, sample)
             except DecodeError as error:
-                broken.append(Broken(row, shard, index, sample.key, error))
+                broken.append(Broken(row, sample, error))
+            size, reading, decoding = (
+                size + len(sample.image),
+                reading + there - began,
+                decoding + perf_counter() - there,
+            )
+        self._meter.add(size, reading, decoding)
         return broken
 
     def put(self, row: int, sample: Sample) -> None:
@@ -94,13 +132,9 @@ class Work:
                 f"sample {sample.key} has {len(sample.labels)} labels, one is needed; "
                 "use a data set with a class for each image"
             )
-        image = transform_encoded(self.transform, sample.image, sample.key, self.keys[row])
-        place = self.images[row]
-        if not isinstance(image, np.ndarray) or (image.dtype, image.shape) != (place.dtype, place.shape):
-            made = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-            raise UserError(f"the transform made {made} of {sample.key}; let it make uint8 {place.shape}")
-        place[:] = image
+        self.images[row] = square(self.transform, sample.image, sample.key, self.keys[row])
         self.labels[row] = sample.labels[0]
+        self.shards[row], self.indices[row] = sample.shard, sample.index
 
     def wait(self) -> list[Broken]:
         """Wait for the batch; returns the samples that did not decode."""

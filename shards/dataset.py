@@ -1,9 +1,10 @@
 """A data set at rest: opening costs O(shards), sample rows are read lazily, shard by shard."""
 
+import hashlib
 import re
 import sys
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -16,21 +17,40 @@ import pyarrow as pa
 from shards import manifest
 from shards.errors import UserError
 from shards.objects import ExistsError, MissingError
+from shards.order import DEFAULT_WINDOW_BYTES, Order, choose_shuffle
 from shards.store import Store, open_store
+from shards.storesettings import StoreSettings
 
 ROW_COLUMNS = ["key", "offset", "size", "format", "labels", "weights", "width", "height", "member"]
 BLOCK = 512  # bytes of a tar header, which precedes each image
 CACHED_ROWS = 4_000_000  # kept in memory per open data set: about 50 to 100 bytes each
 
+Through = Callable[[str, list[int], Callable[[], list[bytes]]], list[bytes]]
+"""Gives the bytes of several samples, by a name for them (40 hex digits), their lengths, and what fetches them."""
+
 
 class Sample(NamedTuple):
-    """One encoded image: ``format`` is jpg, png or webp, ``labels`` are class indices, no ``weights``: all are 1."""
+    """One encoded image and where it lies.
+
+    Attributes:
+        key: Its name in the shard.
+        image: The bytes of the file.
+        format: jpg, png or webp.
+        labels: Class indices.
+        weights: Of the labels; none: all are 1.
+        shard: Number of the shard, in a mixture over all sources; -1 if it is of none.
+        index: Raw place in the shard: dropped samples count.
+        offset: First byte in the tar.
+    """
 
     key: str
     image: bytes
     format: str
     labels: tuple[int, ...]
     weights: tuple[float, ...] = ()
+    shard: int = -1
+    index: int = -1
+    offset: int = -1
 
 
 @dataclass(frozen=True)
@@ -38,6 +58,7 @@ class Rows:
     """The kept samples of one shard, in tar order; ``n`` below is their number.
 
     Attributes:
+        index: (n,) int32, raw place in the shard: dropped samples count.
         offset: (n,) int64, first byte of the image in the tar.
         size: (n,) int64, bytes of the image.
         width: (n,) int32, pixels, as in the image's header (EXIF orientation not applied).
@@ -49,6 +70,7 @@ class Rows:
         keys: n strings in compact form; ``key`` is the same as a list.
     """
 
+    index: np.ndarray
     offset: np.ndarray
     size: np.ndarray
     width: np.ndarray
@@ -76,10 +98,14 @@ class Dataset:
         exclude: The version of the drop list in use, or None.
         classes: Class names; labels index into them.
         digest: Hex digest of classes, shard contents and dropped samples.
+        paths: Of the tars, one a shard.
+        raw_sizes: (shards,) int64, samples a shard, dropped ones too.
         shard_sizes: (shards,) int64, kept samples a shard.
         mean_bytes: Mean size of an image in bytes, before dropping.
         store: Where its manifest is read.
-        tars: Where its images are read; ``tars.local`` tells whether reads are cheap one by one.
+        tars: Where its images are read.
+        local: (shards,) bool, whether reads of a shard are cheap one by one.
+        concurrency: Requests in flight, as the settings of its stores say; None leaves it to the reader.
     """
 
     def __init__(
@@ -90,24 +116,37 @@ class Dataset:
         exclude: str | None,
         dropped: np.ndarray,
         cached_shards: int | None,
+        settings: StoreSettings,
     ):
         self.store, self.url, self.exclude = store, store.url, exclude
-        self.tars = open_store(info.tars) if info.tars else store
+        self.concurrency = settings.concurrency
+        try:
+            self.tars = open_store(info.tars, settings=settings) if info.tars else store
+        except MissingError as error:
+            raise UserError(f"the tars of {store.url} are not at {info.tars}; index them where they are") from error
         self._remedy = "index them" if info.build.get("source") == "index" else "copy or build the data set"
         self.classes = info.classes
         self.mean_bytes = info.image_bytes / info.samples
-        self._paths = shards["path"].to_pylist()
-        self._raw_sizes = shards["samples"].to_numpy()
+        self.paths = shards["path"].to_pylist()
+        self.raw_sizes = shards["samples"].to_numpy()
+        self._sha256 = shards["sha256"]
         self._dropped = dropped[1]
         self._dropped_starts = np.searchsorted(dropped[0], np.arange(info.shards + 1))
-        self.shard_sizes = self._raw_sizes - np.diff(self._dropped_starts)
+        self.shard_sizes = self.raw_sizes - np.diff(self._dropped_starts)
+        self.local = np.full(info.shards, self.tars.local)
         self.digest = info.digest if exclude is None else manifest.digest_with_exclude(info.digest, *dropped)
         self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
         cached_shards = cached_shards or max(64, CACHED_ROWS // max(1, info.samples // info.shards))
         self._cached_rows = lru_cache(maxsize=cached_shards)(self._read_rows)
 
     @classmethod
-    def open(cls, url: str | Path, exclude: str | None = None, cached_shards: int | None = None) -> "Dataset":
+    def open(
+        cls,
+        url: str | Path,
+        exclude: str | None = None,
+        cached_shards: int | None = None,
+        settings: StoreSettings | None = None,
+    ) -> "Dataset":
         """Open the data set at ``url``, leaving out the samples of drop list ``exclude``.
 
         Reads ``dataset.json``, ``shards.parquet`` and the drop list, nothing of the samples.
@@ -116,22 +155,54 @@ class Dataset:
             url: Local path or URL.
             exclude: Version of the drop list, or None.
             cached_shards: So many shards' rows stay in memory; by default those of 4 million samples.
+            settings: Of its remote stores; by default those of the environment.
 
         Raises:
             UserError: There is no whole data set at ``url``, or no such drop list.
         """
-        store = open_store(url)
+        settings = settings or StoreSettings()
+        store = open_store(url, settings=settings)
         try:
             info = manifest.parse_info(store.read(manifest.DATASET), store.url)
         except MissingError as error:
             raise UserError(f"no data set at {store.url}{_hint(store)}") from error
         shards = manifest.open_table(store, manifest.SHARDS, manifest.SHARDS_SCHEMA.names)
-        if manifest.digest(info.classes, shards["sha256"].to_pylist()) != info.digest:
+        if manifest.digest(info.classes, shards["sha256"].to_pylist(), info.build) != info.digest:
             raise UserError(f"{store.url}: dataset.json and shards.parquet do not belong together; build it again")
-        return cls(store, info, shards, exclude, _read_dropped(store, exclude), cached_shards)
+        return cls(store, info, shards, exclude, _read_dropped(store, exclude), cached_shards, settings)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    def order(
+        self,
+        seed: int,
+        window_bytes: float = DEFAULT_WINDOW_BYTES,
+        lanes: int | None = None,
+        chunk: int | None = None,
+        block: int | None = None,
+    ) -> Order:
+        """Return the order of a run; see ``choose_shuffle`` in shards/order.py for the arguments.
+
+        Raises:
+            UserError: There is no sample left.
+        """
+        shuffle = choose_shuffle(len(self), self.mean_bytes, window_bytes, lanes, chunk, block)
+        return Order(self.shard_sizes, seed, shuffle)
+
+    @property
+    def datasets(self) -> list["Dataset"]:
+        """The data sets of which the shards are; as of a ``Mixture``, which has several."""
+        return [self]
+
+    @property
+    def retries(self) -> int:
+        """Reads from its stores that were asked again so far."""
+        return sum(store.retries for store in {self.store, self.tars})
+
+    def place(self, shard: int) -> tuple["Dataset", int]:
+        """Return the data set that a shard is of, and its number there; as of a ``Mixture``, which has several."""
+        return self, shard
 
     def rows(self, shard: int) -> Rows:
         """Return the kept samples of a shard; those of the shards used last stay in memory."""
@@ -141,20 +212,27 @@ class Dataset:
         """Read columns of ``manifest.SAMPLES_SCHEMA``, for the kept samples of a shard; nothing stays in memory."""
         path = manifest.samples_path(shard)
         table = manifest.open_table(self.store, path, columns)
-        if len(table) != self._raw_sizes[shard]:
+        if len(table) != self.raw_sizes[shard]:
             raise UserError(
-                f"{self.url}/{path} has {len(table)} rows, shards.parquet says {self._raw_sizes[shard]}; "
+                f"{self.url}/{path} has {len(table)} rows, shards.parquet says {self.raw_sizes[shard]}; "
                 "copy or build the data set again"
             )
-        keep = np.ones(len(table), dtype=bool)
-        keep[self._dropped[self._dropped_starts[shard] : self._dropped_starts[shard + 1]]] = False
-        return table if keep.all() else table.filter(pa.array(keep))
+        return table if len(table) == self.shard_sizes[shard] else table.take(self.raw_indices(shard))
+
+    def raw_indices(self, shard: int) -> np.ndarray:
+        """Return the place of each kept sample of a shard among all its samples, int32 [kept]."""
+        return np.delete(np.arange(self.raw_sizes[shard], dtype=np.int32), self.dropped(shard))
+
+    def dropped(self, shard: int) -> np.ndarray:
+        """Return the raw indices of a shard's dropped samples, ascending, int32."""
+        return self._dropped[self._dropped_starts[shard] : self._dropped_starts[shard + 1]]
 
     def _read_rows(self, shard: int) -> Rows:
         table = self.table(shard, ROW_COLUMNS)
         tuples: dict[tuple, tuple] = {}  # one object for each distinct tuple
         labels = (tuple(labels) for labels in table["labels"].to_pylist())
         return Rows(
+            index=self.raw_indices(shard),
             offset=table["offset"].to_numpy(),
             size=table["size"].to_numpy(),
             width=table["width"].to_numpy(),
@@ -174,10 +252,18 @@ class Dataset:
         """
         rows = self.rows(shard)
         start, length = int(rows.offset[index]) - BLOCK, int(rows.size[index]) + BLOCK
-        return self._sample(rows, shard, index, self.tars.read_range(self._paths[shard], start, length))
+        data = self.tars.read_range(self.paths[shard], start, length)
+        self._check(rows, shard, index, data)
+        return self._sample(rows, shard, index, data)
 
-    def read_many(self, shard: int, start: int, stop: int) -> list[Sample]:
+    def read_many(self, shard: int, start: int, stop: int, through: Through | None = None) -> list[Sample]:
         """Read consecutive kept samples of a shard; on a remote store with as few requests as possible.
+
+        Args:
+            shard: Number of the shard.
+            start: The first sample.
+            stop: The one after the last.
+            through: A cache that is asked first. It is given the right bytes only.
 
         Raises:
             UserError: The tar is not the one that was built or indexed.
@@ -185,21 +271,39 @@ class Dataset:
         rows = self.rows(shard)
         here = range(*slice(start, stop).indices(len(rows)))
         starts, lengths = rows.offset[start:stop] - BLOCK, rows.size[start:stop] + BLOCK
-        found = self.tars.read_ranges(self._paths[shard], starts.tolist(), lengths.tolist()) if here else []
+
+        def fetch() -> list[bytes]:
+            found = self.tars.read_ranges(self.paths[shard], starts.tolist(), lengths.tolist()) if here else []
+            for index, data in zip(here, found, strict=True):
+                self._check(rows, shard, index, data)
+            return found
+
+        if through:
+            digest = hashlib.blake2b(
+                f"{self.tars.url}/{self.paths[shard]} {self._sha256[shard].as_py()}".encode(), digest_size=20
+            )
+            digest.update(np.stack([starts, lengths]).astype("<i8").tobytes())
+            found = through(digest.hexdigest(), lengths.tolist(), fetch)
+        else:
+            found = fetch()
         for place, index in enumerate(here):  # in place: all bytes twice would be twice the memory
             found[place] = self._sample(rows, shard, index, found[place])
         return found
 
-    def _sample(self, rows: Rows, shard: int, index: int, data: bytes) -> Sample:
-        """Return a sample of its bytes in the tar, which begin with the tar header."""
-        key = rows.keys[index].as_py()
+    def _check(self, rows: Rows, shard: int, index: int, data: bytes) -> None:
+        """Raise a UserError unless bytes of the tar begin with the tar header of a sample."""
         if zlib.crc32(data[:BLOCK]) != rows.member[index]:
             raise UserError(
-                f"{self.tars.url}/{self._paths[shard]} is not the tar that {self.url} knows: {key} is not at byte "
-                f"{rows.offset[index]}: the tars changed; {self._remedy} again"
+                f"{self.tars.url}/{self.paths[shard]} is not the tar that {self.url} knows: "
+                f"{rows.keys[index].as_py()} is not at byte {rows.offset[index]}: the tars changed; "
+                f"{self._remedy} again"
             )
+
+    def _sample(self, rows: Rows, shard: int, index: int, data: bytes) -> Sample:
+        """Return a sample of its bytes in the tar, which begin with the tar header."""
         weights = rows.weights[index] if rows.weights else ()
-        return Sample(key, data[BLOCK:], rows.format[index], rows.labels[index], weights)
+        place = shard, int(rows.index[index]), int(rows.offset[index])
+        return Sample(rows.keys[index].as_py(), data[BLOCK:], rows.format[index], rows.labels[index], weights, *place)
 
     def __getitem__(self, index: int) -> Sample:
         """Read one sample by its place among all kept samples; for looking around, not for training."""

@@ -136,9 +136,10 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Job:
-    """A shard of the training set to scan."""
+    """A shard of the training set to scan, less what the drop list ``base`` drops."""
 
     url: str
+    base: str | None
     shard: int
     out: Path
 
@@ -170,7 +171,7 @@ def dedupe(
         url: The training set.
         against: The test sets.
         version: Name of the new drop list.
-        base: An older drop list; the new one drops its samples too.
+        base: An older drop list: its samples are not read, and the new one drops them too.
         out: Local folder for findings, report and index, which all slices share; by default named like the drop list.
         workers: Processes; by default the cores. No influence on what is found.
         own: The shards to scan here. The run that finds all of them scanned, by whomever, writes the results.
@@ -186,21 +187,20 @@ def dedupe(
     out = local_path(out or version, "--out")
     _open.cache_clear()  # it may have changed since the last call
     _open_index.cache_clear()
-    Dataset.open(url, base)  # says so if there is no such list
-    raw = _open(str(url))
+    raw, kept = _open(str(url)), _open(str(url), base)
     if not dry_run:
         check_takes_lists(raw)
     tests = _open_tests(raw, against)
-    jobs = [_Job(str(url), shard, out) for shard in range(len(raw.shard_sizes))]
+    jobs = [_Job(str(url), base, shard, out) for shard in range(len(raw.shard_sizes))]
     if not dry_run and not all(job.done() for job in jobs) and _exists(raw, version):
         raise UserError(f"drop list {version} of {raw.url} exists and never changes; choose another --version")
     workers = workers or cores()
     try:
-        _claim(out, raw, tests)
+        _claim(out, kept, tests)
         with only_one(out / "tests", "dedupe that reads the same test images", wait=inf, told=True):
             _make_index(out, tests, [str(each) for each in against], workers, progress)
         with _alone_in(out, own):
-            _scan([job for job in jobs if own.has(job.shard)], raw, workers, progress)
+            _scan([job for job in jobs if own.has(job.shard)], kept, workers, progress)
         with only_one(out, "dedupe", wait=inf):  # the last two slices may end together
             return _finish(jobs, raw, tests, None if dry_run else version, base)
     except OSError as error:
@@ -332,7 +332,8 @@ def _scan(mine: list[_Job], dataset: Dataset, workers: int, progress: bool) -> N
 
 def _scan_shard(job: _Job) -> tuple[int, int, int]:
     """Look up all images of a training shard; return images, bytes and how many cannot be decoded."""
-    dataset, index = _open(job.url), _open_index(job.out / "index")
+    dataset, index = _open(job.url, job.base), _open_index(job.out / "index")
+    raw = dataset.raw_indices(job.shard).tolist()
     rows: dict[str, list] = {name: [] for name in FINDINGS_SCHEMA.names}
     undecodable, blank = [], 0
     count = int(dataset.shard_sizes[job.shard])
@@ -352,7 +353,7 @@ def _scan_shard(job: _Job) -> tuple[int, int, int]:
                 matches[i] |= {int(index.where[match.row, 0]): match for match in near}
         for i, sample in enumerate(samples):
             for test in sorted(matches[i]):
-                _add(rows, (job.shard, start + i, sample.key), matches[i][test], index)
+                _add(rows, (job.shard, raw[start + i], sample.key), matches[i][test], index)
     about = {"images": count, "undecodable": undecodable, "blank": blank}
     schema = FINDINGS_SCHEMA.with_metadata({"about": json.dumps(about)})
     manifest.write_table(open_store(job.out), job.name, pa.table(rows, schema=schema))
@@ -389,8 +390,8 @@ def _chunks(dataset: Dataset, shard: int, start: int, stop: int) -> Iterator[tup
 
 
 @lru_cache(maxsize=64)
-def _open(url: str) -> Dataset:
-    return Dataset.open(url, cached_shards=1)  # each is gone through once: more would only fill memory
+def _open(url: str, exclude: str | None = None) -> Dataset:
+    return Dataset.open(url, exclude, cached_shards=1)  # each is gone through once: more would only fill memory
 
 
 @lru_cache(maxsize=1)

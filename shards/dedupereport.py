@@ -43,7 +43,7 @@ def write_report(
     Args:
         path: The file.
         result: The counts.
-        pairs: Rows of ``FINDINGS_SCHEMA``.
+        pairs: Rows of ``PAIRS_SCHEMA``.
         train: The training set, nothing dropped.
         tests: The test sets, in the order of ``result.tests``.
         base: The older drop list that the new one builds on.

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from shards.augment import Transform
-from shards.batch import Work
+from shards.batch import Work, host_array
 from shards.dataset import Dataset
+from shards.meter import Meter
 from shards.order import rank_positions
 
 
@@ -22,17 +23,8 @@ class EvaluationBatch(NamedTuple):
     valid: np.ndarray
 
 
-def evaluation_batches(
-    dataset: Dataset,
-    batch: int,
-    *,
-    transform: Transform,
-    rank: int = 0,
-    world_size: int = 1,
-    threads: int = 2,
-    prefetch: int = 2,
-) -> Iterator[EvaluationBatch]:
-    """Yield every sample exactly once over all ranks, in as many batches on each.
+class EvaluationLoader:
+    """Every sample exactly once over all ranks, in as many batches on each; iterate it as often as you like.
 
     Args:
         dataset: Single-label samples.
@@ -42,30 +34,54 @@ def evaluation_batches(
         world_size: Number of ranks.
         threads: That decode.
         prefetch: Batches made ahead.
-
-    Raises:
-        DecodeError: A sample cannot be decoded; scores are never of fewer samples than they say.
     """
-    ends = np.cumsum(dataset.shard_sizes)
-    step = batch * world_size
-    starts = iter(range(0, len(dataset), step))
-    ahead: deque[Work] = deque()
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-    try:
-        while True:
-            while len(ahead) <= prefetch and (start := next(starts, None)) is not None:
-                positions = rank_positions(start, step, rank, world_size)
-                real = positions[positions < len(dataset)]
-                shard = np.searchsorted(ends, real, side="right")
-                index = real - (ends - dataset.shard_sizes)[shard]
-                epoch = np.zeros_like(positions)
-                ahead.append(Work(pool, dataset.read, transform, 0, positions, epoch, shard, index))
-            if not ahead:
-                return
-            work = ahead.popleft()
-            if broken := work.wait():
-                raise broken[0].error
-            valid = work.positions < len(dataset)
-            yield EvaluationBatch(work.images, work.labels, work.positions, valid)
-    finally:
-        pool.shutdown(cancel_futures=True)
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch: int,
+        *,
+        transform: Transform,
+        rank: int = 0,
+        world_size: int = 1,
+        threads: int = 2,
+        prefetch: int = 2,
+    ):
+        self.dataset, self.batch, self.transform = dataset, batch, transform
+        self.rank, self.world_size, self.threads, self.prefetch = rank, world_size, threads, prefetch
+
+    def __len__(self) -> int:
+        """Return the number of batches, the same on every rank."""
+        return -(-len(self.dataset) // (self.batch * self.world_size))
+
+    def __iter__(self) -> Iterator[EvaluationBatch]:
+        """Yield the batches.
+
+        Raises:
+            DecodeError: A sample cannot be decoded; scores are never of fewer samples than they say.
+        """
+        step = self.batch * self.world_size
+        starts = iter(range(0, len(self.dataset), step))
+        ahead: deque[Work] = deque()
+        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
+        try:
+            while True:
+                while len(ahead) <= self.prefetch and (start := next(starts, None)) is not None:
+                    ahead.append(self._begin(pool, rank_positions(start, step, self.rank, self.world_size)))
+                if not ahead:
+                    return
+                work = ahead.popleft()
+                if broken := work.wait():
+                    raise broken[0].error
+                valid = work.positions < len(self.dataset)
+                yield EvaluationBatch(work.images, work.labels, work.positions, valid)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _begin(self, pool: ThreadPoolExecutor, positions: np.ndarray) -> Work:
+        ends = np.cumsum(self.dataset.shard_sizes)
+        real = positions[positions < len(self.dataset)]
+        shard = np.searchsorted(ends, real, side="right")
+        index = real - (ends - self.dataset.shard_sizes)[shard]
+        epoch = np.zeros_like(positions)
+        return Work(pool, Meter(), host_array, self.dataset.read, self.transform, 0, positions, epoch, shard, index)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from shards import manifest
 from shards.atomic import only_one
+from shards.classes import name_classes, read_classes
 from shards.errors import UserError
 from shards.labels import LabelRule
 from shards.localstore import LocalStore
@@ -26,7 +27,6 @@ from shards.tarindex import Job, Reading, finished, index_tar, renumber
 from shards.tarlist import find_tars
 from shards.workers import cores, run_jobs
 
-MOST_CLASSES = 1_000_000  # numbers above are no class indices, but something else
 _BYTES_A_WORKER = 100 << 20  # a process starts in the time that another reads these
 
 
@@ -79,7 +79,8 @@ def index(
         out: Folder or URL of the data set to make; by default the folder of the tars.
         label: Where labels stand, ``EXTENSION`` or ``EXTENSION:FIELD``; by default in ``cls``, or else in ``json``.
         image: Extension of the image, where a sample has several.
-        classes: File with the name of a class a line. Otherwise the classes are all names found, sorted, or numbers.
+        classes: Path or URL of a file with the name of a class a line. Otherwise the classes are all names found,
+            sorted, or numbers.
         workers: Processes; by default one for each core this process may use, as far as starting them pays.
             No influence on the manifest.
         max_rejected: So many samples without a whole image, or with labels that make no sense, are left out, and listed
@@ -95,7 +96,9 @@ def index(
     if max_rejected < 0:
         raise UserError(f"--max-rejected {max_rejected}: must be at least 0")
     tars, paths = find_tars(url)
-    reading = Reading(LabelRule.parse(label), image.lower().removeprefix("."), _read_classes(classes))
+    reading = Reading(
+        LabelRule.parse(label), image.lower().removeprefix("."), read_classes(str(classes)) if classes else None
+    )
     settings = {"source": "index", **reading.settings}
     try:
         store = tars if out is None else open_store(out, create=True)
@@ -116,20 +119,6 @@ def index(
             f"cannot write {error.filename or out or tars.url}: {error.strerror}; mend that, or give --out another "
             "folder"
         ) from error
-
-
-def _read_classes(path: str | Path | None) -> list[str] | None:
-    if path is None:
-        return None
-    try:
-        names = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read classes from {path}: {error}; give a text file, one name a line") from error
-    while names and not names[-1]:
-        names.pop()
-    if not all(names) or not names:
-        raise UserError(f"classes {path}: line {names.index('') + 1 if names else 1} is empty; write one name a line")
-    return names
 
 
 def _place(store: Store) -> str:
@@ -221,26 +210,13 @@ def _stop_at(rejected: list[tuple[str, str]], receipts: Iterable[Receipt], max_r
 
 def _classes(receipts: list[Receipt], jobs: list[Job]) -> list[str]:
     """Return the names of all classes, as far as they are found in the tars."""
-    named = [job for job, receipt in zip(jobs, receipts, strict=True) if receipt.notes["names"] is not None]
-    numbered = [
-        (receipt.notes["top"], job)
-        for job, receipt in zip(jobs, receipts, strict=True)
-        if receipt.notes["names"] is None and receipt.notes["top"] >= 0
-    ]
-    if named and numbered:
-        raise UserError(
-            f"labels are names in {named[0].path} and numbers in {numbered[0][1].path}; give --classes, a file of all "
-            "names"
-        )
-    if named:
-        return sorted({name for receipt in receipts for name in receipt.notes["names"] or ()})
-    top, job = max(numbered, key=lambda each: each[0], default=(-1, None))
-    if top >= MOST_CLASSES:
-        raise UserError(
-            f"label {top} in {job.path} would make {top + 1:,} classes; if it is no class index, say with --label "
-            "where labels stand, or give --classes"
-        )
-    return [str(number) for number in range(top + 1)]
+    found: dict[int | str, str] = {}
+    for job, receipt in zip(reversed(jobs), reversed(receipts), strict=True):  # so the first tar with a label is named
+        names, top = receipt.notes["names"], receipt.notes["top"]
+        if names is None:
+            names = [top] if top >= 0 else []
+        found.update(dict.fromkeys(names, job.path))
+    return name_classes(found)
 
 
 def _number_all(receipts: list[Receipt], jobs: list[Job], names: list[str], workers: int | None) -> list[Receipt]:

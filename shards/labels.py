@@ -1,7 +1,6 @@
 """What the members of a WebDataset sample say about its labels: ``KEY.cls``, ``KEY.json``, ``KEY.txt``."""
 
 import json
-import math
 import re
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,7 +11,9 @@ from shards.tarscan import Member
 FIELDS = ("label", "labels", "cls")  # of a JSON object, the first that is there
 LARGEST = 2**31 - 1  # labels are int32
 
-_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+MOST_WEIGHT = 3.4028234663852886e38  # the largest float32
+
+_INTEGER = re.compile(r"([+-]?(?:0|[1-9][0-9]{0,17}))(?:\.0+)?")  # not 007, but 7.0, as integers beside gaps become
 
 
 class LabelError(ValueError):
@@ -107,6 +108,8 @@ def _labels(value: object) -> list[int | str]:
         return []
     if isinstance(value, list):
         return [label for each in value for label in _one(each)]
+    if isinstance(value, float) and value.is_integer():  # a list of such is rather a vector
+        value = int(value)
     return _one(value)
 
 
@@ -115,16 +118,28 @@ def _one(value: object) -> list[int | str]:
         return [value] if value >= 0 else []
     if isinstance(value, str):
         value = value.strip()
-        return [value] if value and not (_INTEGER.fullmatch(value) and int(value) < 0) else []
+        return [value] if value and (spelled(value) or 0) >= 0 else []
     raise LabelError(f"{str(value)[:50]!r} is neither an index nor a class name")
 
 
 def _weights(weights: list, labels: list) -> list[float]:
-    if len(weights) != len(labels) or not all(isinstance(each, (int, float)) for each in weights):
+    if len(weights) != len(labels):
         raise LabelError(f"{len(weights)} weights for {len(labels)} labels")
-    if not all(math.isfinite(each) and each >= 0 for each in weights):
-        raise LabelError(f"weights {weights}: a weight is a number from 0 on")
+    for each in weights:
+        if not is_weight(each):
+            raise LabelError(f"weight {str(each)[:50]}: a weight is a number from 0 on that a float32 can hold")
     return [float(each) for each in weights]
+
+
+def is_weight(value: object) -> bool:
+    """Tell whether a value is a weight that a float32 can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= MOST_WEIGHT
+
+
+def spelled(text: str) -> int | None:
+    """Return the integer that a text spells; None of a name. One with a leading zero, such as 007, is a name."""
+    found = _INTEGER.fullmatch(text)
+    return int(found[1]) if found else None
 
 
 def as_index(label: int | str) -> int | None:
@@ -134,10 +149,8 @@ def as_index(label: int | str) -> int | None:
         LabelError: It is too large for a class index.
     """
     if isinstance(label, str):
-        if not _INTEGER.fullmatch(label):
-            return None
-        label = int(label)
-    if label > LARGEST:
+        label = spelled(label)
+    if label is not None and label > LARGEST:
         raise LabelError(f"label {label} is too large for a class index")
     return label
 

@@ -1,34 +1,41 @@
-"""Batches of a data set in the order of shards/order.py, without end, from any position on."""
+"""Batches of a data set in the order of shards/order.py, from any position on, without end if none is set."""
 
-import json
 import os
+import sys
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 
 import numpy as np
 
 from shards.augment import RESIZER, Transform
-from shards.batch import Batch, Broken, Work
+from shards.batch import Batch, Broken, Work, host_array
+from shards.cache import ChunkCache
 from shards.chunks import ChunkReader
 from shards.dataset import Dataset, Sample
 from shards.decode import DECODER, DecodeError
-from shards.errors import PatchmillError, UserError
-from shards.order import DEFAULT_WINDOW_BYTES, Order, check_batch, choose_shuffle, rank_positions
+from shards.errors import PatchmillError
+from shards.identity import check_identity
+from shards.ledger import Ledger
+from shards.meter import Counts, Meter
+from shards.mixture import Mixture
+from shards.order import DEFAULT_WINDOW_BYTES, STAND_INS, check_batch, rank_positions
+from shards.quarantine import Quarantine
 
 READ_AHEAD = 8  # batches whose remote chunks are on the way before they are decoded
-_STAND_INS = 64  # tried before a broken sample ends the run: a chunk may be broken whole, a block hardly
 
 
 class Loader:
-    """The endless stream of a rank's batches. Its threads end when the iterator is closed or let go.
+    """The stream of a rank's batches, endless unless ``stop`` says where it ends. Nothing needs to wrap it.
 
     Where the stream stands is ``samples``, the global positions delivered so far; another number of ranks or
-    threads gives the same global batches from there. ``global_batch`` may be set between two batches.
+    threads gives the same global batches from there. ``global_batch`` may be set between two batches. Iterating goes on
+    where the stream stands; its threads end when the iterator is closed or let go.
 
     Args:
-        dataset: Single-label samples.
+        dataset: Single-label samples, of one data set or of a mixture.
         global_batch: Samples a step over all ranks.
         transform: Makes squares of images; one of yours will do, see ``Transform`` in shards/augment.py.
         rank: Of this process.
@@ -40,12 +47,19 @@ class Loader:
         lanes: Of the order, instead of the choice made from data and window.
         chunk: Of the order, in samples, likewise.
         block: Of the order, in samples, likewise.
-        quarantine: File that gets a JSON line for each sample that could not be decoded.
+        stop: The batch that reaches this many samples is the last; it may be set at any time. None: no batch is.
+        quarantine: File that gets a JSON line for each sample that could not be decoded; ranks and restarts share it.
+        ledger: Folder that gets a record of every sample delivered, for ``shards/audit.py``: from
+            ``shards.ledger.new_segment``, a new one each start, the same on all ranks.
+        allocate: Makes the uint8 array of a batch from its shape, uninitialised; for pinned memory.
+        cache: For the chunks of remote data, on this machine.
+        cache_ranks: Those of the ranks that share the cache: the ones of this machine; None: all.
 
     Attributes:
         order: The order it follows.
         samples: Global positions delivered.
         replaced: Samples of this rank that a stand-in replaced.
+        cache: As given; it counts hits, misses and bytes.
         data_seconds: Time that the consumer waited for batches.
 
     Raises:
@@ -54,7 +68,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Dataset | Mixture,
         *,
         global_batch: int,
         transform: Transform,
@@ -67,17 +81,33 @@ class Loader:
         lanes: int | None = None,
         chunk: int | None = None,
         block: int | None = None,
+        stop: int | None = None,
         quarantine: str | os.PathLike | None = None,
+        ledger: str | os.PathLike | None = None,
+        allocate: Callable[[tuple[int, ...]], np.ndarray] = host_array,
+        cache: ChunkCache | None = None,
+        cache_ranks: Sequence[int] | None = None,
     ):
         self.dataset, self.transform, self.seed = dataset, transform, seed
         self.rank, self.world_size, self.threads, self.prefetch = rank, world_size, threads, prefetch
         self.global_batch = global_batch
-        shuffle = choose_shuffle(len(dataset), dataset.mean_bytes, window_bytes, lanes, chunk, block)
-        self.order = Order(dataset.shard_sizes, seed, shuffle)
+        self.order = dataset.order(seed, window_bytes, lanes, chunk, block)
         self.samples = 0
+        self.stop = stop
         self.replaced = 0
         self.data_seconds = 0.0
-        self._quarantine, self._quarantined = quarantine, set()
+        self.cache, self._cache_ranks = cache, cache_ranks
+        self._quarantine = Quarantine(quarantine, dataset)
+        self._ledger = Ledger(ledger, dataset, self.order, rank, world_size) if ledger else None
+        self._meter, self._allocate = Meter(), allocate
+        self._handing_out = threading.Lock()  # a thread that fetches ahead may iterate while another asks for the state
+
+    def counts(self) -> Counts:
+        """Return what was counted since the loader was made; what was decoded ahead counts already."""
+        cache = {"cache_hits": self.cache.hits, "cache_misses": self.cache.misses} if self.cache else {}
+        return self._meter.counts(
+            replaced=self.replaced, quarantined=len(self._quarantine.met), retries=self.dataset.retries, **cache
+        )
 
     @property
     def global_batch(self) -> int:
@@ -91,98 +121,114 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
-        chunks = None if self.dataset.tars.local else ChunkReader(self.dataset, self.order)
+        chunks = None
+        if not self.dataset.local.all():
+            cached = {"cache": self.cache, "cache_ranks": self._cache_ranks, "world_size": self.world_size}
+            chunks = ChunkReader(self.dataset, self.order, **cached)
         read = chunks.read if chunks else self.dataset.read
-        ahead: deque[tuple[tuple[int, int], Work]] = deque()  # ((first position, global batch), work)
-        announced = self.samples
+        ahead: deque[Work] = deque()
+        announced, stood = self.samples, (self.samples, self.global_batch)
         try:
-            while True:
+            while left := self._batches_left():
                 began = perf_counter()
-                if ahead and ahead[0][0] != (self.samples, self.global_batch):
-                    # The batch size or the state was set: what was made ahead is of no use.
+                if stood != (self.samples, self.global_batch):  # it was set: what was made ahead is of no use
                     while ahead:
-                        ahead.pop()[1].cancel()
+                        ahead.pop().cancel()
                     if chunks:
                         chunks.forget()
                     announced = self.samples
                 if chunks:
                     chunks.release(self.samples)
-                    upto = self.samples + (self.prefetch + 1 + READ_AHEAD) * self.global_batch
+                    upto = self.samples + min(left, self.prefetch + 1 + READ_AHEAD) * self.global_batch
                     chunks.ahead(rank_positions(announced, upto - announced, self.rank, self.world_size))
-                    announced = upto
-                while len(ahead) <= self.prefetch:
-                    span = (self.samples + len(ahead) * self.global_batch, self.global_batch)
-                    ahead.append((span, self._begin(pool, read, *span)))
-                _, work = ahead.popleft()
+                    announced = max(announced, upto)
+                while len(ahead) < min(left, self.prefetch + 1):
+                    ahead.append(self._begin(pool, read, self.samples + len(ahead) * self.global_batch))
+                work = ahead.popleft()
                 for broken in work.wait():
                     self._replace(work, broken)
-                self.samples += self.global_batch
+                with self._handing_out:
+                    if self._ledger:
+                        self._ledger.append(self.samples, work)
+                    self.samples += self.global_batch
                 self.data_seconds += perf_counter() - began
+                stood = (self.samples, self.global_batch)
                 yield Batch(work.images, work.labels, work.positions)
         finally:
             if chunks:
                 chunks.close()
             pool.shutdown(cancel_futures=True)
+            if self._ledger:
+                self._ledger.flush()
 
-    def _begin(
-        self, pool: ThreadPoolExecutor, read: Callable[[int, int], Sample], position: int, global_batch: int
-    ) -> Work:
-        positions = rank_positions(position, global_batch, self.rank, self.world_size)
-        return Work(pool, read, self.transform, self.seed, positions, *self.order.locate(positions))
+    def __len__(self) -> int:
+        """Return how many batches iterating gives from here on.
+
+        Raises:
+            TypeError: No ``stop`` is set: the stream has no end.
+        """
+        if self.stop is None:
+            raise TypeError("the stream of batches has no end, so no length; set Loader(stop=...) for one")
+        return self._batches_left()
+
+    def _batches_left(self) -> int:
+        return sys.maxsize if self.stop is None else max(0, -((self.samples - self.stop) // self.global_batch))
+
+    def _begin(self, pool: ThreadPoolExecutor, read: Callable[[int, int], Sample], position: int) -> Work:
+        positions = rank_positions(position, self.global_batch, self.rank, self.world_size)
+        return Work(
+            pool, self._meter, self._allocate, read, self.transform, self.seed, positions, *self.order.locate(positions)
+        )
 
     def _replace(self, work: Work, broken: Broken) -> None:
         """Put the first stand-in that decodes into the row of a broken sample, under the row's own key."""
-        self._report(broken)
         self.replaced += 1
-        for attempt in range(1, _STAND_INS + 1):
+        position, sample, error = int(work.positions[broken.row]), broken.sample, broken.error
+        for attempt in range(1, STAND_INS + 1):
+            self._quarantine.add(sample, position, str(error))
             position = self.order.stand_in(int(work.positions[broken.row]), attempt)
             _, shard, index = (int(x[0]) for x in self.order.locate(np.array([position])))
+            sample = work.read(shard, index)
             try:
-                work.put(broken.row, work.read(shard, index))
-                return
-            except DecodeError:
-                continue  # it is reported when its own turn comes
+                work.put(broken.row, sample)
+            except DecodeError as problem:
+                error = problem
+                continue
+            work.replaced[broken.row] = broken.sample
+            return
+        dataset, shard = self.dataset.place(broken.sample.shard)
         raise PatchmillError(
-            f"{broken.key} in shard {broken.shard} and {_STAND_INS} samples near it cannot be decoded; "
+            f"{broken.sample.key} in shard {shard} of {dataset.url} and {STAND_INS} samples near it cannot be decoded; "
             "check the data set"
         ) from broken.error
 
-    def _report(self, broken: Broken) -> None:
-        sample = (broken.shard, broken.index)
-        if self._quarantine is None or sample in self._quarantined:
-            return
-        self._quarantined.add(sample)
-        entry = {
-            "key": broken.key,
-            "shard": broken.shard,
-            "index": broken.index,  # among the samples that this drop list keeps:
-            "exclude": self.dataset.exclude,
-            "reason": str(broken.error),
-        }
-        with open(self._quarantine, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")  # one write: ranks may share the file
-
     def state_dict(self) -> dict:
-        """Return where the stream stands (``samples``), and what a resumed run must agree on."""
-        return {"samples": self.samples, **self._identity()}
+        """Return where the stream stands (``samples``), and what a resumed run must agree on; from any thread.
+
+        With a ledger or a quarantine, what they hold up to here is durable from now on: call it on every rank.
+        """
+        with self._handing_out:
+            self._quarantine.commit()
+            if self._ledger:
+                self._ledger.commit()
+            ledger = {"ledger": self._ledger.segment} if self._ledger else {}
+            return {"samples": self.samples, **ledger, **self._identity()}
 
     def load_state_dict(self, state: dict, allow_decoder_change: bool = False) -> None:
         """Go on where a stream stood, on any number of ranks.
 
         Raises:
-            UserError: It was a stream of another order, seed or data set, or decoded by another version; the
-                last can be allowed.
+            UserError: It was a stream of another order, seed, data set or drop list, of other weights, or decoded by
+                another version; the last can be allowed.
         """
         mine = self._identity()
         if allow_decoder_change:
             del mine["decoder"]
-        differing = [f"{k} is {mine[k]}, was {state.get(k)}" for k in mine if mine[k] != state.get(k)]
-        if differing:
-            raise UserError(
-                f"cannot resume the data stream: {'; '.join(differing)}; use the settings, data set and "
-                "versions of the checkpoint, or start a new run"
-            )
+        check_identity(mine, state)
         self.samples = state["samples"]
+        if self._ledger:
+            self._ledger.go_on_from(state.get("ledger"))
 
     def _identity(self) -> dict:
-        return {**self.order.identity(self.dataset.digest), "decoder": f"{DECODER}, {RESIZER}"}
+        order = self.order.identity(self.dataset.digest)
+        return {**order, "exclude": self.dataset.exclude, "decoder": f"{DECODER}, {RESIZER}"}

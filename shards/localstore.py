@@ -33,7 +33,7 @@ class _Descriptor:
 class LocalStore:
     """A folder on this machine, or on a file system mounted here."""
 
-    local, web = True, False
+    local, web, retries = True, False, 0
 
     def __init__(self, root: Path):
         self.url = str(root)

@@ -100,9 +100,10 @@ class Receipt:
     notes: dict = field(default_factory=dict)  # what else an index found; see shards/tarindex.py
 
 
-def digest(classes: list[str], shard_sha256: Iterable[str]) -> str:
-    """Return the hex digest of a data set: its class names and the content of all its shards, in order."""
-    return hashlib.sha256(json.dumps([classes, list(shard_sha256)]).encode()).hexdigest()
+def digest(classes: list[str], shard_sha256: Iterable[str], build: dict) -> str:
+    """Return the hex digest of a data set: class names, all shards in order, and how an index reads labels in them."""
+    read = [build["label"], build["image"]] if build.get("source") == "index" else []
+    return hashlib.sha256(json.dumps([classes, list(shard_sha256), *read]).encode()).hexdigest()
 
 
 def digest_with_exclude(base: str, shard: np.ndarray, index: np.ndarray) -> str:
@@ -171,9 +172,23 @@ def read_receipt(store: Store, path: str) -> Receipt:
         UserError: It is damaged, or has no receipt.
     """
     with store.stream(path) as file, _damage_told(store, path):
-        fields = json.loads(pq.read_schema(file).metadata[b"receipt"])
-        fields["rejected"] = [tuple(entry) for entry in fields["rejected"]]
-        return Receipt(**fields)
+        return _receipt(pq.read_schema(file))
+
+
+def receipt_of(table: pa.Table, store: Store, path: str) -> Receipt:
+    """Return the receipt of a sample table that was read from ``path``.
+
+    Raises:
+        UserError: It has none, or a damaged one.
+    """
+    with _damage_told(store, path):
+        return _receipt(table.schema)
+
+
+def _receipt(schema: pa.Schema) -> Receipt:
+    fields = json.loads(schema.metadata[b"receipt"])
+    fields["rejected"] = [tuple(entry) for entry in fields["rejected"]]
+    return Receipt(**fields)
 
 
 def write_info(store: Store, info: Info) -> None:
@@ -207,7 +222,7 @@ def write_manifest(
         bytes=sum(rows["bytes"]),
         image_bytes=sum(receipt.image_bytes for receipt in receipts),
         shards=len(receipts),
-        digest=digest(classes, rows["sha256"]),
+        digest=digest(classes, rows["sha256"], build),
         build=build,
         tars=tars,
     )

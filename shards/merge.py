@@ -207,9 +207,27 @@ def _write_manifest(url: str, classes: list[str], part: PartBuilding, receipts: 
     store = open_store(url)
     clear(store, len(receipts))
     if not all(store.exists(path) for path in (manifest.DATASET, manifest.SHARDS)):
+        _check_drop_lists(store, receipts)
         paths = [manifest.shard_path(shard) for shard in range(len(receipts))]
         manifest.write_manifest(store, classes, paths, receipts, part.build)
     return made
+
+
+def _check_drop_lists(store: Store, receipts: list[Receipt]) -> None:
+    """Refuse to end a data set whose drop lists were written for other shards: they count samples by their place."""
+    lists = [name.removesuffix(".parquet") for name in store.list(manifest.EXCLUDE)]
+    if not lists:
+        return
+    try:
+        before = manifest.open_table(store, manifest.SHARDS, ["sha256"])["sha256"].to_pylist()
+    except UserError:
+        before = []
+    if before != [receipt.sha256 for receipt in receipts]:
+        raise UserError(
+            f"{store.url} has drop lists ({', '.join(lists[:5])}), which count samples by their place, and now other "
+            "shards than they were written for; remove manifest/exclude and run the same command again, or build into "
+            "another folder"
+        )
 
 
 def clear(store: Store, shards: int) -> None:

@@ -49,12 +49,14 @@ def too_short(url: str, path: str, start: int, length: int) -> ShortError:
 _HINTS = {
     "builder error": "for a server without TLS set AWS_ALLOW_HTTP=true in the environment",
     "//169.254.169.254/": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment, "
-    "or AWS_SKIP_SIGNATURE=true for public data",
+    "or PATCHMILL_STORE_ANONYMOUS=true for public data",
     "privileges": "check the credentials in the environment",
     "authentication": "check the credentials in the environment",
-    "Range request not supported": "use a server that can send parts of a file",
     "list request": "check the bucket",
     "error sending request": "check the network and the address",
+    ", got ": "the server sends other bytes than were asked for; use another one",
+    "Range request not supported": "it broke off, and the server cannot send the rest; check the network",
+    "response body": "it broke off or stood still too often; check the network and the server",
 }
 
 

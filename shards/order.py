@@ -14,6 +14,7 @@ O(1) once the plan of its epoch is made.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import gcd
 
 import numpy as np
@@ -24,9 +25,12 @@ from shards.hashing import hash_array, hash_int, sort_keys
 ORDER_VERSION = 1
 """Part of a run's state: raised whenever the law above gives other positions."""
 
+STAND_INS = 64
+"""Tried before a broken sample ends a run: a chunk may be broken whole, a block hardly."""
+
 DEFAULT_WINDOW_BYTES = 16e9
 _LANES = (15360, 3840, 960, 240, 48, 12, 4, 2, 1)
-_CHUNKS, _BLOCKS, _DRAWS = 1, 2, 3  # what a hash is for, its second word
+_CHUNKS, _BLOCKS = 1, 2  # what a hash is for, its second word; shards/mixedorder.py has 3 and 4
 _SLICE = 1 << 16
 
 
@@ -73,7 +77,7 @@ def choose_shuffle(
     mean_bytes = max(1.0, mean_bytes)
     room = max(1, int(min(samples, window_bytes / mean_bytes)))
     if chunk is None:
-        chunk = _power_of_two(min(8e6 / mean_bytes, 512, samples / 384, room / (2 * 48)))
+        chunk = _power_of_two(min(8e6 / mean_bytes, 512, samples / 384, room / (2 * max(48, lanes or 0))))
     if lanes is None:
         lanes = next((n for n in _LANES if n * max(2 * chunk, block or 0) <= room), 1)
     if block is None:
@@ -102,16 +106,28 @@ class EpochPlan:
     short_ends: np.ndarray
     missing: np.ndarray
 
+    @cached_property
+    def places(self) -> np.ndarray:
+        """The place of each chunk, uint32 [chunks]: the inverse of ``chunks``."""
+        places = np.empty_like(self.chunks)
+        places[self.chunks] = np.arange(len(places), dtype=np.uint32)
+        return places
+
 
 class Order:
     """The endless sequence of samples of one data set.
 
-    Keeps the plans of two epochs and each lane's current block; not for use from several threads at once.
+    Keeps the plans of two epochs, of more once ``next_use`` looks further, and each lane's current block; not for use
+    from several threads at once.
 
     Args:
         shard_sizes: Kept samples of each shard, integers [shards].
         seed: Any integer.
         shuffle: How the order is cut.
+
+    Attributes:
+        samples: Of an epoch.
+        chunk_sizes: int64 [shards], samples a chunk of each shard; the last chunk of a shard may be shorter.
 
     Raises:
         UserError: There is no sample, or a chunk size gives 2**32 chunks or more.
@@ -124,11 +140,13 @@ class Order:
             raise UserError("the data set has no sample left to train on; look at its drop list and shards")
         self.seed = seed
         self.shuffle = shuffle
+        self.chunk_sizes = np.full(len(self.sizes), shuffle.chunk, dtype=np.int64)
         self._first_chunk = np.concatenate([[0], np.cumsum(-(-self.sizes // shuffle.chunk))])
         if self._first_chunk[-1] >= 1 << 32:
             raise UserError(f"chunk {shuffle.chunk} cuts the data set into {self._first_chunk[-1]} chunks; raise it")
         self._short, self._longer = divmod(self.samples, shuffle.lanes)
         self._plans: dict[int, EpochPlan] = {}
+        self._plans_kept = 2
         # The current block of every lane: a row of permuted slots, and which block it is.
         width = min(shuffle.block, self._short + 1)
         self._rows = np.zeros((shuffle.lanes, width), dtype=np.uint32)
@@ -157,14 +175,6 @@ class Order:
         """
         epoch, inside = np.divmod(np.asarray(positions, dtype=np.int64), self.samples)
         offset, lane = np.divmod(inside, self.shuffle.lanes)
-        return epoch, *self.locate_in_lane(epoch, lane, offset)
-
-    def lane_length(self, lane: np.ndarray) -> np.ndarray:
-        """Return how many samples an epoch of each lane has."""
-        return self._short + (lane < self._longer)
-
-    def locate_in_lane(self, epoch: np.ndarray, lane: np.ndarray, offset: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Find the samples at offsets of lanes; all int64 [n]. Returns shard and kept index, int64 [n]."""
         block, begin, size = self._block(lane, offset)
         start = lane * self._short + np.minimum(lane, self._longer)
         sequence = start + begin + self._permuted(epoch, lane, block, size, offset - begin)
@@ -172,7 +182,7 @@ class Order:
         for e in np.unique(epoch):
             here = epoch == e
             shard[here], index[here] = self._sample(self.plan(int(e)), sequence[here])
-        return shard, index
+        return epoch, shard, index
 
     def needed_until(self, positions: np.ndarray) -> np.ndarray:
         """Return how long the chunk of each sample is needed by the lane that the sample is in.
@@ -196,9 +206,66 @@ class Order:
             chunk = self.shuffle.chunk
             length = np.minimum(chunk, self.sizes[shard] - index // chunk * chunk)
             last[here] = sequence[here] - index % chunk + length - 1
-        last = np.minimum(last - start, self.lane_length(lane) - 1)
+        last = np.minimum(last - start, self._lane_length(lane) - 1)
         _, begin, size = self._block(lane, last)
         return epoch * self.samples + (begin + size - 1) * self.shuffle.lanes + lane
+
+    def find(self, epoch: np.ndarray, shard: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Return the position at which a sample comes in an epoch: the inverse of ``locate``.
+
+        Args:
+            epoch: int64 [n].
+            shard: int64 [n].
+            index: Kept index within the shard, int64 [n].
+
+        Returns:
+            int64 [n].
+        """
+        number, inside = np.divmod(index, self.shuffle.chunk)
+        chunk = self._first_chunk[shard] + number
+        sequence = np.empty_like(index)
+        for e in np.unique(epoch):
+            here = epoch == e
+            sequence[here] = self._sequence(self.plan(int(e)), chunk[here], inside[here])
+        edge = self._longer * (self._short + 1)  # from here on, lanes are one sample shorter
+        lane = np.where(
+            sequence < edge, sequence // (self._short + 1), self._longer + (sequence - edge) // max(1, self._short)
+        )
+        offset = sequence - lane * self._short - np.minimum(lane, self._longer)
+        block, begin, size = self._block(lane, offset)
+        slot = self._slots(epoch, lane, block, size, offset - begin)
+        return epoch * self.samples + (begin + slot) * self.shuffle.lanes + lane
+
+    def next_use(
+        self, positions: np.ndarray, ranks: Sequence[int] = (0,), world_size: int = 1, epochs: int = 1
+    ) -> np.ndarray:
+        """Return when some of all ranks need the chunk of each sample again, once the sample's lane is done with it.
+
+        That is in the next epoch if these are all ranks; or in this one, if the chunk is cut over two lanes or its lane
+        is read by several ranks.
+
+        Args:
+            positions: Non-negative int64 [n].
+            ranks: Those that are asked for.
+            world_size: Number of all ranks.
+            epochs: How many epochs after the sample's own to look through; their plans stay in memory.
+
+        Returns:
+            int64 [n], the first position after ``needed_until(positions)`` that is of one of the ranks and of a sample
+            of the chunk. Where these epochs have none: the last position of a sample of the chunk in them.
+        """
+        self._plans_kept = max(self._plans_kept, 2 + epochs)
+        epoch, shard, index = self.locate(positions)
+        chunk = self.shuffle.chunk
+        first = index - index % chunk
+        last = np.minimum(first + chunk, self.sizes[shard]) - 1
+        samples = np.minimum(first[:, None] + np.arange(chunk), last[:, None])  # the last one again, in a short chunk
+        wanted = np.broadcast_arrays(
+            epoch[:, None, None] + np.arange(1 + epochs)[:, None], shard[:, None, None], samples[:, None]
+        )
+        uses = self.find(*(each.ravel() for each in wanted)).reshape(len(epoch), -1)
+        again = (uses > self.needed_until(positions)[:, None]) & np.isin(uses % world_size, ranks)
+        return np.where(again, uses, uses.max(axis=1, keepdims=True)).min(axis=1)
 
     def stand_in(self, position: int, attempt: int) -> int:
         """Return the position whose sample replaces the one at ``position`` if it cannot be decoded.
@@ -215,10 +282,10 @@ class Order:
         return epoch * self.samples + offset * self.shuffle.lanes + lane
 
     def plan(self, epoch: int) -> EpochPlan:
-        """Return the plan of an epoch, from the last two used or made anew: O(chunks)."""
+        """Return the plan of an epoch, from the last ones used or made anew: O(chunks)."""
         plan = self._plans.pop(epoch, None) or self._make_plan(epoch)
         self._plans[epoch] = plan  # the last used comes last
-        if len(self._plans) > 2:
+        if len(self._plans) > self._plans_kept:
             del self._plans[next(iter(self._plans))]
         return plan
 
@@ -251,13 +318,22 @@ class Order:
         shard = self._shard(chunk)
         return shard, (chunk - self._first_chunk[shard]) * self.shuffle.chunk + inside
 
+    def _sequence(self, plan: EpochPlan, chunk: np.ndarray, inside: np.ndarray) -> np.ndarray:
+        """Return the indices into an epoch's sequence of samples of chunks: the inverse of ``_sample``."""
+        place = plan.places[chunk].astype(np.int64)
+        short = (plan.short_ends + plan.missing[1:]) // self.shuffle.chunk - 1  # places of the chunks that are not full
+        return place * self.shuffle.chunk - plan.missing[np.searchsorted(short, place)] + inside
+
+    def _lane_length(self, lane: np.ndarray) -> np.ndarray:
+        return self._short + (lane < self._longer)
+
     def _block(self, lane: np.ndarray, offset: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return number, first offset and length of the block that holds each offset of its lane."""
         full = self.shuffle.block
         first = np.maximum(1, full * (lane + 1) // self.shuffle.lanes)
         block = np.where(offset < first, 0, 1 + (offset - first) // full)
         begin = np.where(block == 0, 0, first + (block - 1) * full)
-        return block, begin, np.minimum(np.where(block == 0, first, full), self.lane_length(lane) - begin)
+        return block, begin, np.minimum(np.where(block == 0, first, full), self._lane_length(lane) - begin)
 
     def _permuted(
         self, epoch: np.ndarray, lane: np.ndarray, block: np.ndarray, size: np.ndarray, slot: np.ndarray
@@ -285,6 +361,24 @@ class Order:
             self._rows[lanes], self._row_of[lanes] = rows[latest], names[part[latest]]
         return permuted.astype(np.int64)
 
+    def _slots(
+        self, epoch: np.ndarray, lane: np.ndarray, block: np.ndarray, size: np.ndarray, permuted: np.ndarray
+    ) -> np.ndarray:
+        """Return the slot that became each permuted slot of its block: the inverse of ``_permuted``."""
+        names, first, group = np.unique(
+            (epoch * self._blocks_a_lane + block) * self.shuffle.lanes + lane,
+            return_index=True,
+            return_inverse=True,
+        )
+        slot = np.empty_like(permuted)
+        many = max(1, _SLICE // self._rows.shape[1])
+        for a in range(0, len(names), many):
+            one = first[a : a + many]
+            inverse = self._permutations(epoch[one], lane[one], block[one], size[one]).argsort(axis=1)
+            mine = np.flatnonzero((group >= a) & (group < a + many))
+            slot[mine] = inverse[group[mine] - a, permuted[mine]]
+        return slot
+
     def _permutations(self, epoch: np.ndarray, lane: np.ndarray, block: np.ndarray, size: np.ndarray) -> np.ndarray:
         """Return each block's permutation, uint32 [blocks, width]; past its size a row means nothing."""
         slots = np.arange(self._rows.shape[1], dtype=np.uint64)
@@ -293,97 +387,6 @@ class Order:
         keys[slots >= size[:, None].astype(np.uint64)] = np.iinfo(np.uint64).max
         keys.sort(axis=1)
         return keys.astype(np.uint32)
-
-
-class Mixture:
-    """The endless sequence of samples drawn from several orders by weight.
-
-    Row t of lane l is global position t * lanes + l. Each lane takes its rows in periods of ``period``: in
-    each period every source has a fixed quota of rows, in an order hashed from (seed, lane, period, row).
-    Lane l of the mixture reads lane l of each source in sequence, so each source has its own epochs, lane by
-    lane, and every counter follows from the position.
-
-    Args:
-        orders: One order a source, all with the same number of lanes.
-        weights: How often each source is drawn, positive, of any sum.
-        seed: Any integer.
-        period: Rows after which each lane has drawn the sources exactly by their quotas.
-
-    Raises:
-        UserError: The lanes differ, a source has fewer samples than lanes, or a weight is not positive or so
-            small that its source would never be drawn.
-    """
-
-    def __init__(self, orders: Sequence[Order], weights: Sequence[float], seed: int, period: int = 64):
-        self.orders, self.seed, self.period = list(orders), seed, period
-        self.lanes = orders[0].shuffle.lanes
-        if len({o.shuffle.lanes for o in orders}) > 1:
-            raise UserError(
-                f"the sources of the mixture have {[o.shuffle.lanes for o in orders]} lanes; set one number for all"
-            )
-        for s, order in enumerate(orders):
-            if order.samples < self.lanes:
-                raise UserError(
-                    f"source {s} of the mixture has {order.samples} samples for {self.lanes} lanes; "
-                    f"set lanes to {order.samples} or fewer"
-                )
-        self.quotas = quotas(weights, period)
-        if len(self.quotas) != len(orders):
-            raise UserError(f"the mixture has {len(orders)} sources and {len(self.quotas)} weights; give one each")
-
-    def identity(self, data: Sequence[str]) -> dict:
-        """Return what a resumed run must agree on; ``data`` holds the digest of each source."""
-        sources = [order.identity(digest) for order, digest in zip(self.orders, data, strict=True)]
-        return {
-            "order_version": ORDER_VERSION,
-            "seed": self.seed,
-            "quotas": self.quotas.tolist(),
-            "sources": sources,
-        }
-
-    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Find the samples at global positions, int64 [n].
-
-        Returns:
-            source, the source's epoch, shard and kept index within the shard, each int64 [n].
-        """
-        row, lane = np.divmod(np.asarray(positions, dtype=np.int64), self.lanes)
-        number, inside = np.divmod(row, self.period)
-        source, counter = self._draw(lane, number, inside)
-        epoch, shard, index = (np.empty_like(row) for _ in range(3))
-        for s, order in enumerate(self.orders):
-            mine = source == s
-            epoch[mine], offset = np.divmod(counter[mine], order.lane_length(lane[mine]))
-            shard[mine], index[mine] = order.locate_in_lane(epoch[mine], lane[mine], offset)
-        return source, epoch, shard, index
-
-    def _draw(self, lane: np.ndarray, number: np.ndarray, inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the source at a row of each lane's period, and how often the lane drew it before."""
-        _, first, group = np.unique(number * self.lanes + lane, return_index=True, return_inverse=True)
-        slots = np.arange(self.period, dtype=np.uint64)
-        prefix = hash_int(self.seed, _DRAWS)
-        keys = sort_keys(hash_array(prefix, lane[first, None], number[first, None], slots), slots)
-        keys.sort(axis=1)
-        sources = np.repeat(np.arange(len(self.quotas)), self.quotas)[keys.astype(np.uint32)]
-        before = np.empty_like(sources)
-        for s in range(len(self.quotas)):
-            drawn = sources == s
-            before[drawn] = (np.cumsum(drawn, axis=1) - 1)[drawn]
-        source = sources[group, inside]
-        return source, number * self.quotas[source] + before[group, inside]
-
-
-def quotas(weights: Sequence[float], period: int) -> np.ndarray:
-    """Split a period among weights by largest remainder (of equal ones, the first), int64 [weights]."""
-    share = np.asarray(weights, dtype=np.float64)
-    if not (np.isfinite(share).all() and (share > 0).all()):
-        raise UserError(f"the mixture's weights are {list(weights)}; give positive numbers")
-    share = share / share.sum() * period
-    whole = np.floor(share).astype(np.int64)
-    whole[np.argsort(whole - share, kind="stable")[: period - whole.sum()]] += 1
-    if (whole == 0).any():
-        raise UserError(f"weights {list(weights)} give quotas {whole.tolist()} of {period} rows; raise the period")
-    return whole
 
 
 def rank_positions(position: int, global_batch: int, rank: int, world_size: int) -> np.ndarray:

@@ -1,53 +1,60 @@
 """A bucket, a prefix in it or a web folder as a store, through ``obstore``."""
 
 import io
-import itertools
-import os
-import random
-import time
+import sys
+import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
+from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, NotFoundError, NotSupportedError
 
 from shards.errors import PatchmillError, UserError
-from shards.objects import Entry, ExistsError, MissingError, failure, reason, too_short
+from shards.objects import Entry, ExistsError, MissingError, ShortError, failure, reason, too_short
+from shards.remoteaccess import open_remote
+from shards.remotefile import remote_file
+from shards.retries import Retries
 from shards.storesettings import StoreSettings
-from shards.uploads import upload_folder
+from shards.temporary import temporary_folder
+from shards.wholefiles import WholeFiles
 
 GAP = 1 << 20  # bytes between two ranges that are fetched along rather than asked for apart
-STREAM_BYTES = 8 << 20  # a request of a sequential remote read: past the size where latency matters
 
-Answer = TypeVar("Answer")
 ERRORS = (BaseError, OSError, ValueError)  # the last: a path that no store takes
 
 
 class RemoteStore:
-    """A bucket prefix or web folder. Credentials come from the environment, in each cloud's own variables."""
+    """A bucket prefix or web folder. Credentials come from the environment, in each cloud's own variables.
+
+    Of a web server that sends no parts of files, whole ones are fetched, and kept until the store is let go.
+    """
 
     local = False
 
     def __init__(self, url: str, settings: StoreSettings):
         self.url, self.settings = url, settings
         self.web = url.startswith(("http://", "https://"))  # a plain server: it lists nothing and takes no files
+        self._whole: WholeFiles | None = None
+        self._lock = threading.Lock()
+        self._retries = Retries(settings.retry_seconds)  # of reads, to count them; obstore tries the rest again
         try:
-            options = {"client_options": {"allow_http": True}} if url.startswith("http://") else {}
-            # Server errors, lost connections and time-outs are tried again by obstore, with exponential back-off: the
-            # time decides, since ten tries are over in two seconds.
-            retry = {"max_retries": 1000, "retry_timeout": timedelta(seconds=settings.retry_seconds)}
-            self._store = obstore.store.from_url(url, retry_config=retry, **options)
+            self._store, self._reads = open_remote(url, settings), open_remote(url, settings, retry=False)
         except BaseError as error:
             raise UserError(f"cannot open {url}: {reason(error)}; check the URL") from error
+
+    @property
+    def retries(self) -> int:
+        """Reads that were asked again so far."""
+        return self._retries.count
 
     def read(self, path: str) -> bytes:
         """Return the whole object at ``path``, relative to the store."""
         try:
-            return self._whole_body(lambda: bytes(obstore.get(self._store, path).bytes()))
+            return self._retries(lambda: bytes(obstore.get(self._reads, path).bytes()))
         except ERRORS as error:
             raise failure(self.url, path, error) from error
 
@@ -58,11 +65,16 @@ class RemoteStore:
     def read_ranges(self, path: str, starts: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
         """Return several ranges of one object, in the order asked; near ones share a request."""
         wanted = [(int(start), int(length)) for start, length in zip(starts, lengths, strict=True)]
+        if self._whole:
+            return self._ranges_of_whole(path, wanted)
         spans = _spans(wanted)
         try:
             # Each span is one request. Obstore would merge ranges itself, and panic where the object ends inside them.
             first, ends = [start for start, _ in spans], [end for _, end in spans]
-            parts = self._whole_body(lambda: obstore.get_ranges(self._store, path, starts=first, ends=ends, coalesce=0))
+            parts = self._retries(lambda: self._get_spans(path, first, ends))
+        except NotSupportedError:
+            self._begin_whole()
+            return self._ranges_of_whole(path, wanted)
         except ERRORS as error:
             raise failure(self.url, path, error, spans[0][0], spans[-1][1] - spans[0][0]) from error
         found = []
@@ -74,21 +86,53 @@ class RemoteStore:
             found.append(data)
         return found
 
-    def _whole_body(self, request: Callable[[], Answer]) -> Answer:
-        """Ask again, with back-off, where a connection ended inside an answer: obstore leaves that to us."""
-        deadline = time.monotonic() + self.settings.retry_seconds
-        for attempt in itertools.count():
+    def _get_spans(self, path: str, starts: list[int], ends: list[int]) -> list[obstore.Bytes]:
+        parts = obstore.get_ranges(self._reads, path, starts=starts, ends=ends, coalesce=0)
+        short = [end for part, start, end in zip(parts, starts, ends, strict=True) if len(part) < end - start]
+        if short and max(short) <= obstore.head(self._reads, path)["size"]:  # else the object is cut short
+            raise GenericError("the response body is shorter than what was asked for")
+        return parts
+
+    def _begin_whole(self) -> None:
+        with self._lock:
+            if self._whole is None:
+                self._whole = WholeFiles(self._fetch)
+                print(
+                    f"warning: {self.url} sends no parts of files: each shard is fetched whole, by every process, into "
+                    f"{self._whole.folder}; a server that knows byte ranges spares that",
+                    file=sys.stderr,
+                )
+
+    def _ranges_of_whole(self, path: str, ranges: list[tuple[int, int]]) -> list[bytes]:
+        found = []
+        for start, length in ranges:
             try:
-                return request()
-            except BaseError as error:
-                wait = min(0.1 * 2**attempt, 15) * random.uniform(0.5, 1)  # not all workers at once
-                if "response body" not in str(error) or time.monotonic() + wait > deadline:
-                    raise
-                time.sleep(wait)
+                found.append(self._whole.read_range(path, start, length))
+            except ShortError as error:
+                raise too_short(self.url, path, start, length) from error
+        return found
+
+    def _fetch(self, path: str, target: Path) -> None:
+        """Write a whole object to a local file."""
+
+        def download() -> None:
+            with open(target, "wb") as file:
+                for part in obstore.get(self._reads, path).stream():
+                    file.write(part)
+
+        try:
+            self._retries(download)
+        except ERRORS as error:
+            if isinstance(error, OSError) and error.errno:  # of the local disk
+                raise UserError(
+                    f"no room for {self.url}/{path}: {target.parent}: {error.strerror}; set TMPDIR to another disk, or "
+                    "use a server that sends parts of files"
+                ) from error
+            raise failure(self.url, path, error) from error
 
     def stream(self, path: str) -> io.BufferedIOBase:
         """Open the object for sequential reading; seeking is allowed."""
-        return io.BufferedReader(_RemoteFile(self, path), STREAM_BYTES)
+        return remote_file(self.size(path), partial(self.read_range, path))
 
     def exists(self, path: str) -> bool:
         """Tell whether there is an object at ``path``."""
@@ -100,18 +144,18 @@ class RemoteStore:
 
     def size(self, path: str) -> int:
         """Return the bytes of the object at ``path``."""
-        try:
-            return obstore.head(self._store, path)["size"]
-        except ERRORS as error:
-            raise failure(self.url, path, error) from error
+        return self._head(path)["size"]
 
     def modified(self, path: str) -> int:
         """Return when the object at ``path`` was written, nanoseconds since 1970, by the server's clock.
 
         Servers tell whole seconds: it is the end of that second, since what was made just before is no newer.
         """
+        return (int(self._head(path)["last_modified"].timestamp()) + 1) * 10**9 - 1
+
+    def _head(self, path: str) -> dict[str, Any]:
         try:
-            return (int(obstore.head(self._store, path)["last_modified"].timestamp()) + 1) * 10**9 - 1
+            return self._retries(lambda: obstore.head(self._reads, path))
         except ERRORS as error:
             raise failure(self.url, path, error) from error
 
@@ -125,7 +169,7 @@ class RemoteStore:
         no reader sees before the last one is there; those of a killed process stay, unseen, until the bucket's rules
         remove incomplete uploads.
         """
-        with upload_folder() as folder:
+        with temporary_folder() as folder:
             file = folder / "object"
             yield file
             try:
@@ -207,40 +251,6 @@ class RemoteStore:
                         yield Entry(found["path"], found["size"], int(found["last_modified"].timestamp() * 1e9))
         except ERRORS as error:
             raise failure(self.url, folder, error) from error
-
-
-class _RemoteFile(io.RawIOBase):
-    """A remote object as a file: each read is one range request, so wrap it in a large buffer."""
-
-    def __init__(self, store: RemoteStore, path: str):
-        self._store, self._path = store, path
-        self._size, self._at = store.size(path), 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: memoryview) -> int:
-        length = max(0, min(len(buffer), self._size - self._at))
-        if length:
-            buffer[:length] = self._store.read_range(self._path, self._at, length)
-            self._at += length
-        return length
-
-    def readall(self) -> bytes:
-        pieces = []
-        while piece := self.read(STREAM_BYTES):
-            pieces.append(piece)
-        return b"".join(pieces)
 
 
 def _spans(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:

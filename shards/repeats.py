@@ -12,6 +12,7 @@ from shards.progress import ImageProgress
 
 EXAMPLES = 10  # values
 PLACES = 5  # of each
+_NAMES = {"key": "keys", "xxh128": "images"}
 CHUNK = 1 << 24  # hashes looked at in one go
 
 
@@ -44,7 +45,7 @@ def repeats(dataset: Dataset, column: str, progress: bool = False) -> Repeats:
 
     Only where something does occur twice, the tables are read again, until the examples are found.
     """
-    with ImageProgress(f"{column} twice?", len(dataset), show=progress) as bar:
+    with ImageProgress(f"repeated {_NAMES[column]}", len(dataset), show=progress) as bar:
         hashes = np.empty(len(dataset), np.int64)
         filled = 0
         for shard, size in enumerate(dataset.shard_sizes.tolist()):

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from shards import manifest
 from shards.dataset import Dataset
 from shards.histogram import Bar, Histogram
 from shards.progress import ImageProgress
@@ -39,6 +40,7 @@ class Stats:
         histograms: The same quantities as bars of equal ratio.
         repeated_keys: Keys that occur more than once.
         repeated_images: Images that are there more than once, byte for byte.
+        rejected: How many images of the source were left out, by reason, the most frequent first.
     """
 
     url: str
@@ -55,6 +57,7 @@ class Stats:
     histograms: dict[str, list[Bar]]
     repeated_keys: Repeats
     repeated_images: Repeats
+    rejected: dict[str, int]
 
 
 def stats(dataset: Dataset, progress: bool = False) -> Stats:
@@ -65,7 +68,7 @@ def stats(dataset: Dataset, progress: bool = False) -> Stats:
         progress: Show progress bars on stderr, one for each time the sample tables are read.
     """
     classes = np.zeros(len(dataset.classes), np.int64)
-    formats, orientations, labels_per_image = Counter(), Counter(), Counter()
+    formats, orientations, labels_per_image, rejected = Counter(), Counter(), Counter(), Counter()
     sizes = {name: Histogram() for name in ("width", "height", "short side", "aspect", "bytes")}
     with ImageProgress("counting", len(dataset), show=progress) as bar:
         for shard in range(len(dataset.shard_sizes)):
@@ -79,6 +82,8 @@ def stats(dataset: Dataset, progress: bool = False) -> Stats:
             _count(labels_per_image, pc.list_value_length(table["labels"]))
             _count(formats, table["format"])
             _count(orientations, table["orientation"])
+            receipt = manifest.receipt_of(table, dataset.store, manifest.samples_path(shard))
+            rejected.update(reason for _, reason in receipt.rejected)
             bar.advance(len(table), int(size.sum()))
     histograms = {name: histogram.bars() for name, histogram in sizes.items()}
     histograms["aspect"] = _aspect_bars(sizes["aspect"])
@@ -102,6 +107,7 @@ def stats(dataset: Dataset, progress: bool = False) -> Stats:
         histograms=histograms,
         repeated_keys=repeats(dataset, "key", progress),
         repeated_images=repeats(dataset, "xxh128", progress),
+        rejected=dict(sorted(rejected.items(), key=lambda item: (-item[1], item[0]))),
     )
 
 

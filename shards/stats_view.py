@@ -16,6 +16,7 @@ from shards.stats import PERCENTS, Stats
 BAR = 40  # characters of the longest bar
 ALL_CLASSES = 40  # so many are listed; of more, the largest and the smallest
 SOME_CLASSES = 10
+REASONS = 20  # why images were rejected
 SPARKS = " ▁▂▃▄▅▆▇█"
 
 STYLE = """
@@ -66,6 +67,11 @@ def tables(found: Stats) -> Group:
                     table.add_row(place.key, f"{place.shard:,}")
                 table.add_section()
             parts.append(table)
+    if found.rejected:
+        table = Table("left out", "images", title="rejected images of the source")
+        for reason, count in _reasons(found).items():
+            table.add_row(reason, f"{count:,}")
+        parts.append(table)
     return Group(*parts)
 
 
@@ -110,6 +116,7 @@ def page(found: Stats) -> str:
 {_counts("labels an image", found.labels_per_image)}{_counts("format", found.formats)}
 {_counts("EXIF orientation (1: upright or none)", found.orientations)}</div>
 <h2>Repeats</h2>{_repeats("key", found.repeated_keys)}{_repeats("image", found.repeated_images)}
+<h2>Rejected images of the source</h2>{_rejected(found)}
 </html>
 """
 
@@ -132,7 +139,16 @@ def _totals(found: Stats) -> list[tuple[str, str]]:
         if repeated.extra:
             text += f" beyond the first of {repeated.values:,} {what}"
         totals.append((f"repeated {what}", text))
-    return totals
+    return [*totals, ("rejected", f"{sum(found.rejected.values()):,}")]
+
+
+def _reasons(found: Stats) -> dict[str, int]:
+    """Return the most frequent reasons, and the others as one."""
+    listed = dict(list(found.rejected.items())[:REASONS])
+    others = len(found.rejected) - len(listed)
+    if others:
+        listed[f"{others:,} other reasons"] = sum(found.rejected.values()) - sum(listed.values())
+    return listed
 
 
 def _chosen(found: Stats) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
@@ -238,6 +254,10 @@ def _counts(name: str, counts: dict) -> str:
         for value, count in counts.items()
     )
     return f"<figure><figcaption>{html.escape(name)}</figcaption><table>{rows}</table></figure>"
+
+
+def _rejected(found: Stats) -> str:
+    return f"<div class=grid>{_counts('why', _reasons(found))}</div>" if found.rejected else "<p>None.</p>"
 
 
 def _repeats(what: str, repeated: Repeats) -> str:

@@ -25,6 +25,10 @@ class NoImageError(BrokenImageError):
     """No file of a sample is an image."""
 
 
+class TwiceError(BrokenImageError):
+    """Two images of a sample have one extension."""
+
+
 @dataclass(frozen=True)
 class Reading:
     """How samples are read.
@@ -60,12 +64,15 @@ class Reading:
 
         Raises:
             NoImageError: There is none.
+            TwiceError: The key is there twice, one right after the other.
             BrokenImageError: There is more than one.
         """
         found = [member for member in members if self._may_be_image(member.extension)]
         found = [member for member in found if "." not in member.extension] or found
         if not found:
             raise NoImageError(f"no image, only {_extensions(members)}")
+        if len({member.extension for member in found}) < len(found):
+            raise TwiceError(f"the key is there twice, {_extensions(found)}: rename one, or remove it")
         if len(found) > 1:
             raise BrokenImageError(f"several images, {_extensions(found)}: choose with --image")
         return found[0]

@@ -9,16 +9,18 @@ from braceexpand import UnbalancedBracesError, braceexpand
 from shards.errors import UserError
 from shards.objects import MissingError
 from shards.store import Store, open_store
+from shards.storesettings import StoreSettings
 
 _PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
-def find_tars(url: str | Path) -> tuple[Store, list[str]]:
+def find_tars(url: str | Path, settings: StoreSettings | None = None) -> tuple[Store, list[str]]:
     """Find tars. Folders below are left alone unless a pattern names them: mostly they are other splits or sets.
 
     Args:
         url: A folder or bucket prefix; a pattern with ``{000..146}`` or ``{train,val}``, in the order it gives, or with
             ``*``, ``?`` and ``[0-9]``, sorted, which a plain web server cannot list; or one tar.
+        settings: Of a remote store; by default those of the environment.
 
     Returns:
         The folder that all lie in, and their paths in it.
@@ -30,13 +32,13 @@ def find_tars(url: str | Path) -> tuple[Store, list[str]]:
     web = text.startswith(("http://", "https://"))
     magic = "{" if web else "{*?["
     if any(sign in text for sign in magic) and ("://" in text or not Path(text).is_dir()):
-        return _of_pattern(text, magic)
+        return _of_pattern(text, magic, settings)
     if text.endswith(".tar") and ("://" in text or not Path(text).is_dir()):
         folder, _, name = text.rpartition("/")
-        store = open_store(folder or ("/" if text.startswith("/") else "."))
+        store = open_store(folder or ("/" if text.startswith("/") else "."), settings=settings)
         store.size(name)
         return store, [name]
-    store = open_store(text)
+    store = open_store(text, settings=settings)
     names = store.list("")
     tars = [name for name in names if name.endswith(".tar") and not name.startswith(".")]
     if not tars:
@@ -45,11 +47,11 @@ def find_tars(url: str | Path) -> tuple[Store, list[str]]:
     return store, tars
 
 
-def _of_pattern(text: str, magic: str) -> tuple[Store, list[str]]:
+def _of_pattern(text: str, magic: str, settings: StoreSettings | None) -> tuple[Store, list[str]]:
     first = min(text.index(sign) for sign in magic if sign in text)
     folder, _, pattern = text[:first].rpartition("/")
     pattern += text[first:]
-    store = open_store(folder or ("/" if text.startswith("/") else "."))
+    store = open_store(folder or ("/" if text.startswith("/") else "."), settings=settings)
     try:
         expanded = list(braceexpand(pattern))
     except UnbalancedBracesError as error:

@@ -20,8 +20,8 @@ PIECE = 1 << 20  # bytes passed over at once where every byte is hashed
 _NAME = re.compile(
     r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL
 )  # key, extensions: up to the first dot of the last part
-_METADATA = re.compile(r"__[^/]*__(/|$)")  # webdataset's own members, such as __index__
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+METADATA = re.compile(r"__[^/]*__(/|$)")  # webdataset's own members, such as __index__
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _BAD_HEADER = (tarfile.TarError, ValueError, LookupError, OverflowError, RecursionError)
 
 
@@ -139,7 +139,7 @@ class TarScan:
 
     def _no_tar(self, error: Exception) -> DamagedTarError:
         start = self._store.read_range(self._path, 0, min(self.bytes, 8))
-        for magic, packer in _COMPRESSED.items():
+        for magic, packer in COMPRESSED.items():
             if start.startswith(magic):
                 return DamagedTarError(
                     f"{self.name} is compressed with {packer}, so nothing in it can be read on its own; unpack it to a "
@@ -196,7 +196,7 @@ def _left_out(header: tarfile.TarInfo, name: str) -> str | None:
         return "devices"
     if header.issparse():
         return "sparse files"
-    if _METADATA.match(name):
+    if METADATA.match(name):
         return "metadata"
     if not _NAME.fullmatch(name):
         return "hidden files" if name.rpartition("/")[2].startswith(".") else "files without extension"

@@ -326,11 +326,22 @@ def _check_totals(url: str) -> list[Fault]:
     info, shards = _manifest(url)
     sums = {"samples": shards["samples"], "bytes": shards["bytes"]}
     found = {name: sum(column.to_pylist()) for name, column in sums.items()} | {"shards": len(shards)}
-    return [
+    wrong = [
         Fault(f"{manifest.DATASET} says {getattr(info, name)} {name}, {manifest.SHARDS} {value}")
         for name, value in found.items()
         if getattr(info, name) != value
     ]
+    return wrong + [
+        Fault("it is not in the manifest, but readers of shards/*.tar would read it; remove it", tar=tar)
+        for tar in _strays(open_store(url), info, shards["path"].to_pylist())
+    ]
+
+
+def _strays(store: Store, info: Info, paths: list[str]) -> list[str]:
+    """Return the tars in the folder of a data set that was built here, beyond those of its manifest."""
+    if info.build.get("source") == "index" or store.web:
+        return []
+    return sorted({f"shards/{name}" for name in store.list("shards") if name.endswith(".tar")} - set(paths))
 
 
 def _samples(faults: list[Fault], sizes: list[int]) -> dict[tuple[int, int], str]:

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from pipeline import distributed
 from pipeline.images import to_model_input
+from pipeline.prefetch import prefetched
 from shards.augment import Resize
 from shards.dataset import Dataset
 from shards.errors import UserError
-from shards.evaluation import evaluation_batches
+from shards.evaluation import EvaluationBatch, EvaluationLoader
 
 
 @torch.no_grad()
@@ -32,13 +33,17 @@ def classify(
     """
     device = distributed.device()
     sums = torch.zeros(4, dtype=torch.float64)
-    for part in evaluation_batches(
+    parts = EvaluationLoader(
         dataset, batch, transform=Resize(resolution), rank=distributed.rank(), world_size=distributed.world_size(),
         threads=threads,
-    ):  # fmt: skip
-        logits = model(to_model_input(part.images, device)).float()  # [n, K]
-        valid = torch.from_numpy(part.valid).to(device)
-        labels = torch.from_numpy(part.labels).to(device)
+    )  # fmt: skip
+
+    def prepare(part: EvaluationBatch) -> tuple[Tensor, Tensor, Tensor]:
+        labels, valid = (torch.from_numpy(each).to(device) for each in (part.labels, part.valid))
+        return to_model_input(part.images, device), labels, valid
+
+    for images, labels, valid in prefetched(iter(parts), prepare, device):
+        logits = model(images).float()  # [n, K]
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # [n, 5]
         losses = F.cross_entropy(logits, labels, reduction="none").double()
         sums += (

@@ -12,7 +12,7 @@ from pipeline.models.vit import VisionTransformer
 from shards.augment import Resize
 from shards.dataset import Dataset
 from shards.errors import UserError
-from shards.evaluation import evaluation_batches
+from shards.evaluation import EvaluationLoader
 
 BATCH = 64
 
@@ -43,7 +43,7 @@ def frozen_features_accuracy(
 def _extract(model: VisionTransformer, dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return pixels [n, 3*H*W], features [n, D] (float32) and labels [n] of every image."""
     pixels, features, labels = [], [], []
-    for batch in evaluation_batches(dataset, BATCH, transform=Resize(model.image_size)):
+    for batch in EvaluationLoader(dataset, BATCH, transform=Resize(model.image_size)):
         images = to_model_input(batch.images[batch.valid], distributed.device())
         pixels.append(images.flatten(1).cpu().numpy())
         features.append(model.features(images).cpu().numpy())

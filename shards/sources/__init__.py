@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from shards.tarscan import METADATA
+
 
 class Item(NamedTuple):
     """One image that a source offers, and where its bytes are.
@@ -20,6 +22,7 @@ class Item(NamedTuple):
     weights: tuple[float, ...] = ()  # of the labels; empty: all are 1
     changed: int = 0  # when the file was, nanoseconds since 1970; 0: nobody knows
     part: str = ""  # such as train or test, where the source itself is divided
+    broken: str = ""  # why the image cannot be used, if the source knows: it is rejected unread
 
 
 class Source(Protocol):
@@ -50,12 +53,20 @@ class Source(Protocol):
 def clean_key(path: str) -> str:
     """Return the key of an image by its path or name: no extension, no dots, no way out of a folder.
 
-    ``../a b/c.d.jpg`` becomes ``__/a b/c_d``. Two paths may get one key, which the build refuses.
+    ``../a b/c.d.jpg`` becomes ``__/a b/c_d``, ``__x__/a.jpg`` becomes ``_x__/a``. Two paths may get
+    one key, which the build refuses.
     """
     folder, _, name = path.replace("\\", "/").rpartition("/")
     stem = name.rpartition(".")[0] or name
     parts = [part for part in [*folder.split("/"), stem] if part not in ("", ".")]
-    return "/".join(part.replace(".", "_") for part in parts)
+    return as_sample("/".join(part.replace(".", "_") for part in parts))
+
+
+def as_sample(key: str) -> str:
+    """Return a key that WebDataset's readers take for a sample: they skip a first folder ``__x__``, here ``_x__``."""
+    while METADATA.match(f"{key}.jpg"):
+        key = key[1:]
+    return key
 
 
 def unpacked_path(unpacked: Path, file: str) -> Path:

@@ -1,18 +1,14 @@
 """What tables say about images: which column is which, and which classes the labels are."""
 
 import json
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from shards.errors import UserError
-from shards.labels import ClassNames, LabelError, as_index
-from shards.sources import place
-from shards.store import open_store
+from shards.labels import ClassNames, LabelError, is_weight, spelled
 
 LABEL = ("label", "labels", "class", "classes", "cls", "target", "targets", "fine_label")
 KEY = ("key", "__key__")
-MOST_CLASSES = 1_000_000  # a larger number is some other number, such as that of a row
 
 Batch = dict[str, list]  # values by column
 
@@ -85,7 +81,8 @@ class LabelCells:
             label = int(label)
         if isinstance(label, str):
             label = label.strip()
-            label = int(label) if re.fullmatch("-[0-9]{1,9}", label) else label
+            if label.startswith("-") and (number := spelled(label)) is not None:
+                label = number
         if label is None or label == "" or label == -1 or label != label:
             return None
         if isinstance(label, bool) or not isinstance(label, (int, str)) or (isinstance(label, int) and label < 0):
@@ -111,8 +108,9 @@ class LabelCells:
         if len(weights) != len(labels):
             raise self.error(row, f"has {len(weights)} weights for {len(labels)} labels")
         for weight in weights:
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
-                raise self.error(row, f"has the weight {weight!r}; a weight is a number from 0 on")
+            if not is_weight(weight):
+                what = f"has the weight {str(weight)[:50]}"
+                raise self.error(row, f"{what}; a weight is a number from 0 on that a float32 can hold")
         return [float(weight) for weight in weights]
 
 
@@ -138,53 +136,6 @@ def choose(names: Sequence[str], given: str, usual: Sequence[str], what: str) ->
     return found[0] if found else ""
 
 
-def read_classes(url: str) -> list[str]:
-    """Read the names of all classes from a text file, one a line.
-
-    Raises:
-        UserError: There is no such file, a line is empty, or a name comes twice.
-    """
-    folder, name = place(url)
-    try:
-        names = open_store(folder).read(name).decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"classes {url}: {error}; give a text file in UTF-8, one name a line") from error
-    names = [line.strip() for line in names]
-    while names and not names[-1]:
-        names.pop()
-    if not names or not all(names):
-        raise UserError(f"classes {url}: line {names.index('') + 1 if names else 1} is empty; write one name a line")
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"classes {url}: {twice} comes twice; give each class a name of its own")
-    return names
-
-
-def name_classes(labels: Iterable[int | str], source: str) -> list[str]:
-    """Return the names of all classes, by all labels found: names sorted, or the numbers up to the largest.
-
-    Raises:
-        UserError: Labels are names and numbers at once, or no class indices.
-    """
-    labels = set(labels)
-    texts = {label for label in labels if isinstance(label, str)}
-    if any(_index(label, source) is None for label in texts):
-        if len(texts) < len(labels):
-            number = min(label for label in labels if not isinstance(label, str))
-            raise UserError(
-                f"labels of {source} are names, such as {min(texts)}, and numbers, such as {number}; give classes, a "
-                "file of all names"
-            )
-        return sorted(texts)
-    top = max((_index(label, source) for label in labels), default=-1)
-    if top >= MOST_CLASSES:
-        raise UserError(
-            f"label {top} of {source} would make {top + 1:,} classes; if it is no class index choose another label "
-            "column, or give classes, a file of all names"
-        )
-    return [str(number) for number in range(top + 1)]
-
-
 def number_labels(labels: Iterable[int | str], classes: list[str], source: str) -> dict[int | str, int]:
     """Return the class index of each label.
 
@@ -196,13 +147,6 @@ def number_labels(labels: Iterable[int | str], classes: list[str], source: str) 
         return {label: names.index(label) for label in labels}
     except LabelError as error:
         raise UserError(f"labels of {source}: {error}; mend the label or the list of classes") from error
-
-
-def _index(label: int | str, source: str) -> int | None:
-    try:
-        return as_index(label)
-    except LabelError as error:
-        raise UserError(f"labels of {source}: {error}; choose another label column") from error
 
 
 def _as_dict(cell: object) -> object:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shards.errors import UserError
-from shards.sources import Item
+from shards.sources import Item, as_sample
 from shards.store import open_store
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
@@ -33,6 +33,11 @@ class Folder:
     def __post_init__(self):
         self._store = open_store(self.root)
         self.classes = [name for name in self._store.folders() if not name.startswith(".")]
+        if self._store.local and (lost := [path.name for path in Path(self.root).iterdir() if not path.exists()]):
+            raise UserError(
+                f"cannot read {self.root}/{min(lost)}: it is a link to nowhere; mend or remove it (left out, it would "
+                "change the numbers of the classes)"
+            )
         loose = self._store.list("")
         if self.classes and all(name.lower() in PARTS for name in self.classes):
             raise UserError(
@@ -69,7 +74,8 @@ class Folder:
                     )
                 empty = False
                 file = f"./{path}" if path.startswith("@/") else path  # "@/" means what was unpacked
-                yield Item(os.path.splitext(path)[0].replace(".", "_"), file, 0, size, (label,), (), changed)
+                key = as_sample(os.path.splitext(path)[0].replace(".", "_"))
+                yield Item(key, file, 0, size, (label,), (), changed)
             if empty:
                 raise UserError(
                     f"class folder {name} of {self.root} has no images ({' '.join(EXTENSIONS)}); "

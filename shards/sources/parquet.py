@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from shards.classes import name_classes, read_classes
 from shards.errors import UserError
 from shards.objects import Entry
 from shards.sources import Item, clean_key, columns, place
@@ -81,9 +82,9 @@ class Parquet:
         self.multi_label = any(multi for multi, _, _ in surveys)
         found = set().union(*(labels for _, labels, _ in surveys))
         if classes:
-            self.classes = columns.read_classes(classes)
+            self.classes = read_classes(classes)
         else:
-            self.classes = _class_names(schema, self._label) or columns.name_classes(found, url)
+            self.classes = _class_names(schema, self._label) or name_classes(dict.fromkeys(found, url))
         self._number = columns.number_labels(found, self.classes, url)
 
     def items(self) -> Iterator[Item]:
@@ -108,12 +109,15 @@ class Parquet:
                 key = batch[self._key][at] if self._key else f"{stem}/{row - 1:06d}"
                 if key is None or not str(key).strip():
                     raise self._error(file)(row, f"has no key in column {self._key}")
+                numbers = tuple(self._number[label] for label in found)
+                if len(set(numbers)) < len(numbers):
+                    raise self._error(file)(row, f"has one class twice, {found}")
                 yield Item(
                     clean_key(f"{key}."),
                     f"@/{harmless(file.path)}.bin",
                     int(starts[row - 1]) if self._unpacked else 0,
                     int(sizes[row - 1]) if self._unpacked else -1,
-                    tuple(self._number[label] for label in found),
+                    numbers,
                     (),
                     file.changed,
                     part,

@@ -15,6 +15,7 @@ from shards.header import BrokenImageError
 from shards.objects import MissingError
 from shards.sources import Item, unpacked_path, web
 from shards.store import Store, open_store
+from shards.storesettings import StoreSettings
 
 AHEAD = 32  # remote reads in flight: enough to hide a round trip of 100 ms behind 300 images a second
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -38,11 +39,13 @@ class Reader:
         """Return the bytes of one image.
 
         Raises:
-            BrokenImageError: It is not to be had, and nobody had seen it: it is remote, or its size was unknown. The
-                message is the reason: missing, or what its server says.
+            BrokenImageError: It is not to be had, and nobody had seen it: it is remote, or its size was unknown. Or its
+                source says that it is broken. The message is the reason: missing, or what source or server say.
             UserError: A local file is gone, unreadable, or no longer as long as the item says.
             PatchmillError: The network failed, in spite of retries.
         """
+        if item.broken:
+            raise BrokenImageError(item.broken)
         try:
             store, path = self._place(item.file)
         except (PatchmillError, ValueError) as error:
@@ -87,11 +90,12 @@ class Reader:
             UserError, PatchmillError: As from ``read``.
         """
         waiting: deque[tuple[Item, Future | None]] = deque()
-        pool = ThreadPoolExecutor(AHEAD)
+        requests = StoreSettings().concurrency or AHEAD
+        pool = ThreadPoolExecutor(requests)
         try:
             for item in items:
                 waiting.append((item, None if self._local(item.file) else pool.submit(self._try, item)))
-                while waiting and (waiting[0][1] is None or len(waiting) > AHEAD):
+                while waiting and (waiting[0][1] is None or len(waiting) > requests):
                     yield self._next(waiting)
             while waiting:
                 yield self._next(waiting)

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from shards.classes import name_classes, read_classes
 from shards.errors import UserError
 from shards.sources import Item, clean_key, columns, place
 from shards.sources.columns import Batch, LabelCells
@@ -91,7 +92,7 @@ class Table:
         self.multi_label, found, bare = self._labels.survey(self._rows())
         if bare and not self.multi_label:
             raise self._error(bare[0], f"has no label in column {self._label}")
-        self.classes = columns.read_classes(classes) if classes else columns.name_classes(found, url)
+        self.classes = read_classes(classes) if classes else name_classes(dict.fromkeys(found, url))
         self._number = columns.number_labels(found, self.classes, url)
 
     def items(self) -> Iterator[Item]:
@@ -110,6 +111,9 @@ class Table:
                 raise self._error(row, f"has no key in column {self._key}")
             image = image.strip()
             labels, weights = self._labels.read(row, batch, at)
+            numbers = tuple(self._number[label] for label in labels)
+            if len(set(numbers)) < len(numbers):
+                raise self._error(row, f"has one class twice, {labels}")
             web = "://" in image
             size, changed = _look(os.path.join(self.root, image)) if local and not web else (-1, 0)
             yield Item(
@@ -117,7 +121,7 @@ class Table:
                 image if web else self._file(image),
                 0,
                 size,
-                tuple(self._number[label] for label in labels),
+                numbers,
                 tuple(weights),
                 changed,
             )

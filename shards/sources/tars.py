@@ -5,21 +5,25 @@ that slices on one file system share the work, and a killed build need not do it
 """
 
 import json
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import pyarrow as pa
+from xxhash import xxh3_64_intdigest
 
+from shards.classes import name_classes, read_classes
 from shards.errors import UserError
 from shards.header import BrokenImageError
 from shards.labels import LabelError, LabelRule
 from shards.sources import Item, clean_key, columns
 from shards.sources.unpack import harmless, look, unpack
 from shards.store import Store, open_store
-from shards.tarindex import Reading
+from shards.tarindex import NoImageError, Reading, TwiceError
 from shards.tarlist import find_tars
 from shards.tarscan import TarScan
 from shards.workers import cores, run_jobs
@@ -29,6 +33,9 @@ TARS = 16  # to go through, for one more process to pay
 
 class Tars:
     """The images of WebDataset tars, under the same keys. Other members than image and labels are not kept.
+
+    Where two tars have a key in common, as those that number their samples anew, all keys get the tar's name before
+    them: ``00017/000003`` of ``00017.tar``.
 
     Args:
         url: A folder, a pattern such as ``x-{000..146}.tar``, or one tar.
@@ -53,11 +60,15 @@ class Tars:
         for _ in run_jobs(_scan_if_free, self._jobs, min(cores(), len(self._jobs) // TARS)):
             pass
         found, self.multi_label = set(), False
+        hashes = array("Q")  # of the keys: 8 bytes a sample
         for job in self._jobs:
-            for labels, weights in _labels(job.table()):
+            table = job.table()
+            hashes.frombytes(np.unique(table["hash"].to_numpy()).tobytes())
+            for labels, weights, broken in _labels(table):
                 found.update(labels)
-                self.multi_label = self.multi_label or bool(weights) or len(labels) != 1
-        self.classes = columns.read_classes(classes) if classes else columns.name_classes(found, url)
+                self.multi_label = self.multi_label or bool(weights) or not (broken or len(labels) == 1)
+        self._prefixed = _has_twins(np.frombuffer(hashes, np.uint64))
+        self.classes = read_classes(classes) if classes else name_classes(dict.fromkeys(found, url))
         self._number = columns.number_labels(found, self.classes, url)
 
     def items(self) -> Iterator[Item]:
@@ -67,12 +78,13 @@ class Tars:
             table = job.table()
             others.update(json.loads(table.schema.metadata[b"others"]))
             changed = look(open_store(self.root), job.path).changed
+            prefix = f"{clean_key(job.path)}/" if self._prefixed else ""
             rows = zip(*(table[name].to_pylist() for name in ("key", "offset", "size")), _labels(table), strict=True)
-            for key, offset, size, (labels, weights) in rows:
+            for key, offset, size, (labels, weights, broken) in rows:
                 numbers = tuple(self._number[label] for label in labels)
                 if len(set(numbers)) < len(numbers):
                     raise UserError(f"{self.root}/{job.path}: {key} has one class twice, {labels}; mend the labels")
-                yield Item(clean_key(f"{key}."), job.path, offset, size, numbers, weights, changed)
+                yield Item(prefix + key, job.path, offset, size, numbers, weights, changed, broken=broken)
         self.others = dict(sorted(others.items()))
 
 
@@ -93,7 +105,7 @@ class _Job:
         return unpack(self.unpacked, name, look(store, self.path), lambda _: self._walk(store, _), wait)
 
     def _walk(self, store: Store, _: BinaryIO) -> pa.Table:
-        rows: dict[str, list] = {"key": [], "offset": [], "size": [], "labels": []}
+        rows: dict[str, list] = {name: [] for name in _SCHEMA.names}
         others: Counter[str] = Counter()
         scan = TarScan(store, self.path, self.reading.label.wants)
         for sample in scan:
@@ -105,18 +117,31 @@ class _Job:
                     f"{scan.name}: the labels of {sample.key} make no sense: {error}; say where labels stand, as in "
                     "label=json:FIELD"
                 ) from error
-            except BrokenImageError as error:
-                if "several" in str(error):
-                    raise UserError(f"{scan.name}: {sample.key} has {error}; as in image=jpg") from error
+            except NoImageError:
                 others["samples without image"] += 1
                 continue
-            row = (sample.key, image.offset, image.size, json.dumps([found.labels, found.weights]))
+            except TwiceError as error:
+                place, labels = (sample.members[0].offset, 0), [[], [], str(error)]
+            except BrokenImageError as error:
+                raise UserError(f"{scan.name}: {sample.key} has {error}; as in image=jpg") from error
+            else:
+                place, labels = (image.offset, image.size), [found.labels, found.weights, ""]
+            key = clean_key(f"{sample.key}.")
+            row = (key, xxh3_64_intdigest(key.encode()), *place, json.dumps(labels))
             for column, value in zip(rows.values(), row, strict=True):
                 column.append(value)
-        schema = pa.schema(
-            [("key", pa.string()), ("offset", pa.int64()), ("size", pa.int64()), ("labels", pa.string())]
-        )
-        return pa.table(rows, schema.with_metadata({"others": json.dumps(others + scan.skipped)}))
+        return pa.table(rows, _SCHEMA.with_metadata({"others": json.dumps(others + scan.skipped)}))
+
+
+_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("hash", pa.uint64()),  # of the key
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("labels", pa.string()),  # JSON: labels, weights, and why the sample cannot be used
+    ]
+)
 
 
 def _scan_if_free(job: _Job) -> None:
@@ -124,7 +149,13 @@ def _scan_if_free(job: _Job) -> None:
     job.table(wait=False)
 
 
-def _labels(table: pa.Table) -> Iterator[tuple[list[int | str], tuple[float, ...]]]:
+def _labels(table: pa.Table) -> Iterator[tuple[list[int | str], tuple[float, ...], str]]:
     for text in table["labels"].to_pylist():
-        labels, weights = json.loads(text)
-        yield labels, tuple(weights)
+        labels, weights, broken = json.loads(text)
+        yield labels, tuple(weights), broken
+
+
+def _has_twins(hashes: np.ndarray) -> bool:
+    """Tell whether a hash is there twice, and sort them. Of 300 million different keys two share one by 1 in 400."""
+    hashes.sort()
+    return bool((hashes[1:] == hashes[:-1]).any())

@@ -46,7 +46,7 @@ def unpack(
         rows = _finished(data, known, stamp)
         if rows is not None:
             return rows
-        known.unlink(missing_ok=True)
+        known.unlink(missing_ok=True)  # from here on it must not vouch for other bytes
         if locked:  # nobody else is writing: what lies here was left by the killed
             for left in data.parent.glob(f".{data.stem}.*.partial"):
                 left.unlink(missing_ok=True)

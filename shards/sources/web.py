@@ -14,8 +14,6 @@ from shards.errors import PatchmillError
 from shards.header import BrokenImageError
 from shards.storesettings import StoreSettings
 
-TIMEOUT = 60  # seconds without a byte
-
 
 @lru_cache(maxsize=10_000)
 def is_unknown(host: str) -> bool:
@@ -61,10 +59,11 @@ def fetch(url: str) -> bytes:
         PatchmillError: The network failed, in spite of retries.
     """
     request = Request(quote(url, safe="%/:=&?~#+!$,;'@()*[]"), headers={"User-Agent": "patchmill"})
-    deadline = time.monotonic() + StoreSettings().retry_seconds
+    settings = StoreSettings()
+    deadline = time.monotonic() + settings.retry_seconds
     for attempt in itertools.count():
         try:
-            with urlopen(request, timeout=TIMEOUT) as answer:
+            with urlopen(request, timeout=settings.timeout_seconds) as answer:
                 return answer.read()
         except (OSError, HTTPException) as error:  # the first is urllib's own, too
             if isinstance(error, HTTPError) and (reason := _for_good(f"{error.code} {error.reason}")):

@@ -24,6 +24,7 @@ PEERS = ("webdataset,", "dali,", "streaming,")  # whose rows are there if they a
         ("memory", 4, set()),
         ("beside", 8, {"short steps alone", "longer steps alone"}),
         ("manifest", 16, set()),
+        ("ledger", 6, set()),
         ("dedupe", 21, set()),
         ("build", 6, {"tar, 1 worker", "tar, 2 workers", "Pillow + webdataset, 1 worker", "1 worker, 2 workers"}),
     ],

@@ -12,7 +12,9 @@ import psutil
 import pytest
 
 from shards.build import build
+from shards.dataset import Dataset
 from tests.images import make_image_folder
+from tests.shards.sources.servers import serve
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
@@ -106,8 +108,26 @@ def undisturbed(folder) -> list[tuple[int, float]]:
     return losses(folder / "undisturbed")
 
 
+def test_log_lines_say_what_the_loaders_of_all_ranks_did(folder, undisturbed):
+    lines = [json.loads(line) for line in (folder / "undisturbed" / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "loss" in line]
+    dataset = Dataset.open(folder / "set" / "train")
+    megabytes = sum(int(dataset.rows(shard).size.sum()) for shard in range(len(dataset.shard_sizes))) / 1e6
+    read = sum(line["mb_per_second"] * 12 / line["images_per_second"] for line in lines)
+    # What is decoded while a checkpoint is written or the held-out set evaluated is in no line.
+    assert 0.6 < read / (megabytes * lines[-1]["epoch"]) < 1.2
+    for share in ("data_wait", "read_share", "decode_share"):
+        assert all(line[share] >= 0 for line in lines)
+        assert (
+            0
+            < sum(line[share] / line["images_per_second"] for line in lines)
+            < sum(1 / line["images_per_second"] for line in lines)
+        )
+    assert all(line["quarantined"] == line["replaced"] == 0 for line in lines)
+
+
 @pytest.mark.parametrize("ranks", [2, 1, 3])
-def test_stopped_on_request_it_saves_and_goes_on_with_any_ranks(folder, undisturbed, ranks):
+def test_stopped_on_request_it_saves_and_goes_on_with_any_ranks_and_data_moved_to_a_server(folder, undisturbed, ranks):
     run = folder / f"stopped-{ranks}"
     first = launch(folder, 2, run.name)
     wait_for_steps(run, first, 9)
@@ -119,8 +139,18 @@ def test_stopped_on_request_it_saves_and_goes_on_with_any_ranks(folder, undistur
     assert 9 * 12 <= stopped["samples"] < undisturbed[-1][0]
     assert losses(run) == undisturbed[: stopped["samples"] // 12]
 
-    code, stderr = done(launch(folder, ranks, run.name))
+    with serve(folder / "set") as url:
+        over = (
+            f"data.train={url}/train",
+            f"data.val={url}/val",
+            f"data.cache={run.name}/cache",
+            "data.cache_bytes=50 kB",
+        )
+        code, stderr = done(launch(folder, ranks, run.name, over=over))
     assert code == 0, stderr
+    cached = [path.stat().st_size for path in (run / "cache").iterdir()]
+    assert len(cached) > 1
+    assert sum(cached) < 50_000
     assert not (run / "stopped.json").exists()
     after = losses(run)
     if ranks == 2:

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from launch.cli import app
 from tests.command import TRAIN, patchmill, refused
 from tests.images import make_image_folder
 
@@ -47,6 +49,23 @@ def test_bad_image_folders(tmp_path):
     line = build("images")
     assert "violet/x.png" in line
     assert "--max-rejected 1" in line
+
+
+def test_rejected_images_are_listed_with_reasons(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_image_folder(tmp_path / "images", per_class=1, classes=("red",))
+    for n in range(11):
+        (tmp_path / f"images/red/x{n:02d}.png").write_bytes(b"")
+    for command in (["build", "images", "out", "--max-rejected", "11"], ["merge", "out"]):
+        done = CliRunner().invoke(app, ["shards", *command])
+        assert done.exit_code == 0
+        lines = done.stdout.splitlines()
+        assert lines[0].startswith("all: 1 sample of 1 class in 1 shard, ")
+        assert ", 11 images rejected: " in lines[0]
+        listed = [line for line in lines if line.startswith("left out: red/x")]
+        assert len(listed) == 10
+        assert all(line.endswith(".png: empty file") for line in listed)
+        assert lines[-1] == "left out: 11 images in all; --json lists them"
 
 
 def test_bad_settings(data, tmp_path):

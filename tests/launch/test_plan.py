@@ -57,6 +57,82 @@ def test_a_digest_follows_settings_inputs_and_images_but_not_ranks(write, tmp_pa
     assert not set(before) & set(digests(HEAD + SHARDS + PRETRAIN + CONVERT))
 
 
+STREAM = """
+[[stage]]
+name = "stream"
+kind = "supervised"
+recipe = "small_pretrain"
+set = { duration = "10 steps", data = { train = "SOURCE", val = "images", allow_pipe = true } }
+"""
+
+
+def test_a_stage_may_train_on_a_stream(write, tmp_path):
+    def stage(source: str):
+        return read_plan(write(HEAD + STREAM.replace("SOURCE", source)), tmp_path / "runs").stages[0]
+
+    for number in range(2):
+        (tmp_path / f"x-{number}.tar").write_bytes(bytes(1024))
+    before = stage("x-{0..1}.tar")
+    assert before.settings.data.train == f"{tmp_path}/x-{{0..1}}.tar"
+    assert stage("x-{0..1}.tar").digest == before.digest != stage("x-*.tar").digest
+    (tmp_path / "x-1.tar").write_bytes(bytes(2048))
+    assert stage("x-{0..1}.tar").digest != before.digest
+    for source in ("pipe:cat {0..9}.tar", "https://host/{0..9}.tar"):
+        assert stage(source).settings.data.train == source
+    with pytest.raises(UserError, match="standard input comes once, and a plan may run again"):
+        stage("-")
+    with pytest.raises(UserError, match=r"no object .*missing.tar"):
+        stage("missing.tar")
+
+
+MIXED = """
+[[stage]]
+name = "pretrain"
+kind = "supervised"
+recipe = "small_pretrain"
+[stage.set.data]
+val = "{shards}/val"
+[[stage.set.data.train]]
+url = "{shards}/train"
+weight = 3
+[[stage.set.data.train]]
+url = "drawings"
+weight = 1
+exclude = "v1"
+"""
+
+
+def test_every_source_of_a_mixture_is_an_input(write, tmp_path):
+    drawings = tmp_path / "drawings"
+    (drawings / "manifest" / "exclude").mkdir(parents=True)
+    (drawings / "manifest" / "dataset.json").write_text("{}")
+
+    def pretrain(text: str = MIXED):
+        return read_plan(write(HEAD + SHARDS + text), tmp_path / "runs").stages[1]
+
+    before = pretrain()
+    assert before.needs == ["shards"]
+    first, second = before.settings.data.train
+    assert (first.url, first.weight) == (f"{tmp_path}/runs/x/stages/shards/data/train", 3)
+    assert (second.url, second.weight, second.exclude) == (str(drawings), 1, "v1")
+    other = pretrain(MIXED.replace("weight = 3", "weight = 2"))
+    assert other.digest != before.digest
+    assert other.inputs == before.inputs  # so it goes on in place, and the loader refuses the weights
+    assert pretrain(MIXED.replace('"v1"', '"v2"')).digest != before.digest
+    (drawings / "manifest" / "exclude" / "v2.parquet").write_bytes(b"written while the stage runs")
+    assert pretrain().inputs == before.inputs
+    (drawings / "manifest" / "dataset.json").write_text("{ }")
+    assert pretrain().inputs != before.inputs
+    for text, message in [
+        (MIXED.replace("{shards}/train", "{shards}/trian"), "makes no {shards}/trian; it makes"),
+        (MIXED.replace("drawings", "drawing"), r"there is no .*drawing \(url\); mend the path"),
+        (MIXED.replace("weight = 1", "wight = 1"), r"unknown setting data\.train\.1\.wight .*did you mean 'weight'"),
+        (MIXED.replace('url = "drawings"', ""), r"setting data\.train\.1\.url is missing"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            pretrain(text)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

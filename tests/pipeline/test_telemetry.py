@@ -1,6 +1,6 @@
 import json
 
-from pipeline.telemetry import Telemetry, read_metrics
+from pipeline.telemetry import Telemetry, _folded, read_metrics
 
 
 def test_a_resumed_run_has_every_line_once(tmp_path):
@@ -28,3 +28,39 @@ def test_tensorboard_mirrors_the_lines(tmp_path):
     telemetry.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(5, 0.25)]
+
+
+VALUES = {
+    "loss": 2.3456, "images_per_second": 12345.6, "mb_per_second": 1060.0, "data_wait": 0.123, "decode_share": 0.44,
+    "quarantined": 3, "retries": 0, "val_top1": 0.5512,
+}  # fmt: skip
+
+
+def test_without_a_terminal_the_progress_is_a_plain_line(tmp_path, capsys):
+    telemetry = Telemetry(tmp_path, "pretrain", total=123456, start=0)
+    telemetry.show(0, VALUES)
+    telemetry.show(10, VALUES)  # too soon
+    telemetry.show(123456, {**VALUES, "val_top1": None, "quarantined": 0, "mb_per_second": 1.25})
+    telemetry.close()
+    assert capsys.readouterr().err.splitlines() == [
+        "pretrain: 0% loss 2.346  top-1 55.1%  12,346 images/s  0:00:10 left  waiting 12%  decoding 44%  1,060 MB/s"
+        "  quarantined 3",
+        "pretrain: 100% loss 2.346  12,346 images/s  0:00:00 left  waiting 12%  decoding 44%  1.2 MB/s",
+    ]
+
+
+def test_what_not_every_run_has_is_said_where_it_is(tmp_path, capsys):
+    telemetry = Telemetry(tmp_path, "x", total=10, start=0)
+    telemetry.show(10, {**VALUES, "quarantined": 0, "cache_hit_share": 0.931, "retries": 12})
+    telemetry.close()
+    assert capsys.readouterr().err.endswith("decoding 44%  1,060 MB/s  cache 93%  retried 12\n")
+
+
+def test_on_a_terminal_every_piece_stays_whole():
+    text = ["loss 2.346", "top-1 55.1%", "12,346 images/s", "0:00:10 left", "waiting 12%"]
+    assert _folded(text, 200) == "  ".join(text)
+    for width in (1, 20, 53):
+        lines = _folded(text, width).split("\n")
+        assert [piece for line in lines for piece in line.split("  ")] == text
+        assert all(len(line) <= width or line in text for line in lines)
+    assert _folded(text, 53).count("\n") == 1

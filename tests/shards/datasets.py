@@ -12,6 +12,7 @@ from PIL import Image
 from xxhash import xxh3_128_digest
 
 from shards import manifest
+from shards.dataset import Dataset
 from shards.header import read_header
 from shards.store import open_store
 
@@ -85,8 +86,18 @@ def write_dataset(folder: Path, classes: list[str], shards: list[list[Made]]) ->
         bytes=sum(table["bytes"]),
         image_bytes=sum(receipt.image_bytes for receipt in receipts),
         shards=len(shards),
-        digest=manifest.digest(classes, table["sha256"]),
+        digest=manifest.digest(classes, table["sha256"], {}),
         build={},
     )
     manifest.write_info(store, info)
     return folder
+
+
+def damage(folder: Path, places: list[tuple[int, int]]) -> None:
+    """Overwrite images, (shard, index) of each, inside the tars, as a failing disk would."""
+    dataset = Dataset.open(folder)
+    for shard, index in places:
+        rows = dataset.rows(shard)
+        with open(folder / manifest.shard_path(shard), "r+b") as tar:
+            tar.seek(int(rows.offset[index]))
+            tar.write(bytes(int(rows.size[index])))

@@ -17,10 +17,11 @@ from PIL import Image
 
 from shards import manifest
 from shards.build import build, parse_split
-from shards.dataset import Dataset
+from shards.dataset import Dataset, write_exclude
 from shards.errors import UserError
 from shards.store import open_store
 from shards.tarwrite import TAR
+from shards.verify import verify
 from tests.shards.images import encode, make_source, tree
 
 # Builds as a user's program would, and kills the build (not its workers) before rename number kill_at.
@@ -178,6 +179,60 @@ def test_image_replaced_by_one_of_the_same_size_is_seen(own, tmp_path):
     assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
 
 
+def test_a_shard_written_anew_is_not_vouched_for_by_its_old_receipt(own, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    build(own, out, workers=1)
+    path = own / "class.0/im.0.jpg"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1  # the same size
+    path.write_bytes(data)
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_):
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(manifest, "write_samples", killed)  # between tar and receipt
+        with pytest.raises(Killed):
+            build(own, out, workers=1)
+    build(own, out, workers=1)
+    build(own, tmp_path / "fresh", workers=1)
+    assert tree(out) == tree(tmp_path / "fresh")
+
+
+def test_drop_lists_never_move_to_other_samples(own, tmp_path):
+    out = tmp_path / "out"
+    build(own, out, workers=1)
+    write_exclude(out, "v1", [(0, 3, "a copy of a test image")])
+    shards = (out / manifest.SHARDS).read_bytes()
+    (out / manifest.shard_path(0)).unlink()
+    build(own, out, workers=1)  # the same bytes again
+    assert Dataset.open(out, "v1").digest != Dataset.open(out).digest
+    path = next(own.rglob("*.jpg"))
+    path.write_bytes(bytes(path.stat().st_size))
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"has drop lists \(v1\).* remove manifest/exclude"):
+            build(own, out, workers=1, max_rejected=1)
+        assert not (out / manifest.DATASET).exists()
+    assert (out / manifest.SHARDS).read_bytes() == shards
+    shutil.rmtree(out / manifest.EXCLUDE)
+    build(own, out, workers=1, max_rejected=1)
+    assert len(Dataset.open(out)) == 7
+
+
+def test_classes_that_look_like_webdatasets_own_files_are_read_by_all(own, tmp_path):
+    (own / "class.0").rename(own / "__unknown__")
+    build(own, tmp_path / "out", workers=1)
+    assert Dataset.open(tmp_path / "out").classes == ["__unknown__", "class.1"]
+    assert verify(tmp_path / "out").faults == []
+    urls = [str(path) for path in sorted((tmp_path / "out/shards").glob("*.tar"))]
+    read = {sample["__key__"] for sample in wds.WebDataset(urls, shardshuffle=False)}
+    assert len(read) == 8
+    assert "_unknown__/im_0" in read
+
+
 def test_nothing_of_an_unfinished_other_build_survives(source, reference, own, tmp_path):
     out = tmp_path / "out"
     build(source, out, shard_samples=1, workers=1)
@@ -297,6 +352,10 @@ def same_key(source):
     (source / "class.0/im_0.png").write_bytes(encode(0, "PNG"))
 
 
+def dangling_class(source):
+    (source / "class.00").symlink_to("/an/unmounted/disk")
+
+
 def dangling_link(source):
     (source / "class.0/link.jpg").symlink_to("nowhere.jpg")
 
@@ -319,6 +378,7 @@ def all_broken(source):
         (loose_files, "1 images but no class folders"),
         (same_key, r"class\.0/im\.0\.jpg and class\.0/im_0\.png"),
         (dangling_link, r"cannot read .*link\.jpg"),
+        (dangling_class, r"cannot read .*class\.00: it is a link to nowhere"),
         (name_not_utf8, "not UTF-8"),
         (all_broken, "every image .* broken"),
     ],

@@ -32,11 +32,11 @@ def url(folder):
         yield url
 
 
-def digest(dataset, batches, start=0, world_size=1, threads=2):
+def digest(dataset, batches, start=0, world_size=1, threads=2, batch=12, **options):
     """The hash of global batches, put together from those of all ranks."""
     loaders = [
-        Loader(dataset, global_batch=12, transform=InceptionCrop(8), rank=rank, world_size=world_size, threads=threads,
-               **SHUFFLE)
+        Loader(dataset, global_batch=batch, transform=InceptionCrop(8), rank=rank, world_size=world_size,
+               threads=threads, **SHUFFLE, **options)
         for rank in range(world_size)
     ]  # fmt: skip
     found = hashlib.sha256()

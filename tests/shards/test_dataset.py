@@ -78,8 +78,8 @@ def test_opening_reads_nothing_of_the_samples(copy, monkeypatch):
     reads = []
     real_open = dataset_module.open_store
 
-    def open_and_record(url):
-        store = real_open(url)
+    def open_and_record(url, settings):
+        store = real_open(url, settings=settings)
         for name in ("read", "read_range", "read_ranges"):
             call = getattr(store, name)
             monkeypatch.setattr(store, name, lambda path, *a, call=call: (reads.append(path), call(path, *a))[1])

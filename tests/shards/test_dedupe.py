@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from shards.dataset import Dataset, write_exclude
 from shards.dedupe import dedupe
 from shards.errors import UserError
 from shards.plan import Slice
+from shards.verify import verify
 from tests.shards.images import tree
 from tests.shards.photographs import jpeg, photographs
 from tests.shards.servers import serve_faults
@@ -196,13 +198,31 @@ def test_an_older_drop_list_is_taken_in(sets, train, tmp_path):
     blurred = next((s, i) for s in range(6) for i, key in enumerate(dataset.rows(s).key) if key == "own/o3")
     write_exclude(train, "v1", [(*taken, "upside down"), (*blurred, "blurred")])
     found = dedupe(train, against(sets), version="v2", base="v1", out=tmp_path / "out", workers=1)
-    assert (found.copies, found.dropped) == (6, 7)
+    assert (found.images, found.copies, found.dropped) == (len(dataset) - 2, 5, 7)
     rows = pq.read_table(train / manifest.exclude_path("v2")).to_pylist()
     reasons = {(row["shard"], row["index"]): row["reason"] for row in rows}
     assert (reasons[taken], reasons[blurred]) == ("upside down", "blurred")
     assert sum("copy (near, mirrored) of a/t3 in " in reason for reason in reasons.values()) == 1
     with pytest.raises(UserError, match="no drop list 'v0'"):
         dedupe(train, against(sets), version="v3", base="v0", out=tmp_path / "out3")
+
+
+def test_what_was_quarantined_is_not_read(sets, train, tmp_path):
+    train = shutil.copytree(train, tmp_path / "copy")
+    tar = train / manifest.shard_path(2)
+    lost = {row["key"] for row in pq.read_table(train / manifest.samples_path(2)).to_pylist()}
+    tar.write_bytes(tar.read_bytes()[:1000])
+    damaged = verify(train, quarantine="bad")
+    assert damaged.quarantine == "bad"
+    with pytest.raises(UserError, match="ends before"):
+        dedupe(train, against(sets), version="v1", out=tmp_path / "raw", workers=1)
+    found = dedupe(train, against(sets), version="v2", base="bad", out=tmp_path / "out", workers=1)
+    assert found.images == len(Dataset.open(train)) - damaged.faulty
+    whole = pq.read_table(tmp_path / "out/pairs.parquet").to_pylist()
+    for pair in whole:  # places are raw ones, as in any drop list
+        assert pq.read_table(train / manifest.samples_path(pair["shard"]))["key"][pair["index"]].as_py() == pair["key"]
+    assert {pair["key"] for pair in whole} & lost == set()
+    assert whole
 
 
 def test_a_dry_run_writes_the_report_and_no_drop_list(sets, train, tmp_path):

@@ -130,7 +130,7 @@ def test_broken_samples_are_listed_with_reasons(tmp_path):
         "t.tar text": "not a jpg, png or webp image",
         "t.tar only": "no image, only .cls",
         "t.tar two": "several images, .jpg .png: choose with --image",
-        "t.tar twice": "several images, .jpg .jpg: choose with --image",
+        "t.tar twice": "the key is there twice, .jpg .jpg: rename one, or remove it",
     }
     assert [(s.key, s.format) for s in samples(tmp_path)] == [("ok", "jpg"), ("lie", "jpg")]  # the true format
     assert manifest.read_receipt(open_store(tmp_path), manifest.samples_path(0)).rejected[0] == ("empty", "empty file")
@@ -242,7 +242,7 @@ def test_the_command_says_what_it_found(tmp_path):
     write_tar(tmp_path / "set" / "0.tar", [("a.jpg", image(0)), ("a.cls", b"3"), ("b.jpg", image(1)), ("c.jpg", b"")])
     command = ["shards", "index", str(tmp_path / "set"), "--max-rejected", "1"]
     done = runner.invoke(app, command)
-    assert "4 classes, 1 samples without label" in done.stdout
+    assert "4 classes, 1 sample without label" in done.stdout
     assert "left out: 0.tar c: empty file" in done.stdout
     done = runner.invoke(app, [*command, "--json"])
     made = json.loads(done.stdout)

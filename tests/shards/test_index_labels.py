@@ -3,15 +3,22 @@
 import json
 
 import pytest
+from typer.testing import CliRunner
 
+from launch.cli import app
 from shards.dataset import Dataset
 from shards.errors import UserError
 from shards.index import index
 from tests.shards.foreign import image, samples, write_named, write_tar
+from tests.shards.sources.servers import serve
 
 LABELS = {
     "number": ("", {"cls": "2\n"}, [2]),
     "name": ("", {"cls": "cat"}, ["cat"]),
+    "leading zeros": ("", {"cls": "007"}, ["007"]),
+    "whole float": ("", {"cls": "2.0"}, [2]),
+    "negative float": ("", {"cls": "-1.0"}, []),
+    "float in json": ("", {"json": {"label": 2.0}}, [2]),
     "none": ("", {"cls": ""}, []),
     "skipped": ("", {"cls": "-1"}, []),
     "text of a list": ("", {"cls": "[1, 2]"}, [1, 2]),
@@ -55,6 +62,9 @@ BAD_LABELS = {
     "object": ("", {"json": b'{"label": {"a": 1}}'}, "is neither"),
     "huge": ("", {"cls": b"99999999999"}, "too large for a class index"),
     "weights": ("", {"json": b'{"labels": [0, 1], "weights": [1]}'}, "1 weights for 2 labels"),
+    "weight beyond float32": ("", {"json": b'{"labels": [0], "weights": [1e39]}'}, "weight 1e+39: a weight"),
+    "enormous weight": ("", {"json": b'{"labels": [0], "weights": [1' + b"0" * 400 + b"]}"}, "float32 can hold"),
+    "list of floats": ("", {"json": b"[1.0, 0.0]"}, "'1.0' is neither"),
     "bad weight": ("", {"json": b'{"labels": [0], "weights": [NaN]}'}, "a weight is a number from 0 on"),
 }
 
@@ -113,9 +123,27 @@ def test_a_file_of_classes_gives_the_numbers(tmp_path):
             index(tmp_path, classes=tmp_path / "names.txt")
 
 
+def test_numbers_with_leading_zeros_are_names_of_their_own(tmp_path):
+    write_named(tmp_path, ["01", "1", "0456"])
+    assert index(tmp_path).classes == ["01", "0456", "1"]
+    dataset = Dataset.open(tmp_path)
+    assert [[dataset.classes[x] for x in s.labels] for s in samples(tmp_path)] == [["01"], ["1"], ["0456"]]
+
+
+def test_names_of_classes_may_lie_anywhere_and_be_ambiguous(tmp_path):
+    write_named(tmp_path / "set", ["dog", "2"], ["crane"])
+    (tmp_path / "names.txt").write_text("crane\ndog\ncrane\n")  # as ImageNet's own
+    with serve(tmp_path) as web:
+        command = ["shards", "index", f"{tmp_path}/set", "--classes", f"{web}/names.txt", "--max-rejected", "1"]
+        done = CliRunner().invoke(app, [*command, "--json"])
+    assert json.loads(done.stdout)["rejected"] == [["1.tar 1-0", "two classes are called 'crane'"]]
+    assert Dataset.open(tmp_path / "set").classes == ["crane", "dog", "crane"]
+    assert [s.labels for s in samples(tmp_path / "set")] == [(1,), (2,)]
+
+
 def test_names_and_numbers_together_need_a_file_of_classes(tmp_path):
     write_named(tmp_path, ["1", "2"], ["ant"])
-    with pytest.raises(UserError, match=r"names in 1\.tar and numbers in 0\.tar; give --classes"):
+    with pytest.raises(UserError, match=r"such as ant in 1\.tar, and numbers, such as 2 in 0\.tar; give --classes"):
         index(tmp_path)
     write_tar(
         tmp_path / "x" / "0.tar", [("a.jpg", image(0)), ("a.json", b"3"), ("b.jpg", image(1)), ("b.json", b'"c"')]
@@ -128,3 +156,15 @@ def test_a_number_that_is_no_class_is_told(tmp_path):
     write_tar(tmp_path / "0.tar", [("a.jpg", image(0)), ("a.cls", b"1700000000")])
     with pytest.raises(UserError, match=r"label 1700000000 in 0\.tar would make 1,700,000,001 classes"):
         index(tmp_path)
+
+
+def test_reading_other_labels_makes_another_data_set(tmp_path):
+    labels = [{"fine": i % 3, "coarse": 2 - i % 3} for i in range(6)]
+    members = [(f"{i}.{kind}", data) for i, row in enumerate(labels)
+               for kind, data in (("jpg", image(i)), ("json", json.dumps(row).encode()))]  # fmt: skip
+    write_tar(tmp_path / "set" / "0.tar", members)
+    digests = set()
+    for label in ("json:fine", "json:coarse"):
+        index(tmp_path / "set", tmp_path / label, label=label)
+        digests.add(Dataset.open(tmp_path / label).digest)
+    assert len(digests) == 2  # a run on one does not go on with the other

@@ -1,6 +1,7 @@
 import json
 import threading
 from itertools import islice
+from time import perf_counter
 
 import numpy as np
 import pytest
@@ -9,12 +10,13 @@ from PIL import Image
 from shards import manifest
 from shards.augment import InceptionCrop, Resize, draws
 from shards.build import build
-from shards.dataset import Dataset
+from shards.dataset import Dataset, write_exclude
 from shards.decode import DecodeError, decode
 from shards.errors import PatchmillError, UserError
-from shards.evaluation import evaluation_batches
+from shards.evaluation import EvaluationLoader
 from shards.loader import Loader
 from shards.store import open_store
+from tests.shards.datasets import damage
 
 SAMPLES = 53  # prime: nothing divides an epoch
 CROP = InceptionCrop(16)
@@ -138,7 +140,7 @@ def test_another_order_is_refused(dataset, change, words):
 
 def test_other_data_and_decoder_are_refused(dataset, own):
     mine, state = loader(dataset), loader(dataset).state_dict()
-    with pytest.raises(UserError, match=f"data is {dataset.digest}, was abc"):
+    with pytest.raises(UserError, match=f"data is {dataset.digest[:12]}, was abc; the samples are others"):
         mine.load_state_dict(state | {"data": "abc"})
     other = state | {"decoder": "older 1.0", "samples": 24}
     with pytest.raises(UserError, match=r"decoder is simplejpeg .*, was older 1\.0"):
@@ -148,14 +150,26 @@ def test_other_data_and_decoder_are_refused(dataset, own):
     assert mine.samples == 24
 
 
-def damage(folder, places):
-    """Overwrite images inside the tars, as a failing disk would."""
-    dataset = Dataset.open(folder)
-    for shard, index in places:
-        rows = dataset.rows(shard)
-        with open(folder / manifest.shard_path(shard), "r+b") as tar:
-            tar.seek(int(rows.offset[index]))
-            tar.write(bytes(int(rows.size[index])))
+def test_another_drop_list_is_refused_and_named(own):
+    write_exclude(own, "v1", [(0, 1, "blurred")])
+    write_exclude(own, "v2", [(0, 1, "blurred"), (3, 2, "a copy of a test image")])
+    write_exclude(own, "v1-again", [(0, 1, "blurred")])
+    state = loader(Dataset.open(own, "v1")).state_dict()
+    assert state["exclude"] == "v1"
+    for version, words in [
+        (
+            "v2",
+            r"data is \w{12}, was \w{12}; exclude is v2, was v1; the samples .* drop list of then, or start a new run",
+        ),
+        (None, r"data is \w{12}, was \w{12}; exclude is None, was v1; "),
+        ("v1-again", r"stream: exclude is v1-again, was v1; "),
+    ]:
+        mine = loader(Dataset.open(own, version))
+        with pytest.raises(UserError, match=words) as raised:
+            mine.load_state_dict(state | {"samples": 24})
+        assert "\n" not in str(raised.value)
+        assert mine.samples == 0
+    loader(Dataset.open(own, "v1")).load_state_dict(state)
 
 
 def test_broken_samples_get_stand_ins_from_their_block(own, tmp_path):
@@ -261,7 +275,7 @@ def test_an_error_of_a_thread_reaches_the_consumer_and_ends_the_threads(own):
         next(batches)
     assert not decoding_threads()
     with pytest.raises(PatchmillError, match=r"no object"):
-        next(evaluation_batches(dataset, 4, transform=CROP))
+        next(iter(EvaluationLoader(dataset, 4, transform=CROP)))
     assert not decoding_threads()
 
 
@@ -284,9 +298,67 @@ def test_threads_end_with_the_iterator(dataset):
     next(batches)
     batches.close()
     assert not decoding_threads()
-    for _ in evaluation_batches(dataset, 4, transform=CROP):
+    for _ in EvaluationLoader(dataset, 4, transform=CROP):
         break
     assert not decoding_threads()
+
+
+def test_counts_are_of_what_the_threads_did(own):
+    dataset = Dataset.open(own)
+    mine = loader(dataset, prefetch=0, threads=3)
+    began = perf_counter()
+    batches = list(islice(mine, 3))
+    seconds = perf_counter() - began
+    _, shard, index = mine.order.locate(np.concatenate([batch.positions for batch in batches]))
+    counts = mine.counts()
+    assert counts.bytes == sum(int(dataset.rows(s).size[i]) for s, i in zip(shard, index, strict=True))
+    assert 0 < counts.read_seconds < 3 * seconds
+    assert 0 < counts.decode_seconds < 3 * seconds
+    assert counts.replaced == counts.quarantined == 0
+    damage(own, [(0, 3), (2, 7)])
+    mine = loader(Dataset.open(own), prefetch=0)
+    list(islice(mine, 9))  # two epochs
+    assert mine.counts().quarantined == 2
+    assert mine.counts().replaced == mine.replaced >= 4
+
+
+@pytest.mark.parametrize("prefetch", [0, 3])
+def test_a_stream_with_a_stop_has_a_length_and_ends(dataset, prefetch):
+    endless, _ = take(dataset, 10)
+    mine = loader(dataset, stop=SAMPLES, prefetch=prefetch)
+    assert len(mine) == 5  # 53 samples in batches of 12
+    assert len(list(mine)) == 5
+    assert mine.samples == 60
+    assert not list(mine)
+    assert len(mine) == 0
+    mine.stop = 2 * SAMPLES  # the next epoch: on from where it stands
+    assert len(mine) == 4
+    for left, batch in zip((3, 2, 1, 0), mine, strict=True):
+        assert len(mine) == left
+        assert all(
+            endless[int(p)][0] == image.tobytes() for image, p in zip(batch.images, batch.positions, strict=True)
+        )
+    mine.load_state_dict(mine.state_dict() | {"samples": 24})
+    assert len(mine) == 7
+    batches = iter(mine)
+    assert next(batches).positions[0] == 24
+    mine.global_batch = 6
+    assert len(mine) == 12
+    assert len(list(batches)) == 12
+    assert not decoding_threads()
+
+
+def test_nothing_is_read_past_a_stop(dataset, monkeypatch):
+    began = []
+    read = Dataset.read
+    monkeypatch.setattr(Dataset, "read", lambda self, *where: began.append(where) or read(self, *where))
+    assert len(list(loader(dataset, stop=2 * BATCH, prefetch=5))) == 2
+    assert len(began) == 2 * BATCH
+
+
+def test_an_endless_stream_has_no_length(dataset):
+    with pytest.raises(TypeError, match=r"no end, so no length; set Loader\(stop=\.\.\.\)"):
+        len(loader(dataset))
 
 
 def test_look_ahead_is_bounded_and_not_counted(dataset, monkeypatch):
@@ -302,11 +374,15 @@ def test_look_ahead_is_bounded_and_not_counted(dataset, monkeypatch):
     batches.close()
 
 
-@pytest.mark.parametrize(("batch", "world_size"), [(1, 1), (4, 3), (16, 4), (53, 1), (60, 2), (5, 11)])
+@pytest.mark.parametrize(
+    ("batch", "world_size"), [(1, 1), (4, 3), (16, 4), (53, 1), (60, 2), (5, 11), (1, 60), (2, 64)]
+)
 def test_evaluation_reads_every_sample_once(dataset, batch, world_size):
     found, steps = {}, set()
     for rank in range(world_size):
-        parts = list(evaluation_batches(dataset, batch, transform=Resize(8), rank=rank, world_size=world_size))
+        mine = EvaluationLoader(dataset, batch, transform=Resize(8), rank=rank, world_size=world_size)
+        parts = list(mine)
+        assert len(parts) == len(mine)
         steps.add(len(parts))
         for part in parts:
             assert len(part.images) == len(part.labels) == len(part.valid) == batch
@@ -324,7 +400,15 @@ def test_evaluation_reads_every_sample_once(dataset, batch, world_size):
         assert (image == Resize(8)(decode(sample.image, sample.key), (0, 0, 0))).all()
 
 
+def test_an_evaluation_may_be_iterated_again(dataset):
+    mine = EvaluationLoader(dataset, 20, transform=Resize(8))
+    first, second = ([batch.images for batch in mine] for _ in range(2))
+    assert len(first) == len(mine) == 3
+    assert np.array_equal(first, second)
+    assert not decoding_threads()
+
+
 def test_evaluation_stops_at_a_broken_sample(own):
     damage(own, [(1, 2)])
     with pytest.raises(DecodeError):
-        list(evaluation_batches(Dataset.open(own), 8, transform=Resize(8)))
+        list(EvaluationLoader(Dataset.open(own), 8, transform=Resize(8)))

@@ -60,15 +60,15 @@ def test_bad_info_is_one_line_for_the_user(data, message):
 
 
 def test_digest_sees_classes_shards_and_their_order():
-    base = manifest.digest(["a", "b"], ["1", "2"])
+    base = manifest.digest(["a", "b"], ["1", "2"], {})
     others = [
         (["b", "a"], ["1", "2"]),
         (["a", "b"], ["2", "1"]),
         (["a", "b"], ["1"]),
         (["a", "b", "1"], ["2"]),
     ]
-    assert base == manifest.digest(["a", "b"], ["1", "2"])
-    assert base not in [manifest.digest(*other) for other in others]
+    assert base == manifest.digest(["a", "b"], ["1", "2"], {})
+    assert base not in [manifest.digest(*other, {}) for other in others]
     shard, index = np.array([0, 1], np.int32), np.array([5, 6], np.int32)
     dropped = manifest.digest_with_exclude(base, shard, index)
     assert dropped == manifest.digest_with_exclude(base, shard, index)

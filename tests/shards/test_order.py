@@ -10,14 +10,12 @@ from shards.errors import UserError
 from shards.hashing import hash_array, hash_int
 from shards.order import (
     ORDER_VERSION,
-    Mixture,
     Order,
     Shuffle,
     check_batch,
     choose_shuffle,
     kept_to_raw,
     lanes_of_rank,
-    quotas,
     rank_positions,
     read_factor,
 )
@@ -83,6 +81,31 @@ def test_any_position_alone_is_the_same_as_in_bulk(sizes, shuffle, start, data):
     order = Order(sizes, 3, shuffle)
     for k in data.draw(st.lists(st.integers(0, 59), min_size=1, max_size=8)):
         assert located(order, [start + k]) == [bulk[k]]
+
+
+@given(shard_sizes, shuffles, st.integers(0, 1000))
+@quick
+def test_find_is_the_inverse_of_locate(sizes, shuffle, epoch):
+    order, n = Order(sizes, 6, shuffle), sum(sizes)
+    positions = np.arange(epoch * n, (epoch + 3) * n)
+    assert order.find(*order.locate(positions)).tolist() == positions.tolist()
+
+
+@given(shard_sizes, shuffles, st.integers(1, 8), st.integers(0, 3), st.integers(1, 3), st.data())
+@quick
+def test_next_use_is_what_a_search_finds(sizes, shuffle, world_size, epoch, epochs, data):
+    ranks = data.draw(st.lists(st.integers(0, world_size - 1), min_size=1, unique=True))
+    n = sum(sizes)
+    asked = data.draw(st.lists(st.integers(epoch * n, (epoch + 1) * n - 1), min_size=1, max_size=5))
+    order = Order(sizes, 7, shuffle)
+    chunks = [(s, i // shuffle.chunk) for _, s, i in located(order, np.arange((epoch + epochs + 1) * n))]
+    until = order.needed_until(np.array(asked)).tolist()
+    expected = []
+    for position, end in zip(asked, until, strict=True):
+        same = [p for p, chunk in enumerate(chunks) if chunk == chunks[position]]
+        expected.append(next((p for p in same if p > end and p % world_size in ranks), same[-1]))
+    got = Order(sizes, 7, shuffle).next_use(np.array(asked), ranks, world_size, epochs)
+    assert got.tolist() == expected
 
 
 def test_a_seek_makes_only_the_blocks_it_needs():
@@ -180,37 +203,6 @@ def test_drop_list_keeps_the_law():
     assert got == {(s, i) for s, n in enumerate(raw_sizes) for i in range(n) if i not in dropped[s]}
 
 
-@given(
-    st.integers(1, 6),
-    st.lists(st.tuples(st.integers(6, 30), st.floats(0.5, 5)), min_size=1, max_size=4),
-    st.integers(40, 60),
-)
-@quick
-def test_mixture_has_exact_quotas_and_exact_source_epochs(lanes, sources, period):
-    shuffle = Shuffle(lanes, 3, 4)
-    sizes = [[n // 2, n - n // 2] for n, _ in sources]
-    mixture = Mixture([Order(s, 1, shuffle) for s in sizes], [w for _, w in sources], 8, period)
-    rows = 3 * period
-    source, epoch, shard, index = mixture.locate(np.arange(rows * lanes))
-    counts = np.stack([source.reshape(3, period, lanes) == s for s in range(len(sizes))]).sum(axis=2)
-    assert (counts == mixture.quotas[:, None, None]).all()
-    seen = {}
-    for s, e, *where in zip(*(x.tolist() for x in (source, epoch, shard, index)), strict=True):
-        assert tuple(where) not in seen.setdefault((s, e), set())
-        seen[s, e].add(tuple(where))
-    for s, n in enumerate(map(sum, sizes)):  # an epoch that every lane has left is whole
-        left = rows * mixture.quotas[s] // period // -(-n // lanes)
-        assert all(len(seen[s, e]) == n for e in range(left))
-    some = np.array([rows * lanes - 1, 0, rows * lanes // 2])
-    fresh = Mixture([Order(s, 1, shuffle) for s in sizes], [w for _, w in sources], 8, period)
-    assert [x.tolist() for x in fresh.locate(some)] == [x[some].tolist() for x in (source, epoch, shard, index)]
-
-
-def test_quotas_by_largest_remainder():
-    assert quotas([1, 1, 1], 10).tolist() == [4, 3, 3]
-    assert quotas([0.5, 0.3, 0.2], 64).tolist() == [32, 19, 13]
-
-
 @pytest.mark.parametrize("samples", [1, 2, 47, 95, 96, 100, 1000, 12_345, 1_281_167, 300_000_000])
 @pytest.mark.parametrize("mean_bytes", [500, 5e4, 2e6])
 def test_chosen_shuffle_fits_data_and_window(samples, mean_bytes):
@@ -245,13 +237,6 @@ def test_golden_order():
         [3, 2, 2, 2, 2, 2, 2, 2, 3, 2],
         [3, 5, 11, 0, 3, 1, 4, 3, 0, 12],
     ]
-    mixture = Mixture([order, Order([9], 1, Shuffle(4, 2, 4))], [2, 1], 42, 6)
-    assert [x.tolist() for x in mixture.locate(np.array([0, 1, 5, 40, 123]))] == [
-        [0, 0, 1, 0, 1],
-        [0, 0, 0, 1, 5],
-        [3, 2, 0, 2, 0],
-        [3, 5, 5, 3, 1],
-    ]
 
 
 @pytest.mark.parametrize(
@@ -261,9 +246,6 @@ def test_golden_order():
         (lambda: check_batch(3, 8), ["3", "8 ranks", "use 8"]),
         (lambda: Order([0, 0], 0, Shuffle(1, 1, 1)), ["no sample"]),
         (lambda: Shuffle(0, 1, 1), ["lanes", "0"]),
-        (lambda: Mixture([Order([5], 0, Shuffle(6, 1, 1))], [1], 0), ["5 samples", "6 lanes"]),
-        (lambda: quotas([1, 0], 8), ["weights", "positive"]),
-        (lambda: quotas([1, 1000], 8), ["[0, 8]", "raise the period"]),
     ],
 )
 def test_mistakes_are_named(wrong, words):

@@ -1,5 +1,6 @@
 """A build in slices: the same bytes as in one, whoever comes when, and nothing without all of them."""
 
+import json
 import subprocess
 import sys
 
@@ -111,6 +112,22 @@ def test_stale_shards_of_a_longer_try_are_not_merged(source, tmp_path):
     merge(out)
     build(source, tmp_path / "fresh", shard_samples=5, split={"val": 0.3}, workers=1)
     assert tree(out) == tree(tmp_path / "fresh")
+
+
+def test_merge_knows_the_newest_images_that_any_slice_saw(tmp_path):
+    source, out = make_source(tmp_path / "source", classes=3, each=10), tmp_path / "out"
+    one_slice(source, out, 0, 2)
+    begun = json.loads((out / "building.json").read_text())
+    for path in source.rglob("*.jpg"):
+        path.touch()
+    one_slice(source, out, 1, 2)
+    seen = json.loads((out / "building.json").read_text())
+    assert seen["parts"]["train"]["changed"] > begun["parts"]["train"]["changed"]
+    for part in seen["parts"].values():  # a slice on a machine that has not heard of the changes yet
+        part["changed"] = [time + 10**9 for time in part["changed"]]
+    (out / "building.json").write_text(json.dumps(seen))
+    one_slice(source, out, 1, 2)
+    assert json.loads((out / "building.json").read_text()) == seen
 
 
 def test_a_source_that_changed_between_slices_is_seen_by_merge(tmp_path):

@@ -3,9 +3,10 @@
 import json
 import re
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
@@ -13,11 +14,14 @@ from typer.testing import CliRunner
 from launch.cli import app
 from shards import repeats as repeats_module
 from shards.dataset import Dataset, write_exclude
+from shards.errors import UserError
 from shards.header import read_header
+from shards.index import index
 from shards.repeats import Place, repeats
 from shards.stats import PERCENTS, stats
 from shards.stats_view import page, tables
 from tests.shards.datasets import Made, plain, write_dataset
+from tests.shards.foreign import write_tar
 from tests.shards.images import encode
 
 CLASSES = ["cat", "dog <b>", "empty", "owl"]
@@ -161,6 +165,46 @@ def test_classes_that_share_a_name_are_both_counted(tmp_path):
     assert re.search(r"classes\W+3\b", text)
     assert len(re.findall(r"crane\W+[13]\b", text)) == 2
     assert page(found).count("<td>crane</td>") == 2
+
+
+def test_rejected_images_are_counted_by_reason(tmp_path):
+    write_tar(tmp_path / "0.tar", [("a.jpg", encode(0)), ("b.jpg", b""), ("c.jpg", b"<html>")])
+    write_tar(tmp_path / "1.tar", [("d.jpg", encode(1)), ("e.jpg", b""), ("f.cls", b"0")])
+    index(tmp_path, max_rejected=4)
+    found = stats(Dataset.open(tmp_path))
+    assert list(found.rejected.items()) == [
+        ("empty file", 2), ("no image, only .cls", 1), ("not a jpg, png or webp image", 1)
+    ]  # fmt: skip
+    assert json.loads(json.dumps(asdict(found)))["rejected"] == found.rejected
+    assert re.search(r"rejected\W+4\b", text_of(found))
+    assert re.search(r"empty file\W+2\b", text_of(found))
+    assert "<td>empty file</td><td class=n>2</td><td class=n>50.0%</td>" in page(found)
+    many = replace(found, rejected={f"reason {n}": 1 for n in range(1000)})
+    assert re.search(r"980 other reasons\W+980\b", text_of(many))
+    assert "<td>980 other reasons</td>" in page(many)
+
+
+def test_without_rejected_images_nothing_is_listed(folder):
+    found = stats(Dataset.open(folder))
+    assert found.rejected == {}
+    assert "left out" not in text_of(found)
+    assert "Rejected images of the source</h2><p>None." in page(found)
+
+
+def test_a_table_without_receipt_is_told(tmp_path):
+    folder = write_dataset(tmp_path / "set", ["a"], [[Made("k", plain("red"))]])
+    path = folder / "manifest/samples/000000.parquet"
+    pq.write_table(pq.read_table(path).replace_schema_metadata(), path)
+    with pytest.raises(UserError, match=r"000000\.parquet is damaged"):
+        stats(Dataset.open(folder))
+
+
+def test_bars_say_what_is_done(folder, capfd):
+    stats(Dataset.open(folder), progress=True)
+    shown = capfd.readouterr().err
+    assert "repeated keys" in shown
+    assert "repeated images" in shown
+    assert "xxh128" not in shown
 
 
 def test_a_page_goes_to_a_local_file(folder, tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from shards.errors import PatchmillError, UserError
 from shards.objects import ExistsError, MissingError
 from shards.remotestore import GAP, _spans
 from shards.store import open_store
+from shards.storesettings import StoreSettings
 from tests.shards.servers import serve_faults
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
@@ -102,12 +103,24 @@ READS = {
 }
 
 
-@pytest.mark.parametrize("read", READS.values(), ids=READS)
-@pytest.mark.parametrize("fault", ["error", "half body"])
-def test_bad_answers_are_asked_for_again(server, read, fault):
+FAULTS = ("error", "reset", "silence", "half body", "reset inside", "stall", "wrong length")
+
+
+@pytest.mark.parametrize(
+    ("fault", "read"),
+    [
+        pytest.param(fault, read, id=f"{fault}-{name}")
+        for fault in FAULTS
+        for name, read in READS.items()
+        if (fault, name) != ("wrong length", "whole")  # only of a range is it known how long it should be
+    ],
+)
+def test_bad_answers_are_asked_for_again_and_counted(server, fault, read):
     server.fault, server.bad = fault, 2
-    assert read(open_store(f"{server.url}/shards"))
+    store = open_store(f"{server.url}/shards", settings=StoreSettings(timeout_seconds=0.5))
+    assert read(store)
     assert server.requests == 3
+    assert store.retries == 2
 
 
 @pytest.mark.parametrize(
@@ -156,15 +169,18 @@ def test_spans_merge_what_is_near():
     ]
 
 
-def test_a_server_without_ranges_is_told(folder):
+@pytest.fixture
+def plain_server(folder):
+    """The standard file server, which knows no ranges."""
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder)) as server:
         threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
-        store = open_store(f"http://127.0.0.1:{server.server_port}/shards")
-        with pytest.raises(PatchmillError, match="use a server that can send parts of a file"):
-            store.read_range("000000.tar", 5, 10)
-        with pytest.raises(PatchmillError, match=r"plain web servers such as .* cannot list"):
-            store.list("")
+        yield f"http://127.0.0.1:{server.server_port}/shards"
         server.shutdown()
+
+
+def test_a_plain_server_lists_nothing(plain_server):
+    with pytest.raises(PatchmillError, match=r"plain web servers such as .* cannot list"):
+        open_store(plain_server).list("")
 
 
 @pytest.fixture(params=["path", "s3"])
@@ -269,9 +285,10 @@ def test_bad_urls(url, tmp_path):
         open_store(url.format(tmp_path))
 
 
-def test_password_in_url_is_refused_and_not_repeated():
+@pytest.mark.parametrize("url", ["https://me:hunter2@example.org/data", "s3://me:hunter2/+hunter2@bucket/data"])
+def test_password_in_url_is_refused_and_not_repeated(url):
     with pytest.raises(UserError, match="environment") as caught:
-        open_store("https://me:hunter2@example.org/data")
+        open_store(url)
     assert "hunter2" not in str(caught.value)
 
 

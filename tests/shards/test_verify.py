@@ -230,7 +230,7 @@ def test_names_of_classes_and_weights_are_compared(tmp_path):
     info = json.loads((tmp_path / manifest.DATASET).read_text())
     shards = manifest.read_table((tmp_path / manifest.SHARDS).read_bytes())
     info["classes"] = ["ant", "cat", "bee"]
-    info["digest"] = manifest.digest(info["classes"], shards["sha256"].to_pylist())
+    info["digest"] = manifest.digest(info["classes"], shards["sha256"].to_pylist(), info["build"])
     (tmp_path / manifest.DATASET).write_text(json.dumps(info))
     assert {fault.key for fault in verify(tmp_path).faults} == {"a", "b"}
 
@@ -241,6 +241,15 @@ def test_totals_are_compared(copy):
     assert faults(verify(copy)) == [("", "", "manifest/dataset.json says 25 samples, manifest/shards.parquet 24")]
 
 
+def test_a_tar_that_is_in_no_manifest(tmp_path):
+    built = tmp_path / "out"
+    build(make_source(tmp_path / "source"), built, workers=1)
+    shutil.copy(built / manifest.shard_path(0), built / manifest.shard_path(9))
+    assert faults(verify(built)) == [
+        ("shards/000009.tar", "", "it is not in the manifest, but readers of shards/*.tar would read it; remove it")
+    ]
+
+
 def test_receipts_are_compared(copy):
     table = manifest.read_table((copy / manifest.SHARDS).read_bytes())
     rows = table.to_pydict()
@@ -249,7 +258,7 @@ def test_receipts_are_compared(copy):
     with pytest.raises(UserError, match="do not belong together"):
         verify(copy)
     info = json.loads((copy / manifest.DATASET).read_text())
-    info["digest"] = manifest.digest(info["classes"], rows["sha256"])
+    info["digest"] = manifest.digest(info["classes"], rows["sha256"], info["build"])
     (copy / manifest.DATASET).write_text(json.dumps(info))
     found = verify(copy)
     assert [reason.split(" is ")[0] for _, _, reason in faults(found)] == ["sha256", "the tar's sha256"]

@@ -40,7 +40,7 @@ def by_hand(folder) -> dict:
     return {"top1": np.mean(right), "loss": np.mean(losses), "images": 27, "top5": 1.0}
 
 
-@pytest.mark.parametrize(("ranks", "batch"), [(1, 64), (2, 4), (3, 5), (4, 7)])
+@pytest.mark.parametrize(("ranks", "batch"), [(1, 64), (2, 4), (3, 5), (4, 3)])
 def test_every_image_counts_once_on_any_number_of_ranks(folder, by_hand, ranks, batch):
     results = run_on_ranks(WORKER, ranks, folder, batch)
     assert all(result == results[0] for result in results)

@@ -168,6 +168,37 @@ def test_numbers_in_csv_keep_their_text_as_keys_and_become_labels(folder):
 
 
 @pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        (["01", "1", "0456"], ["01", "0456", "1"]),  # zip codes: each is a class of its own
+        (["007", "006", "007"], ["006", "007"]),
+        (["2.0", "10.0", "0.0"], ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10"]),  # integers with gaps
+        (["2.00", "1", "0"], ["0", "1", "2"]),
+        (["1.5", "2.0"], ["1.5", "2.0"]),
+        (["4006381333931", "0012345678905"], ["0012345678905", "4006381333931"]),
+    ],
+)
+def test_text_in_csv_is_a_number_if_all_of_it_is(folder, cells, expected):
+    path = folder / "t.csv"
+    path.write_text("path,label\n" + "".join(f"{n},{cell}\n" for n, cell in enumerate(cells)))
+    source = open_source(path, unpacked=folder)
+    assert source.classes == expected
+    assert labels(source) == [[cell if cell in expected else str(int(float(cell)))] for cell in cells]
+
+
+def test_a_file_of_classes_may_have_one_name_twice_and_lie_anywhere(folder):
+    (folder / "names.txt").write_text("crane\ndog\ncrane\n")  # as ImageNet's own
+    path = write(folder / "t.csv", [{"path": "x", "label": "dog"}, {"path": "y", "label": "2"}])
+    with serve(folder) as web:
+        source = open_source(path, unpacked=folder, classes=f"{web}/names.txt")
+    assert source.classes == ["crane", "dog", "crane"]
+    assert [item.labels for item in source.items()] == [(1,), (2,)]
+    write(path, [{"path": "x", "label": "crane"}])
+    with pytest.raises(UserError, match="two classes are called 'crane'"):
+        open_source(path, unpacked=folder, classes=str(folder / "names.txt"))
+
+
+@pytest.mark.parametrize(
     ("text", "options", "message"),
     [
         ("x,label\na,1\n", {}, "no column of images among x, label"),
@@ -178,12 +209,16 @@ def test_numbers_in_csv_keep_their_text_as_keys_and_become_labels(folder):
         ("path,label\na,1\n,2\n", {}, r"row 2 of .* has no image"),
         ("path,label,key\na,1,\n", {}, r"row 1 of .* has no key"),
         ("path,label\na,1\nb\n", {}, r"cannot read table .*t\.csv: .*columns"),
+        ("path,label\na,2.0\nb,-1.0\n", {}, r"row 2 of .* has no label"),
         ("path,label\na,-5\n", {}, "has the label '-5'"),
         ("path,label\na,9999999\n", {}, "would make 10,000,000 classes"),
         ("path,label,weight\na,x,y\n", {}, r"row 1 of .* has the weights 'y'"),
         ("path,label,weight\na,x,-1\n", {}, r"row 1 of .* has the weight -1\.0"),
+        ("path,label,weight\na,x,1e39\n", {}, r"row 1 of .* has the weight 1e\+39; .* float32"),
+        ('path,weights\na,"{""x"": 1' + "0" * 400 + '}"\n', {}, "row 1 of .* has the weight 1000"),
         ("path,label,weight\na,x,1|2\n", {"separator": "|"}, "2 weights for 1 labels"),
         ("path,label\na,x|x\n", {"separator": "|"}, "twice"),
+        ("path,label\na,1|1.0\n", {"separator": "|"}, r"row 1 of .* has one class twice, \['1', '1\.0'\]"),
         ("", {}, r"t\.csv is empty"),
     ],
 )
@@ -202,7 +237,10 @@ def test_bad_json_lines(folder):
         ('{"path": "a", "label": 1}\n{"path": "b", "label": ' + "9" * 5000 + "}\n", "line 2: .*4300 digits"),
         ("[" * 200_000 + "\n", "line 1: maximum recursion depth"),
         (b'{"path": "a", "label": 1}\n{"path": "\xff"}\n', "line 2: .*0xff"),
-        ('{"path": "a", "label": 1}\n{"path": "b", "label": "x"}\n', "are names, such as x, and numbers, such as 1"),
+        (
+            '{"path": "a", "label": 1}\n{"path": "b", "label": "x"}\n',
+            "such as x in .*, and numbers, such as 1 in ",
+        ),
         ('{"path": "a", "label": true}\n', "'True', which is neither"),
         ('{"path": "a", "label": [[1]]}\n', "neither a class index nor a name"),
     ]:

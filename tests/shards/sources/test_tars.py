@@ -2,13 +2,17 @@
 
 import io
 import json
+import re
 import tarfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from shards.build import build
+from shards.dataset import Dataset
 from shards.errors import UserError
+from shards.manifest import parse_info
 from shards.sources.open import open_source
 from shards.sources.reader import Reader
 from tests.shards.images import encode, tree
@@ -94,6 +98,67 @@ def test_options(tmp_path):
     options = {"image": "png", "label": "meta.json:info.kind", "classes": str(tmp_path / "names.txt")}
     source = open_source(path, unpacked=tmp_path / "u", **options)
     assert [(item.labels, data) for item, data in read(source, tmp_path / "u")] == [((1,), encode(2, "PNG"))]
+
+
+def numbered_anew(folder, names, count=4):
+    for tar, name in enumerate(names):
+        files = [(f"{n:06d}.{end}", data) for n in range(count)
+                 for end, data in (("jpg", encode(10 * tar + n)), ("cls", b"%d" % tar))]  # fmt: skip
+        write(folder / name, files)
+
+
+def test_keys_that_each_tar_numbers_anew_get_its_name(tmp_path):
+    numbered_anew(tmp_path / "set", ["00000.tar", "00001.tar", "x.2.tar"])
+    write(tmp_path / "set/other.tar", [("unlike.jpg", encode(99)), ("unlike.cls", b"3")])
+    made = build(tmp_path / "set", tmp_path / "out")
+    dataset = Dataset.open(tmp_path / "out")
+    assert made.parts["all"].samples == len(dataset) == 13
+    expected = {
+        f"{tar}/{n:06d}": encode(10 * k + n) for k, tar in enumerate(["00000", "00001", "x_2"]) for n in range(4)
+    }
+    assert {s.key: s.image for s in dataset.read_many(0, 0, 13)} == expected | {"other/unlike": encode(99)}
+    one = open_source(tmp_path / "set/00001.tar", unpacked=tmp_path / "u")
+    assert [item.key for item in one.items()] == [f"{n:06d}" for n in range(4)]  # nothing to tell it from
+    folders = open_source(f"{tmp_path}/*/0000*.tar", unpacked=tmp_path / "u")
+    assert {item.key.rpartition("/")[0] for item in folders.items()} == {"set/00000", "set/00001"}
+
+
+def test_keys_alike_but_for_dots_get_the_name_of_their_tar(tmp_path):
+    write(tmp_path / "set/a.tar", [("a.b/c.jpg", encode(0)), ("a.b/c.cls", b"0")])
+    write(tmp_path / "set/b.tar", [("a_b/c.jpg", encode(1)), ("a_b/c.cls", b"0")])
+    assert [item.key for item in open_source(tmp_path / "set", unpacked=tmp_path / "u").items()] == [
+        "a/a_b/c",
+        "b/a_b/c",
+    ]
+
+
+def test_a_key_twice_in_one_tar_is_no_reason_for_its_name(tmp_path):
+    files = [("a.jpg", encode(0)), ("a.cls", b"0"), ("b.jpg", encode(1)), ("b.cls", b"0")]
+    write(tmp_path / "set/x.tar", files + files)
+    write(tmp_path / "set/y.tar", [("c.jpg", encode(2)), ("c.cls", b"0")])
+    with pytest.raises(UserError, match=r"x\.tar at byte \d+ and x\.tar at byte \d+ have one key, a"):
+        build(tmp_path / "set", tmp_path / "out")
+
+
+def test_a_key_twice_in_a_row_is_rejected_with_the_reason(tmp_path):
+    files = [("b.jpg", encode(1)), ("b.cls", b"2"), ("a.jpg", encode(2)), ("a.cls", b"0"), ("a.jpg", encode(3))]
+    path = write(tmp_path / "x.tar", files)
+    reason = "the key is there twice, .jpg .jpg: rename one, or remove it"
+    with pytest.raises(UserError, match=re.escape(f"x.tar at byte 3072, a ({reason})")):
+        build(path, tmp_path / "out")
+    made = build(path, tmp_path / "out", max_rejected=1)
+    assert made.parts["all"].rejected == [("x.tar at byte 3072, a", reason)]
+    dataset = Dataset.open(tmp_path / "out")
+    assert [(s.key, s.labels, s.image) for s in dataset.read_many(0, 0, 1)] == [("b", (2,), encode(1))]
+    assert not parse_info((tmp_path / "out/manifest/dataset.json").read_bytes(), "out").build["multi_label"]
+    assert made.classes == ["0", "1", "2"]
+
+
+def test_tars_without_images(tmp_path):
+    path = write(tmp_path / "x.tar", [("a.cls", b"0")])
+    source = open_source(path, unpacked=tmp_path / "u")
+    assert list(source.items()) == []
+    assert source.others == {"samples without image": 1}
 
 
 def test_strangers_names_touch_no_file(tmp_path):

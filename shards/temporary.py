@@ -1,4 +1,4 @@
-"""Temporary folders for what is on its way to a bucket."""
+"""Temporary folders for what is on its way to a bucket, or comes from a server that sends no parts of files."""
 
 import fcntl
 import os
@@ -11,14 +11,14 @@ from pathlib import Path
 
 
 @contextmanager
-def upload_folder() -> Iterator[Path]:
+def temporary_folder() -> Iterator[Path]:
     """Yield a temporary folder, after removing those that killed processes left: the lock goes with the process."""
-    for old in Path(tempfile.gettempdir()).glob("patchmill-upload-*"):
+    for old in Path(tempfile.gettempdir()).glob("patchmill-store-*"):
         with suppress(OSError):  # somebody else's, or gone meanwhile
             if time.time() - old.stat().st_mtime > 60 and (lock := _lock(old)):
                 shutil.rmtree(old)
                 os.close(lock)
-    with tempfile.TemporaryDirectory(prefix="patchmill-upload-") as folder:
+    with tempfile.TemporaryDirectory(prefix="patchmill-store-") as folder:
         lock = _lock(Path(folder))
         try:
             yield Path(folder)

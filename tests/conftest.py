@@ -1,4 +1,4 @@
-"""Fixtures that several tests here share."""
+"""Fixtures that several tests share."""
 
 import itertools
 import urllib.request

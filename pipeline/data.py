@@ -1,0 +1,82 @@
+"""What a training stage reads: a data set, a mixture or a stream, behind one loader."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from pipeline import distributed
+from pipeline.config import DataSettings, TrainSettings
+from pipeline.images import training_transform
+from pipeline.prefetch import pinned_array
+from pipeline.schedule import Schedule
+from shards.dataset import Dataset
+from shards.errors import UserError
+from shards.ledger import new_segment
+from shards.loader import Loader
+from shards.mixture import Mixture
+from shards.stream import StreamLoader
+from shards.tarstream import is_stream
+
+
+class TrainingData(NamedTuple):
+    """The data of a training stage, as this rank sees it.
+
+    Attributes:
+        loader: Of this rank's batches.
+        classes: Class names.
+        epoch: Samples of an epoch; None of a stream, where nobody knows.
+        held_out: What is evaluated on, if anything.
+        schedule: Of the stage.
+    """
+
+    loader: Loader | StreamLoader
+    classes: list[str]
+    epoch: int | None
+    held_out: Dataset | None
+    schedule: Schedule
+
+
+def open_data(settings: TrainSettings, out: Path) -> TrainingData:
+    """Open the data of a training stage; what a loader leaves out is noted in ``out/quarantine.jsonl``.
+
+    Raises:
+        UserError: Something is not there or not whole, or things do not go together.
+    """
+    data = settings.data
+    held_out = Dataset.open(data.val, settings=data.store) if data.val else None
+    options = {
+        "global_batch": settings.global_batch, "rank": distributed.rank(), "world_size": distributed.world_size(),
+        "seed": settings.seed, "transform": training_transform(data), "threads": data.threads,
+        "quarantine": out / "quarantine.jsonl", "allocate": pinned_array,
+    }  # fmt: skip
+    if is_stream(data.train):
+        if held_out is None:
+            raise UserError(
+                f"the stream {data.train} does not tell its classes; set data.val to a data set that has them"
+            )
+        schedule = Schedule.of(settings, None)
+        loader = StreamLoader(
+            data.train, held_out.classes, stop=schedule.total, allow_pipe=data.allow_pipe, store=data.store, **options
+        )  # fmt: skip
+        return TrainingData(loader, held_out.classes, None, held_out, schedule)
+    dataset = training_set(data)
+    if held_out is not None and held_out.classes != dataset.classes:
+        raise UserError(f"{data.val} has other classes than {dataset.url}; build both with one list of classes")
+    schedule = Schedule.of(settings, len(dataset))
+    loader = Loader(
+        dataset, window_bytes=data.window_bytes, stop=schedule.total, **options,
+        cache=data.open_cache(), cache_ranks=distributed.ranks_here(),
+        ledger=distributed.everyone(new_segment(out / "ledger") if distributed.rank() == 0 else None)[0],
+    )  # fmt: skip
+    return TrainingData(loader, dataset.classes, len(dataset), held_out, schedule)
+
+
+def training_set(data: DataSettings) -> Dataset | Mixture:
+    """Open the data set of a training stage, or several as the mixture that they are drawn from.
+
+    Raises:
+        UserError: One is not there or not whole, or their classes do not go together.
+    """
+    opened = [Dataset.open(source.url, source.exclude, settings=data.store) for source in data.sources]
+    if len(opened) == 1:
+        return opened[0]
+    return Mixture([(dataset, source.weight) for dataset, source in zip(opened, data.sources, strict=True)])

@@ -1,0 +1,62 @@
+import pytest
+
+from pipeline.config import TrainSettings, check
+from pipeline.data import open_data
+from shards.build import build
+from shards.errors import UserError
+from shards.loader import Loader
+from shards.stream import StreamLoader
+from tests.shards.images import make_source
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    build(make_source(folder / "source", classes=2, each=20), folder / "set", shard_samples=13, workers=1)
+    return folder
+
+
+def settings(folder, length="10 steps", **data) -> TrainSettings:
+    table = {
+        "duration": length, "global_batch": 8, "model": {"name": "vit_b16"}, "checkpoint": {"every": "5 steps"},
+        "evaluate": {"every": "5 steps"},
+        "data": {"train": f"{folder}/set/shards/*.tar", "val": f"{folder}/set", "resolution": 8, **data},
+    }  # fmt: skip
+    return check(TrainSettings, table, "test")
+
+
+def test_tars_without_a_manifest_are_a_stream_whose_classes_are_those_of_the_held_out_set(folder, tmp_path):
+    data = open_data(settings(folder), tmp_path)
+    assert isinstance(data.loader, StreamLoader)
+    assert data.classes == ["class.0", "class.1"]
+    assert data.epoch is None
+    assert data.schedule.total == 80
+    assert len(list(data.loader)) == 10
+    with pytest.raises(UserError, match=r"does not tell its classes; set data.val"):
+        open_data(settings(folder, val=None), tmp_path)
+    with pytest.raises(UserError, match=r"'2 epochs': nobody knows the epoch of a stream; give duration, .* steps"):
+        open_data(settings(folder, length="2 epochs"), tmp_path)
+    pipe = {"train": f"pipe:cat {folder}/set/shards/000000.tar"}
+    with pytest.raises(UserError, match=r"would run a command; .* set data.allow_pipe = true"):
+        open_data(settings(folder, **pipe), tmp_path)
+    assert len(list(open_data(settings(folder, **pipe, allow_pipe=True), tmp_path).loader)) == 10
+
+
+def test_a_data_set_is_known_by_its_length(alone, folder, tmp_path):
+    data = open_data(settings(folder, train=f"{folder}/set", length="2 epochs"), tmp_path)
+    assert isinstance(data.loader, Loader)
+    assert data.epoch == 40
+    assert data.schedule.total == 80
+    assert len(list(data.loader)) == 10
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"exclude": "v1"}, r"exclude is of a data set with a manifest, and .*\.tar' is a stream; unset it"),
+        ({"train": [{"url": "a", "weight": 1}, {"url": "-", "weight": 1}]}, "the stream '-' cannot be one of several"),
+    ],
+)
+def test_what_a_stream_cannot_have_is_found_with_the_settings(folder, data, words):
+    with pytest.raises(UserError, match=words):
+        settings(folder, **data)

@@ -1,0 +1,76 @@
+import time
+from itertools import islice
+
+import pytest
+
+from pipeline.config import TrainSettings, check
+from pipeline.window import Window
+from shards.augment import InceptionCrop
+from shards.build import build
+from shards.cache import ChunkCache
+from shards.dataset import Dataset
+from shards.loader import Loader
+from tests.shards.images import make_source
+from tests.shards.servers import serve_faults
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("window")
+    build(make_source(folder / "source", classes=2, each=20), folder / "set", shard_samples=13, workers=1)
+    return folder / "set"
+
+
+@pytest.fixture(scope="module")
+def settings():
+    table = {"duration": "1 step", "global_batch": 12, "data": {"train": "x", "threads": 3}, "model": {"name": "a"}}
+    return check(TrainSettings, table, "test")
+
+
+def test_a_window_measures_what_happened_in_it_alone(folder, settings, alone):
+    loader = Loader(Dataset.open(folder), global_batch=12, transform=InceptionCrop(8), threads=3)
+    batches = iter(loader)
+    list(islice(batches, 3))
+    window, before = Window(settings, loader), loader.counts()
+    for loss in (1.0, 2.0):
+        window.next(batches)
+        time.sleep(0.05)  # the step
+        window.add(loss)
+    values, stopping = window.measure(False)
+    now, seconds = loader.counts(), window.seconds
+    assert not stopping
+    assert window.images == 24
+    assert seconds >= 0.1
+    assert values["loss"] == 1.5
+    assert values["images_per_second"] == pytest.approx(24 / seconds)
+    assert 0 < values["mb_per_second"] <= (now.bytes - before.bytes) / 1e6 / seconds
+    assert 0 <= values["data_wait"] <= 1 - 0.1 / seconds
+    assert 0 < values["decode_share"] <= (now.decode_seconds - before.decode_seconds) / 3 / seconds
+    assert 0 < values["read_share"] <= (now.read_seconds - before.read_seconds) / 3 / seconds
+    assert values["replaced"] == values["quarantined"] == 0
+    assert "cache_hit_share" not in values
+
+    window.open()
+    window.add(4.0)
+    values, stopping = window.measure(True)
+    assert stopping
+    assert values["loss"] == 4.0
+    assert values["data_wait"] == 0
+    assert window.images == 36
+    batches.close()
+
+
+def test_the_share_of_a_cache_is_that_of_the_window(folder, settings, tmp_path, alone):
+    with serve_faults(folder) as server:
+        cached = {"cache": ChunkCache(tmp_path / "cache", 10**8), "lanes": 4, "chunk": 4, "block": 4}
+        for found, faults in ((0.0, 0), (1.0, 2)):
+            server.fault, server.bad = "error", faults  # on the manifest: the chunks are in the cache
+            loader = Loader(
+                Dataset.open(server.url), global_batch=12, transform=InceptionCrop(8), threads=3, stop=40, **cached
+            )
+            window = Window(settings, loader)
+            for _ in loader:
+                window.add(0.0)
+            values, _ = window.measure(False)
+            assert values["cache_hit_share"] == found
+            assert values["retries"] == faults
