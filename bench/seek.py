@@ -83,7 +83,7 @@ def repeat_shards(folder: Path, shards: int) -> None:
     manifest.write_table(store, manifest.SHARDS, many)
     counts = {name: round(getattr(info, name) * times) for name in ("bytes", "image_bytes")}
     samples = sum(many["samples"].to_pylist())
-    digest = manifest.digest(info.classes, many["sha256"].to_pylist())
+    digest = manifest.digest(info.classes, many["sha256"].to_pylist(), info.build)
     manifest.write_info(store, replace(info, shards=shards, samples=samples, digest=digest, **counts))
 
 
