@@ -1,4 +1,7 @@
-"""A part of a JPEG without decoding the rest: native/jpegcrop.c. Built by ``python -m shards.jpegcrop``."""
+"""A part of a JPEG without decoding the rest: native/jpegcrop.c. Built by ``python -m shards.jpegcrop``.
+
+The library has native/resize.c in it too, for shards/resize.py.
+"""
 
 import ctypes
 import hashlib
@@ -6,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -17,11 +21,17 @@ import simplejpeg
 from shards.atomic import whole_file
 from shards.errors import UserError
 
-_SOURCE = Path(__file__).parent / "native" / "jpegcrop.c"
+_SOURCES = [Path(__file__).parent / "native" / name for name in ("jpegcrop.c", "resize.c")]
 _FLAGS = ["-O3", "-shared", "-fPIC"]
 _LOADING = Lock()
 
-_Decode = Callable[..., int]
+
+@dataclass(frozen=True, eq=False)
+class Native:
+    """The functions of the library, which release the GIL while they run."""
+
+    decode: Callable[..., int]
+    resize: Callable[..., int]
 
 
 def decode_part(data: bytes, top: int, left: int, height: int, width: int, shrink: int = 1) -> np.ndarray | None:
@@ -40,13 +50,18 @@ def decode_part(data: bytes, top: int, left: int, height: int, width: int, shrin
         damaged, not baseline or not grey or RGB, the part is not inside it, or there is no native decoder,
         which is said once on stderr.
     """
+    library = native()
+    return None if library is None else _call(library.decode, data, shrink, top, left, height, width)
+
+
+def native() -> Native | None:
+    """Return what is built, or None, which is said once on stderr."""
     with _LOADING:
-        decode = _native()
-    return None if decode is None else _call(decode, data, shrink, top, left, height, width)
+        return _native()
 
 
 @cache
-def _native() -> _Decode | None:
+def _native() -> Native | None:
     try:
         return _load(_library())
     except OSError as error:
@@ -59,18 +74,23 @@ def _native() -> _Decode | None:
 
 
 def _library() -> Path:
-    # Its name changes with the source, so an older build is never taken for this one.
-    return _SOURCE.with_name(f"jpegcrop-{hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:16]}.so")
+    # Its name changes with the sources, so an older build is never taken for this one.
+    sources = b"".join(path.read_bytes() for path in _SOURCES)
+    return _SOURCES[0].with_name(f"jpegcrop-{hashlib.sha256(sources).hexdigest()[:16]}.so")
 
 
-def _load(path: Path) -> _Decode:
-    decode = ctypes.CDLL(str(path)).jpegcrop_decode  # releases the GIL while it runs
+def _load(path: Path) -> Native:
+    library = ctypes.CDLL(str(path))
+    decode, resize = library.jpegcrop_decode, library.jpegcrop_resize
     decode.argtypes = [ctypes.c_char_p, ctypes.c_size_t, *[ctypes.c_int] * 5, ctypes.c_void_p]
-    decode.restype = ctypes.c_int
-    return decode
+    resize.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 5, ctypes.c_void_p]
+    decode.restype = resize.restype = ctypes.c_int
+    return Native(decode, resize)
 
 
-def _call(decode: _Decode, data: bytes, shrink: int, top: int, left: int, height: int, width: int) -> np.ndarray | None:
+def _call(
+    decode: Callable[..., int], data: bytes, shrink: int, top: int, left: int, height: int, width: int
+) -> np.ndarray | None:
     part = np.empty((height, width, 3), dtype=np.uint8)
     return None if decode(data, len(data), shrink, top, left, height, width, part.ctypes.data) else part
 
@@ -87,22 +107,22 @@ def build() -> Path:
     except OSError:  # not there yet, or made for another machine
         with whole_file(path) as partial:
             _compile(partial)
-            _check(_load(partial))
+            _check(_load(partial).decode)
     return path
 
 
 def _compile(path: Path) -> None:
-    command = [os.environ.get("CC", "gcc"), *_FLAGS, "-o", str(path), str(_SOURCE), "-ljpeg"]
+    command = [os.environ.get("CC", "gcc"), *_FLAGS, "-o", str(path), *map(str, _SOURCES), "-ljpeg", "-lm"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
         raise UserError(f"no C compiler: {error}; apt-get install gcc") from error
     if done.returncode:
         why = done.stderr.partition("\n")[0]
-        raise UserError(f"{_SOURCE.name} does not compile: {why}; apt-get install libjpeg-dev")
+        raise UserError(f"{_SOURCES[0].name} does not compile: {why}; apt-get install libjpeg-dev")
 
 
-def _check(decode: _Decode) -> None:
+def _check(decode: Callable[..., int]) -> None:
     image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
     for sampling, shrink in product(("444", "422", "420", "440", "411"), (1, 2, 4, 8)):
         data = simplejpeg.encode_jpeg(image, quality=90, colorsubsampling=sampling)

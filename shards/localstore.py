@@ -38,7 +38,7 @@ class LocalStore:
     def __init__(self, root: Path):
         self.url = str(root)
         self._root = root
-        self._open = lru_cache(maxsize=OPEN_FILES)(_Descriptor)
+        self._open = lru_cache(maxsize=OPEN_FILES)(lambda path: _Descriptor(root / path))
 
     def read(self, path: str) -> bytes:
         """Return the whole object at ``path``, relative to the store."""
@@ -50,7 +50,7 @@ class LocalStore:
     def read_range(self, path: str, start: int, length: int) -> bytes:
         """Return ``length`` bytes of the object from byte ``start``; fewer is an error."""
         try:
-            file = self._open(self._root / path)
+            file = self._open(path)
             data = os.pread(file.number, length, start)
             while len(data) < length:  # one call returns at most 2 GiB, and less on some network file systems
                 more = os.pread(file.number, length - len(data), start + len(data))

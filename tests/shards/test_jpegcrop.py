@@ -290,10 +290,11 @@ def test_its_absence_is_said_once_and_only_when_a_part_is_asked_for(tmp_path, mo
 def own_source(tmp_path, monkeypatch):
     """A copy of the C source that a test may change."""
     build_or_skip()
-    path = tmp_path / jpegcrop._SOURCE.name
-    path.write_bytes(jpegcrop._SOURCE.read_bytes())
-    monkeypatch.setattr(jpegcrop, "_SOURCE", path)
-    return path
+    copies = [tmp_path / path.name for path in jpegcrop._SOURCES]
+    for path, copy in zip(jpegcrop._SOURCES, copies, strict=True):
+        copy.write_bytes(path.read_bytes())
+    monkeypatch.setattr(jpegcrop, "_SOURCES", copies)
+    return copies[0]
 
 
 def test_a_build_is_of_its_source(own_source):
@@ -306,7 +307,9 @@ def test_a_build_is_of_its_source(own_source):
     other.write_bytes(b"made for another machine")
     assert jpegcrop.build() == other != one
     jpegcrop._load(other)
-    assert {path.name for path in own_source.parent.iterdir()} == {own_source.name, one.name, other.name}
+    assert {path.name for path in own_source.parent.iterdir()} == {
+        *(path.name for path in jpegcrop._SOURCES), one.name, other.name
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -322,11 +325,11 @@ def test_a_build_that_fails_leaves_nothing(own_source, was, now, message):
     own_source.write_text(source.replace(was, now))
     with pytest.raises(UserError, match=message):
         jpegcrop.build()
-    assert list(own_source.parent.iterdir()) == [own_source]
+    assert sorted(own_source.parent.iterdir()) == sorted(jpegcrop._SOURCES)
 
 
 def test_no_compiler_is_a_warning(own_source, monkeypatch, capsys):
     monkeypatch.setenv("CC", "no-such-compiler")
     jpegcrop.main()
     assert "going on without the native JPEG crop decoder: no C compiler" in capsys.readouterr().err
-    assert list(own_source.parent.iterdir()) == [own_source]
+    assert sorted(own_source.parent.iterdir()) == sorted(jpegcrop._SOURCES)
