@@ -77,6 +77,7 @@ def losses(stage: Path) -> list[tuple[int, float]]:
     return found
 
 
+@pytest.mark.slow
 def test_stopped_and_run_again_it_draws_the_same_samples(folder):
     whole, stopped = (folder / runs / "mixed" / "stages" / "pretrain" for runs in ("whole", "stopped"))
     code, stderr = done(start(folder, "whole"))
