@@ -18,7 +18,7 @@ from shards.manifest import EXCLUDE
 from shards.sources.open import find_kind
 from shards.tarlist import find_tars
 from shards.tarstream import PIPE, STDIN, is_stream
-from shards.urls import refuse_password
+from shards.urls import refuse_secrets
 
 PLACEHOLDER = re.compile(r"\{([A-Za-z0-9_-]+)\}")
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
@@ -189,7 +189,7 @@ def _with_path(
     if head == "train" and is_stream(value):
         return _with_stream(table, value, base, where)
     if "://" in value:
-        refuse_password(value)
+        refuse_secrets(value)
         return table, value
     there = base / value
     if not there.exists():

@@ -26,7 +26,7 @@ from shards.cache import ChunkCache
 from shards.errors import UserError
 from shards.storesettings import StoreSettings
 from shards.tarstream import is_stream
-from shards.urls import refuse_password
+from shards.urls import refuse_secrets
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -75,12 +75,12 @@ def _longer_than_nothing(value: Duration) -> Duration:
 Period = Annotated[Duration, AfterValidator(_longer_than_nothing)]
 
 
-def _without_password(url: str) -> str:
-    refuse_password(url)
+def _without_secrets(url: str) -> str:
+    refuse_secrets(url)
     return url
 
 
-Url = Annotated[str, AfterValidator(_without_password)]
+Url = Annotated[str, AfterValidator(_without_secrets)]
 
 
 class TrainSource(Settings):

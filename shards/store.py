@@ -13,7 +13,7 @@ from shards.localstore import LocalStore
 from shards.objects import MissingError
 from shards.remotestore import RemoteStore
 from shards.storesettings import StoreSettings
-from shards.urls import refuse_password
+from shards.urls import refuse_secrets
 
 Store = LocalStore | RemoteStore
 
@@ -27,11 +27,11 @@ def open_store(url: str | Path, create: bool = False, settings: StoreSettings | 
         settings: Of a remote store; by default those of the environment.
 
     Raises:
-        UserError: The local folder is missing, the URL is of no known kind, or it carries a password.
+        UserError: The local folder is missing, the URL is of no known kind, or it carries a secret.
     """
     parts = urlsplit(str(url))
     if "://" in str(url) and parts.scheme != "file":
-        refuse_password(str(url))
+        refuse_secrets(str(url))
         return RemoteStore(str(url).rstrip("/"), settings or StoreSettings())
     root = Path(unquote(parts.path)) if parts.scheme == "file" else Path(url)
     if create:

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from shards.errors import UserError
-from shards.urls import refuse_password
+from shards.urls import refuse_secrets
 
 PREFIX = "PATCHMILL_STORE_"
 
@@ -53,7 +53,7 @@ class StoreSettings(BaseModel):
     def _without_secrets(cls, value: str | None) -> str | None:
         if value is None:
             return None
-        refuse_password(value)
+        refuse_secrets(value)
         parts = urlsplit(value)
         if "@" in value or parts.query:  # not repeated here
             raise UserError("the endpoint of a store carries a user or a query; put secrets into the environment")

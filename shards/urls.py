@@ -5,13 +5,19 @@ from urllib.parse import urlsplit
 from shards.errors import UserError
 
 
-def refuse_password(url: str) -> None:
-    """Raise a UserError, which does not repeat it, if a URL carries a password."""
+def refuse_secrets(url: str) -> None:
+    """Raise a UserError, which does not repeat it, if a URL carries a password, a user or, on the web, a query.
+
+    Tokens stand in the place of a user, and signatures in a query. In a bucket ``?`` belongs to a pattern or a name.
+    """
     parts = urlsplit(url)
     try:
-        carries, where = bool(parts.password), f"the URL of {parts.hostname}"
+        carries, where = "a password" if parts.password else None, f"the URL of {parts.hostname}"
         _ = parts.port
     except ValueError:  # what was to be a port: a password with a slash in it looks so
-        carries, where = True, "a URL"
+        carries, where = "a password", "a URL"
+    user = parts.username is not None and not parts.scheme.startswith("abfs")  # there it is a container of Azure
+    if carries is None and (user or (parts.query and parts.scheme in ("http", "https"))):
+        carries = "a user or a query"
     if carries:
-        raise UserError(f"{where} carries a password; put secrets into the environment instead")
+        raise UserError(f"{where} carries {carries}; put secrets into the environment instead")

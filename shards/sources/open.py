@@ -18,6 +18,7 @@ from shards.sources.parquet import Parquet, image_columns, read_schema
 from shards.sources.table import Table
 from shards.sources.tars import Tars
 from shards.store import Store, open_store
+from shards.urls import refuse_secrets
 
 KINDS: dict[str, Callable[..., Source]] = {
     "folder": Folder,
@@ -48,6 +49,8 @@ def open_source(
         UserError: There is nothing, or nothing that we know, or an option that the kind does not take.
     """
     url = _plain(str(url))
+    if "://" in url:
+        refuse_secrets(url)
     if kind is None:
         kind = find_kind(url)
     elif kind not in KINDS:

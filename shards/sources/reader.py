@@ -13,14 +13,22 @@ from urllib.parse import quote, unquote, urlsplit
 from shards.errors import PatchmillError, UserError
 from shards.header import BrokenImageError
 from shards.objects import MissingError
+from shards.remotestore import RemoteStore
 from shards.sources import Item, unpacked_path, web
 from shards.store import Store, open_store
 from shards.storesettings import StoreSettings
+from shards.urls import refuse_secrets
 
 AHEAD = 32  # remote reads in flight: enough to hide a round trip of 100 ms behind 300 images a second
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
-_store = lru_cache(maxsize=256)(open_store)  # one a bucket or host, so that connections are kept
+
+@lru_cache(maxsize=256)  # one a bucket or host, so that connections are kept
+def _store(url: str, page: bool = False) -> Store:
+    if not page:
+        return open_store(url)
+    refuse_secrets(url.partition("?")[0])  # a query is a part of the name of a page
+    return RemoteStore(url.rstrip("/"), StoreSettings())
 
 
 @dataclass(frozen=True)
@@ -133,7 +141,7 @@ class Reader:
             return _store(f"{parts.scheme}://{bucket}"), key
         path = unquote(parts.path.lstrip("/"))
         if parts.query or "%2F" in parts.path.upper() or _odd(path):  # no path of a store: only the URL names it
-            return _store(file), ""
+            return _store(file, page=True), ""
         return _store(f"{parts.scheme}://{parts.netloc}"), path
 
 

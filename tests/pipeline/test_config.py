@@ -162,10 +162,15 @@ def test_how_stores_are_reached_is_a_table_of_its_own(monkeypatch):
     ]:
         with pytest.raises(UserError, match=message):
             check(TrainSettings, {**base, "data": {"train": "a", "store": table}}, "c.toml")
-    url = "https://me:hunter2@h/x"
-    for table in ({"train": url}, {"train": [{"url": url, "weight": 1}]}, {"train": "a", "store": {"endpoint": url}}):
-        with pytest.raises(UserError, match=r"^the URL of h carries a password; put secrets into the environment"):
-            check(TrainSettings, {**base, "data": table}, "c.toml")
+    for url, what in [("https://me:hunter2@h/x", "password"), ("https://h/x?sig=hunter2", "user or a query")]:
+        message = rf"^the URL of h carries a {what}; put secrets into the environment"
+        for data in (
+            {"train": url},
+            {"train": [{"url": url, "weight": 1}]},
+            {"train": "a", "store": {"endpoint": url}},
+        ):
+            with pytest.raises(UserError, match=message):
+                check(TrainSettings, {**base, "data": data}, "c.toml")
     monkeypatch.setenv("PATCHMILL_STORE_TIMEOUT_SECONDS", "soon")
     with pytest.raises(UserError, match="environment variable PATCHMILL_STORE_TIMEOUT_SECONDS=soon does not fit"):
         check(TrainSettings, {**base, "data": {"train": "a"}}, "c.toml")

@@ -285,8 +285,18 @@ def test_bad_urls(url, tmp_path):
         open_store(url.format(tmp_path))
 
 
-@pytest.mark.parametrize("url", ["https://me:hunter2@example.org/data", "s3://me:hunter2/+hunter2@bucket/data"])
-def test_password_in_url_is_refused_and_not_repeated(url):
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://me:hunter2@example.org/data",
+        "s3://me:hunter2/+hunter2@bucket/data",
+        "https://hunter2@example.org/data",
+        "s3://hunter2@bucket/data",
+        "https://example.org/data?sig=hunter2",
+        "https://account.blob.core.windows.net/data/set?sv=2024&sig=hunter2",
+    ],
+)
+def test_secrets_in_url_are_refused_and_not_repeated(url):
     with pytest.raises(UserError, match="environment") as caught:
         open_store(url)
     assert "hunter2" not in str(caught.value)

@@ -117,6 +117,7 @@ def test_a_url_that_is_refused_for_good_takes_its_turn(monkeypatch):
             "http://[::1/x.jpg": "no URL that can be opened",
             "ftp://localhost/x.jpg": "no URL that can be opened",
             "http://user:hunter2@localhost/x.jpg": "no URL that can be opened",
+            "http://hunter2@localhost/x.jpg?width=5": "no URL that can be opened",
         }
         got = list(Reader("/", "/").read_all(map(item, files)))
         assert [each.file for each, _ in got] == list(files)
