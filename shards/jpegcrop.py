@@ -64,7 +64,7 @@ def native() -> Native | None:
 def _native() -> Native | None:
     try:
         return _load(_library())
-    except OSError as error:
+    except (OSError, UserError) as error:
         print(
             f"warning: no native JPEG crop decoder ({error}): JPEGs are decoded whole, to the same pixels "
             "but slower; apt-get install libjpeg-dev and run: python -m shards.jpegcrop",
@@ -85,6 +85,7 @@ def _load(path: Path) -> Native:
     decode.argtypes = [ctypes.c_char_p, ctypes.c_size_t, *[ctypes.c_int] * 5, ctypes.c_void_p]
     resize.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 5, ctypes.c_void_p]
     decode.restype = resize.restype = ctypes.c_int
+    _check(decode)  # each time, which takes milliseconds: libjpeg is the system's, and may be another than at the build
     return Native(decode, resize)
 
 
@@ -107,7 +108,7 @@ def build() -> Path:
     except OSError:  # not there yet, or made for another machine
         with whole_file(path) as partial:
             _compile(partial)
-            _check(_load(partial).decode)
+            _load(partial)
     return path
 
 

@@ -328,6 +328,19 @@ def test_a_build_that_fails_leaves_nothing(own_source, was, now, message):
     assert sorted(own_source.parent.iterdir()) == sorted(jpegcrop._SOURCES)
 
 
+def test_a_libjpeg_that_came_later_with_other_pixels_is_not_used(own_source, capsys):
+    own_source.write_text(own_source.read_text().replace("JDCT_ISLOW", "JDCT_IFAST"))
+    jpegcrop._compile(jpegcrop._library())
+    jpegcrop._native.cache_clear()
+    try:
+        assert jpegcrop.native() is None
+    finally:
+        jpegcrop._native.cache_clear()
+    assert "this libjpeg decodes 444 to other pixels than simplejpeg" in capsys.readouterr().err
+    with pytest.raises(UserError, match="other pixels"):
+        jpegcrop.build()
+
+
 def test_no_compiler_is_a_warning(own_source, monkeypatch, capsys):
     monkeypatch.setenv("CC", "no-such-compiler")
     jpegcrop.main()
