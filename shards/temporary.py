@@ -16,8 +16,10 @@ def temporary_folder() -> Iterator[Path]:
     for old in Path(tempfile.gettempdir()).glob("patchmill-store-*"):
         with suppress(OSError):  # somebody else's, or gone meanwhile
             if time.time() - old.stat().st_mtime > 60 and (lock := _lock(old)):
-                shutil.rmtree(old)
-                os.close(lock)
+                try:
+                    shutil.rmtree(old)
+                finally:
+                    os.close(lock)
     with tempfile.TemporaryDirectory(prefix="patchmill-store-") as folder:
         lock = _lock(Path(folder))
         try:

@@ -23,6 +23,7 @@ from shards.objects import ExistsError, MissingError
 from shards.remotestore import GAP, _spans
 from shards.store import open_store
 from shards.storesettings import StoreSettings
+from shards.temporary import temporary_folder
 from tests.shards.servers import serve_faults
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
@@ -325,3 +326,15 @@ with open_store(os.environ["BUCKET"]).new_file("x") as path:
         assert path.exists()
     assert open_store(s3).read("x") == b"whole"
     assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_cleared_takes_no_descriptors(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    os.utime(tmp_path / "elsewhere", (0, 0))
+    (tmp_path / "patchmill-store-link").symlink_to("elsewhere")
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        with temporary_folder():
+            pass
+    assert len(os.listdir("/proc/self/fd")) == before
