@@ -13,6 +13,7 @@ from typing import Any
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, NotFoundError, NotSupportedError
 
+from shards.arenas import share_arenas
 from shards.errors import PatchmillError, UserError
 from shards.objects import Entry, ExistsError, MissingError, ShortError, failure, reason, too_short
 from shards.remoteaccess import open_remote
@@ -38,6 +39,7 @@ class RemoteStore:
     def __init__(self, url: str, settings: StoreSettings):
         self.url, self.settings = url, settings
         self.web = url.startswith(("http://", "https://"))  # a plain server: it lists nothing and takes no files
+        share_arenas()
         self._whole: WholeFiles | None = None
         self._lock = threading.Lock()
         self._retries = Retries(settings.retry_seconds)  # of reads, to count them; obstore tries the rest again
