@@ -143,5 +143,5 @@ def test_names_of_classes_are_in_memory_once_not_once_a_tar(tmp_path):
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert len(made.classes) == 20 and made.read == 0
+    assert (len(made.classes), made.read) == (20, 0)
     assert peak < 7 << 20  # the names of all tars together are 15 MB
