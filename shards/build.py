@@ -205,10 +205,12 @@ def _check_classes(classes: list[str]) -> None:
 
 def _counted(items: Iterable[Item], bar: ImageProgress) -> Iterator[Item]:
     """Pass items on, and show how many there are."""
+    number = 0
     for number, item in enumerate(items, 1):
         if number % 10_000 == 0:
             bar.advance(10_000, 0)
         yield item
+    bar.advance(number % 10_000, 0)
 
 
 def _check_split(split: dict[str, float]) -> None:
