@@ -160,9 +160,10 @@ def _members(item: Item, form: Form) -> dict[str, bytes]:
 
 
 def _name(item: Item) -> str:
-    """Return what a user finds an image by: a file ``@/...`` is ours, but its key tells file and row."""
+    """Return what a user finds an image by: its file, or a place in one and the key.
+
+    A file ``@/...`` is ours, but its key tells file and row.
+    """
     if item.file.startswith("@/"):
         return item.key
-    """Say where an image is: a file, or a place in one and the key, which is easier to look for."""
-    whole = item.offset == 0 and not item.file.startswith("@/")
-    return item.file if whole else f"{item.file} at byte {item.offset}, {item.key}"
+    return item.file if item.offset == 0 else f"{item.file} at byte {item.offset}, {item.key}"
