@@ -12,7 +12,7 @@ from common import arguments, memory, report, row
 
 from shards.order import Order, choose_shuffle, rank_positions
 
-MEAN_BYTES = 100_000  # of a sample: gives chunks of 64, so 4.7 million of them
+MEAN_BYTES = 100_000  # of a sample: gives chunks of 55, so 5.5 million of them
 RANKS, RANK, GLOBAL_BATCH = 2048, 5, 32_768
 
 

@@ -1,7 +1,8 @@
 """Remote images, read chunk by chunk ahead of need: one range request for all the samples that lie together.
 
 A chunk is read once for the lane that uses it, and kept until the last block that holds some of it is done; so memory
-is this rank's share of the shuffle window. A cache on this machine is asked first. Local files need none of this.
+is this rank's share of the shuffle window, of chunks across the edges of blocks, and of what is read ahead. A cache on
+this machine is asked first. Local files need none of this.
 """
 
 from collections.abc import Sequence

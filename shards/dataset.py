@@ -2,9 +2,8 @@
 
 import hashlib
 import re
-import sys
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -20,6 +19,7 @@ from shards.objects import ExistsError, MissingError
 from shards.order import DEFAULT_WINDOW_BYTES, Order, choose_shuffle
 from shards.store import Store, open_store
 from shards.storesettings import StoreSettings
+from shards.tuples import Tuples
 
 ROW_COLUMNS = ["key", "offset", "size", "format", "labels", "weights", "width", "height", "member"]
 BLOCK = 512  # bytes of a tar header, which precedes each image
@@ -76,8 +76,8 @@ class Rows:
     width: np.ndarray
     height: np.ndarray
     format: list[str]
-    labels: list[tuple[int, ...]]
-    weights: list[tuple[float, ...]] | None
+    labels: Sequence[tuple[int, ...]]
+    weights: Sequence[tuple[float, ...]] | None
     member: np.ndarray
     keys: pa.ChunkedArray
 
@@ -229,17 +229,16 @@ class Dataset:
 
     def _read_rows(self, shard: int) -> Rows:
         table = self.table(shard, ROW_COLUMNS)
-        tuples: dict[tuple, tuple] = {}  # one object for each distinct tuple
-        labels = (tuple(labels) for labels in table["labels"].to_pylist())
+        formats = table["format"].combine_chunks().dictionary_encode()
         return Rows(
             index=self.raw_indices(shard),
             offset=table["offset"].to_numpy(),
             size=table["size"].to_numpy(),
             width=table["width"].to_numpy(),
             height=table["height"].to_numpy(),
-            format=[sys.intern(name) for name in table["format"].to_pylist()],
-            labels=[tuples.setdefault(each, each) for each in labels],
-            weights=_weights(table, tuples),
+            format=np.array(formats.dictionary.to_pylist(), dtype=object)[formats.indices.to_numpy()].tolist(),
+            labels=Tuples(table["labels"]),
+            weights=None if table["weights"].null_count == len(table) else Tuples(table["weights"]),
             member=table["member"].to_numpy(),
             keys=table["key"],
         )
@@ -379,13 +378,6 @@ def read_exclude(url: str | Path, version: str | None) -> list[tuple[int, int, s
     """
     table = _read_exclude(open_store(url), version)
     return list(zip(*(table[name].to_pylist() for name in table.column_names), strict=True))
-
-
-def _weights(table: pa.Table, tuples: dict[tuple, tuple]) -> list[tuple[float, ...]] | None:
-    if table["weights"].null_count == len(table):
-        return None
-    weights = (tuple(each or ()) for each in table["weights"].to_pylist())
-    return [tuples.setdefault(each, each) for each in weights]
 
 
 def _read_exclude(store: Store, version: str | None) -> pa.Table:

@@ -63,8 +63,8 @@ def choose_shuffle(
 ) -> Shuffle:
     """Choose how to cut an order from the data and the window alone, never from the number of ranks.
 
-    The chunk is a range read of at most 8 MB; the lanes are as many as leave a block two chunks long; the
-    block then fills the window. What is given is taken as it is.
+    The lanes are as many as leave a block two range reads of 8 MB long; the block then fills the window; the chunk is a
+    third of it, at most such a read. Fewer parts mix worse, more cost start-up. What is given is taken as it is.
 
     Args:
         samples: Kept samples of an epoch.
@@ -76,17 +76,12 @@ def choose_shuffle(
     """
     mean_bytes = max(1.0, mean_bytes)
     room = max(1, int(min(samples, window_bytes / mean_bytes)))
-    if chunk is None:
-        chunk = _power_of_two(min(8e6 / mean_bytes, 512, samples / 384, room / (2 * max(48, lanes or 0))))
+    longest = chunk or max(1, int(min(8e6 / mean_bytes, 512, room / 384)))
     if lanes is None:
-        lanes = next((n for n in _LANES if n * max(2 * chunk, block or 0) <= room), 1)
+        lanes = next((n for n in _LANES if n * max(2 * longest, block or 0) <= room), 1)
     if block is None:
-        block = max(2 * chunk, _power_of_two(room / lanes))
-    return Shuffle(lanes, chunk, block)
-
-
-def _power_of_two(limit: float) -> int:
-    return 1 << max(0, int(limit).bit_length() - 1)
+        block = max(2, room // lanes)
+    return Shuffle(lanes, chunk or max(1, min(longest, block // 3)), block)
 
 
 @dataclass(frozen=True, eq=False)

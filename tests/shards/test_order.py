@@ -217,7 +217,7 @@ def test_chosen_shuffle_fits_data_and_window(samples, mean_bytes):
 
 
 def test_window_of_a_large_set_is_well_used():
-    assert choose_shuffle(300_000_000, 1e5) == Shuffle(960, 64, 128)
+    assert choose_shuffle(300_000_000, 1e5) == Shuffle(960, 55, 166)
 
 
 def test_hash_is_the_same_for_integers_and_arrays():
