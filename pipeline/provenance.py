@@ -2,7 +2,7 @@
 
 import platform
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pipeline.config import TrainSettings, dump_toml
@@ -26,13 +26,20 @@ def note(out: Path, settings: TrainSettings) -> None:
     write_text(out / "code.diff", f"commit {commit()}\n{diff()}")
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of Python, Patchmill and the libraries that touch the numbers."""
+def versions() -> dict[str, str | None]:
+    """Return the versions of Python, Patchmill and the libraries that touch the numbers; None for a missing one."""
     return {
         "python": platform.python_version(),
         "patchmill": version("patchmill"),
-        **{n: version(n) for n in LIBRARIES},
+        **{n: _version(n) for n in LIBRARIES},
     }
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:  # it goes without simplejpeg
+        return None
 
 
 def commit() -> str | None:

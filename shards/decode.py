@@ -5,15 +5,18 @@ from collections.abc import Callable
 
 import numpy as np
 import PIL
-import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from shards.errors import PatchmillError
 from shards.header import MOST_PIXELS
-from shards.jpegcrop import decode_part
+from shards.jpegcrop import decode_part, native, simplejpeg
 from shards.orientation import read_orientation
 
-DECODER = f"simplejpeg {simplejpeg.__version__}, pillow {PIL.__version__}"
+if simplejpeg:
+    JPEG = f"simplejpeg {simplejpeg.__version__}"
+else:
+    JPEG = f"Pillow's libjpeg {features.version('libjpeg_turbo') or features.version('jpg')}"
+DECODER = f"{JPEG}, pillow {PIL.__version__}"
 """What made the pixels: part of a run's state. The crop decoder makes the same ones and is not named."""
 
 Box = tuple[int, int, int, int]
@@ -40,6 +43,7 @@ def decode(data: bytes, key: str, box: Callable[[int, int], Box] | None = None, 
 
     JPEG goes through libjpeg-turbo; everything else, and whatever libjpeg warns about, through Pillow, which
     passes over stray bytes but not over a file that ends early. Of a plain JPEG only the part is decoded.
+    Without simplejpeg, which is said once on stderr, Pillow decodes JPEGs too: whole, and ``short`` does nothing.
 
     Args:
         data: An encoded image: JPEG, PNG, WebP or what else Pillow reads.
@@ -65,6 +69,9 @@ def decode(data: bytes, key: str, box: Callable[[int, int], Box] | None = None, 
 def _decode_jpeg(data: bytes, box: Callable[[int, int], Box] | None, short: int) -> np.ndarray | None:
     """Decode a plain JPEG, upright; None where Pillow has to look."""
     if data[:3] != b"\xff\xd8\xff":
+        return None
+    if simplejpeg is None:
+        native()  # says so
         return None
     orientation = read_orientation(data)
     turn = _UPRIGHT.get(orientation)

@@ -6,18 +6,18 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 import PIL
-import simplejpeg
 from PIL import Image
 
-from shards.decode import decode
+from shards.decode import JPEG, decode
 from shards.header import BrokenImageError, Header
+from shards.jpegcrop import simplejpeg
 
 cv2.setNumThreads(1)  # shards are written in parallel already
 
 FORMATS = ("jpg", "png", "webp")
 QUALITY = 90
 _LONGEST = {"jpg": 65_500, "png": 1 << 31, "webp": 16_383}  # sides that the encoders take, pixels
-ENCODER = f"simplejpeg {simplejpeg.__version__}, opencv {cv2.__version__}, pillow {PIL.__version__}"
+ENCODER = f"{JPEG}, opencv {cv2.__version__}, pillow {PIL.__version__}"
 """What made the bytes: another version may make others, so a build does not mix two."""
 
 
@@ -80,11 +80,13 @@ def _encode(image: np.ndarray, format: str, quality: int) -> bytes:
     if max(image.shape) > _LONGEST[format]:
         size = f"{image.shape[1]} x {image.shape[0]}"
         raise BrokenImageError(f"{size} pixels are too many for {format}, which ends at {_LONGEST[format]} a side")
-    if format == "jpg":
+    if format == "jpg" and simplejpeg:
         return simplejpeg.encode_jpeg(image, quality, "RGB", "420")
     file = io.BytesIO()
     if format == "png":
         Image.fromarray(image).save(file, "PNG")
+    elif format == "jpg":
+        Image.fromarray(image).save(file, "JPEG", quality=quality, subsampling="4:2:0")
     else:
         Image.fromarray(image).save(file, "WEBP", quality=quality)
     return file.getvalue()

@@ -16,10 +16,14 @@ from pathlib import Path
 from threading import Lock
 
 import numpy as np
-import simplejpeg
 
 from shards.atomic import whole_file
 from shards.errors import UserError
+
+try:
+    import simplejpeg
+except ImportError:  # Pillow decodes JPEGs then, and there is nothing to check the crop decoder by
+    simplejpeg = None
 
 _SOURCES = [Path(__file__).parent / "native" / name for name in ("jpegcrop.c", "resize.c")]
 _FLAGS = ["-O3", "-shared", "-fPIC"]
@@ -62,6 +66,13 @@ def native() -> Native | None:
 
 @cache
 def _native() -> Native | None:
+    if simplejpeg is None:
+        print(
+            "warning: simplejpeg cannot be imported: Pillow decodes JPEGs, whole and at full size, more slowly and to "
+            "pixels a little different; pip install simplejpeg",
+            file=sys.stderr,
+        )
+        return None
     try:
         return _load(_library())
     except (OSError, UserError) as error:
@@ -100,8 +111,10 @@ def build() -> Path:
     """Compile the decoder beside its source, unless that was done; returns the library.
 
     Raises:
-        UserError: There is no compiler or no libjpeg-turbo, or one that gives other pixels than simplejpeg.
+        UserError: There is no compiler, no simplejpeg or no libjpeg-turbo, or one that gives other pixels than it.
     """
+    if simplejpeg is None:
+        raise UserError("simplejpeg, which it is checked by, cannot be imported; pip install simplejpeg")
     path = _library()
     try:
         _load(path)
