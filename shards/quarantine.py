@@ -139,7 +139,7 @@ def drop_quarantined(
         Samples that are new on the list, and those of the older one.
 
     Raises:
-        UserError: There is nothing to drop, a file is of another data set, or as ``write_exclude``.
+        UserError: There is nothing to drop, a file is missing or of another data set, or as ``write_exclude``.
     """
     dataset = Dataset.open(url)
     old = read_exclude(url, exclude)
@@ -163,6 +163,8 @@ def drop_quarantined(
 
 def _of_dataset(file: str | Path, url: str | Path) -> list[dict]:
     """Return the entries of a data set, which may have moved unless the run had several."""
+    if not Path(file).is_file():
+        raise UserError(f"no file {file}; check the path (runs that meet no broken image write none)")
     entries = read_quarantine(file)
     sources = sorted({entry["data"] for entry in entries})
     mine = entries if len(sources) == 1 else [entry for entry in entries if entry["data"] == absolute(url)]

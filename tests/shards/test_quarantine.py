@@ -148,6 +148,9 @@ def test_a_mixture_lists_each_sample_by_its_own_data_set(data, tmp_path):
 def test_mistakes_are_told(data, tmp_path):
     file = tmp_path / "quarantine.jsonl"
     code, said = command("drop", data, file)
+    assert (code, said) == (2, f"no file {file}; check the path (runs that meet no broken image write none)")
+    file.touch()
+    code, said = command("drop", data, file)
     assert (code, "names no sample; give the quarantine.jsonl" in said) == (2, True)
     run(data, file, 8)
     assert command("drop", data, file, "--version", "v1")[1].endswith("exists and never changes; choose another name")
