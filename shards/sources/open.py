@@ -28,6 +28,13 @@ KINDS: dict[str, Callable[..., Source]] = {
     "imagenet": ImageNet,
     "tars": Tars,
 }
+ENDINGS = {  # of the files that a kind takes beside folders; a table tells its own
+    "folder": (),
+    "parquet": (".parquet",),
+    "cifar": (".tar.gz", ".tgz", ".tar"),
+    "imagenet": (".tar", ".tar.gz", ".tgz"),
+    "tars": (".tar",),
+}
 LISTED = ("parquet", "cifar")  # kinds that can list images that they have not unpacked
 LOOK = 1000  # files of a folder that are looked at to find out its kind
 
@@ -55,6 +62,11 @@ def open_source(
         kind = find_kind(url)
     elif kind not in KINDS:
         raise UserError(f"no source of kind {kind}; the kinds are {', '.join(KINDS)}")
+    elif kind in ENDINGS and Path(url).is_file() and not url.lower().endswith(ENDINGS[kind]):
+        raise UserError(
+            f"source {url} is a file, and one of kind {kind} is {' or '.join(['a folder', *ENDINGS[kind]])}; "
+            "leave --kind away to have the kind found out"
+        )
     takes = set(inspect.signature(KINDS[kind]).parameters) - {"root", "url", "unpacked"}
     for name in options:
         if name not in takes:

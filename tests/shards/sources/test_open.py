@@ -40,6 +40,24 @@ def test_class_folders_with_names_of_cifar_are_images(tmp_path):
     assert find_kind(str(tmp_path / "x")) == "folder"
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("x.jsonl", "parquet"),
+        ("x.csv", "folder"),
+        ("x.parquet", "cifar"),
+        ("x.jsonl", "imagenet"),
+        ("x.tar.gz", "tars"),
+    ],
+)
+def test_a_file_that_the_given_kind_does_not_take(tmp_path, name, kind):
+    path = tmp_path / name
+    path.touch()
+    with pytest.raises(UserError, match=rf"source .*{name} is a file, .* kind {kind} .*; leave --kind away") as caught:
+        open_source(path, kind, unpacked=tmp_path / "u")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["x.tar.gz", "x.tar"])
 def test_unknown_and_damaged_archives(tmp_path, name):
     path = tmp_path / name
