@@ -306,6 +306,12 @@ def test_broken_images_are_named_then_left_out_on_request(own, tmp_path):
     assert sorted(result.parts["all"].rejected) == expected
     assert sorted(manifest.read_receipt(open_store(out), manifest.samples_path(0)).rejected) == expected
     assert len(Dataset.open(out)) == 8
+    whole = tree(out)
+    with pytest.raises(UserError, match=r"2 broken images .* --max-rejected 2"):
+        build(own, out, workers=1, max_rejected=1)  # a finished one
+    assert len(Dataset.open(out)) == 8
+    build(own, out, workers=1, max_rejected=2)
+    assert tree(out) == whole  # no building.json either
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "webp"])
