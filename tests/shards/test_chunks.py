@@ -1,16 +1,20 @@
 """Remote samples come by chunks, ahead of need, once a lane, and leave memory when they are done."""
 
 import hashlib
+import threading
+import time
 from itertools import islice
 
 import numpy as np
 import pytest
 
-from shards.augment import InceptionCrop
+from shards.augment import InceptionCrop, Resize
 from shards.chunks import ChunkReader
 from shards.dataset import Dataset
+from shards.evaluation import EvaluationLoader
 from shards.loader import Loader
 from shards.order import Order, Shuffle
+from tests.shards.servers import serve_faults
 
 SHUFFLE = {"lanes": 4, "chunk": 4, "block": 8}
 
@@ -64,6 +68,30 @@ def test_each_chunk_is_read_once_a_lane_and_then_let_go(ninety, ninety_url):
     reader.release(90)
     assert not reader._held
     reader.close()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_reads_together_what_lies_together(ninety, world_size):
+    with serve_faults(ninety) as server:
+        for rank in range(world_size):
+            there, here = (
+                list(EvaluationLoader(Dataset.open(data), 8, transform=Resize(8), rank=rank, world_size=world_size))
+                for data in (server.url, ninety)
+            )
+            for ours, local in zip(there, here, strict=True):
+                assert all(np.array_equal(a, b) for a, b in zip(ours, local, strict=True))
+        reads = sum(path.endswith(".tar") for path in server.paths)
+    assert reads <= 12 + 6  # 12 batches over all ranks, and one more at each edge of a shard
+    assert not [t for t in threading.enumerate() if t.name.startswith(("fetch", "decode"))]
+
+
+def test_an_evaluation_that_is_left_ends_its_threads(ninety_url):
+    for _ in EvaluationLoader(Dataset.open(ninety_url), 8, transform=Resize(8)):
+        break
+    deadline = time.monotonic() + 10  # what is on the way is not waited for
+    while [t for t in threading.enumerate() if t.name.startswith(("fetch", "decode"))]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_needed_until_covers_every_use():
