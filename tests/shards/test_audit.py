@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from launch.cli import app
 from shards import ledger
 from shards.audit import audit, audit_span
-from shards.dataset import write_exclude
+from shards.dataset import Dataset, write_exclude
 from shards.errors import PatchmillError, UserError
 from shards.ledger import RankFile, rank_path
 from shards.quarantine import read_quarantine
@@ -236,6 +236,25 @@ def test_a_stand_in_that_is_not_marked_or_not_the_orders_is_told(mended):
     (reason,) = misfits(mended)["stand-in"]
     assert reason.startswith(f"position {at}: sample 0 of shards/000000.tar came in place of sample ")
     assert reason.endswith("was due as its stand-in")
+
+
+def test_of_the_stand_ins_in_turn_only_the_first_whole_one_will_do(mended, broken):
+    path, dataset = rank_path(mended / "ledger" / "000000", 0), Dataset.open(broken, "v1")
+    frame, order = frames(path)[0], dataset.order(3)
+    row = int(frame.replaced[0, 0])
+    turns = np.array([order.stand_in(frame.first + 2 * row, attempt) for attempt in range(1, 6)])
+    _, shards, kept = (each.tolist() for each in order.locate(turns))
+    places = [(s, int(dataset.rows(s).index[i])) for s, i in zip(shards, kept, strict=True)]
+    first, second = [place for place in places if place not in BROKEN][:2]
+    assert (frame.shard[row], frame.index[row]) == first
+
+    def change(f):
+        f.shard[row], f.index[row] = second
+        return [f]
+
+    rewrite(path, change)
+    (reason,) = misfits(mended)["stand-in"]
+    assert reason.endswith(f"but sample {first[1]} of shards/{first[0]:06d}.tar was due as its stand-in")
 
 
 def test_a_sample_on_the_quarantine_list_that_came_all_the_same_is_told(mended):

@@ -110,12 +110,17 @@ def test_needed_until_covers_every_use():
             assert (until[same] == until[same[0]]).all()
 
 
-def test_a_jump_forgets_what_was_read_ahead(ninety, ninety_url):
+def test_a_jump_forgets_what_was_read_ahead(ninety, ninety_url, monkeypatch):
+    made = []
+    monkeypatch.setattr("shards.loader.ChunkReader", lambda *a, **b: made.append(ChunkReader(*a, **b)) or made[0])
     stream = Loader(Dataset.open(ninety_url), global_batch=12, transform=InceptionCrop(8), **SHUFFLE)
+    stream.samples = 9000
     batches = iter(stream)
     list(islice(batches, 2))
+    assert min(made[0]._until.values()) >= 9000
     stream.samples = 60
     assert next(batches).positions[0] == 60
+    assert max(made[0]._until.values()) < 9000  # else it would stay until the stream comes there
     local = Loader(Dataset.open(ninety), global_batch=12, transform=InceptionCrop(8), **SHUFFLE)
     local.samples = 72
     assert np.array_equal(next(batches).images, next(iter(local)).images)
