@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 shards_app = typer.Typer(no_args_is_help=True, help="Data sets: build, index, check, inspect, look at.")
 
+SAY_WHERE = (
+    "if class names or numbers stand somewhere, say where with --label, such as --label txt or --label json:FIELD"
+)
 LISTED = 10  # rejected images, with where and why
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -119,6 +122,8 @@ def _print_built(built: "Result", as_json: bool) -> None:
         size = f"{part.bytes:,} bytes" if part.bytes else "bytes not known yet"
         print(f"{name}: {what}, {size}{rejected}: {part.url}")
         _print_rejected(part.rejected, "image")
+    if not built.classes:
+        print(f"no image has a label; {SAY_WHERE}")
     if built.others:
         print("left out: " + ", ".join(f"{count} {suffix}" for suffix, count in built.others.items()), file=sys.stderr)
 
@@ -160,10 +165,7 @@ def shards_index(
     what = f"{_count(made.samples, 'sample')} in {_count(made.shards, 'shard')}"
     print(f"{what}{kept}, {made.bytes:,} bytes: {made.url}")
     if made.unlabelled == made.samples:
-        print(
-            "no sample has a label: captions (KEY.txt, or a caption in KEY.json) are none; if class names or numbers "
-            "stand somewhere, say where with --label, such as --label txt or --label json:FIELD"
-        )
+        print(f"no sample has a label: captions (KEY.txt, or a caption in KEY.json) are none; {SAY_WHERE}")
     else:
         bare = f", {_count(made.unlabelled, 'sample')} without label" if made.unlabelled else ""
         print(_count(len(made.classes), "class", "classes") + bare)

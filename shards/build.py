@@ -205,10 +205,12 @@ def _check_classes(classes: list[str]) -> None:
 
 def _counted(items: Iterable[Item], bar: ImageProgress) -> Iterator[Item]:
     """Pass items on, and show how many there are."""
+    number = 0
     for number, item in enumerate(items, 1):
         if number % 10_000 == 0:
             bar.advance(10_000, 0)
         yield item
+    bar.advance(number % 10_000, 0)
 
 
 def _check_split(split: dict[str, float]) -> None:
@@ -345,10 +347,14 @@ def _write_all(
 ) -> dict[tuple[str, int], Receipt]:
     """Write the shards that are not finished yet; return the receipts of all by data set and shard."""
     receipts = finished_shards({(job.out, job.shard): (job.plan, job.changed) for job in jobs})
+    stores = {job.out: open_store(job.out, create=True) for job in jobs}
+    rejected = [entry for receipt in receipts.values() for entry in receipt.rejected]
+    if len(rejected) > max_rejected and not all(store.exists(manifest.DATASET) for store in stores.values()):
+        # That stopped the last try, and was to be mended: of an image on the web, nothing else tells that it was.
+        receipts, rejected = {place: receipt for place, receipt in receipts.items() if not receipt.rejected}, []
     missing = [job for job in jobs if (job.out, job.shard) not in receipts]
     for url in {job.out for job in missing}:  # what follows takes its whole data set apart: unmark it
-        open_store(url, create=True).delete(manifest.DATASET)
-    rejected = [entry for receipt in receipts.values() for entry in receipt.rejected]
+        stores[url].delete(manifest.DATASET)
     images = sum(job.samples for job in missing)
     workers = workers or max(1, min(cores(), images // _IMAGES_A_WORKER))
     there = sum(job.samples for job in jobs) - images

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 from shards import manifest
 from shards.atomic import only_one
@@ -108,10 +109,11 @@ def index(
         elsewhere = None if _place(store) == _place(tars) else _place(tars)
         with _alone_in(store):
             whole = _check_output(store, jobs, settings, elsewhere)
-            receipts, read = _index_all(jobs, tars, workers, max_rejected, progress)
+            labels = _Labels()
+            receipts, read = _index_all(jobs, tars, labels, workers, max_rejected, progress)
             if read or not whole:
-                names = reading.classes or _classes(receipts, jobs)
-                receipts = _number_all(receipts, jobs, names, workers)
+                names = reading.classes or labels.classes(jobs)
+                _number_all(receipts, jobs, names, workers)
                 _write_manifest(store, jobs, receipts, names, settings, elsewhere)
             return _result(store, tars, jobs, receipts, read)
     except OSError as error:
@@ -119,6 +121,32 @@ def index(
             f"cannot write {error.filename or out or tars.url}: {error.strerror}; mend that, or give --out another "
             "folder"
         ) from error
+
+
+class _Labels:
+    """All labels found, each with the first tar that has it; safe to share between threads.
+
+    Receipts hand their names over to it: those of 30,000 tars with 5,000 each would be 16 GB.
+    """
+
+    def __init__(self):
+        self._first: dict[int | str, int] = {}
+        self._lock = Lock()
+
+    def take(self, job: Job, receipt: Receipt) -> None:
+        """Move the names of a receipt here; in its notes stays ``named``, whether its labels are names."""
+        names, top = receipt.notes.pop("names"), receipt.notes["top"]
+        del receipt.notes["ids"]
+        receipt.notes["named"] = names is not None
+        if names is None:
+            names = [top] if top >= 0 else []
+        with self._lock:
+            for name in names:
+                self._first[name] = min(job.shard, self._first.get(name, job.shard))
+
+    def classes(self, jobs: list[Job]) -> list[str]:
+        """Return the names of all classes, as far as they are found in the tars."""
+        return name_classes({label: jobs[shard].path for label, shard in self._first.items()})
 
 
 def _place(store: Store) -> str:
@@ -155,11 +183,18 @@ def _check_output(store: Store, jobs: list[Job], settings: dict, elsewhere: str 
 
 
 def _index_all(
-    jobs: list[Job], tars: Store, workers: int | None, max_rejected: int, progress: bool
+    jobs: list[Job], tars: Store, labels: _Labels, workers: int | None, max_rejected: int, progress: bool
 ) -> tuple[list[Receipt], int]:
     """Read all tars that have no fitting table yet; return the receipts of all, in order, and how many were read."""
+
+    def known(job: Job) -> Receipt | None:
+        receipt = finished(job)
+        if receipt:
+            labels.take(job, receipt)
+        return receipt
+
     with ThreadPoolExecutor(16) as pool:
-        receipts = {job.shard: receipt for job, receipt in zip(jobs, pool.map(finished, jobs), strict=True) if receipt}
+        receipts = {job.shard: receipt for job, receipt in zip(jobs, pool.map(known, jobs), strict=True) if receipt}
     missing = [job for job in jobs if job.shard not in receipts]
     if workers is None:
         size = sum(tars.size(job.path) for job in missing) if tars.local else len(missing) * _BYTES_A_WORKER
@@ -174,6 +209,7 @@ def _index_all(
             if isinstance(receipt, str):
                 errors[job.shard] = receipt
                 continue
+            labels.take(job, receipt)
             receipts[job.shard] = receipt
             bar.advance(receipt.samples, receipt.bytes, len(receipt.rejected))
             rejected += _rejected(job, receipt)
@@ -208,31 +244,14 @@ def _stop_at(rejected: list[tuple[str, str]], receipts: Iterable[Receipt], max_r
         raise too_many(rejected, max_rejected, "sample", url, remedy)
 
 
-def _classes(receipts: list[Receipt], jobs: list[Job]) -> list[str]:
-    """Return the names of all classes, as far as they are found in the tars."""
-    found: dict[int | str, str] = {}
-    for job, receipt in zip(reversed(jobs), reversed(receipts), strict=True):  # so the first tar with a label is named
-        names, top = receipt.notes["names"], receipt.notes["top"]
-        if names is None:
-            names = [top] if top >= 0 else []
-        found.update(dict.fromkeys(names, job.path))
-    return name_classes(found)
-
-
-def _number_all(receipts: list[Receipt], jobs: list[Job], names: list[str], workers: int | None) -> list[Receipt]:
+def _number_all(receipts: list[Receipt], jobs: list[Job], names: list[str], workers: int | None) -> None:
     """Number the labels of all tables that hold names, where they are not numbered so already."""
-    receipts = list(receipts)
-    number = {name: place for place, name in enumerate(names)}
     pending = [
-        (job.out, job.shard, names)
-        for job, receipt in zip(jobs, receipts, strict=True)
-        if receipt.notes["names"] is not None
-        and receipt.notes["ids"] != [number[name] for name in receipt.notes["names"]]
+        (job.out, job.shard, names) for job, receipt in zip(jobs, receipts, strict=True) if receipt.notes["named"]
     ]
     workers = min(workers or cores(), len(pending) // 100)  # a table takes milliseconds
-    for (_, shard, _), receipt in run_jobs(renumber, pending, workers):
-        receipts[shard] = receipt
-    return receipts
+    for _ in run_jobs(renumber, pending, workers):
+        pass
 
 
 def _write_manifest(

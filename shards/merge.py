@@ -166,8 +166,9 @@ def _receipts(out: str | Path, building: Building) -> dict[tuple[str, int], Rece
         UserError: Some are missing, or of another plan.
     """
     wanted = {
-        (building.url(out, name), shard): (building.plan(name), changed)
+        (building.url(out, name), shard): (plan, changed)
         for name, part in building.parts.items()
+        for plan in [building.plan(name)]
         for shard, changed in enumerate(part.changed)
     }
     receipts = finished_shards(wanted)

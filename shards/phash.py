@@ -50,6 +50,7 @@ THRESHOLDS = {
     "blank below a contrast of (grey levels)": LEAST_CONTRAST,
     "mismatch of detail in one place, at most": MOST_MISMATCH,
     "corner moved, at most (of the side)": MOST_MOVED,
+    "area in common once moved, at least": LEAST_COMMON,
 }
 
 _HALF = SIDE // 2

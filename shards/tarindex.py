@@ -212,7 +212,7 @@ def finished(job: Job) -> Receipt | None:
     return receipt if len(table) == receipt.samples else None
 
 
-def renumber(job: tuple[str, int, list[str]]) -> Receipt:
+def renumber(job: tuple[str, int, list[str]]) -> None:
     """Give the labels of one table, which has names in its notes, the numbers of the whole data set.
 
     Args:
@@ -224,14 +224,13 @@ def renumber(job: tuple[str, int, list[str]]) -> Receipt:
     number = {name: place for place, name in enumerate(classes)}
     ids = [number[name] for name in receipt.notes["names"]]
     if ids == receipt.notes["ids"]:
-        return receipt
+        return
     new = dict(zip(receipt.notes["ids"], ids, strict=True))
     receipt.notes |= {"ids": ids, "top": max(ids, default=-1)}
     table = manifest.open_table(store, path, manifest.SAMPLES_SCHEMA.names)
     rows = {name: table[name] for name in table.column_names}
     rows["labels"] = [[new[label] for label in each] for each in table["labels"].to_pylist()]
     manifest.write_samples(store, path, rows, receipt)
-    return receipt
 
 
 def _extensions(members: list[Member]) -> str:

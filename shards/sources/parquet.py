@@ -76,11 +76,12 @@ class Parquet:
             raise UserError(
                 f"{url} has no column of labels among {', '.join(schema.names)}; say which, as in label=NAME"
             )
-        cells = [LabelCells(self._label, "", "", self._error(file)) for file in self._files]
-        surveys = [each.survey(self._rows(file)) for each, file in zip(cells, self._files, strict=True)]
-        self._labels = cells
-        self.multi_label = any(multi for multi, _, _ in surveys)
-        found = set().union(*(labels for _, labels, _ in surveys))
+        self._labels = [LabelCells(self._label, "", "", self._error(file)) for file in self._files]
+        self.multi_label, found = False, set()
+        for labels, file in zip(self._labels, self._files, strict=True):
+            multi, names, _ = labels.survey(self._rows(file))
+            self.multi_label = self.multi_label or multi
+            found |= names  # file by file: the names of all at once would be one copy a file
         if classes:
             self.classes = read_classes(classes)
         else:

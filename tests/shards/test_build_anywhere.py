@@ -1,6 +1,7 @@
 """Builds from and into buckets, bad images of every sort, and disks that fill up."""
 
 import io
+import shutil
 import subprocess
 import sys
 
@@ -139,6 +140,33 @@ def test_dead_urls_of_a_table_are_listed_with_reasons(source, tmp_path):
         assert made.parts["all"].samples == 1
         with pytest.raises(UserError, match=r"3 broken images .*\(410 Gone\)"):
             build(tmp_path / "table.csv", tmp_path / "out2", workers=1, max_rejected=2)
+
+
+def test_a_url_that_was_dead_is_asked_again_where_its_loss_stopped_the_build(source, tmp_path):
+    image, other = sorted(source.rglob("*.jpg"))[:2]
+    (tmp_path / "web").mkdir()
+    shutil.copy(image, tmp_path / "web/a.jpg")
+    with serve(tmp_path / "web") as web:
+        (tmp_path / "table.csv").write_text(f"url,label\n{web}/a.jpg,x\n{web}/b.jpg,x\n")
+        with pytest.raises(UserError, match="1 broken image"):
+            build(tmp_path / "table.csv", tmp_path / "out", workers=1)
+        with pytest.raises(UserError, match="1 broken image"):  # nothing was mended
+            build(tmp_path / "table.csv", tmp_path / "out", workers=1)
+        shutil.copy(other, tmp_path / "web/b.jpg")
+        made = build(tmp_path / "table.csv", tmp_path / "out", workers=1)
+    assert (made.parts["all"].samples, made.parts["all"].rejected) == (2, [])
+
+
+def test_a_finished_data_set_stays_where_fewer_rejected_are_allowed_now(source, tmp_path):
+    with serve(source) as web:
+        (tmp_path / "table.csv").write_text(
+            f"url,label\n{web}/{next(source.rglob('*.jpg')).relative_to(source)},x\n{web}/none.jpg,x\n"
+        )
+        build(tmp_path / "table.csv", tmp_path / "out", workers=1, max_rejected=1)
+        before = tree(tmp_path / "out")
+        with pytest.raises(UserError, match="1 broken image"):
+            build(tmp_path / "table.csv", tmp_path / "out", workers=1)
+    assert before.items() <= tree(tmp_path / "out").items()
 
 
 def test_orientation_is_honoured_and_recorded(tmp_path):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import pytest
 
@@ -129,3 +130,18 @@ def test_bad_tars_are_all_named_and_the_rest_is_kept(tmp_path):
     for tar in tars[1:3]:
         shutil.copy(tmp_path / "again" / tar.name, tar)
     assert index(folder).read == 2
+
+
+def test_names_of_classes_are_in_memory_once_not_once_a_tar(tmp_path):
+    write_named(tmp_path, [f"{number:02d} {'x' * 5000}" for number in range(20)])
+    for number in range(1, 150):
+        shutil.copy(tmp_path / "0.tar", tmp_path / f"{number}.tar")
+    index(tmp_path, workers=1)
+    tracemalloc.start()
+    try:
+        made = index(tmp_path, workers=1)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (len(made.classes), made.read) == (20, 0)
+    assert peak < 7 << 20  # the names of all tars together are 15 MB

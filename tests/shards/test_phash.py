@@ -29,6 +29,12 @@ def drawing(mouth: tuple[int, int], background: str = "white") -> np.ndarray:
     return np.asarray(image)
 
 
+def test_all_thresholds_are_told():
+    named = ("LEAST_", "MOST_", "RELIABLE", "CLEAR_", "FAINT_")
+    values = {name: round(value, 3) for name, value in vars(phash).items() if name.startswith(named)}
+    assert sorted(values.values()) == sorted(phash.THRESHOLDS.values()), values
+
+
 def test_coefficients_are_those_of_the_textbook(pictures):
     half = pictures[0].reshape(32, 2, 32, 2).mean((1, 3))
     whole = cv2.dct(half)

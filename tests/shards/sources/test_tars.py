@@ -8,7 +8,9 @@ import tarfile
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
+from launch.cli import app
 from shards.build import build
 from shards.dataset import Dataset
 from shards.errors import UserError
@@ -98,6 +100,16 @@ def test_options(tmp_path):
     options = {"image": "png", "label": "meta.json:info.kind", "classes": str(tmp_path / "names.txt")}
     source = open_source(path, unpacked=tmp_path / "u", **options)
     assert [(item.labels, data) for item, data in read(source, tmp_path / "u")] == [((1,), encode(2, "PNG"))]
+
+
+def test_the_command_says_that_no_image_has_a_label(tmp_path):
+    write(tmp_path / "x.tar", [("a.jpg", encode(1)), ("a.json", b'{"kind": "dog"}')])
+    runner = CliRunner()
+    command = ["shards", "build", str(tmp_path / "x.tar"), str(tmp_path / "out"), "--dry-run"]
+    done = runner.invoke(app, [*command, "--label", "json:kin"])
+    assert done.exit_code == 0
+    assert "no image has a label; if" in done.stdout
+    assert "no image has a label" not in runner.invoke(app, [*command, "--label", "json:kind"]).stdout
 
 
 def numbered_anew(folder, names, count=4):
