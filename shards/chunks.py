@@ -2,7 +2,7 @@
 
 A chunk is read once for the lane that uses it, and kept until the last block that holds some of it is done; so memory
 is this rank's share of the shuffle window, of chunks across the edges of blocks, and of what is read ahead. A cache on
-this machine is asked first. Local files need none of this.
+this machine is asked first; chunks that it has take no memory beside the system's own. Local files need none of this.
 """
 
 from collections.abc import Sequence
@@ -89,7 +89,10 @@ class ChunkReader:
         """
         number, inside = divmod(index, int(self._order.chunk_sizes[shard]))
         chunk = self._held.get((shard, number))
-        return chunk.result()[inside] if chunk else self._dataset.read(shard, index)
+        if not chunk:
+            return self._dataset.read(shard, index)
+        sample = chunk.result()[inside]
+        return sample._replace(image=bytes(sample.image))  # no copy unless it is a view of the cache
 
     def release(self, position: int) -> None:
         """Let go of the chunks that no position from here on needs: the stream has come so far."""

@@ -6,7 +6,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from time import perf_counter
 
 import numpy as np
 
@@ -60,7 +59,6 @@ class Loader:
         samples: Global positions delivered.
         replaced: Samples of this rank that a stand-in replaced.
         cache: As given; it counts hits, misses and bytes.
-        data_seconds: Time that the consumer waited for batches.
 
     Raises:
         UserError: The ranks do not divide the batch, or there is no sample.
@@ -95,7 +93,6 @@ class Loader:
         self.samples = 0
         self.stop = stop
         self.replaced = 0
-        self.data_seconds = 0.0
         self.cache, self._cache_ranks = cache, cache_ranks
         self._quarantine = Quarantine(quarantine, dataset)
         self._ledger = Ledger(ledger, dataset, self.order, rank, world_size) if ledger else None
@@ -130,7 +127,6 @@ class Loader:
         announced, stood = self.samples, (self.samples, self.global_batch)
         try:
             while left := self._batches_left():
-                began = perf_counter()
                 if stood != (self.samples, self.global_batch):  # it was set: what was made ahead is of no use
                     while ahead:
                         ahead.pop().cancel()
@@ -151,7 +147,6 @@ class Loader:
                     if self._ledger:
                         self._ledger.append(self.samples, work)
                     self.samples += self.global_batch
-                self.data_seconds += perf_counter() - began
                 stood = (self.samples, self.global_batch)
                 yield Batch(work.images, work.labels, work.positions)
         finally:
