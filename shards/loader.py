@@ -124,7 +124,7 @@ class Loader:
             chunks = ChunkReader(self.dataset, self.order, **cached)
         read = chunks.read if chunks else self.dataset.read
         ahead: deque[Work] = deque()
-        announced, stood = self.samples, (self.samples, self.global_batch)
+        announced, first, stood = self.samples, True, (self.samples, self.global_batch)
         try:
             while left := self._batches_left():
                 if stood != (self.samples, self.global_batch):  # it was set: what was made ahead is of no use
@@ -132,13 +132,16 @@ class Loader:
                         ahead.pop().cancel()
                     if chunks:
                         chunks.forget()
-                    announced = self.samples
+                    announced, first = self.samples, True
+                batches, further = self.prefetch + 1, READ_AHEAD
                 if chunks:
                     chunks.release(self.samples)
-                    upto = self.samples + min(left, self.prefetch + 1 + READ_AHEAD) * self.global_batch
+                    if first:  # until it is there, the first batch has network and cores alone
+                        batches, further, first = 1, 0, False
+                    upto = self.samples + min(left, batches + further) * self.global_batch
                     chunks.ahead(rank_positions(announced, upto - announced, self.rank, self.world_size))
                     announced = max(announced, upto)
-                while len(ahead) < min(left, self.prefetch + 1):
+                while len(ahead) < min(left, batches):
                     ahead.append(self._begin(pool, read, self.samples + len(ahead) * self.global_batch))
                 work = ahead.popleft()
                 for broken in work.wait():

@@ -50,24 +50,44 @@ def test_batches_are_those_of_the_local_data_set(ninety, ninety_url, world_size)
     )
 
 
-def test_each_chunk_is_read_once_a_lane_and_then_let_go(ninety, ninety_url):
-    dataset = Dataset.open(ninety_url)
-    order = Order(dataset.shard_sizes, 0, Shuffle(**SHUFFLE))
-    chunks = int((-(-dataset.shard_sizes // 4)).sum())
-    reader = ChunkReader(dataset, order)
+def test_each_chunk_is_read_once_a_lane_and_then_let_go(ninety):
     local, most = Dataset.open(ninety), 0
-    for position in range(90):
-        if position % 6 == 0:
-            reader.release(position)
-            reader.ahead(np.arange(position, min(position + 12, 90)))
-        _, shard, index = (int(x[0]) for x in order.locate(np.array([position])))
-        assert reader.read(shard, index) == local.read(shard, index)
-        most = max(most, len(reader._held))
-    assert chunks <= reader.chunks <= chunks + 3  # an edge between lanes may cut a chunk
+    order = Order(local.shard_sizes, 0, Shuffle(**SHUFFLE))
+    chunks = int((-(-local.shard_sizes // 4)).sum())
+    with serve_faults(ninety) as server:
+        reader = ChunkReader(Dataset.open(server.url), order)
+        for position in range(90):
+            if position % 6 == 0:
+                reader.release(position)
+                reader.ahead(np.arange(position, min(position + 12, 90)))
+            _, shard, index = (int(x[0]) for x in order.locate(np.array([position])))
+            assert reader.read(shard, index) == local.read(shard, index)
+            most = max(most, len(reader._held))
+        read = sum(path.endswith(".tar") for path in server.paths)
+    assert chunks <= read <= chunks + 3  # an edge between lanes may cut a chunk
     assert most <= 4 * (8 // 4 + 2) + 12
     reader.release(90)
     assert not reader._held
     reader.close()
+
+
+def test_the_first_batch_waits_for_its_own_chunks_only(ninety):
+    order = Order(Dataset.open(ninety).shard_sizes, 0, Shuffle(**SHUFFLE))
+    for start in (0, 120):
+        _, shard, index = order.locate(np.arange(start, start + 12))
+        with serve_faults(ninety) as server:
+            loader = Loader(Dataset.open(server.url), global_batch=12, transform=Resize(8), **SHUFFLE)
+            loader.samples = start
+            batches = iter(loader)
+            next(batches)
+            chunks = len(set(zip(shard.tolist(), (index // 4).tolist(), strict=True)))
+            assert sum(path.endswith(".tar") for path in server.paths) == chunks
+            next(batches)  # from now on, far ahead
+            deadline = time.monotonic() + 10
+            while sum(path.endswith(".tar") for path in server.paths) < 20:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            batches.close()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
