@@ -1,6 +1,6 @@
 """How long the order of 303 million and of 2 billion samples takes to start and to seek in, and what memory it needs.
 
-Start is what one rank of 2,048 does before its first batch, at a random place of the epoch: plan and seek.
+Start is what one rank of 2,048 does before its first batch, at some place of the epoch: plan and seek.
 """
 
 import multiprocessing
@@ -12,7 +12,7 @@ from common import arguments, memory, report, row
 
 from shards.order import Order, choose_shuffle, rank_positions
 
-MEAN_BYTES = 100_000  # of a sample: gives chunks of 55, so 5.5 million of them
+MEAN_BYTES = 100_000  # of a sample: gives chunks of 41, so 7.4 million of them
 RANKS, RANK, GLOBAL_BATCH = 2048, 5, 32_768
 
 

@@ -2,7 +2,7 @@
 
 A chunk is read once for the lane that uses it, and kept until the last block that holds some of it is done; so memory
 is this rank's share of the shuffle window, of chunks across the edges of blocks, and of what is read ahead. A cache on
-this machine is asked first. Local files need none of this.
+this machine is asked first; chunks that it has take no memory beside the system's own. Local files need none of this.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from shards.order import Order
 from shards.pace import Pace
 
 REQUESTS = 16  # in flight: 8 MB each keep a 10 Gbit/s line busy at 100 ms
-_EPOCHS, _SAMPLES = 4, 1 << 28  # looked through for the next use of a chunk, at most; each costs 8 bytes a chunk
+_EPOCHS = 4  # looked through for the next use of a chunk, at most
 
 
 class ChunkReader:
@@ -31,10 +31,6 @@ class ChunkReader:
         cache: On this machine.
         cache_ranks: Those that share the cache; None: all.
         world_size: Number of ranks.
-
-    Attributes:
-        chunks: Read so far.
-        bytes: Of the images in them.
     """
 
     def __init__(
@@ -45,11 +41,10 @@ class ChunkReader:
         cache_ranks: Sequence[int] | None = None,
         world_size: int = 1,
     ):
-        self.chunks = self.bytes = 0
         self._dataset, self._order, self._cache, self._pace = dataset, order, cache, Pace()
         self._ranks, self._world_size = range(world_size) if cache_ranks is None else cache_ranks, world_size
         machines = -(-world_size // len(self._ranks))  # each chunk comes to this one every so many epochs
-        self._epochs = max(1, min(machines, _EPOCHS, _SAMPLES // order.samples))
+        self._epochs = max(1, min(machines, _EPOCHS))
         self._pool = ThreadPoolExecutor(dataset.concurrency or REQUESTS, thread_name_prefix="fetch")
         self._held: dict[tuple[int, int], Future[list[Sample]]] = {}
         self._until: dict[tuple[int, int], int] = {}  # the last position that needs the chunk
@@ -76,10 +71,7 @@ class ChunkReader:
 
     def _fetch(self, shard: int, number: int, through: Through | None) -> list[Sample]:
         size = int(self._order.chunk_sizes[shard])
-        samples = self._dataset.read_many(shard, number * size, (number + 1) * size, through)
-        self.chunks += 1
-        self.bytes += sum(len(sample.image) for sample in samples)
-        return samples
+        return self._dataset.read_many(shard, number * size, (number + 1) * size, through)
 
     def read(self, shard: int, index: int) -> Sample:
         """Return a sample, waiting for its chunk; one that nobody announced is read alone.
@@ -89,7 +81,10 @@ class ChunkReader:
         """
         number, inside = divmod(index, int(self._order.chunk_sizes[shard]))
         chunk = self._held.get((shard, number))
-        return chunk.result()[inside] if chunk else self._dataset.read(shard, index)
+        if not chunk:
+            return self._dataset.read(shard, index)
+        sample = chunk.result()[inside]
+        return sample._replace(image=bytes(sample.image))  # no copy unless it is a view of the cache
 
     def release(self, position: int) -> None:
         """Let go of the chunks that no position from here on needs: the stream has come so far."""

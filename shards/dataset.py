@@ -25,7 +25,7 @@ ROW_COLUMNS = ["key", "offset", "size", "format", "labels", "weights", "width", 
 BLOCK = 512  # bytes of a tar header, which precedes each image
 CACHED_ROWS = 4_000_000  # kept in memory per open data set: about 50 to 100 bytes each
 
-Through = Callable[[str, list[int], Callable[[], list[bytes]]], list[bytes]]
+Through = Callable[[str, list[int], Callable[[], list[bytes]]], list[bytes] | list[memoryview]]
 """Gives the bytes of several samples, by a name for them (40 hex digits), their lengths, and what fetches them."""
 
 
@@ -262,7 +262,7 @@ class Dataset:
             shard: Number of the shard.
             start: The first sample.
             stop: The one after the last.
-            through: A cache that is asked first. It is given the right bytes only.
+            through: A cache that is asked first. It is given the right bytes only; images may be views of what it has.
 
         Raises:
             UserError: The tar is not the one that was built or indexed.

@@ -1,7 +1,10 @@
-"""Every sample of a data set exactly once, over any number of ranks."""
+"""Every sample of a data set exactly once, over any number of ranks.
+
+A rank's batch is of samples that lie together, so on a remote store one request brings it.
+"""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -9,9 +12,8 @@ import numpy as np
 
 from shards.augment import Transform
 from shards.batch import Work, host_array
-from shards.dataset import Dataset
+from shards.dataset import Dataset, Sample
 from shards.meter import Meter
-from shards.order import rank_positions
 
 
 class EvaluationBatch(NamedTuple):
@@ -60,14 +62,14 @@ class EvaluationLoader:
         Raises:
             DecodeError: A sample cannot be decoded; scores are never of fewer samples than they say.
         """
-        step = self.batch * self.world_size
-        starts = iter(range(0, len(self.dataset), step))
+        starts = iter(range(0, len(self.dataset), self.batch * self.world_size))
         ahead: deque[Work] = deque()
+        fetching = ThreadPoolExecutor(self.prefetch + 1, thread_name_prefix="fetch")
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
         try:
             while True:
                 while len(ahead) <= self.prefetch and (start := next(starts, None)) is not None:
-                    ahead.append(self._begin(pool, rank_positions(start, step, self.rank, self.world_size)))
+                    ahead.append(self._begin(pool, fetching, start + self.rank * self.batch))
                 if not ahead:
                     return
                 work = ahead.popleft()
@@ -76,12 +78,31 @@ class EvaluationLoader:
                 valid = work.positions < len(self.dataset)
                 yield EvaluationBatch(work.images, work.labels, work.positions, valid)
         finally:
+            fetching.shutdown(wait=False, cancel_futures=True)
             pool.shutdown(cancel_futures=True)
 
-    def _begin(self, pool: ThreadPoolExecutor, positions: np.ndarray) -> Work:
+    def _begin(self, pool: ThreadPoolExecutor, fetching: ThreadPoolExecutor, first: int) -> Work:
+        positions = np.arange(first, first + self.batch)
         ends = np.cumsum(self.dataset.shard_sizes)
         real = positions[positions < len(self.dataset)]
         shard = np.searchsorted(ends, real, side="right")
         index = real - (ends - self.dataset.shard_sizes)[shard]
+        read = self.dataset.read if self.dataset.local.all() else self._fetched(fetching, shard, index)
         epoch = np.zeros_like(positions)
-        return Work(pool, Meter(), host_array, self.dataset.read, self.transform, 0, positions, epoch, shard, index)
+        return Work(pool, Meter(), host_array, read, self.transform, 0, positions, epoch, shard, index)
+
+    def _fetched(
+        self, fetching: ThreadPoolExecutor, shard: np.ndarray, index: np.ndarray
+    ) -> Callable[[int, int], Sample]:
+        """Begin to read consecutive samples, those of a shard together; return what gives one when it is there."""
+        shards, first, number = np.unique(shard, return_index=True, return_counts=True)
+        parts = {
+            s: (start, fetching.submit(self.dataset.read_many, s, start, start + n))
+            for s, start, n in zip(shards.tolist(), index[first].tolist(), number.tolist(), strict=True)
+        }
+
+        def read(shard: int, index: int) -> Sample:
+            start, part = parts[shard]
+            return part.result()[index - start]
+
+        return read

@@ -6,7 +6,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from time import perf_counter
 
 import numpy as np
 
@@ -60,7 +59,6 @@ class Loader:
         samples: Global positions delivered.
         replaced: Samples of this rank that a stand-in replaced.
         cache: As given; it counts hits, misses and bytes.
-        data_seconds: Time that the consumer waited for batches.
 
     Raises:
         UserError: The ranks do not divide the batch, or there is no sample.
@@ -95,7 +93,6 @@ class Loader:
         self.samples = 0
         self.stop = stop
         self.replaced = 0
-        self.data_seconds = 0.0
         self.cache, self._cache_ranks = cache, cache_ranks
         self._quarantine = Quarantine(quarantine, dataset)
         self._ledger = Ledger(ledger, dataset, self.order, rank, world_size) if ledger else None
@@ -127,22 +124,24 @@ class Loader:
             chunks = ChunkReader(self.dataset, self.order, **cached)
         read = chunks.read if chunks else self.dataset.read
         ahead: deque[Work] = deque()
-        announced, stood = self.samples, (self.samples, self.global_batch)
+        announced, first, stood = self.samples, True, (self.samples, self.global_batch)
         try:
             while left := self._batches_left():
-                began = perf_counter()
                 if stood != (self.samples, self.global_batch):  # it was set: what was made ahead is of no use
                     while ahead:
                         ahead.pop().cancel()
                     if chunks:
                         chunks.forget()
-                    announced = self.samples
+                    announced, first = self.samples, True
+                batches, further = self.prefetch + 1, READ_AHEAD
                 if chunks:
                     chunks.release(self.samples)
-                    upto = self.samples + min(left, self.prefetch + 1 + READ_AHEAD) * self.global_batch
+                    if first:  # until it is there, the first batch has network and cores alone
+                        batches, further, first = 1, 0, False
+                    upto = self.samples + min(left, batches + further) * self.global_batch
                     chunks.ahead(rank_positions(announced, upto - announced, self.rank, self.world_size))
                     announced = max(announced, upto)
-                while len(ahead) < min(left, self.prefetch + 1):
+                while len(ahead) < min(left, batches):
                     ahead.append(self._begin(pool, read, self.samples + len(ahead) * self.global_batch))
                 work = ahead.popleft()
                 for broken in work.wait():
@@ -151,7 +150,6 @@ class Loader:
                     if self._ledger:
                         self._ledger.append(self.samples, work)
                     self.samples += self.global_batch
-                self.data_seconds += perf_counter() - began
                 stood = (self.samples, self.global_batch)
                 yield Batch(work.images, work.labels, work.positions)
         finally:

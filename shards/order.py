@@ -2,27 +2,27 @@
 
 The law. Let N be the kept samples of an epoch, in shards of given sizes. Every shard is cut into chunks of
 ``chunk`` consecutive kept samples (the last one of a shard may be shorter). Epoch e permutes all chunks by a
-hash of (seed, e, chunk); the resulting sequence of samples is cut into ``lanes`` lanes, the first N mod lanes
-of them one longer than the rest; inside a lane, blocks of ``block`` samples are permuted by a hash of (seed,
-e, lane, block, slot). The first block of lane l is only ``max(1, block * (l + 1) // lanes)`` long, so that
-lanes do not all change their block in one step. Global position p lies in epoch e = p div N, at p' = p mod N,
-in lane p' mod lanes, at offset p' div lanes.
+hash of (seed, e), see shards/permutation.py; the resulting sequence of samples is cut into ``lanes`` lanes, the
+first N mod lanes of them one longer than the rest; inside a lane, blocks of ``block`` samples are permuted by a
+hash of (seed, e, lane, block, slot). The first block of lane l is only ``max(1, block * (l + 1) // lanes)``
+long, so that lanes do not all change their block in one step. Global position p lies in epoch e = p div N, at
+p' = p mod N, in lane p' mod lanes, at offset p' div lanes.
 
 So where a run stands is p alone, whatever the number of ranks, threads and restarts, and finding any p costs
-O(1) once the plan of its epoch is made.
+O(1) once the plan of its epoch is made, which costs O(shards).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from math import gcd
 
 import numpy as np
 
 from shards.errors import UserError
 from shards.hashing import hash_array, hash_int, sort_keys
+from shards.permutation import Permutation
 
-ORDER_VERSION = 1
+ORDER_VERSION = 2
 """Part of a run's state: raised whenever the law above gives other positions."""
 
 STAND_INS = 64
@@ -63,8 +63,9 @@ def choose_shuffle(
 ) -> Shuffle:
     """Choose how to cut an order from the data and the window alone, never from the number of ranks.
 
-    The lanes are as many as leave a block two range reads of 8 MB long; the block then fills the window; the chunk is a
-    third of it, at most such a read. Fewer parts mix worse, more cost start-up. What is given is taken as it is.
+    The lanes are as many as leave a block two range reads of 8 MB long; the block then fills the window; the chunk
+    is a quarter of it, at most such a read: larger ones mix worse, smaller ones are more requests. What is given is
+    taken as it is.
 
     Args:
         samples: Kept samples of an epoch.
@@ -81,7 +82,7 @@ def choose_shuffle(
         lanes = next((n for n in _LANES if n * max(2 * longest, block or 0) <= room), 1)
     if block is None:
         block = max(2, room // lanes)
-    return Shuffle(lanes, chunk or max(1, min(longest, block // 3)), block)
+    return Shuffle(lanes, chunk or max(1, min(longest, block // 4)), block)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,24 +90,18 @@ class EpochPlan:
     """One epoch's chunks in their order.
 
     Attributes:
-        chunks: uint32 [chunks], the chunk at each place.
-        short_ends: int64 [short], where the sequence of samples leaves each chunk that is not full,
-            ascending.
+        chunks: Gives the chunk at each place; its inverse the place of each chunk.
+        short_places: int64 [short], places of the chunks that are not full, ascending.
+        short_ends: int64 [short], where the sequence of samples leaves them.
         missing: int64 [short + 1], samples that the first k short chunks lack. A sequence index plus what is
             missing before it, divided by the chunk size, is the place of its chunk: no table over all chunks
             is needed.
     """
 
-    chunks: np.ndarray
+    chunks: Permutation
+    short_places: np.ndarray
     short_ends: np.ndarray
     missing: np.ndarray
-
-    @cached_property
-    def places(self) -> np.ndarray:
-        """The place of each chunk, uint32 [chunks]: the inverse of ``chunks``."""
-        places = np.empty_like(self.chunks)
-        places[self.chunks] = np.arange(len(places), dtype=np.uint32)
-        return places
 
 
 class Order:
@@ -125,7 +120,7 @@ class Order:
         chunk_sizes: int64 [shards], samples a chunk of each shard; the last chunk of a shard may be shorter.
 
     Raises:
-        UserError: There is no sample, or a chunk size gives 2**32 chunks or more.
+        UserError: There is no sample.
     """
 
     def __init__(self, shard_sizes: np.ndarray, seed: int, shuffle: Shuffle):
@@ -137,8 +132,6 @@ class Order:
         self.shuffle = shuffle
         self.chunk_sizes = np.full(len(self.sizes), shuffle.chunk, dtype=np.int64)
         self._first_chunk = np.concatenate([[0], np.cumsum(-(-self.sizes // shuffle.chunk))])
-        if self._first_chunk[-1] >= 1 << 32:
-            raise UserError(f"chunk {shuffle.chunk} cuts the data set into {self._first_chunk[-1]} chunks; raise it")
         self._short, self._longer = divmod(self.samples, shuffle.lanes)
         self._plans: dict[int, EpochPlan] = {}
         self._plans_kept = 2
@@ -277,7 +270,7 @@ class Order:
         return epoch * self.samples + offset * self.shuffle.lanes + lane
 
     def plan(self, epoch: int) -> EpochPlan:
-        """Return the plan of an epoch, from the last ones used or made anew: O(chunks)."""
+        """Return the plan of an epoch, from the last ones used or made anew: O(shards)."""
         plan = self._plans.pop(epoch, None) or self._make_plan(epoch)
         self._plans[epoch] = plan  # the last used comes last
         if len(self._plans) > self._plans_kept:
@@ -285,22 +278,13 @@ class Order:
         return plan
 
     def _make_plan(self, epoch: int) -> EpochPlan:
-        chunks = int(self._first_chunk[-1])
-        prefix = hash_int(self.seed, _CHUNKS, epoch)
-        keys = np.empty(chunks, dtype=np.uint64)
-        for a in range(0, chunks, _SLICE):  # by slices: few temporaries, and they stay in the CPU's cache
-            ids = np.arange(a, min(a + _SLICE, chunks), dtype=np.uint64)
-            keys[a : a + _SLICE] = sort_keys(hash_array(prefix, ids), ids)
-        keys.sort()
-        order = keys.astype(np.uint32)
-
+        chunks = Permutation(int(self._first_chunk[-1]), hash_int(self.seed, _CHUNKS, epoch))
         lacking = -self.sizes % self.shuffle.chunk
-        last_chunk = self._first_chunk[1:] - 1
-        is_short = np.zeros(chunks, dtype=bool)
-        is_short[last_chunk[lacking > 0]] = True
-        places = np.concatenate([a + np.flatnonzero(is_short[order[a : a + _SLICE]]) for a in range(0, chunks, _SLICE)])
-        missing = np.cumsum(lacking[self._shard(order[places])])
-        return EpochPlan(order, (places + 1) * self.shuffle.chunk - missing, np.concatenate([[0], missing]))
+        shards = np.flatnonzero(lacking)
+        places = chunks.inverse(self._first_chunk[shards + 1] - 1)  # the last chunk of a shard is the short one
+        ascending = places.argsort()
+        places, missing = places[ascending], np.cumsum(lacking[shards[ascending]])
+        return EpochPlan(chunks, places, (places + 1) * self.shuffle.chunk - missing, np.concatenate([[0], missing]))
 
     def _shard(self, chunk: np.ndarray) -> np.ndarray:
         return np.searchsorted(self._first_chunk, chunk, side="right") - 1
@@ -309,15 +293,14 @@ class Order:
         """Return shard and kept index of indices into an epoch's sequence before the blocks are permuted."""
         padded = sequence + plan.missing[np.searchsorted(plan.short_ends, sequence, side="right")]
         place, inside = np.divmod(padded, self.shuffle.chunk)
-        chunk = plan.chunks[place].astype(np.int64)
+        chunk = plan.chunks(place)
         shard = self._shard(chunk)
         return shard, (chunk - self._first_chunk[shard]) * self.shuffle.chunk + inside
 
     def _sequence(self, plan: EpochPlan, chunk: np.ndarray, inside: np.ndarray) -> np.ndarray:
         """Return the indices into an epoch's sequence of samples of chunks: the inverse of ``_sample``."""
-        place = plan.places[chunk].astype(np.int64)
-        short = (plan.short_ends + plan.missing[1:]) // self.shuffle.chunk - 1  # places of the chunks that are not full
-        return place * self.shuffle.chunk - plan.missing[np.searchsorted(short, place)] + inside
+        place = plan.chunks.inverse(chunk)
+        return place * self.shuffle.chunk - plan.missing[np.searchsorted(plan.short_places, place)] + inside
 
     def _lane_length(self, lane: np.ndarray) -> np.ndarray:
         return self._short + (lane < self._longer)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import count
+from pathlib import Path
 from random import Random
 from time import perf_counter
 from typing import NamedTuple
@@ -96,7 +97,8 @@ class StreamLoader:
         self.source, self.global_batch, self.transform, self.stop = source, global_batch, transform, stop
         self.samples = 0
         self._rank, self._world_size, self._seed, self._threads = rank, world_size, seed, threads
-        self._prefetch, self._buffer, self._quarantine, self._allocate = prefetch, buffer, quarantine, allocate
+        self._prefetch, self._buffer, self._allocate = prefetch, buffer, allocate
+        self._quarantine = Path(quarantine) if quarantine else None
         self._size, self._classes = side_of(transform), ClassNames(classes)
         self._meter, self._rejected = Meter(), 0
         if rank == 0:
@@ -199,13 +201,23 @@ class StreamLoader:
     def _reject(self, sample: Rejected, in_a_row: int) -> None:
         self._rejected += 1
         if self._quarantine is not None:
-            with open(self._quarantine, "a", encoding="utf-8") as file:
-                file.write(json.dumps(sample._asdict()) + "\n")
+            self._note(self._quarantine, sample)
         told = f"the last is {sample.key} of {sample.tar}: {sample.reason}"
         if in_a_row >= _REJECTED_IN_A_ROW:
             raise PatchmillError(f"{in_a_row} samples one after another cannot be used; {told}; check {self.source}")
         if str(self._rejected).rstrip("0") == "1":
             _warn(f"{self._rejected} samples left out so far; {told}")
+
+    @staticmethod
+    def _note(path: Path, sample: Rejected) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(sample._asdict()) + "\n")
+        except OSError as error:
+            raise PatchmillError(
+                f"cannot write {path}: {error.strerror}; make room or mend the disk, then run again"
+            ) from error
 
     def counts(self) -> Counts:
         """Return what was counted since the loader was made; samples left out count as quarantined."""

@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from shards.build import build
+
 
 def make_image_folder(
     root: Path, per_class: int = 20, side: int = 20, classes: tuple = ("blue", "green", "red")
@@ -19,3 +21,9 @@ def make_image_folder(
             pixels[..., label % 3] += 120
             Image.fromarray(pixels).save(folder / f"{index:03d}.{'jpg' if index % 2 else 'png'}", quality=92)
     return root
+
+
+def build_image_set(root: Path, per_class: int, **options: object) -> Path:
+    """Build ``root/set`` of images as above; ``options`` are those of ``build``."""
+    build(make_image_folder(root / "images", per_class), root / "set", workers=1, **options)
+    return root / "set"

@@ -1,20 +1,17 @@
 """Run a worker script on several real processes (gloo) and collect what each prints as JSON."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 from launch.local import free_port
-
-ROOT = Path(__file__).parent.parent
+from tests.command import environment
 
 
 def run_on_ranks(script: Path, ranks: int, *arguments: object, timeout: float = 120) -> list:
     """Start ``ranks`` processes of ``script ARGUMENTS``; return each rank's last stdout line, read as JSON."""
-    shared = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    shared |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared = environment(WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     processes = [
         subprocess.Popen(
             [sys.executable, str(script), *map(str, arguments)],

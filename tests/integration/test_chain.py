@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests.command import environment
 from tests.images import make_image_folder
 
-ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium")
 MODEL = 'model = { name = "vit_ti8", embed_dim = 24, num_heads = 3, depth = 2, representation = true }'
 PLAN = f"""
@@ -78,7 +78,7 @@ def start(folder: Path, runs: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "launch.cli", "run", "plan.toml", "--runs", runs],
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=environment(),
     )  # fmt: skip
 
 

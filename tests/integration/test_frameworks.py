@@ -1,7 +1,6 @@
 """Nothing needs to wrap a loader: its batches are the same under torchrun, Accelerate and DeepSpeed."""
 
 import json
-import os
 import subprocess
 import sys
 from itertools import islice
@@ -11,22 +10,18 @@ import pytest
 
 from launch.local import free_port
 from shards.augment import InceptionCrop
-from shards.build import build
 from shards.dataset import Dataset
 from shards.loader import Loader
-from tests.images import make_image_folder
+from tests.command import environment
+from tests.images import build_image_set
 from tests.integration.worker_frameworks import BATCH, STEPS, described
-from tests.ranks import ROOT
 
 WORKER = Path(__file__).parent / "worker_frameworks.py"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("frameworks")
-    make_image_folder(root / "images", per_class=9)
-    build(root / "images", root / "set", shard_samples=10, workers=1)
-    return root / "set"
+    return build_image_set(tmp_path_factory.mktemp("frameworks"), per_class=9, shard_samples=10)
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +36,7 @@ def test_batches_are_the_same_under_torchrun_with(framework, folder, alone, tmp_
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
     done = subprocess.run(
         [*map(str, torchrun), str(WORKER), framework, str(folder), str(tmp_path)],
-        capture_output=True, text=True, timeout=120,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=120, env=environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]

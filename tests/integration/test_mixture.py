@@ -1,20 +1,17 @@
 """A training stage on two data sets mixed 3:1, on two ranks: stopped on request, gone on with."""
 
-import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from shards.build import build
 from shards.dataset import Dataset
+from tests.command import done, environment, losses, wait_for_steps
 from tests.images import make_image_folder
 
-ROOT = Path(__file__).parents[2]
 PLAN = """
 name = "mixed"
 [[stage]]
@@ -55,26 +52,8 @@ def folder(tmp_path_factory) -> Path:
 def start(folder: Path, runs: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "launch.cli", "run", "plan.toml", "--runs", runs],
-        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
     )  # fmt: skip
-
-
-def done(process: subprocess.Popen) -> tuple[int, str]:
-    try:
-        _, stderr = process.communicate(timeout=180)
-    finally:
-        process.kill()
-    return process.returncode, stderr
-
-
-def losses(stage: Path) -> list[tuple[int, float]]:
-    found = []
-    if (stage / "metrics.jsonl").exists():
-        for text in (stage / "metrics.jsonl").read_text().splitlines():
-            if text.endswith("}") and "loss" in (line := json.loads(text)):
-                found.append((line["samples"], line["loss"]))
-    return found
 
 
 @pytest.mark.slow
@@ -84,11 +63,7 @@ def test_stopped_and_run_again_it_draws_the_same_samples(folder):
     assert code == 0, stderr
 
     process = start(folder, "stopped")
-    deadline = time.monotonic() + 120
-    while len(losses(stopped)) < 5:
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.01)
+    wait_for_steps(stopped, process, 5)
     process.send_signal(signal.SIGTERM)
     assert done(process)[0] == 75
     assert losses(stopped) == losses(whole)[: len(losses(stopped))]

@@ -1,7 +1,6 @@
 """A training stage on several ranks: stopped on request, a rank killed, gone on with on another number of ranks."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,12 +10,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from shards.build import build
 from shards.dataset import Dataset
-from tests.images import make_image_folder
+from tests.command import LAUNCH, done, environment, losses, wait_for_steps
+from tests.images import build_image_set
 from tests.shards.sources.servers import serve
 
-ROOT = Path(__file__).parents[2]
 CONFIG = """
 duration = "{epochs} epochs"
 global_batch = 12
@@ -47,20 +45,11 @@ every = "5 epochs"
 batch = 4
 """
 
-LAUNCH = """
-import sys
-from pathlib import Path
-from launch.local import run_ranks
-code, _ = run_ranks(sys.argv[3:], int(sys.argv[1]), Path(sys.argv[2]))
-sys.exit(code)
-"""
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("train")
-    make_image_folder(folder / "images", per_class=16)
-    build(folder / "images", folder / "set", split={"val": 0.2}, shard_samples=8, workers=1)
+    build_image_set(folder, per_class=16, split={"val": 0.2}, shard_samples=8)
     return folder
 
 
@@ -71,34 +60,8 @@ def launch(
     config.write_text(CONFIG.format(epochs=epochs, stage=stage, dropout=dropout))
     return subprocess.Popen(
         [sys.executable, "-c", LAUNCH, str(ranks), f"{run}/logs", "train", config.name, *over, "--out", run, "--json"],
-        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
     )  # fmt: skip
-
-
-def done(process: subprocess.Popen) -> tuple[int, str]:
-    try:
-        _, stderr = process.communicate(timeout=180)
-    finally:
-        process.kill()
-    return process.returncode, stderr
-
-
-def losses(run: Path) -> list[tuple[int, float]]:
-    lines = []
-    if (run / "metrics.jsonl").exists():
-        for text in (run / "metrics.jsonl").read_text().splitlines():
-            if text.endswith("}") and "loss" in (line := json.loads(text)):
-                lines.append((line["samples"], line["loss"]))
-    return lines
-
-
-def wait_for_steps(run: Path, process: subprocess.Popen, steps: int) -> None:
-    deadline = time.monotonic() + 120
-    while len(losses(run)) < steps:
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")

@@ -1,19 +1,18 @@
 """A training stage on tars that have no manifest: from standard input, and from commands on two ranks."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from shards.build import build
-from tests.images import make_image_folder
+from tests.command import LAUNCH, TINY, environment
+from tests.images import build_image_set
 from tests.shards.foreign import write_tar
 
-ROOT = Path(__file__).parents[2]
-CONFIG = """
+CONFIG = (
+    """
 duration = "192 samples"
 global_batch = 12
 log_every = "1 step"
@@ -21,38 +20,30 @@ log_every = "1 step"
 val = "set/val"
 resolution = 16
 augment = "light2"
-[model]
-name = "vit_ti8"
-embed_dim = 24
-num_heads = 3
-depth = 1
-[engine]
-kind = "accelerate"
 [checkpoint]
 every = "5 steps"
 [evaluate]
 every = "100 steps"
 batch = 8
 """
+    + TINY
+)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A set of 128 training images in 8 tars."""
     folder = tmp_path_factory.mktemp("stream")
-    make_image_folder(folder / "images", per_class=40)
-    build(folder / "images", folder / "set", split={"val": 0.2}, shard_samples=16, workers=1)
+    build_image_set(folder, per_class=40, split={"val": 0.2}, shard_samples=16)
     (folder / "run.toml").write_text(CONFIG)
     return folder
 
 
 def train(folder: Path, out: str, *over: str, data: bytes = b"", ranks: int = 1) -> tuple[int, str]:
-    launch = "import sys; from pathlib import Path; from launch.local import run_ranks; "
-    launch += "sys.exit(run_ranks(sys.argv[2:], int(sys.argv[1]), Path('logs'))[0])"
-    alone = ["-m", "launch.cli"] if ranks == 1 else ["-c", launch, str(ranks)]
+    alone = ["-m", "launch.cli"] if ranks == 1 else ["-c", LAUNCH, str(ranks), "logs"]
     done = subprocess.run(
         [sys.executable, *alone, "train", "run.toml", *over, "--out", out], input=data, capture_output=True,
-        cwd=folder, timeout=180, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        cwd=folder, timeout=180, env=environment(),
     )  # fmt: skip
     return done.returncode, done.stderr.decode()
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,23 @@ def test_what_was_put_is_found_by_all_and_counted(tmp_path):
     assert found == again == parts_of(2)
     assert fetched == [1]
     assert counted(cache.folder) == on_disk(cache.folder) == 2 * 12_288
+
+
+def test_what_is_found_takes_no_memory_of_its_own_and_outlives_its_removal(tmp_path):
+    cache, size = ChunkCache(tmp_path, 3_000_000), 2_000_000
+    cache.put(name_of(1), parts_of(1, size), soon())
+    lengths, files = lengths_of(size), len(os.listdir("/proc/self/fd"))
+    tracemalloc.start()
+    found = cache.get(name_of(1), lengths, soon())
+    assert tracemalloc.get_traced_memory()[1] < size / 10
+    tracemalloc.stop()
+    assert name_of(1) in Path("/proc/self/maps").read_text()
+    assert len(os.listdir("/proc/self/fd")) == files  # else a large window would need too many
+    cache.put(name_of(2), parts_of(2, size), time.time_ns())
+    assert chunks_in(tmp_path) == {name_of(2)}
+    assert found == parts_of(1, size)
+    del found
+    assert name_of(1) not in Path("/proc/self/maps").read_text()
 
 
 def flip(path):

@@ -43,29 +43,15 @@ def _all_write(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    source = make_source(tmp_path_factory.mktemp("source"), classes=3, each=30)
-    folder = tmp_path_factory.mktemp("set")
-    build(source, folder, shard_samples=13, workers=1)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def url(folder):
-    with serve(folder) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def expected(folder):
-    return digest(folder)
+def expected(ninety):
+    return digest(ninety)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_batches_are_the_same_cold_warm_half_full_and_damaged(url, expected, tmp_path, world_size):
+def test_batches_are_the_same_cold_warm_half_full_and_damaged(ninety_url, expected, tmp_path, world_size):
     def run():
         cache = ChunkCache(tmp_path / "cache", 10**9)
-        assert digest(url, world_size=world_size, cache=cache) == expected
+        assert digest(ninety_url, world_size=world_size, cache=cache) == expected
         return cache
 
     cold = run()
@@ -85,29 +71,29 @@ def test_batches_are_the_same_cold_warm_half_full_and_damaged(url, expected, tmp
     assert run().misses == 0
 
 
-def test_a_mixture_goes_through_the_cache_too(folder, url, even, tmp_path):
+def test_a_mixture_goes_through_the_cache_too(ninety, ninety_url, even, tmp_path):
     def batches(data, cache=None):
         mixture = Mixture([(Dataset.open(data), 3), (Dataset.open(even), 1)])
         loader = Loader(mixture, global_batch=6, transform=InceptionCrop(8), cache=cache, chunk=4, stop=300)
         return [(batch.images.tobytes(), batch.labels.tolist()) for batch in loader]
 
-    expected = batches(folder)
-    assert batches(url, ChunkCache(tmp_path / "small", 20 * 8192)) == expected
+    expected = batches(ninety)
+    assert batches(ninety_url, ChunkCache(tmp_path / "small", 20 * 8192)) == expected
     assert 0 < on_disk(tmp_path / "small") <= 20 * 8192
     cache = ChunkCache(tmp_path / "large", 10**9)
-    assert batches(url, cache) == expected
+    assert batches(ninety_url, cache) == expected
     misses = cache.misses
-    for data in (url, folder):  # of the last, only one source is remote
+    for data in (ninety_url, ninety):  # of the last, only one source is remote
         assert batches(data, cache) == expected
     assert cache.misses == misses
     assert cache.hits > misses
 
 
 @pytest.mark.parametrize("share", [0.1, 0.4])
-def test_batches_are_the_same_with_little_room(url, expected, tmp_path, share):
+def test_batches_are_the_same_with_little_room(ninety_url, expected, tmp_path, share):
     limit = int(27 * 8192 * share)
     cache = ChunkCache(tmp_path / "cache", limit)
-    assert digest(url, world_size=2, cache=cache) == expected
+    assert digest(ninety_url, world_size=2, cache=cache) == expected
     assert 0 < on_disk(tmp_path / "cache") <= limit
     assert cache.hits > 0
 
@@ -174,11 +160,11 @@ print(json.dumps({"digest": found, "hits": cache.hits, "misses": cache.misses}))
 """
 
 
-def test_two_jobs_share_a_cache_and_keep_its_limit(folder, url, tmp_path):
+def test_two_jobs_share_a_cache_and_keep_its_limit(ninety, ninety_url, tmp_path):
     limit, most = 8 * 8192, []
     jobs = [
         subprocess.Popen(
-            [sys.executable, "-c", JOB, url, tmp_path / "cache", str(limit), str(seed)],
+            [sys.executable, "-c", JOB, ninety_url, tmp_path / "cache", str(limit), str(seed)],
             cwd=ROOT, stdout=subprocess.PIPE, text=True,
         )
         for seed in (0, 1)
@@ -194,12 +180,12 @@ def test_two_jobs_share_a_cache_and_keep_its_limit(folder, url, tmp_path):
         for job in jobs:
             job.kill()
     for seed, each in enumerate(told):
-        assert each["digest"] == [digest(folder, 45, seed=seed)] * 2
+        assert each["digest"] == [digest(ninety, 45, seed=seed)] * 2
         assert each["hits"] > 10
     assert limit // 2 < max(most) <= limit
 
 
-def test_a_full_disk_changes_no_batch(url, expected, tmp_path, capsys):
+def test_a_full_disk_changes_no_batch(ninety_url, expected, tmp_path, capsys):
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
@@ -209,28 +195,28 @@ def test_a_full_disk_changes_no_batch(url, expected, tmp_path, capsys):
         pytest.skip("no right to mount a file system")
     try:
         cache = ChunkCache(disk / "cache", 10**9)
-        assert digest(url, cache=cache) == expected
+        assert digest(ninety_url, cache=cache) == expected
         assert capsys.readouterr().err == f"cache {disk}/cache: No space left on device; going on with what is in it\n"
         assert cache.hits > 0
     finally:
         subprocess.run(["umount", disk], check=True)
 
 
-def test_local_data_use_no_cache_and_lose_nothing(folder, url, expected, tmp_path):
-    before = tree(folder)
-    for data in (folder, folder.as_uri()):
+def test_local_data_use_no_cache_and_lose_nothing(ninety, ninety_url, expected, tmp_path):
+    before = tree(ninety)
+    for data in (ninety, ninety.as_uri()):
         assert digest(data, cache=ChunkCache(tmp_path / "local", 10_000)) == expected
     assert chunks_in(tmp_path / "local") == set()
-    assert digest(url, cache=ChunkCache(tmp_path / "remote", 10_000)) == expected
-    for data in (folder, folder / "shards"):
+    assert digest(ninety_url, cache=ChunkCache(tmp_path / "remote", 10_000)) == expected
+    for data in (ninety, ninety / "shards"):
         with pytest.raises(UserError, match="holds something else"):
             ChunkCache(data, 10_000)
-    assert tree(folder) == before
+    assert tree(ninety) == before
 
 
-def test_bytes_of_another_tar_are_not_kept_and_old_ones_not_taken_for_new(folder, tmp_path):
+def test_bytes_of_another_tar_are_not_kept_and_old_ones_not_taken_for_new(ninety, tmp_path):
     own = tmp_path / "own"
-    shutil.copytree(folder, own)
+    shutil.copytree(ninety, own)
     cache = ChunkCache(tmp_path / "cache", 10**9)
     with serve(own) as url:
         tar = own / manifest.shard_path(0)

@@ -18,7 +18,7 @@ from shards.objects import MissingError, ShortError
 from shards.storesettings import StoreSettings
 from tests.shards.datasets import damage
 from tests.shards.foreign import replace_with_same_size, write_webdataset
-from tests.shards.images import encode, make_source
+from tests.shards.images import encode
 from tests.shards.servers import serve_faults
 
 SHUFFLE = {"lanes": 4, "chunk": 4, "block": 8}
@@ -27,17 +27,9 @@ QUICK = StoreSettings(timeout_seconds=0.25, retry_seconds=20)
 IMPATIENT = StoreSettings(timeout_seconds=0.2, retry_seconds=0.3)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    source = make_source(tmp_path_factory.mktemp("source"), classes=3, each=30)
-    folder = tmp_path_factory.mktemp("set")
-    build(source, folder, shard_samples=13, workers=1)
-    return folder
-
-
 @pytest.fixture
-def server(folder):
-    with serve_faults(folder) as server:
+def server(ninety):
+    with serve_faults(ninety) as server:
         yield server
 
 
@@ -51,8 +43,8 @@ def batches(dataset, count=BATCHES, **options):
 
 
 @pytest.fixture(scope="module")
-def expected(folder):
-    return batches(Dataset.open(folder))
+def expected(ninety):
+    return batches(Dataset.open(ninety))
 
 
 TRANSIENT = ["error", "reset", "silence", "half body", "reset inside", "stall", "wrong length"]
@@ -105,8 +97,8 @@ def test_a_server_without_ranges_gives_the_same_batches(server, expected, capfd)
     assert capfd.readouterr().err.count("sends no parts of files") == 1
 
 
-def test_a_missing_shard_is_named(folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "set")
+def test_a_missing_shard_is_named(ninety, tmp_path):
+    shutil.copytree(ninety, tmp_path / "set")
     (tmp_path / "set/shards/000003.tar").unlink()
     with serve_faults(tmp_path / "set") as server:
         with pytest.raises(MissingError, match=rf"no object {server.url}/shards/000003\.tar, bytes \d+ to \d+"):
@@ -114,8 +106,8 @@ def test_a_missing_shard_is_named(folder, tmp_path):
         assert server.requests < 100  # nobody asks again for what is not there
 
 
-def test_a_truncated_tar_is_named(folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "set")
+def test_a_truncated_tar_is_named(ninety, tmp_path):
+    shutil.copytree(ninety, tmp_path / "set")
     tar = tmp_path / "set/shards/000005.tar"
     tar.write_bytes(tar.read_bytes()[:7000])
     with (

@@ -228,6 +228,15 @@ def test_samples_that_cannot_be_used_are_left_out_counted_and_told(tmp_path, cap
     assert said[2].startswith("warning: 10 samples left out so far; the last is ")
 
 
+def test_where_samples_are_noted_is_made_and_told_if_it_cannot_be(tmp_path):
+    write_tar(tmp_path / "x.tar", [("0.jpg", b"none"), ("0.cls", b"1"), ("1.jpg", image(1)), ("1.cls", b"1")])
+    next(iter(stream(tmp_path / "x.tar", quarantine=tmp_path / "new" / "q.jsonl")))
+    assert json.loads((tmp_path / "new" / "q.jsonl").read_text().splitlines()[0])["key"] == "0"
+    (tmp_path / "file").touch()
+    with pytest.raises(PatchmillError, match=r"cannot write .*/file/q\.jsonl: .*; make room or mend the disk"):
+        next(iter(stream(tmp_path / "x.tar", quarantine=tmp_path / "file" / "q.jsonl")))
+
+
 def test_a_stream_of_nothing_usable_ends(tmp_path):
     for name, data in [("no.jpg", bytes(100)), ("yes.jpg", image(1))]:
         members = [(f"{i}{name}", data) for i in range(150)]

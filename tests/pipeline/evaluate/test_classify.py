@@ -6,10 +6,9 @@ import torch
 
 from pipeline.models import create_model
 from shards.augment import Resize
-from shards.build import build
 from shards.dataset import Dataset
 from shards.decode import decode
-from tests.images import make_image_folder
+from tests.images import build_image_set
 from tests.ranks import run_on_ranks
 
 WORKER = Path(__file__).parent / "worker_classify.py"
@@ -17,10 +16,7 @@ WORKER = Path(__file__).parent / "worker_classify.py"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("classify")
-    make_image_folder(root / "images", per_class=9)
-    build(root / "images", root / "set", shard_samples=10, workers=1)
-    return root / "set"
+    return build_image_set(tmp_path_factory.mktemp("classify"), per_class=9, shard_samples=10)
 
 
 @pytest.fixture(scope="module")
