@@ -47,7 +47,7 @@ def main():
         import webdataset  # noqa: F401, so that its import is in nobody's time
 
         kept = in_turns(keeping, folder / "out", rounds)
-        made = in_turns(shrinking, folder / "out", 3)  # these take longer, and vary little
+        made = in_turns(shrinking, folder / "out", rounds)
     rows = [row(f"keep: {name}", "MB/s", [megabytes / s for s in seconds]) for name, seconds in kept.items()]
     rows += [row(f"shrink: {name}", "images/s", [shrunk / s for s in seconds]) for name, seconds in made.items()]
     value = [each.value for each in rows]

@@ -66,7 +66,7 @@ def test_the_share_of_a_cache_is_that_of_the_window(folder, settings, tmp_path, 
         for found, faults in ((0.0, 0), (1.0, 2)):
             server.fault, server.bad = "error", faults  # on the manifest: the chunks are in the cache
             loader = Loader(
-                Dataset.open(server.url), global_batch=12, transform=InceptionCrop(8), threads=3, stop=40, **cached
+                Dataset.open(server.url), global_batch=12, transform=InceptionCrop(8), threads=3, stop=36, **cached
             )
             window = Window(settings, loader)
             for _ in loader:
