@@ -1,4 +1,4 @@
-"""The loader in a process of its own gives what ``Loader`` gives, and neither process outlives or hangs on the other."""
+"""The loader in a process of its own gives what ``Loader`` gives; neither process outlives or hangs on the other."""
 
 import hashlib
 import json
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 
@@ -25,7 +24,7 @@ from shards.loader import Loader
 from shards.mixture import Mixture
 from shards.processloader import ProcessLoader
 from shards.storesettings import StoreSettings
-from tests.command import ROOT, environment
+from tests.command import environment
 from tests.shards.datasets import damage
 from tests.shards.servers import serve_faults
 
@@ -119,7 +118,7 @@ def test_place_batch_size_and_end_may_change_between_batches(ninety, running):
 
 def test_batches_may_be_kept_as_long_as_one_likes_and_their_memory_serves_again(ninety, running):
     loader = Loader(Dataset.open(ninety), **OPTIONS)
-    expected = digests(islice(loader, 40))
+    expected = digests(islice(loader, 60))
     found = iter(running)
     kept = list(islice(found, 20))
     first_rows = [next(found).images[0] for _ in range(5)]
@@ -127,9 +126,9 @@ def test_batches_may_be_kept_as_long_as_one_likes_and_their_memory_serves_again(
     memory = len(running._borrower._memory)
     assert memory >= 25
     del kept
-    rest = digests(found for found in islice(found, 15))
+    rest = digests(found for found in islice(found, 35))
     assert rest == expected[25:]
-    assert len(running._borrower._memory) == memory
+    assert len(running._borrower._memory) <= memory + 3  # which were made ahead before the others were let go
     again = Loader(Dataset.open(ninety), **OPTIONS)
     for row, batch in zip(first_rows, islice(again, 20, 25), strict=True):
         assert (row == batch.images[0]).all()
