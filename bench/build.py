@@ -41,8 +41,8 @@ def main():
         }
         shrinking = {
             "Pillow + webdataset": lambda out: loop(folder / "shrink", out),
-            "patchmill, 1 worker": lambda out: shrink(folder / "shrink", out, shrunk // 8, 1),
-            "patchmill, 2 workers": lambda out: shrink(folder / "shrink", out, shrunk // 8, 2),
+            "patchmill, 1 worker": lambda out: shrink(folder / "shrink", out, shrunk // 32, 1),
+            "patchmill, 2 workers": lambda out: shrink(folder / "shrink", out, shrunk // 32, 2),
         }
         import webdataset  # noqa: F401, so that its import is in nobody's time
 
