@@ -1,0 +1,1 @@
+"""What ``patchmill recipes`` prints."""
