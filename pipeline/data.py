@@ -35,8 +35,13 @@ class TrainingData(NamedTuple):
     schedule: Schedule
 
 
-def open_data(settings: TrainSettings, out: Path) -> TrainingData:
+def open_data(settings: TrainSettings, out: Path, first_batch: int) -> TrainingData:
     """Open the data of a training stage; what a loader leaves out is noted in ``out/quarantine.jsonl``.
+
+    Args:
+        settings: The stage.
+        out: Its folder.
+        first_batch: The global batch that the run began with.
 
     Raises:
         UserError: Something is not there or not whole, or things do not go together.
@@ -53,7 +58,7 @@ def open_data(settings: TrainSettings, out: Path) -> TrainingData:
             raise UserError(
                 f"the stream {data.train} does not tell its classes; set data.val to a data set that has them"
             )
-        schedule = Schedule.of(settings, None)
+        schedule = Schedule.of(settings, None, first_batch)
         loader = StreamLoader(
             data.train, held_out.classes, stop=schedule.total, allow_pipe=data.allow_pipe, store=data.store, **options
         )  # fmt: skip
@@ -61,7 +66,7 @@ def open_data(settings: TrainSettings, out: Path) -> TrainingData:
     dataset = training_set(data)
     if held_out is not None and held_out.classes != dataset.classes:
         raise UserError(f"{data.val} has other classes than {dataset.url}; build both with one list of classes")
-    schedule = Schedule.of(settings, len(dataset))
+    schedule = Schedule.of(settings, len(dataset), first_batch)
     loader = Loader(
         dataset, window_bytes=data.window_bytes, stop=schedule.total, **options,
         cache=data.open_cache(), cache_ranks=distributed.ranks_here(),
