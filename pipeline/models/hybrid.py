@@ -1,8 +1,8 @@
 """The ResNet before the Vision Transformer of a hybrid, with the parameter names of timm.
 
-Another ResNet than BiT's (resnet.py), as in google-research/vision_transformer, models_resnet.py: norms and activations
-come after the convolutions (ResNet-v1), the norm of a unit's last convolution begins with gain 0, weights are standardised
-with epsilon outside of the root, GroupNorm has epsilon 1e-6, and padding is TensorFlow's SAME.
+Another ResNet than BiT's (resnet.py), as in google-research/vision_transformer, models_resnet.py: norms and
+activations come after the convolutions (ResNet-v1), the norm of a unit's last convolution begins with gain 0, weights
+are standardised with epsilon outside of the root, GroupNorm has epsilon 1e-6, and padding is TensorFlow's SAME.
 
 Legend of the shape comments: n images, H x W pixels, C channels, g x g patches, D width of the tokens.
 """

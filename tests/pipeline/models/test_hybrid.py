@@ -1,4 +1,4 @@
-"""Hybrids: the ResNet before the Vision Transformer against the official arithmetic, transformers, and published counts."""
+"""Hybrids: their ResNet against the official arithmetic and transformers, and the whole against published counts."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ TINY = {
     "num_classes": 7,
 }
 
-# Parameters for K = 0, 1000 and 21843 classes, 10^9 multiply-adds at 224 pixels with K = 1000, and patches along a side.
+# Parameters for K = 0, 1000 and 21843 classes, 10^9 multiply-adds at 224 pixels with K = 1000, patches along a side.
 PUBLISHED = {
     "r50_vit_b16": (97_890_112, 98_659_112, 114_687_379, 21.54, 14),
     "r50_vit_b32": (110_176_832, 110_945_832, 126_974_099, 8.47, 7),
@@ -58,15 +58,12 @@ def test_parameter_names_are_timms():
     model = create_model("r50_vit_b16", **TINY, seed=None)
     names = {name for name in model.state_dict() if name.startswith("patch_embed.")}
     units = ["stages.0.blocks.0", "stages.1.blocks.0", "stages.1.blocks.1"]
-    expected = {"proj.weight", "proj.bias"} | {
-        f"backbone.stem.{of}" for of in ("conv.weight", "norm.weight", "norm.bias")
-    }
-    for unit in (f"backbone.{unit}" for unit in units):
-        for layer in ("downsample.", "1", "2", "3") if unit.endswith("blocks.0") else "123":
-            conv_name, norm_name = (
-                (f"{layer}conv", f"{layer}norm") if "." in layer else (f"conv{layer}", f"norm{layer}")
-            )
-            expected |= {f"{unit}.{conv_name}.weight", f"{unit}.{norm_name}.weight", f"{unit}.{norm_name}.bias"}
+    layers = [("stem.conv", "stem.norm")]
+    layers += [(f"{unit}.conv{i}", f"{unit}.norm{i}") for unit in units for i in (1, 2, 3)]
+    layers += [(f"{unit}.downsample.conv", f"{unit}.downsample.norm") for unit in units[:2]]
+    expected = {"proj.weight", "proj.bias"}
+    for convolution, norm in layers:
+        expected |= {f"backbone.{name}" for name in (f"{convolution}.weight", f"{norm}.weight", f"{norm}.bias")}
     assert names == {f"patch_embed.{name}" for name in expected}
     # Where the root is all there is, it is the backbone.
     names = set(create_model("r_vit_ti16", depth=1, seed=None).patch_embed.backbone.state_dict())
@@ -74,7 +71,7 @@ def test_parameter_names_are_timms():
 
 
 def numpy_forward(p: dict, image: np.ndarray, units: list[int]) -> np.ndarray:
-    """Patch embeddings [g*g, D] of one image in float64; the last stage's output is cut into the patches of ``proj``."""
+    """Patch embeddings [g*g, D] of one image in float64."""
 
     def std_conv(x, name, stride=1):
         w = p[f"{name}.weight"]
@@ -139,7 +136,7 @@ def test_backbone_equals_transformers():
     for module in theirs.modules():
         if isinstance(module, torch.nn.GroupNorm):
             module.eps = (
-                1e-6  # flax's; theirs is 1e-5. A filter's epsilon matters less: the next norm undoes its scale.
+                1e-6  # flax's; theirs is 1e-5. A filter's epsilon matters less: the norm after it undoes its scale.
             )
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
