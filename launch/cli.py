@@ -33,7 +33,7 @@ def run(
     runs: Annotated[Path, typer.Option(help="Folder of runs; this one gets RUNS/NAME.")] = Path("runs"),
     smoke: Smoke = False,
 ) -> None:
-    """Run a plan on this machine; finished stages are skipped, interrupted ones go on. A smoke run is RUNS/NAME-smoke."""
+    """Run a plan on this machine; finished stages are skipped, interrupted ones go on. --smoke: in RUNS/NAME-smoke."""
     from launch.plan import read_plan
     from launch.run import run_plan
 
@@ -62,7 +62,7 @@ def train(
     table, about = read_settings(config)
     table = override(table, settings or [])
     if smoke:
-        from launch.smoke import smoke_run
+        from pipeline.smoke import smoke_run
 
         distributed.start()
         try:
@@ -189,21 +189,19 @@ def recipes(
     as_json: Json = False,
 ) -> None:
     """List the recipes of the paper and others, or show one with its command and where it comes from."""
-    from launch.recipes import as_table, in_order, print_recipe, print_table
+    from launch.recipes import as_table, in_order, print_recipe, print_table, run_smoke_forms
     from pipeline.recipe import read_recipe, recipe_names
 
     found = in_order([read_recipe(each) for each in ([name] if name else recipe_names())])
     if smoke:
-        from launch.smoke import smoke_alone
-
-        smoke_alone(found, as_json)
+        run_smoke_forms(found, as_json)
     elif as_json:
         listed = [as_table(recipe) for recipe in found]
         print(json.dumps(listed[0] if name else listed))
     elif name:
         print_recipe(found[0])
     else:
-        print_table(found)
+        print_table(found, Console().width if sys.stdout.isatty() else None)
 
 
 def _print(result: dict[str, Any], as_json: bool) -> None:

@@ -1,6 +1,6 @@
 """What ``patchmill recipes`` prints: all recipes as a table, or one whole."""
 
-import sys
+import json
 from collections.abc import Callable
 from itertools import groupby
 from typing import Any
@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.recipe import Recipe
 from pipeline.config import TrainSettings
+from pipeline.recipe import Recipe
 
 FEW = 12  # commands of a sweep that are printed one by one
 PAPER = "ViT paper"
@@ -31,14 +31,13 @@ SPARE = ("model", "data", "source", "schedule", "decay", "batch", "length")
 """Columns that a narrow terminal does without, the first first: a name says model and data."""
 
 
-def print_table(recipes: list[Recipe]) -> None:
-    """Print a line a recipe, as many columns of it as the terminal has room for."""
+def print_table(recipes: list[Recipe], width: int | None) -> None:
+    """Print a line a recipe, as many columns of it as ``width`` has room for; all of them where it is None."""
     rows = [{title: cell(recipe, recipe.checked) for title, cell in COLUMNS.items()} for recipe in recipes]
     titles = list(COLUMNS)
     widths = {title: max(len(title), *(len(row[title]) for row in rows)) for title in titles}
-    room = Console().width if sys.stdout.isatty() else sum(widths.values()) + 2 * len(titles)
-    for title in SPARE:
-        if sum(widths[each] + 2 for each in titles) > room:
+    for title in SPARE if width else ():
+        if sum(widths[each] + 2 for each in titles) > width:
             titles.remove(title)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for title in titles:
@@ -48,10 +47,11 @@ def print_table(recipes: list[Recipe]) -> None:
         for row in group:
             table.add_row(*(row[title] for title in titles))
         table.add_row()
-    Console(width=room).print(table)
-    print("expected: top-1, per cent. `patchmill recipes NAME` shows a recipe whole, with its command and where it is from.")
+    console = Console(width=width or sum(widths.values()) + 2 * len(titles), highlight=False)
+    console.print(table)
+    console.print("expected: top-1, per cent. `patchmill recipes NAME` shows one whole: its command, where it is from.")
     if missing := [title for title in COLUMNS if title not in titles]:
-        print(f"not shown for want of room: {', '.join(missing)}; a wider terminal or --json has them.")
+        console.print(f"not shown for want of room: {', '.join(missing)}; a wider terminal or --json has them")
 
 
 def in_order(recipes: list[Recipe]) -> list[Recipe]:
@@ -71,6 +71,30 @@ def print_recipe(recipe: Recipe) -> None:
     for key, each in values.items():
         print(f"#     {key}: {', '.join(map(str, each))}")
     print(f"# {len(commands)} runs in all; --json has the command of each.")
+
+
+def run_smoke_forms(recipes: list[Recipe], as_json: bool) -> None:
+    """Run the smoke form of recipes, one after the other in this process, and print what came out."""
+    from pipeline import distributed
+    from pipeline.smoke import smoke_run
+
+    distributed.start()
+    ran = []
+    try:
+        for recipe in recipes:
+            result = smoke_run(recipe.settings, recipe.about, recipe.name)
+            ran.append({"name": recipe.name, **{key: result[key] for key in ("val", "images_per_second", "seconds")}})
+    finally:
+        distributed.finish()
+    if as_json:
+        print(json.dumps(ran))
+        return
+    table = Table("recipe", "loss", "images/s", "seconds", box=None)
+    for each in ran:
+        table.add_row(
+            each["name"], f"{each['val']['loss']:.3f}", f"{each['images_per_second']:.0f}", str(each["seconds"])
+        )
+    Console().print(table)
 
 
 def as_table(recipe: Recipe) -> dict[str, Any]:

@@ -5,17 +5,22 @@ options, objective, optimizer, shape of the schedule, augmentation, engine, ZeRO
 """
 
 import shutil
+import tempfile
+import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import DataSettings, Duration, TrainSettings, merge
+from pipeline import distributed
+from pipeline.config import DataSettings, Duration, TrainSettings, check, merge
 from pipeline.models import MODELS, create_model
 from pipeline.recipe import About
-from pipeline.weights import write_weights
+from pipeline.train import train
+from pipeline.weights import Weights, check_model, write_weights
 from shards.build import build
 from shards.errors import UserError
 
-STEPS = 8
+STEPS = 6
 WARMUP = 2  # of them, where there is a warm-up
 BATCH = 8  # of a rank
 PATCHES = 2  # along a side of the image
@@ -26,6 +31,40 @@ CHANNELS = 32  # of a ResNet's first stage: as many as its norms have groups
 IMAGES = Path(__file__).parents[1] / "examples" / "clipart" / "images"
 CLASSES = ("flags", "food", "tools")
 IMAGES_A_CLASS = 16
+
+
+def smoke_run(table: dict[str, Any], about: About | None, where: str, out: Path | None = None) -> dict[str, Any]:
+    """Run the smoke form of a training stage; collective over all ranks.
+
+    Args:
+        table: Settings of the stage; data and weights that it does not name are made on the spot.
+        about: Of its recipe, if it has one.
+        where: The settings stand, for errors.
+        out: Folder to keep what it makes; by default nothing is kept.
+
+    Returns:
+        What ``train`` returns, and ``seconds`` that everything took.
+    """
+    began = time.monotonic()
+    rank, ranks = distributed.rank(), distributed.world_size()
+    with ExitStack() as stack:
+        if out is None:
+            mine = stack.enter_context(tempfile.TemporaryDirectory(prefix="patchmill-smoke-")) if rank == 0 else ""
+            out = Path(distributed.everyone(mine)[0])
+        out.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(distributed.alone_in(out))
+        problem = None
+        try:
+            table, weights = _fill_in(table, about, out, make=rank == 0)
+        except UserError as error:
+            problem = error
+        distributed.raise_together(problem)  # rank 0 has made everything when the others go on
+        settings = check(TrainSettings, table, where)
+        check_model(settings, where)
+        if weights is None and settings.init is not None:
+            weights = Weights(settings.init).model
+        result = train(shrink(settings, ranks, weights), out)
+    return {**result, "seconds": round(time.monotonic() - began, 1)}
 
 
 def shrink(settings: TrainSettings, ranks: int = 1, weights: dict[str, Any] | None = None) -> TrainSettings:
@@ -89,7 +128,9 @@ def _scaled(data: DataSettings, resolution: int) -> int | None:
     return data.resize and round(data.resize * resolution / data.resolution)
 
 
-def fill_in(table: dict[str, Any], about: About | None, folder: Path, make: bool) -> tuple[dict[str, Any], dict | None]:
+def _fill_in(
+    table: dict[str, Any], about: About | None, folder: Path, make: bool
+) -> tuple[dict[str, Any], dict | None]:
     """Give a smoke run the data and the weights that its settings do not name, made in ``folder`` on the spot.
 
     Args:
