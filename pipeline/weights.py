@@ -13,7 +13,9 @@ from torch import Tensor
 
 from pipeline.config import TrainSettings
 from pipeline.models import create_model
-from pipeline.models.vit import VisionTransformer, interpolate_pos_embed
+from pipeline.models.initial import initial_value
+from pipeline.models.positions import interpolate_pos_embed
+from pipeline.models.vit import VisionTransformer
 from shards.atomic import whole_file
 from shards.errors import UserError
 
@@ -109,7 +111,7 @@ def first_values(
     def value_of(name: str, shape: tuple) -> Tensor:
         new_head = settings.kind == "finetune" and name.startswith("head.")
         if init is None or new_head:
-            return template.initial_value(name, shape, settings.seed)
+            return initial_value(template, name, shape, settings.seed)
         if name not in init.names:
             raise UserError(
                 f"{init.path} has no {name}: it is a checkpoint of another model; use the model settings that made it"

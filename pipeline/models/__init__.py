@@ -4,6 +4,7 @@ import difflib
 import inspect
 
 from pipeline.models import vit
+from pipeline.models.initial import init_parameters
 from shards.errors import UserError
 
 # name -> (class, its settings): one line a family.
@@ -36,7 +37,7 @@ def create_model(name: str, *, seed: int | None = 0, **settings) -> vit.VisionTr
             raise UserError(f"unknown setting of {name}: {key!r}; {_nearest(key, known)}")
     model = model_class(**(defaults | settings))
     if seed is not None:
-        vit.init_parameters(model, seed)
+        init_parameters(model, seed)
     return model
 
 

@@ -8,14 +8,14 @@ Legend of the shape comments: n images, g x g patches, T = 1 + g*g tokens, D wid
 M width of the MLP, K classes, L blocks.
 """
 
-import hashlib
-import math
 from collections import OrderedDict
+from functools import partial
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from pipeline.models.layers import Conv2d, LayerNorm, Linear, Mlp, constant, lecun_normal, normal, xavier_uniform, zeros
 from shards.errors import UserError
 
 SIZES = {
@@ -31,31 +31,13 @@ SETTINGS = {
     for patch in (8, 14, 16, 32)
 }
 
-LAYER_NORM_EPS = 1e-6
-# Standard deviation of a standard normal cut at +-2: what flax's lecun_normal divides by.
-TRUNCATED_STD = 0.87962566
-
-
-class Linear(nn.Linear):
-    """A linear layer that is born without values: ``VisionTransformer.initial_value`` gives them."""
-
-    def reset_parameters(self) -> None:
-        """Leave the memory as it is, so that building ViT-H costs no random numbers."""
-
-
-class Conv2d(nn.Conv2d):
-    """A convolution that is born without values: ``VisionTransformer.initial_value`` gives them."""
-
-    def reset_parameters(self) -> None:
-        """Leave the memory as it is."""
-
 
 class PatchEmbed(nn.Module):
     """Cut images into patches and project each: one convolution whose stride is its kernel size."""
 
     def __init__(self, patch_size: int, embed_dim: int):
         super().__init__()
-        self.proj = Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.proj = Conv2d(3, embed_dim, patch_size, stride=patch_size, weight=lecun_normal)
 
     def forward(self, images: Tensor) -> Tensor:
         """Turn images [n, 3, H, W] into patch embeddings [n, g*g, D], row by row."""
@@ -68,8 +50,9 @@ class Attention(nn.Module):
     def __init__(self, embed_dim: int, num_heads: int, dropout: float):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = Linear(embed_dim, 3 * embed_dim)
-        self.proj = Linear(embed_dim, embed_dim)
+        # q, k and v are three layers, each of which begins as one.
+        self.qkv = Linear(embed_dim, 3 * embed_dim, weight=partial(xavier_uniform, parts=3))
+        self.proj = Linear(embed_dim, embed_dim, weight=xavier_uniform)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,29 +64,14 @@ class Attention(nn.Module):
         return self.dropout(self.proj(x.transpose(1, 2).reshape(n, t, width)))
 
 
-class Mlp(nn.Module):
-    """Two linear layers with GELU between them."""
-
-    def __init__(self, embed_dim: int, mlp_dim: int, gelu: str, dropout: float):
-        super().__init__()
-        self.fc1 = Linear(embed_dim, mlp_dim)
-        self.act = nn.GELU(approximate="tanh" if gelu == "tanh" else "none")
-        self.fc2 = Linear(mlp_dim, embed_dim)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map tokens [n, T, D] to [n, T, D], through [n, T, M]."""
-        return self.dropout(self.fc2(self.dropout(self.act(self.fc1(x)))))
-
-
 class Block(nn.Module):
     """One pre-norm encoder block: attention, then MLP, each with a residual that a sample may skip."""
 
     def __init__(self, embed_dim: int, num_heads: int, mlp_dim: int, gelu: str, dropout: float, drop_path: float):
         super().__init__()
-        self.norm1 = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
+        self.norm1 = LayerNorm(embed_dim)
         self.attn = Attention(embed_dim, num_heads, dropout)
-        self.norm2 = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
+        self.norm2 = LayerNorm(embed_dim)
         self.mlp = Mlp(embed_dim, mlp_dim, gelu, dropout)
         self.drop_path = drop_path
 
@@ -188,18 +156,23 @@ class VisionTransformer(nn.Module):
         tokens = 1 + (image_size // patch_size) ** 2
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, tokens, embed_dim))
+        self.begin = {"cls_token": zeros, "pos_embed": partial(normal, std=0.02)}
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_dim, gelu, dropout, drop_path * i / max(depth - 1, 1)) for i in range(depth)
         )
-        self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
+        self.norm = LayerNorm(embed_dim)
         self.pre_logits = (
-            nn.Sequential(OrderedDict(fc=Linear(embed_dim, embed_dim), act=nn.Tanh()))
+            nn.Sequential(OrderedDict(fc=Linear(embed_dim, embed_dim, weight=lecun_normal), act=nn.Tanh()))
             if representation
             else nn.Identity()
         )
-        self.head = Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        self.head = (
+            Linear(embed_dim, num_classes, weight=zeros, bias=partial(constant, number=head_bias))
+            if num_classes
+            else nn.Identity()
+        )
 
     def forward(self, images: Tensor, draws: Tensor | None = None) -> Tensor:
         """Return the logits.
@@ -234,73 +207,3 @@ class VisionTransformer(nn.Module):
         for i, block in enumerate(self.blocks):
             x = block(x, None if draws is None else draws[:, i])
         return self.norm(x)
-
-    def initial_value(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-        """Return the official first value of one parameter, a pure function of the arguments.
-
-        Args:
-            name: full name, such as "blocks.0.attn.qkv.weight".
-            shape: full shape, before any sharding.
-            seed: seed of the run; each parameter has its own stream, from a hash of (seed, name).
-
-        Returns:
-            A float32 CPU tensor of that shape.
-
-        Raises:
-            ValueError: the name is not one of this model's.
-        """
-        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
-        value = torch.empty(shape, dtype=torch.float32, device="cpu")
-        owner, _, kind = name.rpartition(".")
-        layer = owner.rpartition(".")[2]
-        if name == "pos_embed":
-            return value.normal_(0, 0.02, generator=generator)
-        if name == "head.bias":
-            return value.fill_(self.head_bias)
-        if name in ("cls_token", "head.weight"):
-            return value.zero_()
-        if layer.startswith("norm"):
-            return value.fill_(1.0 if kind == "weight" else 0.0)
-        if layer in ("fc1", "fc2") and kind == "bias":
-            return value.normal_(0, 1e-6, generator=generator)
-        if kind == "bias":
-            return value.zero_()
-        if name in ("patch_embed.proj.weight", "pre_logits.fc.weight"):
-            std = math.prod(shape[1:]) ** -0.5 / TRUNCATED_STD
-            return nn.init.trunc_normal_(value, 0, std, -2 * std, 2 * std, generator=generator)
-        if layer in ("qkv", "proj", "fc1", "fc2"):
-            fan_out = shape[0] // 3 if layer == "qkv" else shape[0]  # q, k and v are three layers, each Xavier
-            limit = math.sqrt(6 / (shape[1] + fan_out))
-            return value.uniform_(-limit, limit, generator=generator)
-        raise ValueError(f"no such parameter in a Vision Transformer: {name}")
-
-
-@torch.no_grad()
-def init_parameters(model: VisionTransformer, seed: int) -> None:
-    """Write the first value of every parameter of an unsharded model, in place."""
-    for name, parameter in model.named_parameters():
-        parameter.copy_(model.initial_value(name, tuple(parameter.shape), seed))
-
-
-def interpolate_pos_embed(pos_embed: Tensor, new_grid: int) -> Tensor:
-    """Stretch position embeddings to another grid, as the official ``scipy.ndimage.zoom`` of order 1 does.
-
-    Args:
-        pos_embed: [1, 1 + g*g, D], the class token's entry first; it is kept as it is.
-        new_grid: patches along a side of the new images.
-
-    Returns:
-        [1, 1 + new_grid**2, D], of the same dtype.
-
-    Raises:
-        UserError: the old grid is not a square.
-    """
-    cls, grid = pos_embed[:, :1], pos_embed[:, 1:]
-    side = math.isqrt(grid.shape[1])
-    if side * side != grid.shape[1]:
-        raise UserError(f"position embeddings of {grid.shape[1]} patches are no square grid; give square images")
-    grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2).float()  # [1, D, g, g]
-    # Corner to corner: zoom maps the first and last entries of a row onto each other.
-    grid = F.interpolate(grid, size=(new_grid, new_grid), mode="bilinear", align_corners=True)
-    return torch.cat([cls, grid.flatten(2).transpose(1, 2).to(cls.dtype)], dim=1)

@@ -3,7 +3,7 @@ import torch
 
 from pipeline.config import TrainSettings, check, merge
 from pipeline.models import create_model
-from pipeline.models.vit import interpolate_pos_embed
+from pipeline.models.positions import interpolate_pos_embed
 from pipeline.weights import Weights, first_values, resolve_model, write_weights
 from shards.errors import UserError
 

@@ -14,6 +14,7 @@ from pipeline import checkpoint, distributed
 from pipeline.config import TrainSettings, check
 from pipeline.engines import create_engine
 from pipeline.models import create_model
+from pipeline.models.initial import initial_value
 from pipeline.objectives.supervised import supervised_loss
 
 MODEL = {
@@ -40,7 +41,7 @@ def main(kind: str, stage: str, precision: str, optimizer: str, steps: str, fold
     shapes = {name: tuple(p.shape) for name, p in template.named_parameters()}
 
     def value_of(name: str, shape: tuple) -> torch.Tensor:
-        value = template.initial_value(name, shape, seed=0)
+        value = initial_value(template, name, shape, seed=0)
         return value + 0.05 if name == "head.weight" else value  # a zero head would pass no gradient on
 
     engine = create_engine(lambda: create_model(**MODEL, seed=None), value_of, settings)

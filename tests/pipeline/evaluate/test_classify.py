@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from pipeline.models import create_model
+from pipeline.models.initial import initial_value
 from shards.augment import Resize
 from shards.dataset import Dataset
 from shards.decode import decode
@@ -23,7 +24,7 @@ def folder(tmp_path_factory) -> Path:
 def by_hand(folder) -> dict:
     """The same figures from one image at a time."""
     model = create_model("vit_ti8", embed_dim=24, num_heads=3, depth=1, image_size=16, num_classes=3, seed=3).eval()
-    model.head.weight.data = model.initial_value("blocks.0.mlp.fc1.weight", (3, 24), 5)
+    model.head.weight.data = initial_value(model, "blocks.0.mlp.fc1.weight", (3, 24), 5)
     dataset = Dataset.open(folder)
     right, losses = [], []
     for index in range(len(dataset)):

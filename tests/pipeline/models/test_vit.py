@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from pipeline.models import create_model, model_names
-from pipeline.models.vit import interpolate_pos_embed
+from pipeline.models.initial import initial_value
+from pipeline.models.positions import interpolate_pos_embed
 from shards.errors import UserError
 
 TINY = {"image_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7}
@@ -217,15 +218,17 @@ def test_initial_values_depend_on_seed_and_name_alone():
     deep = deep_model.state_dict()
     for name, value in shallow.items():
         assert torch.equal(value, deep[name]), name
-        assert torch.equal(value, deep_model.initial_value(name, tuple(value.shape), 5)), name
+        assert torch.equal(value, initial_value(deep_model, name, tuple(value.shape), 5)), name
     assert not torch.equal(deep["blocks.0.attn.qkv.weight"], deep["blocks.1.attn.qkv.weight"])
     other = create_model("vit_ti16", **TINY, seed=6).state_dict()
     assert not torch.equal(other["pos_embed"], deep["pos_embed"])
 
 
 def test_initial_value_of_a_foreign_parameter():
-    with pytest.raises(ValueError, match="mask_token"):
-        create_model("vit_ti16", **TINY, seed=None).initial_value("mask_token.weight", (1, 48), 0)
+    model = create_model("vit_ti16", **TINY, seed=None)
+    for name in ("mask_token.weight", "mask_token", "head.scale"):
+        with pytest.raises(ValueError, match=name):
+            initial_value(model, name, (1, 48), 0)
 
 
 def test_dropout_works_in_training_only(images):
