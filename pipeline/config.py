@@ -195,10 +195,16 @@ class ModelSettings(Settings):
     depth: int | None = None
     num_heads: int | None = None
     mlp_dim: int | None = None
+    pooling: Literal["cls", "mean", "map"] | None = None
     representation: bool | None = None
+    position: Literal["learned", "learned_2d", "relative", "sincos_2d", "none"] | None = None
+    position_at: Literal["stem", "every", "shared"] | None = None
+    registers: int | None = None
+    qkv_bias: bool | None = None
     gelu: Literal["tanh", "exact"] | None = None
     dropout: float | None = None
-    head_bias: float | None = None
+    drop_path: float | None = None
+    head_bias: float | str | None = Field(None, description='a number, or "log_prior"')
 
     def overrides(self) -> dict[str, Any]:
         """Return the keys that are set, without the name."""
