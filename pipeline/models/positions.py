@@ -34,7 +34,9 @@ def check_positions(kind: str, place: str, embed_dim: int) -> None:
     if place not in PLACES:
         raise UserError(f"unknown position_at: {place!r}; take one of {', '.join(PLACES)}")
     if kind == "relative" and place == "stem":
-        raise UserError("position 'relative' works in attention, not at the stem; set position_at to 'every' or 'shared'")
+        raise UserError(
+            "position 'relative' works in attention, not at the stem; set position_at to 'every' or 'shared'"
+        )
     if kind == "none" and place != "stem":
         raise UserError(f"position 'none' has nothing to put at position_at {place!r}; leave position_at out")
     if kind == "sincos_2d" and place == "every":
