@@ -162,9 +162,7 @@ def _prepare(
     command = kind.command(settings, folder, run)
     if isinstance(settings, TrainSettings):
         if settings.kind != stage.kind:
-            raise UserError(
-                f"{where} is of kind {stage.kind}, and its settings are of kind {settings.kind}; make them one"
-            )
+            raise UserError(f"{where} is of kind {stage.kind}, its settings of kind {settings.kind}; make them one")
         settings.accumulation(stage.ranks)
         check_model(settings, where)
         command += ["--smoke"] if smoke else []

@@ -91,9 +91,8 @@ def run_smoke_forms(recipes: list[Recipe], as_json: bool) -> None:
         return
     table = Table("recipe", "loss", "images/s", "seconds", box=None)
     for each in ran:
-        table.add_row(
-            each["name"], f"{each['val']['loss']:.3f}", f"{each['images_per_second']:.0f}", str(each["seconds"])
-        )
+        loss, speed = f"{each['val']['loss']:.3f}", f"{each['images_per_second']:.0f}"
+        table.add_row(each["name"], loss, speed, str(each["seconds"]))
     Console().print(table)
 
 
@@ -101,10 +100,11 @@ def as_table(recipe: Recipe) -> dict[str, Any]:
     """Return all that is known of a recipe."""
     settings = recipe.checked
     return {
-        "name": recipe.name, **recipe.about.model_dump(mode="json"), "kind": settings.kind, "duration": settings.duration,
-        "global_batch": settings.global_batch, "lr": settings.optim.lr, "weight_decay": settings.optim.weight_decay,
-        "schedule": settings.schedule.shape, "resolution": settings.data.resolution, "sweep": recipe.swept,
-        "commands": recipe.commands, "settings": recipe.settings,
+        "name": recipe.name, **recipe.about.model_dump(mode="json"), "kind": settings.kind,
+        "duration": settings.duration, "global_batch": settings.global_batch, "lr": settings.optim.lr,
+        "weight_decay": settings.optim.weight_decay, "schedule": settings.schedule.shape,
+        "resolution": settings.data.resolution, "sweep": recipe.swept, "commands": recipe.commands,
+        "settings": recipe.settings,
     }  # fmt: skip
 
 

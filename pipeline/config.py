@@ -162,9 +162,7 @@ class DataSettings(Settings):
         if self.resize is not None and self.augment != "resize_crop":
             raise ValueError(f"resize is of augment 'resize_crop', and augment is {self.augment!r}; unset it")
         if self.resize is not None and self.resize < self.resolution:
-            raise ValueError(
-                f"resize {self.resize} is smaller than the resolution {self.resolution} that is cut from it"
-            )
+            raise ValueError(f"the resolution {self.resolution} cannot be cut from {self.resize}; make resize larger")
         return self
 
     @model_validator(mode="after")

@@ -1,8 +1,8 @@
 """Recipes that ship with Patchmill: the settings of a published training run, and an ``[about]`` table of what it was.
 
 A recipe is a file of settings as anybody writes one, without the places of data and weights. Two of its tables are not
-settings: ``[about]``, and ``[sweep]``, the values that were tried. In a table of a sweep the settings change together, the
-n-th value of one with the n-th of the others; of several ``[[sweep]]`` tables every combination is meant.
+settings: ``[about]``, and ``[sweep]``, the values that were tried. In a table of a sweep the settings change together,
+the n-th value of one with the n-th of the others; of several ``[[sweep]]`` tables every combination is meant.
 """
 
 import json

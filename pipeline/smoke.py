@@ -1,7 +1,7 @@
 """The smoke form of a training stage: the same kind of run, over in seconds on a laptop.
 
-Only depth, width, resolution, batch and steps shrink, and with the steps all lengths that are given in them. Model kind and
-options, objective, optimizer, shape of the schedule, augmentation, engine, ZeRO stage and precision stay.
+Only depth, width, resolution, batch and steps shrink, and with the steps all lengths that are given in them. Model kind
+and options, objective, optimizer, shape of the schedule, augmentation, engine, ZeRO stage and precision stay.
 """
 
 import shutil

@@ -125,9 +125,9 @@ def deepspeed_config(settings: TrainSettings, world_size: int) -> dict:
         "steps_per_print": 10**12,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": settings.engine.zero_stage},
+        # Left out, it would be 1. At stage 0 we clip.
+        "gradient_clipping": (settings.optim.clip if settings.engine.zero_stage > 0 else None) or 0.0,
     }
-    if settings.engine.zero_stage > 0 and settings.optim.clip:
-        config["gradient_clipping"] = settings.optim.clip
     if settings.engine.precision == "bfloat16":
         # No lower-precision-safe modules: they would also be reduced in bf16, and gradients must add up in fp32.
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}

@@ -40,8 +40,8 @@ def classify(
     device = distributed.device()
     sums = torch.zeros(4, dtype=torch.float64)
     parts = EvaluationLoader(
-        dataset, batch, transform=TRANSFORMS[view](resolution), rank=distributed.rank(), world_size=distributed.world_size(),
-        threads=threads,
+        dataset, batch, transform=TRANSFORMS[view](resolution), rank=distributed.rank(),
+        world_size=distributed.world_size(), threads=threads,
     )  # fmt: skip
 
     def prepare(part: EvaluationBatch) -> tuple[Tensor, Tensor, Tensor]:

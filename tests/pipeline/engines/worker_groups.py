@@ -16,6 +16,7 @@ from pipeline import checkpoint, distributed
 from pipeline.config import TrainSettings, check
 from pipeline.engines import create_engine
 from pipeline.models import create_model
+from pipeline.models.initial import initial_value
 from pipeline.objectives.supervised import supervised_loss
 
 MODEL = {
@@ -51,7 +52,7 @@ def name_of(engine: tuple[str, int]) -> str:
 def value_of(template, name: str, shape: tuple) -> torch.Tensor:
     if name == "head.weight":  # a zero head would pass no gradient on, and Adam would take noise for one
         return torch.linspace(-1, 1, 5 * 24).sin().reshape(shape)
-    return template.initial_value(name, shape, seed=0)
+    return initial_value(template, name, shape, seed=0)
 
 
 def reference(template) -> list[float]:
