@@ -116,6 +116,9 @@ class DataSettings(Settings):
         False, description="large JPEGs at a fraction of their size: quicker, but antialiased"
     )
     threads: int = Field(2, gt=0, description="decode threads of each rank")
+    decode: Literal["threads", "process"] = Field(
+        "threads", description="in the training process, or in one beside it that keeps Python's work off the step"
+    )
     allow_pipe: bool = Field(False, description="train = 'pipe:COMMAND' may run its command")
     allow_decoder_change: bool = Field(False, description="go on although the image libraries' versions changed")
     window_bytes: int = Field(16_000_000_000, gt=0, description="shuffle window over the whole cluster")
@@ -161,9 +164,10 @@ class DataSettings(Settings):
     @model_validator(mode="after")
     def _streams_alone(self) -> "DataSettings":
         if isinstance(self.train, str):
-            if is_stream(self.train) and self.exclude is not None:
+            unused = "exclude" if self.exclude is not None else "decode" if self.decode == "process" else None
+            if is_stream(self.train) and unused:
                 raise ValueError(
-                    f"exclude is of a data set with a manifest, and train = {self.train!r} is a stream; unset it"
+                    f"{unused} is of a data set with a manifest, and train = {self.train!r} is a stream; unset it"
                 )
         elif stream := next((source.url for source in self.train if is_stream(source.url)), None):
             raise ValueError(f"the stream {stream!r} cannot be one of several; index it with `patchmill shards index`")
@@ -195,10 +199,16 @@ class ModelSettings(Settings):
     depth: int | None = None
     num_heads: int | None = None
     mlp_dim: int | None = None
+    pooling: Literal["cls", "mean", "map"] | None = None
     representation: bool | None = None
+    position: Literal["learned", "learned_2d", "relative", "sincos_2d", "none"] | None = None
+    position_at: Literal["stem", "every", "shared"] | None = None
+    registers: int | None = None
+    qkv_bias: bool | None = None
     gelu: Literal["tanh", "exact"] | None = None
     dropout: float | None = None
-    head_bias: float | None = None
+    drop_path: float | None = None
+    head_bias: float | str | None = Field(None, description='a number, or "log_prior"')
 
     def overrides(self) -> dict[str, Any]:
         """Return the keys that are set, without the name."""

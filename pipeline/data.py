@@ -1,18 +1,20 @@
 """What a training stage reads: a data set, a mixture or a stream, behind one loader."""
 
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from pipeline import distributed
 from pipeline.config import DataSettings, TrainSettings
 from pipeline.images import training_transform
-from pipeline.prefetch import pinned_array
+from pipeline.prefetch import pin, pinned_array
 from pipeline.schedule import Schedule
 from shards.dataset import Dataset
 from shards.errors import UserError
 from shards.ledger import new_segment
 from shards.loader import Loader
 from shards.mixture import Mixture
+from shards.processloader import ProcessLoader
 from shards.stream import StreamLoader
 from shards.tarstream import is_stream
 
@@ -28,7 +30,7 @@ class TrainingData(NamedTuple):
         schedule: Of the stage.
     """
 
-    loader: Loader | StreamLoader
+    loader: Loader | ProcessLoader | StreamLoader
     classes: list[str]
     epoch: int | None
     held_out: Dataset | None
@@ -51,7 +53,7 @@ def open_data(settings: TrainSettings, out: Path, first_batch: int) -> TrainingD
     options = {
         "global_batch": settings.global_batch, "rank": distributed.rank(), "world_size": distributed.world_size(),
         "seed": settings.seed, "transform": training_transform(data), "threads": data.threads,
-        "quarantine": out / "quarantine.jsonl", "allocate": pinned_array,
+        "quarantine": out / "quarantine.jsonl",
     }  # fmt: skip
     if is_stream(data.train):
         if held_out is None:
@@ -60,14 +62,17 @@ def open_data(settings: TrainSettings, out: Path, first_batch: int) -> TrainingD
             )
         schedule = Schedule.of(settings, None, first_batch)
         loader = StreamLoader(
-            data.train, held_out.classes, stop=schedule.total, allow_pipe=data.allow_pipe, store=data.store, **options
+            data.train, held_out.classes, stop=schedule.total, allow_pipe=data.allow_pipe, store=data.store,
+            allocate=pinned_array, **options,
         )  # fmt: skip
         return TrainingData(loader, held_out.classes, None, held_out, schedule)
     dataset = training_set(data)
     if held_out is not None and held_out.classes != dataset.classes:
         raise UserError(f"{data.val} has other classes than {dataset.url}; build both with one list of classes")
     schedule = Schedule.of(settings, len(dataset), first_batch)
-    loader = Loader(
+    in_process = data.decode == "process"
+    kind = partial(ProcessLoader, register=pin) if in_process else partial(Loader, allocate=pinned_array)
+    loader = kind(
         dataset, window_bytes=data.window_bytes, stop=schedule.total, **options,
         cache=data.open_cache(), cache_ranks=distributed.ranks_here(),
         ledger=distributed.everyone(new_segment(out / "ledger") if distributed.rank() == 0 else None)[0],

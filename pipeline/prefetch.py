@@ -1,5 +1,6 @@
 """Batches on their way to the device: on CUDA the next one is copied while the model works on this one."""
 
+import weakref
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -15,6 +16,14 @@ B, T = TypeVar("B"), TypeVar("T")
 def pinned_array(shape: tuple[int, ...]) -> np.ndarray:
     """Return an uninitialised uint8 array; on CUDA in pinned memory, which the device copies by itself."""
     return torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available()).numpy()
+
+
+def pin(memory: np.ndarray) -> None:
+    """Pin host memory for as long as the array lives, where CUDA is."""
+    if torch.cuda.is_available():
+        cudart, address = torch.cuda.cudart(), memory.ctypes.data
+        torch.cuda.check_error(cudart.cudaHostRegister(address, memory.nbytes, 0))
+        weakref.finalize(memory, cudart.cudaHostUnregister, address).atexit = False
 
 
 def prefetched(

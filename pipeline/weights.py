@@ -1,5 +1,6 @@
 """Converted weights: one safetensors file with timm's names, and a note of what model they are."""
 
+import inspect
 import json
 import os
 from collections.abc import Callable
@@ -14,12 +15,13 @@ from torch import Tensor
 from pipeline.config import TrainSettings
 from pipeline.models import create_model
 from pipeline.models.initial import initial_value
-from pipeline.models.positions import interpolate_pos_embed
 from pipeline.models.vit import VisionTransformer
 from shards.atomic import whole_file
 from shards.errors import UserError
 
 NOTE = "patchmill"  # the key of our note in the file's metadata
+# What a stage may set anew over the weights that it starts from. Every other setting of a model is an attribute of it.
+MAY_CHANGE = {"image_size", "num_classes", "representation", "dropout", "drop_path", "head_bias"}
 
 
 class Weights:
@@ -73,15 +75,12 @@ def resolve_model(settings: TrainSettings, init: Weights | None, num_classes: in
 
     Fine-tuning drops the whole pre-training head, pre-logits included (vit-paper 1.5).
     """
-    base = dict(init.model) if init else {}
     wanted = settings.model.overrides()
     if settings.model.name is not None:
-        named = {"name": settings.model.name} | wanted
-        if init is not None:
-            _refuse_another_model(settings, init, named)
-        base |= named
-    else:
-        base |= wanted
+        wanted["name"] = settings.model.name
+    base = (init.model if init else {}) | wanted
+    if init is not None:
+        _refuse_another_model(settings, init, wanted if "name" in wanted else base)
     base |= {"image_size": settings.data.resolution, "num_classes": num_classes}
     if settings.kind == "finetune":
         base |= {"representation": False, "head_bias": 0.0}
@@ -117,8 +116,8 @@ def first_values(
                 f"{init.path} has no {name}: it is a checkpoint of another model; use the model settings that made it"
             )
         value = init.tensor(name).float()
-        if name == "pos_embed" and value.shape != shape:
-            value = interpolate_pos_embed(value, template.image_size // template.patch_size)
+        if name.rpartition(".")[2] == "pos_embed" and value.shape != shape:
+            value = template.positions.resize(value)
         if value.shape != shape:
             raise UserError(
                 f"{init.path} has {name} of shape {list(value.shape)}, this model wants {list(shape)}: "
@@ -131,11 +130,17 @@ def first_values(
 
 def _refuse_another_model(settings: TrainSettings, init: Weights, named: dict[str, Any]) -> None:
     with torch.device("meta"):
-        here = create_model(**named, image_size=settings.data.resolution, seed=None)
+        here = create_model(**(named | {"image_size": settings.data.resolution}), seed=None)
         there = create_model(**init.model, seed=None)
-    for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_dim", "gelu"):
-        if getattr(here, key) != getattr(there, key):
-            raise UserError(
-                f"{init.path} is a checkpoint of another model: its {key} is {getattr(there, key)}, the settings say "
-                f"{getattr(here, key)}; leave [model] out, or use the settings that made it"
-            )
+
+    def refuse(what: str, has: Any, said: Any) -> None:
+        raise UserError(
+            f"{init.path} is a checkpoint of another model: its {what} is {has}, the settings say {said}; "
+            "leave [model] out, or use the settings that made it"
+        )
+
+    if type(here) is not type(there):
+        refuse("name", init.model["name"], named["name"])
+    for key in inspect.signature(type(there)).parameters:
+        if key not in MAY_CHANGE and getattr(here, key) != getattr(there, key):
+            refuse(key, getattr(there, key), getattr(here, key))

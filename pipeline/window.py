@@ -10,6 +10,7 @@ from pipeline import distributed
 from pipeline.config import TrainSettings
 from shards.loader import Loader
 from shards.meter import Counts
+from shards.processloader import ProcessLoader
 from shards.stream import StreamLoader
 
 T = TypeVar("T")
@@ -27,7 +28,7 @@ class Window:
         seconds: That those windows took.
     """
 
-    def __init__(self, settings: TrainSettings, loader: Loader | StreamLoader):
+    def __init__(self, settings: TrainSettings, loader: Loader | ProcessLoader | StreamLoader):
         self.images, self.seconds = 0, 0.0
         self._settings, self._loader = settings, loader
         self.open()

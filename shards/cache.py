@@ -81,6 +81,10 @@ class ChunkCache:
         except OSError as error:
             raise UserError(f"cannot use the cache {folder}: {error.strerror}; give another folder") from error
 
+    def __reduce__(self) -> tuple:
+        """Let another process use the same folder."""
+        return ChunkCache, (self.folder, self.limit)
+
     def read(
         self, name: str, lengths: Sequence[int], fetch: Callable[[], list[bytes]], next_use: int
     ) -> list[bytes] | list[memoryview]:

@@ -119,6 +119,7 @@ class Dataset:
         settings: StoreSettings,
     ):
         self.store, self.url, self.exclude = store, store.url, exclude
+        self._opened = store.url, exclude, cached_shards, settings
         self.concurrency = settings.concurrency
         try:
             self.tars = open_store(info.tars, settings=settings) if info.tars else store
@@ -170,6 +171,10 @@ class Dataset:
         if manifest.digest(info.classes, shards["sha256"].to_pylist(), info.build) != info.digest:
             raise UserError(f"{store.url}: dataset.json and shards.parquet do not belong together; build it again")
         return cls(store, info, shards, exclude, _read_dropped(store, exclude), cached_shards, settings)
+
+    def __reduce__(self) -> tuple:
+        """Let another process open it again: connections and descriptors do not travel."""
+        return Dataset.open, self._opened
 
     def __len__(self) -> int:
         return int(self._starts[-1])

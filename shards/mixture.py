@@ -50,6 +50,10 @@ class Mixture:
         self._places = list(chain(*([(d, s) for s in range(len(d.shard_sizes))] for d in self.datasets)))
         self._labels = {dataset: _labels(dataset, self.datasets[0]) for dataset in self.datasets}
 
+    def __reduce__(self) -> tuple:
+        """Let another process open it again."""
+        return Mixture, (list(zip(self.datasets, self.weights, strict=True)),)
+
     def __len__(self) -> int:
         """Return the samples of all sources together: what counts as an epoch of the mixture."""
         return int(self.shard_sizes.sum())

@@ -39,7 +39,7 @@ def run_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], workers: in
     context = multiprocessing.get_context("spawn")
     running: dict[Future, Job] = {}
     waiting = iter(jobs)
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
         try:
             while True:
                 for job in waiting:
@@ -58,8 +58,8 @@ def run_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], workers: in
             pool.shutdown(cancel_futures=True)
 
 
-def _end_with_parent() -> None:
-    """End this worker when its parent is killed: an orphan would write on under the feet of the next try."""
+def end_with_parent() -> None:
+    """End this process when its parent is killed: an orphan would write on under the feet of the next try."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     parent = multiprocessing.parent_process().sentinel
     threading.Thread(target=lambda: (connection.wait([parent]), os._exit(1)), daemon=True).start()

@@ -3,12 +3,15 @@
 import difflib
 import inspect
 
-from pipeline.models import vit
+from torch import nn
+
+from pipeline.models import resnet, vit
 from pipeline.models.initial import init_parameters
 from shards.errors import UserError
 
 # name -> (class, its settings): one line a family.
 MODELS = {name: (vit.VisionTransformer, settings) for name, settings in vit.SETTINGS.items()}
+MODELS |= {name: (resnet.ResNet, settings) for name, settings in resnet.SETTINGS.items()}
 
 
 def model_names() -> list[str]:
@@ -16,7 +19,7 @@ def model_names() -> list[str]:
     return list(MODELS)
 
 
-def create_model(name: str, *, seed: int | None = 0, **settings) -> vit.VisionTransformer:
+def create_model(name: str, *, seed: int | None = 0, **settings) -> nn.Module:
     """Build a model by name.
 
     Args:

@@ -12,6 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from shards.errors import UserError
+
 Fill = Callable[[Tensor, torch.Generator], Tensor]
 
 # Standard deviation of a standard normal cut at +-2: what flax's lecun_normal divides by.
@@ -45,9 +47,22 @@ def lecun_normal(value: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def xavier_uniform(value: Tensor, generator: torch.Generator, parts: int = 1) -> Tensor:
-    """Fill a kernel [outputs, inputs] uniformly by fan-in and fan-out; ``parts`` layers may be stacked in it."""
-    limit = math.sqrt(6 / (value.shape[1] + value.shape[0] // parts))
+    """Fill a kernel [..., outputs, inputs] uniformly by fan-in and fan-out; ``parts`` layers may be stacked in it."""
+    limit = math.sqrt(6 / (value.shape[-1] + value.shape[-2] // parts))
     return value.uniform_(-limit, limit, generator=generator)
+
+
+def head_fill(head_bias: float | str, num_classes: int) -> Fill:
+    """Return how the bias of a classifier of K classes begins: a number, or "log_prior", which is -ln K.
+
+    Raises:
+        UserError: another word.
+    """
+    if head_bias == "log_prior":
+        return partial(constant, number=-math.log(num_classes))
+    if isinstance(head_bias, str):
+        raise UserError(f"unknown head_bias: {head_bias!r}; give a number or 'log_prior'")
+    return partial(constant, number=head_bias)
 
 
 class Linear(nn.Linear):

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from shards.audit import audit
 from shards.dataset import Dataset
 from tests.command import LAUNCH, done, environment, losses, wait_for_steps
 from tests.images import build_image_set
@@ -121,6 +122,29 @@ def test_stopped_on_request_it_saves_and_goes_on_with_any_ranks_and_data_moved_t
     else:
         assert [samples for samples, _ in after] == [samples for samples, _ in undisturbed]
         assert [loss for _, loss in after] == pytest.approx([loss for _, loss in undisturbed], abs=2e-4)
+
+
+def test_decoding_in_a_process_of_its_own_trains_the_same_through_signals_to_all_and_leaves_nobody_behind(
+    folder, undisturbed
+):
+    run, over = folder / "process", ("data.decode=process",)
+    first = launch(folder, 2, run.name, over=over)
+    wait_for_steps(run, first, 9)
+    everybody = psutil.Process(first.pid).children(recursive=True)
+    assert len(everybody) == 2 + 2 * 2  # a decode process a rank, and what Python watches over it with
+    for each in [first, *everybody]:
+        each.send_signal(signal.SIGTERM)  # as a scheduler does
+    code, stderr = done(first)
+    assert code == 75, stderr
+    assert "Traceback" not in stderr
+    assert psutil.wait_procs(everybody, timeout=20)[1] == []
+    code, stderr = done(launch(folder, 2, run.name, over=over))
+    assert code == 0, stderr
+    assert losses(run) == undisturbed
+    weights = [max((folder / name).glob("checkpoints/samples-*")) for name in ("process", "undisturbed")]
+    for rank in range(2):
+        assert len({(each / f"rank-{rank:05d}.safetensors").read_bytes() for each in weights}) == 1
+    assert audit(run).counts == {}
 
 
 def test_another_global_batch_on_resume_still_ends_with_a_save_and_an_evaluation(folder):

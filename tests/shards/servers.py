@@ -24,7 +24,7 @@ class FaultServer(ThreadingHTTPServer):
         requests: Asked so far.
         paths: That they asked for.
         authorizations: Their headers of that name, or None.
-        most: Requests that were in work at one time.
+        most: Requests that waited for an answer at one time.
         seconds: That each answer takes.
     """
 
@@ -53,12 +53,10 @@ class FaultServer(ThreadingHTTPServer):
             self.most = max(self.most, self._now)
             fault = self.fault if self.bad and not self.good else ""
             self.good, self.bad = max(0, self.good - 1), self.bad - bool(fault)
-        try:
-            self.ended.wait(self.seconds)
-            yield fault
-        finally:
-            with self._lock:
-                self._now -= 1
+        self.ended.wait(self.seconds)
+        with self._lock:  # before the answer: the client may have it, and ask again, before this thread goes on
+            self._now -= 1
+        yield fault
 
 
 class RangeHandler(SimpleHTTPRequestHandler):
