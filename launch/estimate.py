@@ -19,7 +19,8 @@ def estimates(
     """Return an estimate of each training stage of a plan, of one stage, or of a model.
 
     Args:
-        arguments: A plan, or settings of a stage or a recipe's name and ``key=value`` overrides of those; with ``model`` its settings.
+        arguments: A plan; or settings of a stage, or a recipe's name, and ``key=value`` overrides of those; with
+            ``model`` its settings.
         model: Name of a model, in place of a file.
         samples: Length of a training of ``model``.
         classes: What to take where the data set is not to be asked.
