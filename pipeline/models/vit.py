@@ -200,6 +200,8 @@ class VisionTransformer(nn.Module):
         UserError: numbers that do not fit each other.
     """
 
+    block = Block
+
     def __init__(
         self,
         *,
@@ -280,7 +282,7 @@ class VisionTransformer(nn.Module):
 
         # ---- blocks
         self.blocks = nn.ModuleList(
-            Block(
+            self.block(
                 embed_dim, num_heads, mlp_dim, gelu, dropout, drop_path * i / max(depth - 1, 1), qkv_bias,
                 self.positions, blocks_own[i],
             )
@@ -341,7 +343,7 @@ class VisionTransformer(nn.Module):
         if not self.training or self.drop_path == 0:
             draws = None
         elif draws is None:
-            draws = torch.rand(len(x), self.depth, 2, device=x.device)
+            draws = torch.rand(len(x), len(self.blocks), 2, device=x.device)
         for i, block in enumerate(self.blocks):
             if self.position_at == "shared" and (relative or i > 0):
                 shared = self.pos_embed
