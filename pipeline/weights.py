@@ -83,7 +83,7 @@ def resolve_model(settings: TrainSettings, init: Weights | None, num_classes: in
         _refuse_another_model(settings, init, wanted if "name" in wanted else base)
     base |= {"image_size": settings.data.resolution, "num_classes": num_classes}
     if settings.kind == "finetune":
-        base |= {"representation": False, "head_bias": 0.0}
+        base |= {"head_bias": 0.0} | ({"representation": False} if "representation" in base else {})
     return base
 
 
