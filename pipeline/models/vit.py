@@ -341,7 +341,7 @@ class VisionTransformer(nn.Module):
         if not self.training or self.drop_path == 0:
             draws = None
         elif draws is None:
-            draws = torch.rand(len(x), self.depth, 2, device=x.device)
+            draws = torch.rand(len(x), len(self.blocks), 2, device=x.device)
         for i, block in enumerate(self.blocks):
             if self.position_at == "shared" and (relative or i > 0):
                 shared = self.pos_embed
