@@ -11,6 +11,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline import distributed
 from pipeline.config import DataSettings, Duration, TrainSettings, check, merge
 from pipeline.models import MODELS, create_model
@@ -48,6 +50,8 @@ def smoke_run(table: dict[str, Any], about: About | None, where: str, out: Path 
     began = time.monotonic()
     rank, ranks = distributed.rank(), distributed.world_size()
     with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)  # of anything this small threads wait for each other longer than they work
         folder = out
         if folder is None:
             mine = stack.enter_context(tempfile.TemporaryDirectory(prefix="patchmill-smoke-")) if rank == 0 else ""

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from launch.cli import app
 from launch.recipes import in_order, print_recipe, print_table
 from pipeline.recipe import read_recipe, recipe_names
+from tests.command import patchmill, refused
 
 ALL = [read_recipe(name) for name in recipe_names()]
 
@@ -64,3 +65,15 @@ def test_one_recipe_is_printed_whole_with_its_commands():
     text = printed(print_recipe, read_recipe("augreg_imagenet"))
     assert "#     data.augment: inception, light1, light2" in text
     assert "# 252 runs in all" in text
+
+
+def test_smoke_forms_run_from_the_command_line(tmp_path):
+    done = patchmill("recipes", "small_pretrain", "--smoke", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    [ran] = json.loads(done.stdout)
+    assert (ran["name"], ran["val"]["images"]) == ("small_pretrain", 12)
+    done = patchmill("train", "small_finetune", "optim.lr=0.02", "--smoke", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 6
+    assert not list(tmp_path.iterdir())
+    assert "data.train is missing" in refused(patchmill("train", "vit_b16_imagenet", cwd=tmp_path))
