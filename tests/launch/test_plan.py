@@ -170,5 +170,5 @@ def test_a_smoke_run_is_in_a_folder_of_its_own_and_shrinks_every_training_stage(
 
 
 def test_a_recipe_of_another_kind_is_refused(write, tmp_path):
-    with pytest.raises(UserError, match="stage pretrain of .* is of kind supervised, its settings of kind finetune"):
+    with pytest.raises(UserError, match=r"stage pretrain of .* is of kind supervised, its settings of kind finetune"):
         read_plan(write(HEAD + SHARDS + PRETRAIN.replace("small_pretrain", "small_finetune")), tmp_path / "runs")
