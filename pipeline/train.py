@@ -6,6 +6,7 @@ Where it stands is one integer, the samples consumed; schedules, saves and evalu
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from pipeline import checkpoint, distributed, provenance, stop
 from pipeline.config import TrainSettings
 from pipeline.data import open_data
+from pipeline.droppath import drop_path_draws
 from pipeline.engines import create_engine
 from pipeline.evaluate.classify import classify
 from pipeline.images import training_input
@@ -32,10 +34,11 @@ from shards.hashing import hash_int
 
 
 class MicroBatch(NamedTuple):
-    """What goes through the model at once: images [n,3,H,W] float, labels as for the loss, the seed of its dropout."""
+    """What goes through the model at once: images [n,3,H,W] float, labels as for the loss, what its dropouts draw."""
 
     images: Tensor
     labels: Tensor
+    draws: Tensor
     seed: int
 
 
@@ -73,10 +76,13 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
 
     def loss_fn(model: Any, batch: MicroBatch) -> Tensor:
         torch.manual_seed(batch.seed)  # dropout
-        return objective(model, (batch.images, batch.labels))
+        return objective(partial(model, draws=batch.draws), (batch.images, batch.labels))
 
-    def prepare(batch: Batch) -> tuple[Tensor, Tensor]:
-        return training_input(batch, settings, data.epoch, len(data.classes), distributed.device())
+    def prepare(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        images, labels = training_input(batch, settings, data.epoch, len(data.classes), distributed.device())
+        blocks = len(template.blocks) if template.drop_path else 0
+        draws = drop_path_draws(batch.positions, data.epoch, settings.seed, blocks)
+        return images, labels, torch.from_numpy(draws).to(distributed.device())
 
     # ---- start
     state: dict[str, Any] = {"steps": 0, "best": None, "val": None}
@@ -131,12 +137,9 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
                 f"{settings.data.train} ended at {samples} of {schedule.total} samples, saved in {save(False)}; give "
                 "it more and run again, or set a shorter duration"
             )
-        images, labels = batch
         micro_batches = [
-            MicroBatch(
-                images[i : i + micro_batch], labels[i : i + micro_batch], hash_int(settings.seed, samples, rank, i)
-            )
-            for i in range(0, len(labels), micro_batch)
+            MicroBatch(*(tensor[i : i + micro_batch] for tensor in batch), hash_int(settings.seed, samples, rank, i))
+            for i in range(0, len(batch[0]), micro_batch)
         ]
         samples, state["steps"] = samples + settings.global_batch, state["steps"] + 1
         lr = schedule.rate(samples)

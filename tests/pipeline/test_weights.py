@@ -47,10 +47,48 @@ def test_fine_tuning_drops_the_head_and_stretches_the_positions(weights):
     assert values["blocks.0.mlp.fc1.weight"].equal(weights.tensor("blocks.0.mlp.fc1.weight"))
 
 
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"position_at": "every"}, ["pos_embed", "blocks.1.pos_embed"]),
+        ({"position": "learned_2d", "position_at": "every"}, ["pos_embed", "blocks.1.pos_embed"]),
+        ({"position": "relative", "position_at": "every"}, ["blocks.0.pos_embed", "blocks.1.pos_embed"]),
+        ({"position": "learned_2d", "pooling": "mean"}, ["pos_embed"]),
+        ({"position": "sincos_2d", "pooling": "mean", "registers": 2}, []),
+    ],
+)
+def test_fine_tuning_stretches_every_kind_of_position_embeddings(tmp_path, options, names):
+    small = MODEL | {"depth": 2} | options
+    state = dict(create_model(**small, seed=7).state_dict())
+    write_weights(tmp_path / "w.safetensors", state, {"model": small, "classes": list("abcde")})
+    weights = Weights(tmp_path / "w.safetensors")
+    assert sorted(name for name in weights.names if name.endswith("pos_embed")) == sorted(names)
+    large = create_model(**resolve_model(settings(), weights, num_classes=5), seed=None)
+    value_of = first_values(large, weights, settings())
+    for name, parameter in large.named_parameters():
+        value = value_of(name, tuple(parameter.shape))
+        if name in names:
+            assert value.equal(large.positions.resize(state[name]))
+            assert value.shape[1] > state[name].shape[1]
+        elif not name.startswith("head."):
+            assert value.equal(state[name])
+    if options["position" if "position" in options else "position_at"] == "sincos_2d":
+        assert large.pos_embed.shape == (1, 16 + 2, 24)
+
+
 def test_another_model_is_refused_by_name_of_what_differs(weights):
     other = settings(model={"name": "vit_ti8", "embed_dim": 48, "num_heads": 3, "depth": 1})
     with pytest.raises(UserError, match="its embed_dim is 24, the settings say 48"):
         resolve_model(other, weights, 5)
+    for setting, message in (
+        ({"pooling": "mean"}, "its pooling is cls, the settings say mean"),
+        ({"position": "none"}, "its position is learned, the settings say none"),
+        ({"registers": 1}, "its registers is 0, the settings say 1"),
+        ({"qkv_bias": False}, "its qkv_bias is True, the settings say False"),
+    ):
+        with pytest.raises(UserError, match=message):
+            resolve_model(settings(model=setting), weights, 5)
+    assert resolve_model(settings(model={"dropout": 0.1, "drop_path": 0.2}), weights, 5)["drop_path"] == 0.2
     pretrain = settings(kind="supervised", data={"resolution": 16})
     template = create_model(**MODEL | {"num_classes": 9}, seed=None)
     with pytest.raises(UserError, match=r"has head.weight of shape \[5, 24\], this model wants \[9, 24\]"):
