@@ -54,7 +54,7 @@ def test_bfloat16_keeps_exact_masters(stage, reference, tmp_path):
 
 
 def test_one_group_of_parameters_goes_on_as_many_under_any_engine_stage_and_number_of_ranks(tmp_path):
-    """With layer decay, ``decay = "kernels"`` and no clipping, against plain torch, a rate for each parameter by hand."""
+    """Layer decay, ``decay = "kernels"`` and no clipping, against plain torch with a rate for each parameter by hand."""
     worker = Path(__file__).parent / "worker_groups.py"
     third = run_on_ranks(worker, 2, tmp_path, "plain")[0]
     fourth = run_on_ranks(worker, 1, tmp_path, "many")[0]
@@ -67,3 +67,13 @@ def test_one_group_of_parameters_goes_on_as_many_under_any_engine_stage_and_numb
         # Adam's first steps are as long for a gradient of nothing but rounding; the wrong rate or decay is 1e-2 off.
         assert third[engine] == pytest.approx(expected[2:3], abs=1e-4), engine
         assert fourth[engine] == pytest.approx(expected[3:], abs=1e-4), engine
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["hybrid", "axial", "bit"])
+def test_other_models_train_the_same_under_zero_3(model, tmp_path):
+    alone = run_on_ranks(WORKER, 1, "accelerate", 0, "float32", "adamw", 3, tmp_path / "alone", "", model)[0]
+    shared = run_on_ranks(WORKER, 2, "deepspeed", 3, "float32", "adamw", 3, tmp_path / "shared", "", model)[0]
+    assert shared["first"] == alone["first"]
+    assert shared["losses"] == pytest.approx(alone["losses"], abs=1e-4)
+    assert shared["norms"] == pytest.approx(alone["norms"], rel=1e-4)
