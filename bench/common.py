@@ -28,12 +28,17 @@ def row(name: str, unit: str, values: list[float]) -> Row:
     return Row(name, median(values), unit, min(values), max(values))
 
 
+def parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser of the arguments that every benchmark takes: ``quick`` and ``json``."""
+    found = argparse.ArgumentParser(description=description)
+    found.add_argument("--quick", action="store_true", help="little data, for tests: the numbers mean nothing")
+    found.add_argument("--json", type=Path, metavar="PATH", help="write the result there as well")
+    return found
+
+
 def arguments(description: str) -> argparse.Namespace:
-    """Parse the arguments that every benchmark takes: ``quick`` and ``json``."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="little data, for tests: the numbers mean nothing")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the result there as well")
-    return parser.parse_args()
+    """Parse the arguments that every benchmark takes."""
+    return parser(description).parse_args()
 
 
 def cores() -> int:

@@ -47,7 +47,7 @@ class Duration(str):
         number, unit = self.PATTERN.match(self).groups()
         if unit == "epoch" and epoch is None:
             raise UserError(
-                f"{self!r}: nobody knows the epoch of a stream; give duration, schedule.warmup, checkpoint.every and "
+                f"{self!r}: nobody knows the epoch of a stream; give duration, schedule, checkpoint.every and "
                 "evaluate.every in steps or samples"
             )
         return round(float(number) * {"epoch": epoch, "step": global_batch, "sample": 1}[unit])
@@ -225,17 +225,48 @@ class OptimSettings(Settings):
     lr: float = Field(1e-3, gt=0)
     betas: tuple[Rate, Rate] = (0.9, 0.999)
     momentum: Rate = 0.9
-    weight_decay: float = Field(0.0, ge=0)
-    decay: Literal["all", "kernels"] = "all"
+    weight_decay: float = Field(
+        0.0, ge=0, description="adamw: a share of the weights, times the learning rate; sgd: added to the gradient"
+    )
+    decay: Literal["all", "kernels"] = Field(
+        "all", description="what decays: everything, or no biases, norms, tokens and position embeddings"
+    )
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="learning rate of each block over that of the next, the embeddings coming first"
+    )
     clip: float | None = Field(None, gt=0, description="global gradient norm")
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def _safe_when_flattened(cls, value: Any) -> Any:
+        if value == "adam":
+            raise ValueError("the paper's Adam, whose decay is decoupled from the gradient, is 'adamw'; take that")
+        if value not in ("adamw", "sgd"):
+            raise ValueError(
+                "take 'adamw' or 'sgd', which treat each value alone; ZeRO's flattened parameters break those that "
+                "need a parameter's norm or shape, such as LAMB and Adafactor"
+            )
+        return value
 
 
 class ScheduleSettings(Settings):
-    """Linear warm-up, then linear or cosine decay, as functions of samples seen."""
+    """Linear warm-up, then linear or cosine decay or steps down, as functions of samples seen."""
 
-    shape: Literal["linear", "cosine"] = "cosine"
+    shape: Literal["linear", "cosine", "steps"] = "cosine"
     warmup: Duration = Duration("0 samples")
-    end_lr: float = Field(0.0, ge=0)
+    end_lr: float = Field(0.0, ge=0, description="of linear and cosine decay")
+    milestones: tuple[Period, ...] = Field((), description='of "steps": after each the rate is multiplied by factor')
+    factor: float = Field(0.1, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _milestones_of_steps(self) -> "ScheduleSettings":
+        if self.shape == "steps" and not self.milestones:
+            raise ValueError('shape "steps" goes down at milestones; set them, as in milestones = ["30 epochs"]')
+        if self.shape != "steps" and self.milestones:
+            raise ValueError(f'milestones are of shape "steps", not {self.shape!r}; set milestones = []')
+        if self.shape == "steps" and self.end_lr:
+            raise ValueError('shape "steps" ends at the last milestone\'s rate; unset end_lr')
+        return self
 
 
 class EngineSettings(Settings):

@@ -38,6 +38,9 @@ def check_resume(settings: TrainSettings, loaded: Checkpoint) -> None:
             raise UserError(
                 f"cannot go on from {loaded.path}: {change}; set it back, or start another run in another folder"
             )
+        if key == "global_batch":
+            first = loaded.state.get("first_batch", before[key])
+            change += f"; in duration, warmup and milestones a step stays {first} samples"
         if rule == "allowed" and distributed.rank() == 0:
             print(f"going on from {loaded.path.name} with {change}", file=sys.stderr)
 

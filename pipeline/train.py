@@ -59,9 +59,14 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
     rank, world_size = distributed.rank(), distributed.world_size()
 
     # ---- data
-    if rank == 0 and not checkpoint.whole_checkpoints(out / "checkpoints"):
+    loaded = checkpoint.newest(out / "checkpoints")
+    if rank == 0 and loaded is None:
         (out / "quarantine.jsonl").unlink(missing_ok=True)  # of a run that nothing is left of
-    data = open_data(settings, out)
+    state: dict[str, Any] = {"steps": 0, "best": None, "val": None, "first_batch": settings.global_batch}
+    if loaded is not None:
+        check_resume(settings, loaded)
+        state |= {key: loaded.state[key] for key in state if key in loaded.state}
+    data = open_data(settings, out, state["first_batch"])
     loader, schedule = data.loader, data.schedule
 
     # ---- model, objective, engine
@@ -85,13 +90,9 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
         return images, labels, torch.from_numpy(draws).to(distributed.device())
 
     # ---- start
-    state: dict[str, Any] = {"steps": 0, "best": None, "val": None}
-    loaded = checkpoint.newest(out / "checkpoints")
     if loaded is not None:
-        check_resume(settings, loaded)
         loader.load_state_dict(loaded.state["loader"], settings.data.allow_decoder_change)
         engine.load(loaded.read)
-        state = {key: loaded.state[key] for key in state}
     samples = loader.state_dict()["samples"]
     if rank == 0:
         provenance.note(out, settings)
