@@ -7,8 +7,9 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.plan import read_plan
-from pipeline.config import TrainSettings, check, override, read_toml
+from pipeline.config import TrainSettings, check, override
 from pipeline.estimate import estimate_model, estimate_stage
+from pipeline.recipe import read_settings
 from shards.errors import UserError
 
 
@@ -18,7 +19,8 @@ def estimates(
     """Return an estimate of each training stage of a plan, of one stage, or of a model.
 
     Args:
-        arguments: A plan or settings of a stage and ``key=value`` overrides of those; with ``model`` its settings.
+        arguments: A plan; or settings of a stage, or a recipe's name, and ``key=value`` overrides of those; with
+            ``model`` its settings.
         model: Name of a model, in place of a file.
         samples: Length of a training of ``model``.
         classes: What to take where the data set is not to be asked.
@@ -36,7 +38,7 @@ def estimates(
     if samples is not None:
         raise UserError("--samples is of --model; the length of a stage is its duration, so override that")
     path, *over = arguments
-    table = read_toml(path)
+    table, _ = read_settings(path)
     if "stage" not in table:
         settings = check(TrainSettings, override(table, over), path)
         return [{"name": Path(path).stem, **estimate_stage(settings, classes, epoch)}]

@@ -28,8 +28,6 @@ from shards.storesettings import StoreSettings
 from shards.tarstream import is_stream
 from shards.urls import refuse_secrets
 
-RECIPES = Path(__file__).parent / "recipes"
-
 
 class Settings(BaseModel):
     """Base of every settings table: immutable, and unknown keys are errors."""
@@ -112,6 +110,10 @@ class DataSettings(Settings):
         "inception", "resize", "resize_crop", "light1", "light2", "medium1", "medium2", "strong1", "strong2"
     ] = Field("inception", description="the inception crop is part of AugReg's light1 to strong2")
     crop_area: tuple[float, float] = (0.05, 1.0)
+    resize: int | None = Field(None, gt=0, description="side that resize_crop cuts from; unset: 7/6 of the resolution")
+    mixup: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="of its Beta distribution, 0 for none; unset: that of the augment"
+    )
     scaled_decoding: bool = Field(
         False, description="large JPEGs at a fraction of their size: quicker, but antialiased"
     )
@@ -156,6 +158,14 @@ class DataSettings(Settings):
         return self
 
     @model_validator(mode="after")
+    def _resized_to_crop(self) -> "DataSettings":
+        if self.resize is not None and self.augment != "resize_crop":
+            raise ValueError(f"resize is of augment 'resize_crop', and augment is {self.augment!r}; unset it")
+        if self.resize is not None and self.resize < self.resolution:
+            raise ValueError(f"the resolution {self.resolution} cannot be cut from {self.resize}; make resize larger")
+        return self
+
+    @model_validator(mode="after")
     def _drop_list_of_one(self) -> "DataSettings":
         if self.exclude is not None and not isinstance(self.train, str):
             raise ValueError("exclude is of one data set, and train lists several; set exclude in their tables")
@@ -185,8 +195,10 @@ class DataSettings(Settings):
         return self.train
 
     @property
-    def mixup(self) -> float:
+    def mixup_alpha(self) -> float:
         """Parameter of mixup's Beta distribution, or 0 for none."""
+        if self.mixup is not None:
+            return self.mixup
         return PRESETS[self.augment].mixup if self.augment in PRESETS else 0.0
 
 
@@ -289,6 +301,9 @@ class EvaluateSettings(Settings):
 
     every: Period = Duration("1 epoch")
     batch: int = Field(64, gt=0)
+    view: Literal["resize", "center_crop"] = Field(
+        "resize", description="the whole image, squeezed; or its middle, of 8/7 of the resolution on the short side"
+    )
 
 
 class TrainSettings(Settings):
@@ -330,7 +345,7 @@ class TrainSettings(Settings):
                 f"global_batch {self.global_batch} does not divide over {world_size} ranks; set it to {near}"
             )
         local = self.global_batch // world_size
-        if self.data.mixup and local % 2:
+        if self.data.mixup_alpha and local % 2:
             raise UserError(
                 f"global_batch {self.global_batch} over {world_size} ranks gives a rank {local}, and mixup pairs them; "
                 f"set it to {' or '.join(str(n * world_size) for n in (local - 1, local + 1) if n)}"
@@ -356,14 +371,6 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise UserError(f"there is no settings file {path}; give the path of a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid TOML: {error}; mend that line") from None
-
-
-def read_recipe(name: str) -> dict[str, Any]:
-    """Return a recipe that ships with Patchmill, by name."""
-    names = sorted(path.stem for path in RECIPES.glob("*.toml"))
-    if name not in names:
-        raise UserError(f"there is no recipe {name!r}{nearest(name, names)}; there are: {', '.join(names)}")
-    return read_toml(RECIPES / f"{name}.toml")
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

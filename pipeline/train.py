@@ -118,8 +118,9 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
         """Evaluate the held-out set; return whether it is the best so far."""
         engine.model.eval()
         state["val"] = classify(
-            engine.model, data.held_out, settings.data.resolution, settings.evaluate.batch, settings.data.threads
-        )
+            engine.model, data.held_out, settings.data.resolution, settings.evaluate.batch, settings.data.threads,
+            settings.evaluate.view,
+        )  # fmt: skip
         if telemetry:
             telemetry.log(samples, {f"val_{key}": value for key, value in state["val"].items()})
         if state["best"] is not None and state["val"]["top1"] <= state["best"]["top1"]:

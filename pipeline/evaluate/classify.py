@@ -9,7 +9,7 @@ from torch import Tensor
 from pipeline import distributed
 from pipeline.images import to_model_input
 from pipeline.prefetch import prefetched
-from shards.augment import Resize
+from shards.augment import TRANSFORMS
 from shards.dataset import Dataset
 from shards.errors import UserError
 from shards.evaluation import EvaluationBatch, EvaluationLoader
@@ -17,16 +17,22 @@ from shards.evaluation import EvaluationBatch, EvaluationLoader
 
 @torch.no_grad()
 def classify(
-    model: Callable[[Tensor], Tensor], dataset: Dataset, resolution: int, batch: int, threads: int = 2
+    model: Callable[[Tensor], Tensor],
+    dataset: Dataset,
+    resolution: int,
+    batch: int,
+    threads: int = 2,
+    view: str = "resize",
 ) -> dict:
     """Evaluate ``model(images [n,3,H,W]) -> logits [n,K]`` on every image of ``dataset``; collective over all ranks.
 
     Args:
         model: In evaluation mode.
         dataset: Single-label images.
-        resolution: Side that images are resized to, straight (vit-paper 8).
+        resolution: Side of what the model sees.
         batch: Images a rank takes at once; the padding of the last batch is left out of all sums.
         threads: Decode threads.
+        view: ``"resize"``: all of the image, straight to the square (vit-paper 8); ``"center_crop"``: its middle.
 
     Returns:
         ``loss`` (softmax cross-entropy), ``top1``, ``top5`` in [0, 1], ``images`` counted over all ranks.
@@ -34,8 +40,8 @@ def classify(
     device = distributed.device()
     sums = torch.zeros(4, dtype=torch.float64)
     parts = EvaluationLoader(
-        dataset, batch, transform=Resize(resolution), rank=distributed.rank(), world_size=distributed.world_size(),
-        threads=threads,
+        dataset, batch, transform=TRANSFORMS[view](resolution), rank=distributed.rank(),
+        world_size=distributed.world_size(), threads=threads,
     )  # fmt: skip
 
     def prepare(part: EvaluationBatch) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,7 +2,7 @@ import tomllib
 
 import pytest
 
-from pipeline.config import Duration, TrainSettings, check, dump_toml, merge, override, read_recipe, read_toml
+from pipeline.config import Duration, TrainSettings, check, dump_toml, merge, override, read_toml
 from shards.errors import UserError
 
 MINIMAL = {"duration": "2 epochs", "global_batch": 8, "data": {"train": "somewhere"}, "model": {"name": "vit_b16"}}
@@ -143,8 +143,6 @@ def test_broken_toml_and_missing_files_are_one_line(tmp_path):
         read_toml(tmp_path / "x.toml")
     with pytest.raises(UserError, match="no settings file"):
         read_toml(tmp_path / "y.toml")
-    with pytest.raises(UserError, match=r"no recipe 'small_pretrian'.*did you mean 'small_pretrain'"):
-        read_recipe("small_pretrian")
 
 
 def test_how_stores_are_reached_is_a_table_of_its_own(monkeypatch):

@@ -30,7 +30,7 @@ def batch_of(positions) -> Batch:
 def test_rows_are_mixed_with_their_partners_on_any_ranks(augment):
     mine = settings(augment)
     batch = batch_of(np.arange(24, 48))
-    keep = mixup_weights(batch.positions, 31, mine.seed, mine.data.mixup).astype(np.float64)
+    keep = mixup_weights(batch.positions, 31, mine.seed, mine.data.mixup_alpha).astype(np.float64)
     partner = [*range(12, 24), *range(12)]
     pixels = batch.images.transpose(0, 3, 1, 2) / 127.5 - 1
     want = keep[:, None, None, None] * pixels + (1 - keep)[:, None, None, None] * pixels[partner]
