@@ -6,6 +6,7 @@ the n-th value of one with the n-th of the others; of several ``[[sweep]]`` tabl
 """
 
 import json
+import shlex
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -125,5 +126,7 @@ def _dotted(table: dict[str, Any], prefix: str = "") -> dict[str, list[Any]]:
 
 
 def _assignments(changed: dict[str, Any]) -> list[str]:
-    """Return ``key=value`` as ``override`` reads it."""
-    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changed.items()]
+    """Return ``key=value`` as a shell hands it to ``override``."""
+    return [
+        shlex.quote(f"{key}={value if isinstance(value, str) else json.dumps(value)}") for key, value in changed.items()
+    ]
