@@ -43,19 +43,20 @@ def smoke_run(table: dict[str, Any], about: About | None, where: str, out: Path 
         out: Folder to keep what it makes; by default nothing is kept.
 
     Returns:
-        What ``train`` returns, and ``seconds`` that everything took.
+        What ``train`` returns of what is kept, and ``seconds`` that everything took.
     """
     began = time.monotonic()
     rank, ranks = distributed.rank(), distributed.world_size()
     with ExitStack() as stack:
-        if out is None:
+        folder = out
+        if folder is None:
             mine = stack.enter_context(tempfile.TemporaryDirectory(prefix="patchmill-smoke-")) if rank == 0 else ""
-            out = Path(distributed.everyone(mine)[0])
-        out.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(distributed.alone_in(out))
+            folder = Path(distributed.everyone(mine)[0]) / Path(where).stem
+        folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(distributed.alone_in(folder))
         problem = None
         try:
-            table, weights = _fill_in(table, about, out, make=rank == 0)
+            table, weights = _fill_in(table, about, folder, make=rank == 0)
         except UserError as error:
             problem = error
         distributed.raise_together(problem)  # rank 0 has made everything when the others go on
@@ -63,7 +64,9 @@ def smoke_run(table: dict[str, Any], about: About | None, where: str, out: Path 
         check_model(settings, where)
         if weights is None and settings.init is not None:
             weights = Weights(settings.init).model
-        result = train(shrink(settings, ranks, weights), out)
+        result = train(shrink(settings, ranks, weights), folder)
+    if out is None:
+        del result["checkpoint"]
     return {**result, "seconds": round(time.monotonic() - began, 1)}
 
 

@@ -84,7 +84,7 @@ def resolve_model(settings: TrainSettings, init: Weights | None, num_classes: in
     base |= {"image_size": settings.data.resolution, "num_classes": num_classes}
     base.pop("patch_target", None)
     if settings.kind == "finetune":
-        base |= {"representation": False, "head_bias": 0.0}
+        base |= {"head_bias": 0.0} | ({"representation": False} if "representation" in base else {})
     if settings.kind == "masked_patch":
         base |= {"representation": False, "num_classes": 0} | _patch_target(settings, base["name"])
     return base
