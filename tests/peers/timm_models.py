@@ -34,6 +34,7 @@ def forward(request: dict) -> None:
             module.eps = request["filter_eps"]
     tensors = load_file(request["tensors"])
     images = tensors.pop("images")
+    model.to(images.dtype)
     model.load_state_dict(tensors, strict=True)
     with torch.no_grad():
         save_file({"logits": model(images)}, request["logits"])

@@ -26,7 +26,6 @@ MODEL = {
     "num_heads": 3,
     "num_classes": 5,
     # Parameters that ZeRO 3 must gather for others than the layer that has them, or that are no layer's.
-    "pooling": "map",
     "registers": 2,
     "position": "relative",
     "position_at": "shared",

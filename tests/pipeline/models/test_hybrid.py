@@ -44,13 +44,20 @@ def randomize(model: torch.nn.Module) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_counts(name):
-    *parameters, grid, multiply_adds, classes = PUBLISHED[name]
+def test_parameter_counts(name):
+    *parameters, grid, _, _ = PUBLISHED[name]
     for num_classes, expected in zip((0, 1000, 21843), parameters, strict=True):
         with torch.device("meta"):
             model = create_model(name, seed=None, num_classes=num_classes)
         assert sum(p.numel() for p in model.parameters()) == expected
         assert model.pos_embed.shape[1] == 1 + grid**2
+
+
+@pytest.mark.parametrize(
+    "name", ["r_vit_ti16", *(pytest.param(name, marks=pytest.mark.slow) for name in [*PUBLISHED][:-1])]
+)
+def test_multiply_adds(name):
+    *_, multiply_adds, classes = PUBLISHED[name]
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         create_model(name, seed=None, num_classes=classes)(torch.empty(1, 3, 224, 224))
     assert counter.get_total_flops() / 2e9 == pytest.approx(multiply_adds, abs=0.005)
@@ -157,6 +164,13 @@ def test_first_values():
             assert value.std().item() == pytest.approx(std, rel=0.05), name
             assert value.abs().max().item() <= 2 * std / 0.87962566 + 1e-6, name
     assert not values["patch_embed.proj.bias"].any()
+
+
+def test_a_compiled_model_is_one_graph():
+    model = randomize(create_model("r50_vit_b16", **TINY)).train()
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images), model(images), rtol=1e-5, atol=1e-5)
 
 
 def test_a_unit_begins_as_its_shortcut():
