@@ -293,6 +293,23 @@ class EngineSettings(Settings):
     precision: Literal["float32", "bfloat16"] = "float32"
 
 
+class MaskedPatchSettings(Settings):
+    """Masked patch prediction (paper, appendix B.1.2); shares are of counts that are exact in every image."""
+
+    target: Literal["mean_color", "mean_colors_4x4", "pixels"] = Field(
+        "mean_color", description="of each corrupted patch: its mean colour of 512, those of its 4 x 4 parts, or itself"
+    )
+    share: float = Field(0.5, gt=0, le=1, description="of an image's patches that are corrupted")
+    mask: float = Field(0.8, ge=0, le=1, description="of those: that a learned embedding replaces")
+    other: float = Field(0.1, ge=0, le=1, description="of those: that another patch's embedding replaces")
+
+    @model_validator(mode="after")
+    def _at_most_all(self) -> "MaskedPatchSettings":
+        if self.mask + self.other > 1:
+            raise ValueError(f"mask {self.mask} and other {self.other} are more than all; make their sum at most 1")
+        return self
+
+
 class CheckpointSettings(Settings):
     """When a checkpoint is written, and how many are kept (the best and the newest always are)."""
 
@@ -313,7 +330,7 @@ class EvaluateSettings(Settings):
 class TrainSettings(Settings):
     """One training stage."""
 
-    kind: Literal["supervised", "finetune"] = "supervised"
+    kind: Literal["supervised", "masked_patch", "finetune"] = "supervised"
     seed: int = 0
     duration: Period
     global_batch: int = Field(gt=0)
@@ -323,6 +340,7 @@ class TrainSettings(Settings):
     init: str | None = Field(None, description="safetensors file to start from; the run's own checkpoint goes first")
     loss: Literal["softmax", "sigmoid"] = "softmax"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    masked_patch: MaskedPatchSettings = MaskedPatchSettings()
     log_every: Period = Duration("10 steps")
     data: DataSettings
     model: ModelSettings = ModelSettings()
@@ -331,6 +349,15 @@ class TrainSettings(Settings):
     engine: EngineSettings = EngineSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+
+    @model_validator(mode="after")
+    def _of_classes_alone(self) -> "TrainSettings":
+        if self.kind == "masked_patch" and (self.loss != "softmax" or self.label_smoothing or self.data.mixup_alpha):
+            raise ValueError(
+                "loss, label_smoothing and mixup are of classes, and masked patch prediction has none; unset them "
+                "(data.mixup = 0.0 keeps the rest of an AugReg augmentation)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _model_or_init(self) -> "TrainSettings":

@@ -9,7 +9,7 @@ from pipeline.config import TrainSettings
 from shards.errors import UserError
 
 RULES = {
-    "kind": "refused", "seed": "refused", "loss": "refused", "label_smoothing": "refused",
+    "kind": "refused", "seed": "refused", "loss": "refused", "label_smoothing": "refused", "masked_patch": "refused",
     "model": "refused", "optim.name": "refused", "data.resolution": "refused", "data.augment": "refused",
     "data.crop_area": "refused", "data.scaled_decoding": "refused", "data.resize": "refused", "data.mixup": "refused",
     "data.exclude": "refused", "data.window_bytes": "refused",

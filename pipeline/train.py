@@ -18,10 +18,8 @@ from pipeline.config import TrainSettings
 from pipeline.data import open_data
 from pipeline.droppath import drop_path_draws
 from pipeline.engines import create_engine
-from pipeline.evaluate.classify import classify
-from pipeline.images import training_input
 from pipeline.models import create_model
-from pipeline.objectives.supervised import supervised_loss
+from pipeline.objectives import create_objective
 from pipeline.prefetch import prefetched
 from pipeline.resume import check_resume
 from pipeline.telemetry import Telemetry
@@ -34,10 +32,9 @@ from shards.hashing import hash_int
 
 
 class MicroBatch(NamedTuple):
-    """What goes through the model at once: images [n,3,H,W] float, labels as for the loss, what its dropouts draw."""
+    """What goes through the model at once: what the objective prepared, n of each, and what dropouts draw."""
 
-    images: Tensor
-    labels: Tensor
+    inputs: tuple[Tensor, ...]
     draws: Tensor
     seed: int
 
@@ -77,17 +74,16 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
     shapes = {name: tuple(parameter.shape) for name, parameter in template.named_parameters()}
     value_of = first_values(template, init, settings)
     engine = create_engine(lambda: create_model(**model_settings, seed=None), value_of, settings)
-    objective = supervised_loss(settings, len(data.classes))
+    objective = create_objective(settings, template, data.epoch, len(data.classes))
 
     def loss_fn(model: Any, batch: MicroBatch) -> Tensor:
         torch.manual_seed(batch.seed)  # dropout
-        return objective(partial(model, draws=batch.draws), (batch.images, batch.labels))
+        return objective.loss(partial(model, draws=batch.draws), *batch.inputs)
 
-    def prepare(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        images, labels = training_input(batch, settings, data.epoch, len(data.classes), distributed.device())
+    def prepare(batch: Batch) -> tuple[Tensor, ...]:
         blocks = len(template.blocks) if template.drop_path else 0
         draws = drop_path_draws(batch.positions, data.epoch, settings.seed, blocks)
-        return images, labels, torch.from_numpy(draws).to(distributed.device())
+        return *objective.prepare(batch), torch.from_numpy(draws).to(distributed.device())
 
     # ---- start
     if loaded is not None:
@@ -117,13 +113,10 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
     def evaluate() -> bool:
         """Evaluate the held-out set; return whether it is the best so far."""
         engine.model.eval()
-        state["val"] = classify(
-            engine.model, data.held_out, settings.data.resolution, settings.evaluate.batch, settings.data.threads,
-            settings.evaluate.view,
-        )  # fmt: skip
+        state["val"] = objective.evaluate(engine.model, data.held_out)
         if telemetry:
             telemetry.log(samples, {f"val_{key}": value for key, value in state["val"].items()})
-        if state["best"] is not None and state["val"]["top1"] <= state["best"]["top1"]:
+        if state["best"] is not None and not objective.better(state["val"], state["best"]):
             return False
         state["best"] = {"samples": samples, **state["val"]}
         return True
@@ -139,10 +132,10 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
                 f"{settings.data.train} ended at {samples} of {schedule.total} samples, saved in {save(False)}; give "
                 "it more and run again, or set a shorter duration"
             )
-        micro_batches = [
-            MicroBatch(*(tensor[i : i + micro_batch] for tensor in batch), hash_int(settings.seed, samples, rank, i))
-            for i in range(0, len(batch[0]), micro_batch)
-        ]
+        micro_batches = []
+        for i in range(0, len(batch[0]), micro_batch):
+            *inputs, draws = (tensor[i : i + micro_batch] for tensor in batch)
+            micro_batches.append(MicroBatch(tuple(inputs), draws, hash_int(settings.seed, samples, rank, i)))
         samples, state["steps"] = samples + settings.global_batch, state["steps"] + 1
         lr = schedule.rate(samples)
         step = engine.step(micro_batches, loss_fn, lr)
@@ -168,7 +161,7 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
             telemetry.log(samples, values)
         best = evaluating and evaluate()
         if telemetry:
-            telemetry.show(samples, {**values, "val_top1": state["val"] and state["val"]["top1"]})
+            telemetry.show(samples, {**values, "val_top1": state["val"] and state["val"].get("top1")})
         if saving or best or stopping:
             path = save(best)
         if stopping and samples < schedule.total:

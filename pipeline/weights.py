@@ -13,14 +13,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.config import TrainSettings
-from pipeline.models import create_model
+from pipeline.models import MODELS, create_model
 from pipeline.models.initial import initial_value
+from pipeline.models.vit import VisionTransformer
 from shards.atomic import whole_file
 from shards.errors import UserError
 
 NOTE = "patchmill"  # the key of our note in the file's metadata
 # What a stage may set anew over the weights that it starts from. Every other setting of a model is an attribute of it.
-MAY_CHANGE = {"image_size", "num_classes", "representation", "dropout", "drop_path", "head_bias"}
+MAY_CHANGE = {"image_size", "num_classes", "representation", "dropout", "drop_path", "head_bias", "patch_target"}
 
 
 class Weights:
@@ -81,9 +82,18 @@ def resolve_model(settings: TrainSettings, init: Weights | None, num_classes: in
     if init is not None:
         _refuse_another_model(settings, init, wanted if "name" in wanted else base)
     base |= {"image_size": settings.data.resolution, "num_classes": num_classes}
+    base.pop("patch_target", None)
     if settings.kind == "finetune":
         base |= {"head_bias": 0.0} | ({"representation": False} if "representation" in base else {})
+    if settings.kind == "masked_patch":
+        base |= {"representation": False, "num_classes": 0} | _patch_target(settings, base["name"])
     return base
+
+
+def _patch_target(settings: TrainSettings, name: str) -> dict[str, str]:
+    if not issubclass(MODELS[name][0], VisionTransformer):
+        raise UserError(f"masked patch prediction is of Vision Transformers, and {name!r} is none; take another model")
+    return {"patch_target": settings.masked_patch.target}
 
 
 def check_model(settings: TrainSettings, where: str) -> None:
@@ -91,9 +101,10 @@ def check_model(settings: TrainSettings, where: str) -> None:
     if settings.model.name is not None:
         try:
             with torch.device("meta"):
-                create_model(
-                    settings.model.name, **settings.model.overrides(), image_size=settings.data.resolution, seed=None
-                )
+                wanted = settings.model.overrides() | {"image_size": settings.data.resolution}
+                if settings.kind == "masked_patch":
+                    wanted |= _patch_target(settings, settings.model.name)
+                create_model(settings.model.name, **wanted, seed=None)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
 

@@ -22,7 +22,8 @@ import deepspeed
 deepspeed.utils.logger.setLevel(logging.WARNING)
 for handler in deepspeed.utils.logger.handlers:
     handler.setStream(sys.stderr)  # stdout is for results
-warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)  # DeepSpeed's to mend
+# DeepSpeed's to mend.
+warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor)", category=FutureWarning)
 
 
 class DeepSpeedEngine:

@@ -57,6 +57,14 @@ SETTINGS |= {
 
 POOLINGS = ("cls", "mean", "map")
 
+BINS = 8  # of each channel of a colour, in masked patch prediction
+# What masked patch prediction may tell of a patch of 3 x P x P values, and how many outputs that takes.
+PATCH_TARGETS = {
+    "mean_color": lambda values: BINS**3,
+    "mean_colors_4x4": lambda values: 16 * BINS**3,
+    "pixels": lambda values: values,
+}
+
 
 class PatchEmbed(nn.Module):
     """Cut images into patches and project each: one convolution whose stride is its kernel size."""
@@ -195,6 +203,8 @@ class VisionTransformer(nn.Module):
             "log_prior", -ln K.
         backbone: makes a hybrid: units of each stage of the ResNet that the patches are cut from; [] is its root alone.
         backbone_width: channels of that ResNet's root.
+        patch_target: for masked patch prediction: what a head on every patch tells of it, "mean_color",
+            "mean_colors_4x4" or "pixels".
 
     Raises:
         UserError: numbers that do not fit each other.
@@ -224,6 +234,7 @@ class VisionTransformer(nn.Module):
         head_bias: float | str = 0.0,
         backbone: list[int] | None = None,
         backbone_width: int = 64,
+        patch_target: str | None = None,
     ):
         super().__init__()
         mlp_dim = 4 * embed_dim if mlp_dim is None else mlp_dim
@@ -246,9 +257,14 @@ class VisionTransformer(nn.Module):
             raise UserError(f"image_size {image_size} is not divisible by {by}; take {near}")
         if embed_dim % num_heads:
             raise UserError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}; take a divisor")
-        for name, value, known in (("gelu", gelu, ("tanh", "exact")), ("pooling", pooling, POOLINGS)):
+        choices = [("gelu", gelu, ("tanh", "exact")), ("pooling", pooling, POOLINGS)]
+        choices += [("patch_target", patch_target, PATCH_TARGETS)] if patch_target is not None else []
+        for name, value, known in choices:
             if value not in known:
                 raise UserError(f"unknown {name}: {value!r}; take one of {', '.join(known)}")
+
+        if patch_target is not None and pooling == "map":
+            raise UserError("pooling 'map' has nothing to do in masked patch prediction; set it to 'cls' or 'mean'")
 
         self.image_size, self.patch_size, self.embed_dim = image_size, patch_size, embed_dim
         self.depth, self.num_heads, self.mlp_dim = depth, num_heads, mlp_dim
@@ -256,7 +272,7 @@ class VisionTransformer(nn.Module):
         self.position, self.position_at, self.registers = position, position_at, registers
         self.qkv_bias, self.gelu = qkv_bias, gelu
         self.drop_path, self.head_bias = drop_path, head_bias
-        self.backbone, self.backbone_width = backbone, backbone_width
+        self.backbone, self.backbone_width, self.patch_target = backbone, backbone_width, patch_target
         self.grid = image_size // span
         self.positions = Positions(position, position_at, self.grid, embed_dim, pooling == "cls", registers)
 
@@ -304,19 +320,32 @@ class VisionTransformer(nn.Module):
             else nn.Identity()
         )
 
-    def forward(self, images: Tensor, draws: Tensor | None = None) -> Tensor:
-        """Return the logits.
+        # ---- masked patch prediction
+        if patch_target is not None:
+            self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+            self.begin["mask_token"] = partial(normal, std=0.02)
+            outputs = PATCH_TARGETS[patch_target](3 * span**2)
+            self.patch_head = Linear(embed_dim, outputs, weight=lecun_normal)
+
+    def forward(self, images: Tensor, draws: Tensor | None = None, corruption: Tensor | None = None) -> Tensor:
+        """Return the logits, or with ``corruption`` what the model tells of the corrupted patches.
 
         Args:
             images: float [n, 3, image_size, image_size].
             draws: float [n, depth, 2] uniform in [0, 1): the stochastic-depth draws of each sample, for its
                 attention and MLP branches, so that a sample's draws need not depend on its rank or batch.
                 Left out, a model in training mode draws its own.
+            corruption: int64 [n, m, 2]: the corrupted patches of each image, and the patch whose embedding each gets,
+                or -1 for the mask's. Of a model with a ``patch_target``.
 
         Returns:
-            [n, K]; without a head the features, [n, D].
+            [n, K]; without a head the features, [n, D]; with ``corruption`` [n, m, outputs].
         """
-        return self.head(self.features(images, draws))
+        if corruption is None:
+            return self.head(self.features(images, draws))
+        x = self.tokens(images, draws, corruption)[:, self.positions.class_token :]  # [n, N, D]
+        where = corruption[:, :, :1].expand(-1, -1, x.shape[2])
+        return self.patch_head(x.gather(1, where))
 
     def features(self, images: Tensor, draws: Tensor | None = None) -> Tensor:
         """Return what the head sees, [n, D]: the tanh layer's output, or without one the pooled tokens.
@@ -328,12 +357,14 @@ class VisionTransformer(nn.Module):
             return self.pre_logits(self.attn_pool(x))
         return self.pre_logits(x.mean(dim=1) if self.pooling == "mean" else x[:, 0])
 
-    def tokens(self, images: Tensor, draws: Tensor | None = None) -> Tensor:
+    def tokens(self, images: Tensor, draws: Tensor | None = None, corruption: Tensor | None = None) -> Tensor:
         """Return the normed tokens, [n, T - R, D]: a class token if there is one, then the patches.
 
         Arguments as in ``forward``.
         """
         x = self.patch_embed(images)  # [n, N, D]
+        if corruption is not None:
+            x = self._corrupted(x, *corruption.unbind(2))
         parts = [token for token in (self.cls_token, x, self.reg_token) if token is not None]
         x = torch.cat([token.expand(len(x), -1, -1) for token in parts], dim=1)  # [n, T, D]
         x = x.to(self.norm.weight.dtype)  # autocast leaves the residuals in full precision
@@ -350,3 +381,9 @@ class VisionTransformer(nn.Module):
                 shared = self.pos_embed
             x = block(x, None if draws is None else draws[:, i], shared)
         return self.norm(x[:, : x.shape[1] - self.registers])
+
+    def _corrupted(self, x: Tensor, where: Tensor, source: Tensor) -> Tensor:
+        """Return patch embeddings [n, N, D], those at ``where`` [n, m] replaced by those at ``source`` or the mask."""
+        where, source = (each[:, :, None].expand(-1, -1, x.shape[2]) for each in (where, source))
+        instead = torch.where(source < 0, self.mask_token.to(x.dtype), x.gather(1, source.clamp(min=0)))
+        return x.scatter(1, where, instead)

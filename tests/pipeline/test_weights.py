@@ -158,3 +158,27 @@ def test_the_same_weights_are_the_same_bytes(tmp_path):
         write_weights(tmp_path / f"{number}.safetensors", tensors, note)
         contents.add((tmp_path / f"{number}.safetensors").read_bytes())
     assert len(contents) == 1
+
+
+def test_fine_tuning_goes_on_from_masked_patch_prediction(tmp_path):
+    small = {"name": "vit_ti8", "embed_dim": 24, "num_heads": 3, "depth": 1}
+    masked = settings(kind="masked_patch", init=None, model=small, data={"resolution": 16})
+    model = resolve_model(masked, None, 3)
+    assert (model["num_classes"], model["patch_target"]) == (0, "mean_color")
+    trained = create_model(**model).state_dict()
+    assert {"mask_token", "patch_head.weight"} < trained.keys()
+    write_weights(tmp_path / "w.safetensors", trained, {"model": model, "classes": ["a", "b", "c"]})
+
+    tuned = settings(init=str(tmp_path / "w.safetensors"), data={"resolution": 16})
+    init = Weights(tuned.init)
+    model = resolve_model(tuned, init, 5)
+    assert (model["num_classes"], model.get("patch_target")) == (5, None)
+    with torch.device("meta"):
+        template = create_model(**model, seed=None)
+    value_of = first_values(template, init, tuned)
+    values = {name: value_of(name, tuple(p.shape)) for name, p in template.named_parameters()}
+    assert not any(name.startswith(("mask_token", "patch_head")) for name in values)
+    assert not values["head.weight"].any()
+    assert all(values[name].equal(trained[name]) for name in values if not name.startswith("head."))
+    features = init.create_model().features(torch.zeros(2, 3, 16, 16))  # few-shot needs no head
+    assert features.shape == (2, 24)

@@ -15,7 +15,7 @@ from pipeline.config import TrainSettings, check
 from pipeline.engines import create_engine
 from pipeline.models import create_model
 from pipeline.models.initial import initial_value
-from pipeline.objectives.supervised import supervised_loss
+from pipeline.objectives.supervised import Supervised
 
 TINY = {"image_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
 MODELS = {
@@ -52,14 +52,14 @@ def main(
         loaded = checkpoint.newest(Path(folder))
         engine.load(loaded.read)
         start = loaded.samples // GLOBAL_BATCH
-    objective = supervised_loss(settings, 5)
+    objective = Supervised(settings, None, 5)
     losses, norms = [], []
     for step in range(start, start + int(steps)):
         generator = torch.Generator().manual_seed(step)
         images = torch.randn(GLOBAL_BATCH, 3, 16, 16, generator=generator)[rank::world_size]
         labels = torch.randint(0, 5, (GLOBAL_BATCH,), generator=generator)[rank::world_size]
         batches = list(zip(images.split(2), labels.split(2), strict=True))
-        done = engine.step(batches, objective, lr=0.01)
+        done = engine.step(batches, lambda model, batch: objective.loss(model, *batch), lr=0.01)
         losses.append(distributed.sum_over_ranks([float(done.loss)])[0] / world_size)
         norms.append(float(done.grad_norm))
     checkpoint.save(Path(folder), (start + int(steps)) * GLOBAL_BATCH, engine.pieces(), shapes, {"val": None})

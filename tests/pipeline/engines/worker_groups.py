@@ -17,7 +17,7 @@ from pipeline.config import TrainSettings, check
 from pipeline.engines import create_engine
 from pipeline.models import create_model
 from pipeline.models.initial import initial_value
-from pipeline.objectives.supervised import supervised_loss
+from pipeline.objectives.supervised import Supervised
 
 MODEL = {
     "name": "vit_ti16",
@@ -103,11 +103,11 @@ def run(template, engine: tuple[str, int], out: Path, source: Path | None, steps
         loaded = checkpoint.newest(source)
         built.load(loaded.read)
         start = loaded.samples // GLOBAL_BATCH
-    losses = []
+    objective, losses = Supervised(settings, None, 5), []
     for step in range(start, start + steps):
         mine = images(step)[rank::world_size], labels(step)[rank::world_size]
         batches = list(zip(*(each.split(2) for each in mine), strict=True))
-        done = built.step(batches, supervised_loss(settings, 5), lr=RATE)
+        done = built.step(batches, lambda model, batch: objective.loss(model, *batch), lr=RATE)
         losses.append(distributed.sum_over_ranks([float(done.loss)])[0] / world_size)
     shapes = {name: tuple(p.shape) for name, p in template.named_parameters()}
     checkpoint.save(out, (start + steps) * GLOBAL_BATCH, built.pieces(), shapes, {})
