@@ -54,7 +54,7 @@ def test_bfloat16_keeps_exact_masters(stage, reference, tmp_path):
 
 
 def test_one_group_of_parameters_goes_on_as_many_under_any_engine_stage_and_number_of_ranks(tmp_path):
-    """With layer decay, ``decay = "kernels"`` and no clipping, against plain torch, a rate for each parameter by hand."""
+    """With layer decay, ``decay = "kernels"`` and no clipping; against plain torch, each rate by hand."""
     worker = Path(__file__).parent / "worker_groups.py"
     third = run_on_ranks(worker, 2, tmp_path, "plain")[0]
     fourth = run_on_ranks(worker, 1, tmp_path, "many")[0]
