@@ -199,6 +199,10 @@ class ModelSettings(Settings):
     depth: int | None = None
     num_heads: int | None = None
     mlp_dim: int | None = None
+    backbone: list[int] | None = Field(None, description="of a hybrid: the units of its ResNet's stages")
+    backbone_width: int | None = None
+    units: list[int] | None = Field(None, description="of a BiT ResNet: the units of each stage")
+    width: int | None = Field(None, description="of a BiT ResNet: channels inside the units of the first stage")
     pooling: Literal["cls", "mean", "map"] | None = None
     representation: bool | None = None
     position: Literal["learned", "learned_2d", "relative", "sincos_2d", "none"] | None = None

@@ -5,12 +5,13 @@ import inspect
 
 from torch import nn
 
-from pipeline.models import resnet, vit
+from pipeline.models import axial, resnet, vit
 from pipeline.models.initial import init_parameters
 from shards.errors import UserError
 
 # name -> (class, its settings): one line a family.
 MODELS = {name: (vit.VisionTransformer, settings) for name, settings in vit.SETTINGS.items()}
+MODELS |= {name: (axial.AxialTransformer, settings) for name, settings in axial.SETTINGS.items()}
 MODELS |= {name: (resnet.ResNet, settings) for name, settings in resnet.SETTINGS.items()}
 
 

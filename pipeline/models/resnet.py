@@ -10,12 +10,11 @@ Legend of the shape comments: n images, H x W pixels, C channels, K classes.
 
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import partial
 
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from pipeline.models.layers import Conv2d, constant, lecun_normal, ones, zeros
+from pipeline.models.layers import Conv2d, head_fill, lecun_normal, ones, zeros
 from shards.errors import UserError
 
 DEPTHS = {50: [3, 4, 6, 3], 101: [3, 4, 23, 3], 152: [3, 8, 36, 3], 200: [3, 24, 36, 3]}
@@ -89,7 +88,7 @@ class ResNet(nn.Module):
         width: channels inside the units of the first stage, a multiple of 32; each stage doubles it (x1 is 64).
         image_size: side of the square images that it is trained with, in pixels.
         num_classes: outputs of the head; 0 means no head.
-        head_bias: first value of the head's bias.
+        head_bias: first value of the head's bias, or "log_prior", which is -ln K.
 
     Raises:
         UserError: numbers that cannot be.
@@ -104,7 +103,7 @@ class ResNet(nn.Module):
         width: int,
         image_size: int = 224,
         num_classes: int = 1000,
-        head_bias: float = 0.0,
+        head_bias: float | str = 0.0,
     ):
         super().__init__()
         check_units(units)
@@ -132,7 +131,7 @@ class ResNet(nn.Module):
         self.norm = GroupNormRelu(self.embed_dim)
         self.head = nn.Identity()
         if num_classes:
-            fc = Conv2d(self.embed_dim, num_classes, 1, weight=zeros, bias=partial(constant, number=head_bias))
+            fc = Conv2d(self.embed_dim, num_classes, 1, weight=zeros, bias=head_fill(head_bias, num_classes))
             self.head = nn.Sequential(OrderedDict(fc=fc, flatten=nn.Flatten(1)))
 
     def forward(self, images: Tensor, draws: Tensor | None = None) -> Tensor:

@@ -201,6 +201,8 @@ class VisionTransformer(nn.Module):
         UserError: numbers that do not fit each other.
     """
 
+    block = Block
+
     def __init__(
         self,
         *,
@@ -281,7 +283,7 @@ class VisionTransformer(nn.Module):
 
         # ---- blocks
         self.blocks = nn.ModuleList(
-            Block(
+            self.block(
                 embed_dim, num_heads, mlp_dim, gelu, dropout, drop_path * i / max(depth - 1, 1), qkv_bias,
                 self.positions, blocks_own[i],
             )

@@ -20,7 +20,7 @@ import timm  # noqa: E402
 def shapes(names: list[str]) -> dict[str, dict[str, list[int]]]:
     """Return the shapes of all parameters of models, without their memory."""
     with torch.device("meta"):
-        models = {name: timm.create_model(name) for name in names}
+        models = {name: timm.create_model(name, num_classes=1000) for name in names}
     return {name: {key: list(p.shape) for key, p in model.named_parameters()} for name, model in models.items()}
 
 
@@ -34,6 +34,7 @@ def forward(request: dict) -> None:
             module.eps = request["filter_eps"]
     tensors = load_file(request["tensors"])
     images = tensors.pop("images")
+    model.to(images.dtype)
     model.load_state_dict(tensors, strict=True)
     with torch.no_grad():
         save_file({"logits": model(images)}, request["logits"])

@@ -50,7 +50,7 @@ FAMILIES = {
     "vit_ti16": {"depth": 2, "registers": 2, "representation": True, "position": "learned_2d"},
     "vit_s32": {"depth": 2, "pooling": "map", "position": "relative", "position_at": "every"},
     "r26_vit_s32": {"depth": 2},
-    "axial_vit_b32": {"depth": 2},
+    "axial_vit_b32": {"depth": 1},
     "bit_r50x1": {},
 }
 
