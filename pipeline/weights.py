@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.config import TrainSettings
 from pipeline.models import create_model
 from pipeline.models.initial import initial_value
-from pipeline.models.vit import VisionTransformer
 from shards.atomic import whole_file
 from shards.errors import UserError
 
@@ -55,7 +54,7 @@ class Weights:
         """Return one tensor by name."""
         return self._file.get_tensor(name)
 
-    def create_model(self) -> VisionTransformer:
+    def create_model(self) -> nn.Module:
         """Return the model with these weights, on the CPU, in evaluation mode."""
         model = create_model(**self.model, seed=None)
         model.load_state_dict({name: self.tensor(name) for name in self.names})
@@ -99,9 +98,7 @@ def check_model(settings: TrainSettings, where: str) -> None:
             raise UserError(f"{where}: {error}") from None
 
 
-def first_values(
-    template: VisionTransformer, init: Weights | None, settings: TrainSettings
-) -> Callable[[str, tuple], Tensor]:
+def first_values(template: nn.Module, init: Weights | None, settings: TrainSettings) -> Callable[[str, tuple], Tensor]:
     """Return ``value_of(name, shape)``: the first value of each parameter, from converted weights or from scratch.
 
     A new resolution stretches the position embeddings; fine-tuning starts its head at zero.

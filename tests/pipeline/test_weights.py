@@ -76,6 +76,48 @@ def test_fine_tuning_stretches_every_kind_of_position_embeddings(tmp_path, optio
         assert large.pos_embed.shape == (1, 16 + 2, 24)
 
 
+HYBRID = MODEL | {"name": "r50_vit_b16", "patch_size": 1, "backbone": [1, 1], "backbone_width": 32}
+BIT = {"name": "bit_r50x1", "units": [1, 1], "width": 32, "image_size": 16, "num_classes": 5}
+
+
+@pytest.mark.parametrize(
+    "small", [HYBRID, MODEL | {"name": "axial_vit_b16", "patch_size": 8}, BIT], ids=lambda m: m["name"]
+)
+def test_fine_tuning_takes_every_kind_of_model_to_another_resolution(tmp_path, small):
+    state = dict(create_model(**small, seed=7).state_dict())
+    write_weights(tmp_path / "w.safetensors", state, {"model": small, "classes": list("abcde")})
+    weights = Weights(tmp_path / "w.safetensors")
+    resolved = resolve_model(settings(), weights, num_classes=3)
+    assert resolved == small | {"image_size": 32, "num_classes": 3, "head_bias": 0.0}
+    template = create_model(**resolved, seed=None)
+    value_of = first_values(template, weights, settings())
+    for name, parameter in template.named_parameters():
+        value = value_of(name, tuple(parameter.shape))
+        if name.startswith("head."):
+            assert value.count_nonzero() == 0
+        elif name == "pos_embed":
+            assert value.equal(template.positions.resize(state[name]))
+        else:
+            assert value.equal(state[name])
+
+
+def test_models_of_two_kinds_and_of_two_shapes_are_refused(tmp_path):
+    def weights(model):
+        write_weights(
+            tmp_path / "w.safetensors", dict(create_model(**model).state_dict()), {"model": model, "classes": []}
+        )
+        return Weights(tmp_path / "w.safetensors")
+
+    with pytest.raises(UserError, match="its name is bit_r50x1, the settings say vit_ti8"):
+        resolve_model(settings(model={"name": "vit_ti8"}), weights(BIT), 5)
+    with pytest.raises(UserError, match=r"its units is \[1, 1\], the settings say \[3, 4, 6, 3\]"):
+        resolve_model(settings(model={"name": "bit_r50x1", "width": 32}), weights(BIT), 5)
+    with pytest.raises(UserError, match=r"its backbone is \[1, 1\], the settings say \[1, 2\]"):
+        resolve_model(settings(model={"backbone": [1, 2]}), weights(HYBRID), 5)
+    with pytest.raises(UserError, match="image_size 36 is not divisible by 8, the side of this hybrid's tokens"):
+        resolve_model(settings(data={"train": "-", "resolution": 36}), weights(HYBRID), 5)
+
+
 def test_another_model_is_refused_by_name_of_what_differs(weights):
     other = settings(model={"name": "vit_ti8", "embed_dim": 48, "num_heads": 3, "depth": 1})
     with pytest.raises(UserError, match="its embed_dim is 24, the settings say 48"):

@@ -51,3 +51,13 @@ def test_bfloat16_keeps_exact_masters(stage, reference, tmp_path):
     assert rank["first"] == reference["first"]
     assert rank["losses"] == pytest.approx(reference["losses"][:3], abs=5e-3)  # bf16 keeps 8 bits of the forward pass
     assert rank["losses"] != reference["losses"][:3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["hybrid", "axial", "bit"])
+def test_other_models_train_the_same_under_zero_3(model, tmp_path):
+    alone = run_on_ranks(WORKER, 1, "accelerate", 0, "float32", "adamw", 3, tmp_path / "alone", "", model)[0]
+    shared = run_on_ranks(WORKER, 2, "deepspeed", 3, "float32", "adamw", 3, tmp_path / "shared", "", model)[0]
+    assert shared["first"] == alone["first"]
+    assert shared["losses"] == pytest.approx(alone["losses"], abs=1e-4)
+    assert shared["norms"] == pytest.approx(alone["norms"], rel=1e-4)

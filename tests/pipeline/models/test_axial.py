@@ -137,6 +137,12 @@ def test_drop_path_is_of_whole_images(images):
     assert randomized(drop_path=0.5).train()(images).shape == (2, 7)
 
 
+def test_a_compiled_model_is_one_graph(images):
+    model, draws = randomized(drop_path=0.3).train(), torch.rand(2, 4, 2)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images, draws), model(images, draws), rtol=1e-5, atol=1e-5)
+
+
 def test_mistakes_are_one_line():
     with pytest.raises(UserError, match="unknown setting of axial_vit_b16: 'pooling'"):
         create_model("axial_vit_b16", pooling="cls")

@@ -9,6 +9,7 @@ from pipeline.models import create_model
 from pipeline.models.hybrid import HybridPatchEmbed, pad_same
 from shards.errors import UserError
 from tests.pipeline.models.numpy_layers import conv, group_norm, max_pool, same
+from tests.pipeline.models.reference_vit import vit_logits
 
 TINY = {
     "backbone": [1, 2],
@@ -44,13 +45,20 @@ def randomize(model: torch.nn.Module) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_counts(name):
-    *parameters, grid, multiply_adds, classes = PUBLISHED[name]
+def test_parameter_counts(name):
+    *parameters, grid, _, _ = PUBLISHED[name]
     for num_classes, expected in zip((0, 1000, 21843), parameters, strict=True):
         with torch.device("meta"):
             model = create_model(name, seed=None, num_classes=num_classes)
         assert sum(p.numel() for p in model.parameters()) == expected
         assert model.pos_embed.shape[1] == 1 + grid**2
+
+
+@pytest.mark.parametrize(
+    "name", ["r_vit_ti16", *(pytest.param(name, marks=pytest.mark.slow) for name in [*PUBLISHED][:-1])]
+)
+def test_multiply_adds(name):
+    *_, multiply_adds, classes = PUBLISHED[name]
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         create_model(name, seed=None, num_classes=classes)(torch.empty(1, 3, 224, 224))
     assert counter.get_total_flops() / 2e9 == pytest.approx(multiply_adds, abs=0.005)
@@ -72,8 +80,8 @@ def test_parameter_names_are_timms():
     assert names == {"conv.weight", "norm.weight", "norm.bias"}
 
 
-def numpy_forward(p: dict, image: np.ndarray, units: list[int]) -> np.ndarray:
-    """Patch embeddings [g*g, D] of one image in float64."""
+def feature_map(p: dict, image: np.ndarray, units: list[int]) -> np.ndarray:
+    """What the patches are cut from, [C, H, W], of one image in float64; ``p`` are the parameters of the embedding."""
 
     def std_conv(x, name, stride=1):
         w = p[f"{name}.weight"]
@@ -96,8 +104,7 @@ def numpy_forward(p: dict, image: np.ndarray, units: list[int]) -> np.ndarray:
             y = np.maximum(norm(std_conv(x, f"{name}.conv1"), f"{name}.norm1"), 0)
             y = np.maximum(norm(std_conv(y, f"{name}.conv2", stride), f"{name}.norm2"), 0)
             x = np.maximum(shortcut + norm(std_conv(y, f"{name}.conv3"), f"{name}.norm3"), 0)
-    size = p["proj.weight"].shape[-1]
-    return (conv(x, p["proj.weight"], size) + p["proj.bias"][:, None, None]).reshape(len(p["proj.bias"]), -1).T
+    return x
 
 
 @pytest.mark.parametrize(
@@ -107,7 +114,22 @@ def test_patch_embedding_equals_the_definition(units, patch_size, side):
     model = randomize(HybridPatchEmbed(units, 32, patch_size, 48))
     images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     p = {name: value.double().numpy() for name, value in model.state_dict().items()}
-    expected = np.stack([numpy_forward(p, image, units) for image in images.double().numpy()])
+    maps = [feature_map(p, image, units) for image in images.double().numpy()]
+    embeddings = [conv(x, p["proj.weight"], patch_size) + p["proj.bias"][:, None, None] for x in maps]
+    expected = np.stack([x.reshape(48, -1).T for x in embeddings])
+    with torch.no_grad():
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(model(images).numpy(), expected, rtol=0, atol=1e-5 * scale)
+        np.testing.assert_allclose(model.double()(images.double()).numpy(), expected, rtol=0, atol=1e-11 * scale)
+
+
+def test_logits_equal_the_definition():
+    model = randomize(create_model("r50_vit_b16", **TINY))
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    p = {name: value.double().numpy() for name, value in model.state_dict().items()}
+    embedding = {name.removeprefix("patch_embed."): value for name, value in p.items()}
+    maps = np.stack([feature_map(embedding, image, TINY["backbone"]) for image in images.double().numpy()])
+    expected = vit_logits(p, maps, TINY["num_heads"])
     with torch.no_grad():
         scale = np.abs(expected).max()
         np.testing.assert_allclose(model(images).numpy(), expected, rtol=0, atol=1e-5 * scale)
@@ -157,6 +179,13 @@ def test_first_values():
             assert value.std().item() == pytest.approx(std, rel=0.05), name
             assert value.abs().max().item() <= 2 * std / 0.87962566 + 1e-6, name
     assert not values["patch_embed.proj.bias"].any()
+
+
+def test_a_compiled_model_is_one_graph():
+    model = randomize(create_model("r50_vit_b16", **TINY)).train()
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images), model(images), rtol=1e-5, atol=1e-5)
 
 
 def test_a_unit_begins_as_its_shortcut():
