@@ -190,7 +190,7 @@ class VisionTransformer(nn.Module):
         registers: number R of learned tokens beside the patches, which have no position, and which no head sees.
         qkv_bias: whether q, k and v have biases.
         gelu: "tanh" (the approximation of the official JAX code) or "exact" (what timm and transformers run).
-        dropout: rate after the position embeddings and after every dense layer but q, k, v and the heads.
+        dropout: rate after the position embeddings of the stem and every dense layer but q, k, v and those of the head.
         drop_path: stochastic depth: the rate at the last block, growing linearly from 0 at the first.
         head_bias: first value of the head's bias, for a sigmoid loss: -10 in the official ImageNet-21k runs, or
             "log_prior", -ln K.
@@ -269,6 +269,7 @@ class VisionTransformer(nn.Module):
         )
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if pooling == "cls" else None
         self.reg_token = nn.Parameter(torch.empty(1, registers, embed_dim)) if registers else None
+        # The table of the first block's input is the model's, as in timm; relative positions are inside the blocks.
         blocks_own = [position_at == "every" and (position == "relative" or i > 0) for i in range(depth)]
         if position == "sincos_2d":
             self.register_buffer("pos_embed", self.positions.sincos(), persistent=False)
