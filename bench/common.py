@@ -9,8 +9,6 @@ from statistics import median
 from typing import NamedTuple
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 
 class Row(NamedTuple):
@@ -66,6 +64,9 @@ def report(bench: str, rows: list[Row], ratios: dict[str, float | None], path: P
 
     A ratio above 1 means that ours is better; None that the peer is missing.
     """
+    from rich.console import Console  # which the peers' environment has not
+    from rich.table import Table
+
     where = machine()
     table = Table("", "median", "min", "max", "unit", title=f"{bench}: {where['cpu']}, {where['cores']} cores")
     for each in rows:

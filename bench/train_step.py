@@ -1,10 +1,10 @@
 """Images a second of a training step (forward, backward, AdamW) of our model, of timm's and of transformers'.
 
 Each is in a process of its own, and they take their steps in turns. See step.py for what each of them does. Beside the
-speed: utilisation, which is the arithmetic of the model (three times the forward pass's, by the equations) a second over
-that of the product of two square matrices of the same precision, in turns with them; and the peak of memory, on the CPU
-above what the imports hold. On a machine with a GPU the rows are B/16, L/16 and H/14 in bfloat16, with and without
-torch.compile; on another S/16 and B/16, batches of 8 and 16, float32 and bfloat16 (autocast).
+speed: utilisation, which is the arithmetic of the model (three times the forward pass's) a second over that of the
+product of two square matrices of the same precision, in turns with them; and the peak of memory, on the CPU above what
+the imports hold. On a machine with a GPU the rows are B/16, L/16 and H/14 in bfloat16, with and without torch.compile;
+on another S/16 and B/16, batches of 8 and 16, float32 and bfloat16 (autocast).
 """
 
 import argparse
@@ -18,11 +18,10 @@ from typing import NamedTuple
 import torch
 from common import parser, report, row
 from peers import PYTHON, is_installed
+from step import CLASSES, CONTESTANTS, SIDES
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from pipeline.flops import cost_of
 from pipeline.models import MODELS
-from step import CLASSES, CONTESTANTS, SIDES
 
 SHAPE = ("patch_size", "embed_dim", "depth", "num_heads")
 ROUNDS, ENOUGH = (3, 9), 40  # at least and at most so many rounds; once at least, no more after so many seconds
@@ -56,16 +55,19 @@ class Contestant:
         )  # fmt: skip
 
     def ask(self, steps: int) -> None:
+        """Let it take so many steps."""
         self.process.stdin.write(f"{steps}\n")
         self.process.stdin.flush()
 
     def answer(self) -> dict:
+        """Return what it found, once it has taken them."""
         line = self.process.stdout.readline()
         if not line:
             sys.exit(f"{self.name} ended with {self.process.wait()}")
         return json.loads(line)
 
     def take(self, steps: int) -> dict:
+        """Do both."""
         self.ask(steps)
         return self.answer()
 
@@ -109,7 +111,7 @@ def cases(args: argparse.Namespace, cuda: bool) -> list[Case]:
         batches = {"vit_b16": [256], "vit_l16": [128], "vit_h14": [64]}
         kinds = [("bfloat16", False), ("bfloat16", True)]
     else:
-        batches = dict.fromkeys(("vit_s16", "vit_b16"), [8, 16])
+        batches = {"vit_s16": [8, 16], "vit_b16": [8, 16]}
         kinds = [("float32", False), ("bfloat16", False)]
     default = [64] if cuda else [8]
     return [

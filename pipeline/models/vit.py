@@ -97,7 +97,8 @@ class Attention(nn.Module):
         """
         n, t, width = x.shape
         qkv = self.qkv(x).view(n, t, 3, self.num_heads, width // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [n, h, T, d]
+        # Each [n, h, T, d]. Unbound where they lie: their gradients are put together once, in the order qkv wants.
+        q, k, v = (each.transpose(1, 2) for each in qkv.unbind(2))
         x = F.scaled_dot_product_attention(q, k, v, None if bias is None else bias(q))  # [n, h, T, d]
         return self.dropout(self.proj(x.transpose(1, 2).reshape(n, t, width)))
 

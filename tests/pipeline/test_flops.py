@@ -23,8 +23,8 @@ def cost(name: str, size: int) -> Cost:
         ("vit_l16", 224, 61.555), ("vit_l16", 384, 191.07), ("vit_l16", 512, 361.99),
         ("vit_h14", 224, 167.295), ("vit_h14", 378, 503.5), ("vit_h14", 518, 1016.72),
         ("vit_s16", 224, 4.599), ("vit_s16", 384, 15.49), ("vit_ti16", 224, 1.254), ("vit_ti16", 384, 4.68),
-        ("r50_vit_b16", 224, 21.54), ("r50_vit_l16", 224, 65.56), ("r50_vit_b32", 224, 8.47),
-        ("r50_vit_l32", 224, 19.43), ("r26_vit_b32", 224, 6.71), ("r26_vit_s32", 224, 3.46), ("r_vit_ti16", 224, 0.43),
+        ("r50_vit_b16", 224, 21.54), ("r50_vit_l16", 224, 65.54), ("r50_vit_b32", 224, 8.46),
+        ("r50_vit_l32", 224, 19.41), ("r26_vit_b32", 224, 6.71), ("r26_vit_s32", 224, 3.46), ("r_vit_ti16", 224, 0.43),
         ("bit_r50x1", 224, 4.09), ("bit_r50x2", 224, 16.12), ("bit_r101x1", 224, 7.80), ("bit_r152x1", 224, 11.51),
         ("bit_r152x2", 224, 45.81), ("bit_r200x3", 224, 134.35), ("bit_r152x4", 224, 182.78), ("bit_r50x3", 224, 36.08),
     ],
@@ -39,7 +39,7 @@ def test_forward_cost_is_the_published_one(name, size, gmacs):
     [
         ("vit_b32", 7, 56, 55), ("vit_b16", 7, 223.5, 224), ("vit_l32", 7, 195.7, 196), ("vit_l16", 7, 783.3, 783),
         ("vit_l16", 14, 1566.7, 1567), ("vit_h14", 14, 4258, 4262),
-        ("r50_vit_b16", 7, 274, 274), ("r50_vit_l32", 7, 247, 246), ("r50_vit_l16", 14, 1669, 1668),
+        ("r50_vit_b16", 7, 274, 274), ("r50_vit_l32", 7, 247, 246), ("r50_vit_l16", 14, 1668, 1668),
         ("r50_vit_b32", 7, 108, 106),
         # The paper leaves something small out of its ResNets.
         ("bit_r50x1", 7, 52, 50), ("bit_r152x2", 7, 583, 563), ("bit_r200x3", 14, 3419, 3306),
@@ -49,7 +49,7 @@ def test_training_cost_is_that_of_the_papers_table_6(name, epochs, exaflops, pap
     found = cost(name, 224).training_flops(epochs * JFT) / 1e18
     digits = len(str(exaflops).partition(".")[2])
     assert round(found, digits) == exaflops
-    assert found == pytest.approx(paper, rel=0.021 if name.startswith("vit") else 0.041)
+    assert found == pytest.approx(paper, rel=0.041 if name.startswith("bit") else 0.021)
 
 
 def by_hand(*, size: int, patch: int, width: int, depth: int, mlp: int, classes: int) -> int:

@@ -46,6 +46,42 @@ def test_layers_learn_slower_towards_the_image():
     assert {group["lr"] for group in optimizer.param_groups} == {0.5 * 0.75**k for k in range(14)}
 
 
+FAMILIES = {
+    "vit_ti16": {"depth": 2, "registers": 2, "representation": True, "position": "learned_2d"},
+    "vit_s32": {"depth": 2, "pooling": "map", "position": "relative", "position_at": "every"},
+    "r26_vit_s32": {"depth": 2},
+    "axial_vit_b32": {"depth": 1},
+    "bit_r50x1": {},
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_in_every_family_kernels_decay_and_layers_are_those_between_image_and_head(name):
+    with torch.device("meta"):
+        model = create_model(name, **FAMILIES[name], num_classes=3, seed=None)
+    kernels = {
+        f"{path}.weight"
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
+    }
+    groups = parameter_groups(model.named_parameters(), OptimSettings(weight_decay=0.1, decay="kernels"))
+    decayed = set().union(*(names_of(group, model) for group in groups if group["weight_decay"]))
+    assert decayed == kernels
+    scales = layer_scales([parameter for parameter, _ in model.named_parameters()], 0.5)
+    if name == "bit_r50x1":
+        blocks = [f"stages.{stage}.blocks.{unit}." for stage, units in enumerate((3, 4, 6, 3)) for unit in range(units)]
+    else:
+        blocks = ["blocks.0.", "blocks.1."]
+    first = ("cls_token", "pos_embed", "reg_token", "patch_embed.", "stem.")
+    last = ("norm.", "pre_logits.", "attn_pool.", "head.")
+    for parameter, scale in scales.items():
+        at = next((i + 1 for i, block in enumerate(blocks) if parameter.startswith(block)), None)
+        if at is None:
+            assert parameter.startswith(first + last), parameter
+            at = 0 if parameter.startswith(first) else len(blocks) + 1
+        assert scale == 0.5 ** (len(blocks) + 1 - at), parameter
+
+
 def steps_of(settings: OptimSettings, values: np.ndarray, gradients: list[np.ndarray], rate: float) -> np.ndarray:
     weight = torch.nn.Parameter(torch.from_numpy(values.copy()))
     optimizer = create_optimizer(parameter_groups([("head.weight", weight)], settings), settings)

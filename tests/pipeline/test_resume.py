@@ -41,7 +41,8 @@ def test_what_is_allowed_is_told(over, capsys):
 @pytest.mark.parametrize(
     "over",
     [{"data": {"train": "moved"}}, {"data": {"threads": 7}}, {"data": {"cache": "here", "cache_bytes": "1 GB"}},
-     {"data": {"store": {"region": "eu-test-1"}}}, {"log_every": "1 step"}, {"evaluate": {"view": "center_crop"}}, {"checkpoint": {"keep": 5}}],
+     {"data": {"store": {"region": "eu-test-1"}}}, {"log_every": "1 step"}, {"checkpoint": {"keep": 5}},
+     {"evaluate": {"view": "center_crop"}}],
 )  # fmt: skip
 def test_what_is_free_is_silent(over, capsys):
     check_resume(settings(**over), LOADED)
