@@ -3,13 +3,16 @@
 import shlex
 from functools import cache
 
+import numpy as np
 import pytest
 
 from pipeline.config import TrainSettings, check, override
 from pipeline.flops import cost_of
+from pipeline.images import training_transform
 from pipeline.recipe import RECIPES, read_recipe, read_settings, recipe_names
 from pipeline.schedule import Schedule
 from pipeline.weights import check_model
+from shards.augment import ResizeCrop
 from shards.errors import UserError
 
 ALL = recipe_names()
@@ -80,6 +83,16 @@ def test_fine_tuning_is_as_table_4_has_it(name):
     assert settings.schedule.shape == "cosine"
     assert recipe.swept.get("optim.lr") == grid
     assert optim.lr in (grid or [0.01])
+
+
+@pytest.mark.parametrize("name", TABLE_4)
+def test_fine_tuning_cuts_from_7_to_6_of_any_resolution(name):
+    table = read_recipe(name).settings | {"init": "w.safetensors"}
+    image = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    for resolution, larger in {384: 448, 378: 441, 512: 597, 518: 604}.items():
+        settings = check(TrainSettings, override(table, ["data.train=TRAIN", f"data.resolution={resolution}"]), name)
+        cut = training_transform(settings.data)(image, (0, 0, 0))
+        assert np.array_equal(cut, ResizeCrop(resolution, larger)(image, (0, 0, 0)))
 
 
 def test_bit_goes_down_in_steps_where_its_paper_says():
@@ -170,3 +183,18 @@ def test_an_unknown_recipe_names_the_nearest():
         UserError, match=r"no recipe 'vit_b16_jft' \(did you mean 'vit_b16_jft300m'\?\); `patchmill rec"
     ):
         read_recipe("vit_b16_jft")
+
+
+def test_bit_takes_the_resolution_of_its_images_and_its_model():
+    """Below 96 x 96 px 128 of 160; else 384 of 448, and ResNet152x4, whose results stand there, 480 of 512."""
+    for name, sides in {"500": (512, 480), "10k": (160, 128), "20k": (512, 480)}.items():
+        recipe = read_recipe(f"bit_hyperrule_{name}")
+        assert (recipe.checked.data.resize, recipe.checked.data.resolution) == sides
+        assert recipe.about.model == "bit_r152x4"
+        assert recipe.about.expected[0].metric.startswith("top-1 from bit_l_r152x4_jft300m")
+        larger = check(
+            TrainSettings,
+            override(recipe.settings, ["data.train=T", "init=W", "data.resize=448", "data.resolution=384"]),
+            name,
+        )
+        assert (larger.data.resize, larger.data.resolution) == (448, 384)
