@@ -400,6 +400,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"there is no settings file {path}; give the path of a TOML file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; give the path of a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid TOML: {error}; mend that line") from None
 
@@ -448,6 +450,8 @@ def check(kind: type[S], table: dict[str, Any], where: str) -> S:
         if first["type"] == "missing":
             raise UserError(f"setting {key} is missing in {where}; add it") from None
         reason = first["msg"].removeprefix("Value error, ")
+        if not key:
+            raise UserError(f"settings in {where} do not fit each other: {reason}") from None
         value = "" if isinstance(first["input"], dict) else f" = {first['input']!r}"
         raise UserError(f"setting {key}{value} in {where} does not fit: {reason}") from None
 

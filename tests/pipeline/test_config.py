@@ -50,7 +50,7 @@ def test_a_wrong_value_names_key_and_value():
         settings(engine={"zero_stage": 4})
     with pytest.raises(UserError, match=r"setting data\.train is missing"):
         check(TrainSettings, {**MINIMAL, "data": {}}, "here.toml")
-    with pytest.raises(UserError, match=r"model\.name is not set"):
+    with pytest.raises(UserError, match=r"^settings in here\.toml do not fit each other: model\.name is not set"):
         check(TrainSettings, {**MINIMAL, "model": {}}, "here.toml")
 
 
@@ -145,6 +145,9 @@ def test_broken_toml_and_missing_files_are_one_line(tmp_path):
         read_toml(tmp_path / "x.toml")
     with pytest.raises(UserError, match="no settings file"):
         read_toml(tmp_path / "y.toml")
+    (tmp_path / "z.toml").mkdir()
+    with pytest.raises(UserError, match=r"z\.toml is a folder; give the path of a TOML file"):
+        read_toml(tmp_path / "z.toml")
 
 
 def test_how_stores_are_reached_is_a_table_of_its_own(monkeypatch):

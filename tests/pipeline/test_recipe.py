@@ -255,6 +255,8 @@ def test_a_copy_of_a_recipe_is_a_file_of_settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "finetune_pets").write_text("seed = 3")  # a file goes first
     assert read_settings("finetune_pets") == ({"seed": 3}, None)
+    (tmp_path / "vit_h14_jft300m").mkdir()  # a folder does not
+    assert read_settings("vit_h14_jft300m")[0] == read_recipe("vit_h14_jft300m").settings
     with pytest.raises(UserError, match=r"no settings file .*there\.toml"):
         read_settings(tmp_path / "there.toml")
 
