@@ -26,7 +26,10 @@ STEPS = 6
 WARMUP = 2  # of them, where there is a warm-up
 BATCH = 8  # of a rank
 PATCHES = 2  # along a side of the image
-TUNED_PATCHES = 3  # so that fine-tuning stretches position embeddings
+PATCHES_OF = {
+    "finetune": 3,  # so that it stretches position embeddings
+    "masked_patch": 4,  # so that of 8 corrupted patches one becomes another and one stays
+}
 HEAD_WIDTH = 8
 CHANNELS = 32  # of a ResNet's first stage: as many as its norms have groups
 
@@ -87,7 +90,7 @@ def shrink(settings: TrainSettings, ranks: int = 1, weights: dict[str, Any] | No
     if settings.model.name is not None:
         model = {"name": settings.model.name} | settings.model.overrides()
         model = model if weights and _sizes(weights) == _sizes(model) else small_model(model)
-    patches = TUNED_PATCHES if settings.kind == "finetune" else PATCHES
+    patches = PATCHES_OF.get(settings.kind, PATCHES)
     resolution = min(settings.data.resolution, patches * _pixels_a_patch(model))
     local = min(settings.global_batch // ranks, BATCH)
     accumulates = settings.accumulation(ranks) > 1 and local % 2 == 0

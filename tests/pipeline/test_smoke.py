@@ -1,13 +1,20 @@
 """The smoke form of a stage: what shrinks, and that nothing else changes."""
 
 import json
+import math
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+import pipeline.objectives
 from pipeline.config import TrainSettings, check, merge
+from pipeline.corruption import MASK, corruption
 from pipeline.models import MODELS
+from pipeline.objectives.masked_patch import MaskedPatch
+from pipeline.objectives.supervised import Supervised
 from pipeline.recipe import read_recipe, read_settings, recipe_names
 from pipeline.resume import _flat
 from pipeline.schedule import Schedule
@@ -83,15 +90,37 @@ def test_every_model_shrinks(name):
 
 
 @pytest.mark.timeout(240)
-def test_the_smoke_form_of_every_recipe_runs(alone):
+def test_the_smoke_form_of_every_recipe_runs(alone, monkeypatch):
     """On 2 quiet cores that takes less than a minute; nobody waits for longer than 4."""
+    seen = []
+
+    def create_objective(settings, template, *rest):
+        objective = pipeline.objectives.create_objective(settings, template, *rest)
+        seen.append((type(objective), type(template)))
+        return objective
+
+    monkeypatch.setattr("pipeline.train.create_objective", create_objective)
     threads = torch.get_num_threads()
     for recipe in map(read_recipe, recipe_names()):
+        began = time.process_time()
         result = smoke_run(recipe.settings, recipe.about, recipe.name)
+        assert time.process_time() - began <= 10, recipe.name  # 5 seconds of 2 cores, whoever else is at work
         assert (result["steps"], result["samples"]) == (6, 48), recipe.name
         assert result["val"]["images"] == 12
+        assert math.isfinite(result["val"]["loss"]), recipe.name
         assert "checkpoint" not in result  # the folder is gone
+        objective = MaskedPatch if recipe.checked.kind == "masked_patch" else Supervised
+        assert seen.pop() == (objective, MODELS[recipe.about.model][0]), recipe.name
     assert torch.get_num_threads() == threads
+
+
+def test_masked_patch_prediction_corrupts_in_every_way_in_its_smoke_form():
+    recipe = read_recipe("masked_patch_vit_b16_jft300m")
+    small, masked = shrink(recipe.checked), recipe.checked.masked_patch
+    patches = (small.data.resolution // 16) ** 2
+    drawn = corruption(np.arange(8), None, 0, patches, masked.share, masked.mask, masked.other)
+    where, source = drawn[..., 0], drawn[..., 1]
+    assert ((source == MASK).any(1) & (source == where).any(1) & ((source != MASK) & (source != where)).any(1)).all()
 
 
 def test_a_smoke_run_leaves_what_it_is_told_to_and_says_what_is_wrong(alone, tmp_path):
