@@ -1,7 +1,8 @@
 """What ``patchmill recipes`` prints: all recipes as a table, or one whole."""
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from itertools import groupby
 from typing import Any
 
@@ -9,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.config import TrainSettings
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, recipe_names
 
 FEW = 12  # commands of a sweep that are printed one by one
 PAPER = "ViT paper"
@@ -18,10 +19,10 @@ COLUMNS: dict[str, Callable[[Recipe, TrainSettings], str]] = {
     "name": lambda recipe, settings: recipe.name,
     "model": lambda recipe, settings: settings.model.name or "any",
     "data": lambda recipe, settings: recipe.about.data,
-    "length": lambda recipe, settings: _range(recipe, "duration", settings.duration.replace("_", ",")),
+    "length": lambda recipe, settings: _length(recipe),
     "batch": lambda recipe, settings: str(settings.global_batch),
-    "LR": lambda recipe, settings: _range(recipe, "optim.lr", f"{settings.optim.lr:g}"),
-    "decay": lambda recipe, settings: _range(recipe, "optim.weight_decay", f"{settings.optim.weight_decay:g}"),
+    "LR": lambda recipe, settings: _range(recipe.swept.get("optim.lr", [settings.optim.lr])),
+    "decay": lambda recipe, settings: _range(recipe.swept.get("optim.weight_decay", [settings.optim.weight_decay])),
     "schedule": lambda recipe, settings: settings.schedule.shape,
     "expected": lambda recipe, settings: _expected(recipe),
     "exaFLOPs": lambda recipe, settings: f"{recipe.about.exaflops:g}",
@@ -34,6 +35,7 @@ SPARE = ("model", "data", "source", "schedule", "decay", "batch", "length")
 def print_table(recipes: list[Recipe], width: int | None) -> None:
     """Print a line a recipe, as many columns of it as ``width`` has room for; all of them where it is None."""
     rows = [{title: cell(recipe, recipe.checked) for title, cell in COLUMNS.items()} for recipe in recipes]
+    groups = groupby(zip(recipes, rows, strict=True), key=lambda pair: _first_source(pair[0]))
     titles = list(COLUMNS)
     widths = {title: max(len(title), *(len(row[title]) for row in rows)) for title in titles}
     for title in SPARE if width else ():
@@ -43,12 +45,14 @@ def print_table(recipes: list[Recipe], width: int | None) -> None:
     for title in titles:
         right = title in ("batch", "LR", "decay", "exaFLOPs")
         table.add_column(title, justify="right" if right else "left", no_wrap=title in ("name", "LR", "exaFLOPs"))
-    for _, group in groupby(rows, key=lambda row: row["source"]):
-        for row in group:
+    for _, group in groups:
+        for _, row in group:
             table.add_row(*(row[title] for title in titles))
         table.add_row()
     console = Console(width=width or sum(widths.values()) + 2 * len(titles), highlight=False)
-    console.print(table)
+    with console.capture() as capture:
+        console.print(table)
+    print("\n".join(line.rstrip() for line in capture.get().splitlines()))  # a file wants no blanks at the end of lines
     console.print("expected: top-1, per cent. `patchmill recipes NAME` shows one whole: its command, where it is from.")
     if missing := [title for title in COLUMNS if title not in titles]:
         console.print(f"not shown for want of room: {', '.join(missing)}; a wider terminal or --json has them")
@@ -56,7 +60,7 @@ def print_table(recipes: list[Recipe], width: int | None) -> None:
 
 def in_order(recipes: list[Recipe]) -> list[Recipe]:
     """Return recipes as the table has them: the paper's first, table by table."""
-    return sorted(recipes, key=lambda r: (not r.about.source.startswith(PAPER), r.about.source, r.name))
+    return sorted(recipes, key=lambda r: (not r.about.source.startswith(PAPER), _first_source(r), r.name))
 
 
 def print_recipe(recipe: Recipe) -> None:
@@ -108,13 +112,29 @@ def as_dict(recipe: Recipe) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _first_source(recipe: Recipe) -> str:
+    """Return where a recipe is from, the first table of several: those of Table 3 stand together."""
+    return re.sub(r"Tables (\d+) and .*", r"Table \1", recipe.about.source)
+
+
 def _expected(recipe: Recipe) -> str:
+    """Return what is expected of the model whose FLOPs stand in the same row, or the range over all weights."""
     if not recipe.about.expected:
         return "not printed"
-    name, value = next(iter(recipe.about.expected[0].values.items()))
-    return f"{value:g} {name}"
+    values, model = recipe.about.expected[0].values, recipe.about.model
+    own = [name for name in values if name == model or name.startswith(f"{model}_")]
+    if not own and set(values) <= set(recipe_names()):
+        return f"{_range(values.values())} by weights"
+    name = own[0] if own else next(iter(values))
+    return f"{values[name]:g} {name}"
 
 
-def _range(recipe: Recipe, key: str, value: str) -> str:
-    values = recipe.swept.get(key, [])
-    return f"{values[0]}-{values[-1]}" if len(values) > 1 else value
+def _length(recipe: Recipe) -> str:
+    lengths = [length.split() for length in recipe.swept.get("duration", [recipe.settings["duration"]])]
+    return f"{_range(float(number) for number, _ in lengths)} {lengths[0][1]}"
+
+
+def _range(values: Iterable[float]) -> str:
+    ordered = sorted(values)
+    low, high = ordered[0], ordered[-1]
+    return f"{low:,.10g}" if low == high else f"{low:,.10g}-{high:,.10g}"

@@ -44,6 +44,20 @@ def test_a_pipe_gets_every_column():
         "vit_h14_jft300m vit_h14 JFT-300M 14 epochs 4096 0.0003 0.1 linear 88.08 ImageNet 4262 ViT paper, Table 3"
     )
     assert "not shown" not in done.stdout
+    assert not [line for line in lines if line != line.rstrip()]
+    rows = {line.split()[0]: " ".join(line.split()) for line in lines if line}
+    assert " 85.49 vit_b16 449 " in rows["augreg_imagenet21k"]
+    assert " 30-300 epochs " in rows["augreg_imagenet21k"]
+    assert " 0.001 0.03-0.1 " in rows["augreg_imagenet21k"]
+    assert " 72.72-77.63 by weights 0.426 " in rows["finetune_vtab"]
+    assert " 83.97 vit_b16_imagenet21k 3.41 " in rows["finetune_imagenet"]
+    assert " 500-2,500 steps 512 0.001-0.01 0 cosine " in rows["augreg_finetune_pets"]
+    assert " 1,000,000 steps " in rows["masked_patch_vit_b16_jft300m"]
+    assert " 76.5 90 epochs " in rows["simple_vit_s16_imagenet"]
+    # All of Table 3 stand together, with those that Tables 5 and 6 add to it.
+    blocks = [{line.split()[0] for line in block.splitlines()} for block in done.stdout.split("\n\n")]
+    [table_3] = [block for block in blocks if "vit_b16_jft300m" in block]
+    assert {"bit_r200x3_jft300m", "bit_r152x2_jft300m_14ep", "vit_h14_imagenet21k"} <= table_3
 
 
 def test_json_has_all_of_them():
