@@ -161,7 +161,7 @@ def _fill_in(
         return table, None
     model = small_model({"name": about.model})
     model |= {"image_size": PATCHES * _pixels_a_patch(model), "num_classes": len(CLASSES)}
-    path = folder / "weights.safetensors"
+    path = folder / f"{about.model}.safetensors"  # a run of other weights may be there
     if make:
         write_weights(path, create_model(**model).state_dict(), {"model": model, "classes": sorted(CLASSES)})
     return table | {"init": str(path)}, model

@@ -111,6 +111,7 @@ def test_the_smoke_form_of_every_recipe_runs(alone, monkeypatch):
         assert "checkpoint" not in result  # the folder is gone
         objective = MaskedPatch if recipe.checked.kind == "masked_patch" else Supervised
         assert seen.pop() == (objective, MODELS[recipe.about.model][0]), recipe.name
+    assert not seen
     assert torch.get_num_threads() == threads
 
 
@@ -133,8 +134,10 @@ def test_a_smoke_run_leaves_what_it_is_told_to_and_says_what_is_wrong(alone, tmp
     assert rates[0] == pytest.approx(0.005)
     assert rates[-1] == pytest.approx(0.0, abs=1e-9)
     assert smoke_run(table, about, "finetune_pets", tmp_path / "run")["val"] == result["val"]  # it was done
+    with pytest.raises(UserError, match=r"cannot go on from .*; set it back, or start another run in another folder"):
+        smoke_run(*read_settings("bit_hyperrule_500"), "bit_hyperrule_500", tmp_path / "run")
     # Weights of its own, of any size, are as good as those that it makes.
-    again = smoke_run(table | {"init": str(tmp_path / "run" / "weights.safetensors")}, about, "again")
+    again = smoke_run(table | {"init": str(tmp_path / "run" / "vit_b16.safetensors")}, about, "again")
     assert again["val"] == pytest.approx(result["val"], rel=1e-6)
     with pytest.raises(UserError, match=r"setting data\.train = 3 in here does not fit"):
         smoke_run(merge(table, {"data": {"train": 3}}), about, "here")
