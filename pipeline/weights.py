@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from pipeline.config import TrainSettings
 from pipeline.models import MODELS, create_model
 from pipeline.models.initial import initial_value
-from pipeline.models.vit import VisionTransformer
 from shards.atomic import whole_file
 from shards.errors import UserError
 
@@ -91,8 +90,10 @@ def resolve_model(settings: TrainSettings, init: Weights | None, num_classes: in
 
 
 def _patch_target(settings: TrainSettings, name: str) -> dict[str, str]:
-    if not issubclass(MODELS[name][0], VisionTransformer):
-        raise UserError(f"masked patch prediction is of Vision Transformers, and {name!r} is none; take another model")
+    if name in MODELS and "patch_target" not in inspect.signature(MODELS[name][0]).parameters:
+        raise UserError(
+            f"masked patch prediction wants a head on every patch, and {name!r} has no such head; take a ViT or a hybrid"
+        )
     return {"patch_target": settings.masked_patch.target}
 
 

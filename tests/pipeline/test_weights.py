@@ -4,7 +4,7 @@ import torch
 from pipeline.config import TrainSettings, check, merge
 from pipeline.models import create_model
 from pipeline.models.positions import interpolate_pos_embed
-from pipeline.weights import Weights, first_values, resolve_model, write_weights
+from pipeline.weights import Weights, check_model, first_values, resolve_model, write_weights
 from shards.errors import UserError
 
 MODEL = {"name": "vit_ti8", "embed_dim": 24, "num_heads": 3, "depth": 1, "image_size": 16, "num_classes": 5}
@@ -135,6 +135,17 @@ def test_another_model_is_refused_by_name_of_what_differs(weights):
     template = create_model(**MODEL | {"num_classes": 9}, seed=None)
     with pytest.raises(UserError, match=r"has head.weight of shape \[5, 24\], this model wants \[9, 24\]"):
         first_values(template, weights, pretrain)("head.weight", (9, 24))
+
+
+@pytest.mark.parametrize("name", ["axial_vit_b16", "bit_r50x1"])
+def test_models_without_a_head_on_every_patch_are_no_masked_patch_predictors(name):
+    stage = settings(kind="masked_patch", init=None, model={"name": name}, data={"resolution": 224})
+    for refuses in (lambda: check_model(stage, "test"), lambda: resolve_model(stage, None, 3)):
+        with pytest.raises(UserError, match=f"masked patch prediction .* {name!r} has no such head"):
+            refuses()
+    unknown = settings(kind="masked_patch", init=None, model={"name": "vit_b61"})
+    with pytest.raises(UserError, match="test: unknown model: 'vit_b61'"):
+        check_model(unknown, "test")
 
 
 def test_files_that_are_no_weights_are_one_line(tmp_path):
