@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.models import create_model
-from pipeline.models.hybrid import HybridPatchEmbed, pad_same
+from pipeline.models.hybrid import HybridPatchEmbed, StdConv2d, pad_same
 from shards.errors import UserError
 from tests.pipeline.models.numpy_layers import conv, group_norm, max_pool, same
 from tests.pipeline.models.reference_vit import vit_logits
@@ -121,6 +121,24 @@ def test_patch_embedding_equals_the_definition(units, patch_size, side):
         scale = np.abs(expected).max()
         np.testing.assert_allclose(model(images).numpy(), expected, rtol=0, atol=1e-5 * scale)
         np.testing.assert_allclose(model.double()(images.double()).numpy(), expected, rtol=0, atol=1e-11 * scale)
+
+
+def test_a_filter_whose_values_are_all_equal_is_nothing_and_stays_finite():
+    convolution = StdConv2d(3, 4, 3)
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        convolution.weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+        convolution.weight[1], convolution.weight[2] = 0, 0.1
+        convolution.weight[3] *= 1e-5  # the epsilon is of its size
+    out = convolution(images)
+    assert not out[:, 1].any()
+    assert out[:, 2].abs().max() < 0.1  # the last bits of a mean
+    w = convolution.weight.detach().double().numpy()
+    w = w - w.mean((1, 2, 3), keepdims=True)
+    expected = conv(images[0].double().numpy(), w / (w.std((1, 2, 3), keepdims=True) + 1e-5), 1, same(8, 3, 1))
+    np.testing.assert_allclose(out[0, [0, 3]].detach().numpy(), expected[[0, 3]], rtol=0, atol=1e-5)
+    out.square().sum().backward()
+    assert convolution.weight.grad.isfinite().all()
 
 
 def test_logits_equal_the_definition():
