@@ -40,18 +40,20 @@ def estimate_stage(settings: TrainSettings, classes: int | None, epoch: int | No
     Args:
         settings: The stage.
         classes: How many there are; None asks the data set.
-        epoch: Samples of an epoch; None asks the data set.
+        epoch: Samples of an epoch; None asks the data set, if that is what the stage's duration is in.
 
     Raises:
         UserError: The data or the weights that would tell are not there.
     """
-    if classes is None or epoch is None:
+    in_epochs = "epoch" in settings.duration
+    if classes is None or (in_epochs and epoch is None):
         known_classes, known_epoch = _ask_data(settings)
         classes, epoch = classes or known_classes, epoch or known_epoch
     made = settings.init is not None and (settings.model.name is None or Path(settings.init).exists())
     init = Weights(settings.init) if made else None  # another stage may have yet to make them
     model = resolve_model(settings, init, classes)
-    total = Schedule.of(settings, epoch, settings.global_batch).total
+    # No other length than the duration changes what a stage costs.
+    total = Schedule.of(settings, epoch if in_epochs else 1, settings.global_batch).total
     return estimate_model(model, total, settings.masked_patch.share)
 
 
