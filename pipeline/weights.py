@@ -92,7 +92,7 @@ def resolve_model(settings: TrainSettings, init: Weights | None, num_classes: in
 def _patch_target(settings: TrainSettings, name: str) -> dict[str, str]:
     if name in MODELS and "patch_target" not in inspect.signature(MODELS[name][0]).parameters:
         raise UserError(
-            f"masked patch prediction wants a head on every patch, and {name!r} has no such head; take a ViT or a hybrid"
+            f"masked patch prediction wants a head on every patch, and {name!r} has no such head; take a ViT or hybrid"
         )
     return {"patch_target": settings.masked_patch.target}
 

@@ -257,7 +257,10 @@ class VisionTransformer(nn.Module):
             near = max(image_size // span, 1) * span
             raise UserError(f"image_size {image_size} is not divisible by {by}; take {near}")
         if embed_dim % num_heads:
-            raise UserError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}; take a divisor")
+            divisors = [heads for heads in range(1, embed_dim + 1) if embed_dim % heads == 0]
+            near = [max(d for d in divisors if d < num_heads), *(d for d in divisors if d > num_heads)][:2]
+            take = " or ".join(map(str, near))
+            raise UserError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}; take {take}")
         choices = [("gelu", gelu, ("tanh", "exact")), ("pooling", pooling, POOLINGS)]
         choices += [("patch_target", patch_target, PATCH_TARGETS)] if patch_target is not None else []
         for name, value, known in choices:

@@ -45,7 +45,7 @@ def test_what_a_user_says_goes_before_what_a_recipe_says():
 
 
 def test_a_recipe_for_several_data_sets_asks_how_many_classes():
-    with pytest.raises(UserError, match="bit_hyperrule_500 is for Pets or Flowers, .* give --classes"):
+    with pytest.raises(UserError, match=r"bit_hyperrule_500 is for Pets or Flowers, .* give --classes"):
         of("bit_hyperrule_500")
     [found] = of("bit_hyperrule_500", classes=37)
     assert (found["model"], found["samples"]) == ("bit_r50x1", 500 * 512)

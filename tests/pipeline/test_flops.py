@@ -79,7 +79,8 @@ def test_masked_patch_prediction_has_its_head_on_every_corrupted_patch(target, o
     for share, corrupted in ((0.5, 12), (0.001, 1), (1.0, 25)):
         found = cost_of("vit_ti16", **model, num_classes=0, patch_target=target, corrupted=share)
         assert found.macs == features + corrupted * 66 * outputs
-    stage = {"kind": "masked_patch", "duration": "10 samples", "global_batch": 1, "data": {"train": "a", "resolution": 60},
+    stage = {"kind": "masked_patch", "duration": "10 samples", "global_batch": 1,
+             "data": {"train": "a", "resolution": 60},
              "model": {"name": "vit_ti16"} | {key: model[key] for key in model if key != "image_size"},
              "masked_patch": {"target": target, "share": 1.0}}  # fmt: skip
     assert estimate_stage(check(TrainSettings, stage, "test"), 7, 10)["forward_macs"] == features + 25 * 66 * outputs

@@ -221,7 +221,7 @@ def test_a_unit_begins_as_its_shortcut():
         ("r_vit_ti16", {"image_size": 240}, "image_size 240 is not divisible by 32"),
         ("r50_vit_b16", {"backbone": [3, 0]}, r"a stage has no unit: \[3, 0\]"),
         ("r50_vit_b16", {"backbone_width": 40}, "backbone_width 40 is no multiple of 32"),
-        ("r50_vit_b8", {}, "unknown model: 'r50_vit_b8'; did you mean .*r50_vit_b"),
+        ("r50_vit_b8", {}, "unknown model: 'r50_vit_b8' .did you mean .*r50_vit_b"),
     ],
 )
 def test_mistakes_are_one_line(name, settings, message):
