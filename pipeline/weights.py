@@ -22,6 +22,8 @@ NOTE = "patchmill"  # the key of our note in the file's metadata
 # What a stage may set anew over the weights that it starts from. Every other setting of a model is an attribute of it.
 MAY_CHANGE = {"image_size", "num_classes", "representation", "dropout", "drop_path", "head_bias", "patch_target"}
 
+OF_THE_OBJECTIVE = ("head.", "pre_logits.", "patch_head.", "mask_token")  # that other objectives do not train
+
 
 class Weights:
     """A converted weights file, read tensor by tensor.
@@ -120,6 +122,11 @@ def first_values(template: nn.Module, init: Weights | None, settings: TrainSetti
         new_head = settings.kind == "finetune" and name.startswith("head.")
         if init is None or new_head:
             return initial_value(template, name, shape, settings.seed)
+        if name not in init.names and name.startswith(OF_THE_OBJECTIVE):
+            raise UserError(
+                f"{init.path} has no {name}, so no stage of kind {settings.kind!r} made it, and only kind 'finetune' "
+                "makes a new head; take that, or weights of the same kind"
+            )
         if name not in init.names:
             raise UserError(
                 f"{init.path} has no {name}: it is a checkpoint of another model; use the model settings that made it"

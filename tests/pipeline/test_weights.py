@@ -137,6 +137,30 @@ def test_another_model_is_refused_by_name_of_what_differs(weights):
         first_values(template, weights, pretrain)("head.weight", (9, 24))
 
 
+def test_other_kinds_say_that_fine_tuning_alone_makes_a_head(tmp_path, weights):
+    """A checkpoint of the same model, of another objective: what is missing is a head, and who makes one is told."""
+    small = {"name": "vit_ti8", "embed_dim": 24, "num_heads": 3, "depth": 1}
+    masked = settings(kind="masked_patch", init=None, model=small, data={"resolution": 16})
+    model = resolve_model(masked, None, 3)
+    write_weights(tmp_path / "m.safetensors", create_model(**model).state_dict(), {"model": model, "classes": []})
+
+    def begin(stage: TrainSettings, init: Weights) -> None:
+        template = create_model(**resolve_model(stage, init, 5), seed=None)
+        value_of = first_values(template, init, stage)
+        for name, parameter in template.named_parameters():
+            value_of(name, tuple(parameter.shape))
+
+    from_masked = settings(kind="supervised", data={"resolution": 16})
+    with pytest.raises(
+        UserError, match=r"m\.safetensors has no head\.weight, .* only kind 'finetune' makes a new head"
+    ):
+        begin(from_masked, Weights(tmp_path / "m.safetensors"))
+    begin(settings(data={"resolution": 16}), Weights(tmp_path / "m.safetensors"))
+    from_classes = settings(kind="masked_patch", data={"resolution": 16})
+    with pytest.raises(UserError, match=r"has no mask_token, .* only kind 'finetune' makes a new head"):
+        begin(from_classes, weights)
+
+
 @pytest.mark.parametrize("name", ["axial_vit_b16", "bit_r50x1"])
 def test_models_without_a_head_on_every_patch_are_no_masked_patch_predictors(name):
     stage = settings(kind="masked_patch", init=None, model={"name": name}, data={"resolution": 224})
