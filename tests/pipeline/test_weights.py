@@ -52,7 +52,6 @@ def test_fine_tuning_drops_the_head_and_stretches_the_positions(weights):
     [
         ({"position_at": "every"}, ["pos_embed", "blocks.1.pos_embed"]),
         ({"position": "learned_2d", "position_at": "every"}, ["pos_embed", "blocks.1.pos_embed"]),
-        ({"position": "relative", "position_at": "every"}, ["blocks.0.pos_embed", "blocks.1.pos_embed"]),
         ({"position": "learned_2d", "pooling": "mean"}, ["pos_embed"]),
         ({"position": "sincos_2d", "pooling": "mean", "registers": 2}, []),
     ],
@@ -74,6 +73,21 @@ def test_fine_tuning_stretches_every_kind_of_position_embeddings(tmp_path, optio
             assert value.equal(state[name])
     if options["position" if "position" in options else "position_at"] == "sincos_2d":
         assert large.pos_embed.shape == (1, 16 + 2, 24)
+
+
+def test_relative_positions_stay_at_their_resolution(tmp_path):
+    small = MODEL | {"position": "relative", "position_at": "every"}
+    write_weights(tmp_path / "w.safetensors", create_model(**small).state_dict(), {"model": small, "classes": []})
+    weights, name = Weights(tmp_path / "w.safetensors"), "blocks.0.pos_embed"
+    for resolution in (16, 32):
+        stage = settings(data={"resolution": resolution})
+        model = create_model(**resolve_model(stage, weights, num_classes=3), seed=None)
+        value_of, shape = first_values(model, weights, stage), tuple(model.get_parameter(name).shape)
+        if resolution == 16:
+            assert value_of(name, shape).equal(weights.tensor(name))
+        else:
+            with pytest.raises(UserError, match="of a grid of 2 x 2 patches cannot go to 4 x 4"):
+                value_of(name, shape)
 
 
 HYBRID = MODEL | {"name": "r50_vit_b16", "patch_size": 1, "backbone": [1, 1], "backbone_width": 32}
@@ -151,9 +165,7 @@ def test_other_kinds_say_that_fine_tuning_alone_makes_a_head(tmp_path, weights):
             value_of(name, tuple(parameter.shape))
 
     from_masked = settings(kind="supervised", data={"resolution": 16})
-    with pytest.raises(
-        UserError, match=r"m\.safetensors has no head\.weight, .* only kind 'finetune' makes a new head"
-    ):
+    with pytest.raises(UserError, match=r"has no head\.weight, .* only kind 'finetune' makes a new head"):
         begin(from_masked, Weights(tmp_path / "m.safetensors"))
     begin(settings(data={"resolution": 16}), Weights(tmp_path / "m.safetensors"))
     from_classes = settings(kind="masked_patch", data={"resolution": 16})
