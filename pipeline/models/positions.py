@@ -131,7 +131,7 @@ class Positions:
         old = math.isqrt((pos_embed.shape[1] + 1) // 2)
         raise UserError(
             f"position 'relative' of a grid of {old} x {old} patches cannot go to {self.grid} x {self.grid}: its "
-            "offsets in raster order mean other places there; stay at that resolution, or pre-train with another position"
+            "offsets in raster order mean other places there; stay at that resolution, or take another position"
         )
 
 

@@ -8,6 +8,7 @@ import torch
 
 from pipeline.models import create_model, model_names
 from pipeline.models.initial import initial_value
+from pipeline.models.positions import Positions
 from shards.errors import UserError
 from tests.pipeline.models.reference_vit import vit_logits
 
@@ -382,6 +383,15 @@ def test_names_cover_sizes_and_patches():
     with torch.device("meta"):
         models = [create_model(name, seed=None) for name in model_names() if name.startswith("vit_")]
     assert {model.patch_size for model in models} == {8, 14, 16, 32}
+
+
+def test_shared_positions_are_laid_out_once(monkeypatch):
+    laid_out = []
+    table = Positions.table
+    monkeypatch.setattr(Positions, "table", lambda *arguments: laid_out.append(0) or table(*arguments))
+    model = create_model("vit_ti16", **TINY, position="learned_2d", position_at="shared")
+    model(torch.zeros(1, 3, 32, 32))
+    assert len(laid_out) == 1
 
 
 @pytest.mark.parametrize(
