@@ -7,7 +7,7 @@ import numpy as np
 from shards.hashing import hash_array, hash_int
 
 MASK = -1  # in place of the patch that another one's embedding is taken from: the learned mask embedding
-_CORRUPTION = 10  # first word of its hashes; stochastic depth has 9
+_CORRUPTION = 10  # first word of its hashes; shards/hashing.py lists all
 
 
 def corrupted_patches(patches: int, share: float) -> int:
