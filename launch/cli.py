@@ -193,14 +193,14 @@ def recipes(
     as_json: Json = False,
 ) -> None:
     """List the recipes of the paper and others, or show one with its command and where it comes from."""
-    from launch.recipes import as_table, in_order, print_recipe, print_table, run_smoke_forms
+    from launch.recipes import as_dict, in_order, print_recipe, print_table, run_smoke_forms
     from pipeline.recipe import read_recipe, recipe_names
 
     found = in_order([read_recipe(each) for each in ([name] if name else recipe_names())])
     if smoke:
         run_smoke_forms(found, as_json)
     elif as_json:
-        listed = [as_table(recipe) for recipe in found]
+        listed = [as_dict(recipe) for recipe in found]
         print(json.dumps(listed[0] if name else listed))
     elif name:
         print_recipe(found[0])

@@ -96,7 +96,7 @@ def run_smoke_forms(recipes: list[Recipe], as_json: bool) -> None:
     Console().print(table)
 
 
-def as_table(recipe: Recipe) -> dict[str, Any]:
+def as_dict(recipe: Recipe) -> dict[str, Any]:
     """Return all that is known of a recipe."""
     settings = recipe.checked
     return {

@@ -16,7 +16,7 @@ import torch
 from pipeline import distributed
 from pipeline.config import DataSettings, Duration, TrainSettings, check, merge
 from pipeline.models import MODELS, create_model
-from pipeline.recipe import About
+from pipeline.recipe import PLACES, About
 from pipeline.train import train
 from pipeline.weights import Weights, check_model, write_weights
 from shards.build import build
@@ -48,6 +48,7 @@ def smoke_run(table: dict[str, Any], about: About | None, where: str, out: Path 
         What ``train`` returns of what is kept, and ``seconds`` that everything took.
     """
     began = time.monotonic()
+    check(TrainSettings, merge(PLACES, table), where)  # before anything is made
     rank, ranks = distributed.rank(), distributed.world_size()
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
@@ -168,7 +169,7 @@ def _make_data(folder: Path) -> None:
     if not IMAGES.is_dir():
         raise UserError(f"--smoke takes the drawings of {IMAGES}, which are not there; set data.train and data.val")
     for name in CLASSES:
-        (folder / "images" / name).mkdir(parents=True)
+        (folder / "images" / name).mkdir(parents=True, exist_ok=True)
         for path in sorted((IMAGES / name).iterdir())[:IMAGES_A_CLASS]:
             shutil.copy(path, folder / "images" / name)
     build(folder / "images", folder / "set", split={"val": 0.25}, workers=1)

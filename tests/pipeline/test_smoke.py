@@ -103,10 +103,13 @@ def test_a_smoke_run_leaves_what_it_is_told_to_and_says_what_is_wrong(alone, tmp
     assert rates[1] == max(rates) == pytest.approx(0.01)  # 2 steps of warm-up, then a cosine
     assert rates[0] == pytest.approx(0.005)
     assert rates[-1] == pytest.approx(0.0, abs=1e-9)
+    assert smoke_run(table, about, "finetune_pets", tmp_path / "run")["val"] == result["val"]  # it was done
     # Weights of its own, of any size, are as good as those that it makes.
     again = smoke_run(table | {"init": str(tmp_path / "run" / "weights.safetensors")}, about, "again")
     assert again["val"] == pytest.approx(result["val"], rel=1e-6)
     with pytest.raises(UserError, match=r"setting data\.train = 3 in here does not fit"):
         smoke_run(merge(table, {"data": {"train": 3}}), about, "here")
+    with pytest.raises(UserError, match=r"setting model = 3 in here does not fit"):
+        smoke_run(table | {"model": 3}, about, "here")
     with pytest.raises(UserError, match=r"here: unknown model: 'vit_x'"):
         smoke_run({**BASE, "model": {"name": "vit_x"}, "data": {}}, None, "here")
