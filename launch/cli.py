@@ -150,19 +150,23 @@ def fewshot(
 def estimate(
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="CONFIG|PLAN [KEY=VALUE]...", help="Settings of a stage, or a plan; and overrides."),
+        typer.Argument(
+            metavar="CONFIG|RECIPE|PLAN [KEY=VALUE]...", help="Settings of a stage, a recipe, or a plan; and overrides."
+        ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="A model in place of a file; KEY=VALUE are its settings.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Of --model: length of a training.")] = None,
-    classes: Annotated[int | None, typer.Option(min=1, help="Classes, instead of asking the data set.")] = None,
-    epoch: Annotated[int | None, typer.Option(min=1, help="Samples an epoch, instead of asking the data set.")] = None,
+    classes: Annotated[int | None, typer.Option(min=1, help="Classes, instead of asking data set or recipe.")] = None,
+    epoch: Annotated[
+        int | None, typer.Option(min=1, help="Samples an epoch, instead of asking data set or recipe.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Tell what a model, a training stage or a plan's training stages will cost: parameters and arithmetic."""
     from launch.estimate import estimates, print_estimates
 
     found = estimates(arguments or [], model, samples, classes, epoch)
-    print(json.dumps(found)) if as_json else print_estimates(found)
+    print(json.dumps(found)) if as_json else print_estimates(found, Console().width if sys.stdout.isatty() else None)
 
 
 @app.command()

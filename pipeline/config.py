@@ -456,10 +456,15 @@ def check(kind: type[S], table: dict[str, Any], where: str) -> S:
         raise UserError(f"setting {key}{value} in {where} does not fit: {reason}") from None
 
 
-def nearest(word: str, known: list[str]) -> str:
-    """Return ``" (did you mean X?)"`` for the known word nearest to ``word``, or nothing."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+def nearest(word: str, known: list[str], most: int = 1) -> str:
+    """Return ``" (did you mean X?)"`` for the known words nearest to ``word``, at most so many, or nothing.
+
+    Capitals and whatever is no letter or digit do not count, so that ViT-B/16 is vit_b16 and nothing else.
+    """
+    bare = {re.sub(r"[\W_]", "", each.lower()): each for each in known}
+    asked = re.sub(r"[\W_]", "", word.lower())
+    close = [asked] if asked in bare else difflib.get_close_matches(asked, bare, n=most, cutoff=0.5)
+    return f" (did you mean {' or '.join(repr(bare[each]) for each in close)}?)" if close else ""
 
 
 def dump_toml(table: dict[str, Any]) -> str:

@@ -7,7 +7,12 @@ import numpy as np
 from shards.hashing import hash_array, hash_int
 
 MASK = -1  # in place of the patch that another one's embedding is taken from: the learned mask embedding
-_CORRUPTION = 10  # first word of its hashes; stochastic depth has 9
+_CORRUPTION = 10  # first word of its hashes; shards/hashing.py lists all
+
+
+def corrupted_patches(patches: int, share: float) -> int:
+    """Return how many patches of each image are corrupted; at least one is."""
+    return max(1, round(share * patches))
 
 
 def corruption(
@@ -29,7 +34,7 @@ def corruption(
         epoch_samples: samples of an epoch; None: it never ends.
         seed: of the run.
         patches: number N of patches of an image.
-        share: of the patches that are corrupted; at least one is.
+        share: of the patches that are corrupted.
         masked: share of those that the mask embedding replaces.
         replaced: share of those that another patch's embedding replaces; the rest is left as it is.
 
@@ -39,7 +44,7 @@ def corruption(
     epochs = positions // (epoch_samples or sys.maxsize)
     prefix = hash_int(_CORRUPTION, seed)
     keys = hash_array(prefix, epochs[:, None], positions[:, None], np.arange(2 * patches))  # [n, 2 N]
-    count = max(1, round(share * patches))
+    count = corrupted_patches(patches, share)
     where = np.argsort(keys[:, :patches], axis=1, kind="stable")[:, :count]  # [n, m]
     steps = np.take_along_axis(keys[:, patches:], where, axis=1) % np.uint64(max(patches - 1, 1))
     others = (where + 1 + steps.astype(np.int64)) % patches  # never itself, but where there is only one

@@ -6,7 +6,7 @@ import numpy as np
 
 from shards.hashing import hash_array, hash_int
 
-_DROP_PATH = 9  # first word of its hashes; the shards have 1 to 8
+_DROP_PATH = 9  # first word of its hashes; shards/hashing.py lists all
 
 
 def drop_path_draws(positions: np.ndarray, epoch_samples: int | None, seed: int, blocks: int) -> np.ndarray:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.corruption import corrupted_patches
 from pipeline.models import create_model
 
 BACKWARD = 2
@@ -32,8 +33,8 @@ class Cost(NamedTuple):
         return (1 + BACKWARD) * self.flops * samples
 
 
-def cost_of(name: str, **settings: Any) -> Cost:
-    """Return what ``create_model(name, **settings)`` costs.
+def cost_of(name: str, *, corrupted: float = 0.5, **settings: Any) -> Cost:
+    """Return what ``create_model(name, **settings)`` costs; ``corrupted`` is the share of patches in masked prediction.
 
     The forward pass is run on the meta device, where tensors are shapes alone, and the products in it are counted: so
     it holds for every model, whatever is set.
@@ -43,5 +44,8 @@ def cost_of(name: str, **settings: Any) -> Cost:
     """
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model = create_model(name, **settings, seed=None).eval()
-        model(torch.empty(1, 3, model.image_size, model.image_size))
+        images, drawn = torch.empty(1, 3, model.image_size, model.image_size), {}
+        if settings.get("patch_target") is not None:
+            drawn["corruption"] = torch.empty(1, corrupted_patches(model.grid**2, corrupted), 2, dtype=torch.int64)
+        model(images, **drawn)
     return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)

@@ -38,6 +38,7 @@ class About(Settings):
     command: str
     model: str = Field(description="whose FLOPs are counted; the model itself where the stage takes it from weights")
     data: str
+    classes: int | None = Field(None, gt=0, description="of the data, where that is one data set")
     images: int | None = Field(None, gt=0, description="of an epoch, where lengths are in epochs")
     hardware: str
     exaflops: float = Field(gt=0, description="forward and backward of the whole run, a multiply-add as 2")

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from pipeline.config import TrainSettings
 from pipeline.models import MODELS, create_model
 from pipeline.models.initial import initial_value
-from pipeline.models.vit import VisionTransformer
 from shards.atomic import whole_file
 from shards.errors import UserError
 
 NOTE = "patchmill"  # the key of our note in the file's metadata
 # What a stage may set anew over the weights that it starts from. Every other setting of a model is an attribute of it.
 MAY_CHANGE = {"image_size", "num_classes", "representation", "dropout", "drop_path", "head_bias", "patch_target"}
+
+OF_THE_OBJECTIVE = ("head.", "pre_logits.", "patch_head.", "mask_token")  # that other objectives do not train
 
 
 class Weights:
@@ -91,8 +92,10 @@ def resolve_model(settings: TrainSettings, init: Weights | None, num_classes: in
 
 
 def _patch_target(settings: TrainSettings, name: str) -> dict[str, str]:
-    if not issubclass(MODELS[name][0], VisionTransformer):
-        raise UserError(f"masked patch prediction is of Vision Transformers, and {name!r} is none; take another model")
+    if name in MODELS and "patch_target" not in inspect.signature(MODELS[name][0]).parameters:
+        raise UserError(
+            f"masked patch prediction wants a head on every patch, and {name!r} has no such head; take a ViT or hybrid"
+        )
     return {"patch_target": settings.masked_patch.target}
 
 
@@ -119,6 +122,11 @@ def first_values(template: nn.Module, init: Weights | None, settings: TrainSetti
         new_head = settings.kind == "finetune" and name.startswith("head.")
         if init is None or new_head:
             return initial_value(template, name, shape, settings.seed)
+        if name not in init.names and name.startswith(OF_THE_OBJECTIVE):
+            raise UserError(
+                f"{init.path} has no {name}, so no stage of kind {settings.kind!r} made it, and only kind 'finetune' "
+                "makes a new head; take that, or weights of the same kind"
+            )
         if name not in init.names:
             raise UserError(
                 f"{init.path} has no {name}: it is a checkpoint of another model; use the model settings that made it"

@@ -20,7 +20,9 @@ SETTINGS = {f"axial_vit_b{patch}": {"patch_size": patch, **SIZES["b"]} for patch
 class AxialBlock(Block):
     """A block of ViT whose tokens see those of their own row, or of their own column, alone."""
 
-    columns = False
+    def __init__(self, *arguments, columns: bool):
+        super().__init__(*arguments)
+        self.columns = columns
 
     def forward(self, x: Tensor, draws: Tensor | None = None, shared: None = None) -> Tensor:
         """Map the patches [n, g*g, D] to the same; ``draws`` are [n, 2], as in ViT."""
@@ -40,8 +42,6 @@ class AxialTransformer(VisionTransformer):
 
     The others are those of ``VisionTransformer``.
     """
-
-    block = AxialBlock
 
     def __init__(
         self,
@@ -75,5 +75,7 @@ class AxialTransformer(VisionTransformer):
             head_bias=head_bias,
         )
         self.depth = depth
-        for block in self.blocks[1::2]:
-            block.columns = True
+
+    def new_block(self, i: int, *arguments) -> AxialBlock:
+        """Return block ``i``, of rows where it is even."""
+        return AxialBlock(*arguments, columns=i % 2 == 1)

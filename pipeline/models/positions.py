@@ -118,13 +118,21 @@ class Positions:
     def resize(self, pos_embed: Tensor) -> Tensor:
         """Bring the parameter of another grid to this one, in its dtype.
 
-        Columns, rows and offsets are stretched as lines, end to end; ``learned`` as ``interpolate_pos_embed`` says.
+        Columns and rows are stretched as lines, end to end; ``learned`` as ``interpolate_pos_embed`` says.
+
+        Raises:
+            UserError: the kind is ``relative``: an offset in raster order is several of rows and columns, and others
+                on another grid.
         """
         if self.kind == "learned":
             return interpolate_pos_embed(pos_embed, self.grid, self.class_token)
         if self.kind == "learned_2d":
             return torch.cat([_stretched(line, self.grid) for line in pos_embed.chunk(2, dim=1)], dim=1)
-        return _stretched(pos_embed, 2 * self.grid**2 - 1)
+        old = math.isqrt((pos_embed.shape[1] + 1) // 2)
+        raise UserError(
+            f"position 'relative' of a grid of {old} x {old} patches cannot go to {self.grid} x {self.grid}: its "
+            "offsets in raster order mean other places there; stay at that resolution, or take another position"
+        )
 
 
 def interpolate_pos_embed(pos_embed: Tensor, new_grid: int, class_token: bool = True) -> Tensor:

@@ -117,9 +117,9 @@ class Block(nn.Module):
         gelu: str,
         dropout: float,
         drop_path: float,
-        qkv_bias: bool = True,
-        positions: Positions | None = None,
-        own_positions: bool = False,
+        qkv_bias: bool,
+        positions: Positions,
+        own_positions: bool,
     ):
         super().__init__()
         self.positions = positions
@@ -134,14 +134,17 @@ class Block(nn.Module):
     def forward(self, x: Tensor, draws: Tensor | None = None, shared: Tensor | None = None) -> Tensor:
         """Map tokens [n, T, D] to [n, T, D].
 
-        ``draws`` [n, 2] in [0, 1) say which samples skip a branch; ``shared`` are position embeddings not its own.
+        ``draws`` [n, 2] in [0, 1) say which samples skip a branch; ``shared`` are positions not its own: keys of
+        offsets, or what is added to the tokens, [1, T, D].
         """
-        pos_embed = shared if self.pos_embed is None else self.pos_embed
         bias = None
-        if pos_embed is not None and self.positions.kind == "relative":
-            bias = partial(self.positions.relative_logits, keys=pos_embed)
-        elif pos_embed is not None:
-            x = x + self.positions.table(pos_embed)
+        if self.positions.kind == "relative":
+            keys = shared if self.pos_embed is None else self.pos_embed
+            bias = partial(self.positions.relative_logits, keys=keys)
+        elif self.pos_embed is not None:
+            x = x + self.positions.table(self.pos_embed)
+        elif shared is not None:
+            x = x + shared
         x = x + self._kept(self.attn(self.norm1(x), bias), draws, 0)
         return x + self._kept(self.mlp(self.norm2(x)), draws, 1)
 
@@ -211,8 +214,6 @@ class VisionTransformer(nn.Module):
         UserError: numbers that do not fit each other.
     """
 
-    block = Block
-
     def __init__(
         self,
         *,
@@ -257,7 +258,10 @@ class VisionTransformer(nn.Module):
             near = max(image_size // span, 1) * span
             raise UserError(f"image_size {image_size} is not divisible by {by}; take {near}")
         if embed_dim % num_heads:
-            raise UserError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}; take a divisor")
+            divisors = [heads for heads in range(1, embed_dim + 1) if embed_dim % heads == 0]
+            near = [max(d for d in divisors if d < num_heads), *(d for d in divisors if d > num_heads)][:2]
+            take = " or ".join(map(str, near))
+            raise UserError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}; take {take}")
         choices = [("gelu", gelu, ("tanh", "exact")), ("pooling", pooling, POOLINGS)]
         choices += [("patch_target", patch_target, PATCH_TARGETS)] if patch_target is not None else []
         for name, value, known in choices:
@@ -300,8 +304,8 @@ class VisionTransformer(nn.Module):
 
         # ---- blocks
         self.blocks = nn.ModuleList(
-            self.block(
-                embed_dim, num_heads, mlp_dim, gelu, dropout, drop_path * i / max(depth - 1, 1), qkv_bias,
+            self.new_block(
+                i, embed_dim, num_heads, mlp_dim, gelu, dropout, drop_path * i / max(depth - 1, 1), qkv_bias,
                 self.positions, blocks_own[i],
             )
             for i in range(depth)
@@ -327,6 +331,10 @@ class VisionTransformer(nn.Module):
             self.begin["mask_token"] = partial(normal, std=0.02)
             outputs = PATCH_TARGETS[patch_target](3 * span**2)
             self.patch_head = Linear(embed_dim, outputs, weight=lecun_normal)
+
+    def new_block(self, i: int, *arguments) -> Block:
+        """Return block ``i``."""
+        return Block(*arguments)
 
     def forward(self, images: Tensor, draws: Tensor | None = None, corruption: Tensor | None = None) -> Tensor:
         """Return the logits, or with ``corruption`` what the model tells of the corrupted patches.
@@ -369,17 +377,18 @@ class VisionTransformer(nn.Module):
         parts = [token for token in (self.cls_token, x, self.reg_token) if token is not None]
         x = torch.cat([token.expand(len(x), -1, -1) for token in parts], dim=1)  # [n, T, D]
         x = x.to(self.norm.weight.dtype)  # autocast leaves the residuals in full precision
-        relative, shared = self.position == "relative", None
-        if self.pos_embed is not None and not relative:
-            x = x + self.positions.table(self.pos_embed)
+        positions = self.pos_embed  # keys of offsets, or what is added to the tokens
+        if positions is not None and self.position != "relative":
+            positions = self.positions.table(positions)
+            x = x + positions
         x = self.dropout(x)
         if not self.training or self.drop_path == 0:
             draws = None
         elif draws is None:
             draws = torch.rand(len(x), len(self.blocks), 2, device=x.device)
         for i, block in enumerate(self.blocks):
-            if self.position_at == "shared" and (relative or i > 0):
-                shared = self.pos_embed
+            # What is added has been, before the first block.
+            shared = positions if self.position_at == "shared" and (i > 0 or self.position == "relative") else None
             x = block(x, None if draws is None else draws[:, i], shared)
         return self.norm(x[:, : x.shape[1] - self.registers])
 

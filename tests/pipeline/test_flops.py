@@ -4,6 +4,8 @@ from functools import cache
 
 import pytest
 
+from pipeline.config import TrainSettings, check
+from pipeline.estimate import estimate_stage
 from pipeline.flops import Cost, cost_of
 
 JFT = 303_000_000
@@ -68,6 +70,20 @@ def test_forward_cost_is_that_of_the_equations_to_the_digit(heads, hidden):
     assert found.macs == by_hand(size=60, patch=12, width=66, depth=3, mlp=100, classes=7) + hidden * 66**2
     assert found.flops == 2 * found.macs
     assert found.training_flops(10) == 60 * found.macs
+
+
+@pytest.mark.parametrize(("target", "outputs"), [("mean_color", 512), ("mean_colors_4x4", 16 * 512), ("pixels", 432)])
+def test_masked_patch_prediction_has_its_head_on_every_corrupted_patch(target, outputs):
+    model = {"image_size": 60, "patch_size": 12, "embed_dim": 66, "depth": 3, "num_heads": 3, "mlp_dim": 100}
+    features = by_hand(size=60, patch=12, width=66, depth=3, mlp=100, classes=0)
+    for share, corrupted in ((0.5, 12), (0.001, 1), (1.0, 25)):
+        found = cost_of("vit_ti16", **model, num_classes=0, patch_target=target, corrupted=share)
+        assert found.macs == features + corrupted * 66 * outputs
+    stage = {"kind": "masked_patch", "duration": "10 samples", "global_batch": 1,
+             "data": {"train": "a", "resolution": 60},
+             "model": {"name": "vit_ti16"} | {key: model[key] for key in model if key != "image_size"},
+             "masked_patch": {"target": target, "share": 1.0}}  # fmt: skip
+    assert estimate_stage(check(TrainSettings, stage, "test"), 7, 10)["forward_macs"] == features + 25 * 66 * outputs
 
 
 def test_parameters_are_counted_to_the_digit():

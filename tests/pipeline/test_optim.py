@@ -49,6 +49,7 @@ def test_layers_learn_slower_towards_the_image():
 FAMILIES = {
     "vit_ti16": {"depth": 2, "registers": 2, "representation": True, "position": "learned_2d"},
     "vit_s32": {"depth": 2, "pooling": "map", "position": "relative", "position_at": "every"},
+    "vit_ti32": {"depth": 2, "patch_target": "mean_color"},
     "r26_vit_s32": {"depth": 2},
     "axial_vit_b32": {"depth": 1},
     "bit_r50x1": {},
@@ -72,8 +73,8 @@ def test_in_every_family_kernels_decay_and_layers_are_those_between_image_and_he
         blocks = [f"stages.{stage}.blocks.{unit}." for stage, units in enumerate((3, 4, 6, 3)) for unit in range(units)]
     else:
         blocks = ["blocks.0.", "blocks.1."]
-    first = ("cls_token", "pos_embed", "reg_token", "patch_embed.", "stem.")
-    last = ("norm.", "pre_logits.", "attn_pool.", "head.")
+    first = ("cls_token", "pos_embed", "reg_token", "mask_token", "patch_embed.", "stem.")
+    last = ("norm.", "pre_logits.", "attn_pool.", "head.", "patch_head.")
     for parameter, scale in scales.items():
         at = next((i + 1 for i, block in enumerate(blocks) if parameter.startswith(block)), None)
         if at is None:

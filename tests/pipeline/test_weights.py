@@ -4,7 +4,7 @@ import torch
 from pipeline.config import TrainSettings, check, merge
 from pipeline.models import create_model
 from pipeline.models.positions import interpolate_pos_embed
-from pipeline.weights import Weights, first_values, resolve_model, write_weights
+from pipeline.weights import Weights, check_model, first_values, resolve_model, write_weights
 from shards.errors import UserError
 
 MODEL = {"name": "vit_ti8", "embed_dim": 24, "num_heads": 3, "depth": 1, "image_size": 16, "num_classes": 5}
@@ -52,7 +52,6 @@ def test_fine_tuning_drops_the_head_and_stretches_the_positions(weights):
     [
         ({"position_at": "every"}, ["pos_embed", "blocks.1.pos_embed"]),
         ({"position": "learned_2d", "position_at": "every"}, ["pos_embed", "blocks.1.pos_embed"]),
-        ({"position": "relative", "position_at": "every"}, ["blocks.0.pos_embed", "blocks.1.pos_embed"]),
         ({"position": "learned_2d", "pooling": "mean"}, ["pos_embed"]),
         ({"position": "sincos_2d", "pooling": "mean", "registers": 2}, []),
     ],
@@ -74,6 +73,21 @@ def test_fine_tuning_stretches_every_kind_of_position_embeddings(tmp_path, optio
             assert value.equal(state[name])
     if options["position" if "position" in options else "position_at"] == "sincos_2d":
         assert large.pos_embed.shape == (1, 16 + 2, 24)
+
+
+def test_relative_positions_stay_at_their_resolution(tmp_path):
+    small = MODEL | {"position": "relative", "position_at": "every"}
+    write_weights(tmp_path / "w.safetensors", create_model(**small).state_dict(), {"model": small, "classes": []})
+    weights, name = Weights(tmp_path / "w.safetensors"), "blocks.0.pos_embed"
+    for resolution in (16, 32):
+        stage = settings(data={"resolution": resolution})
+        model = create_model(**resolve_model(stage, weights, num_classes=3), seed=None)
+        value_of, shape = first_values(model, weights, stage), tuple(model.get_parameter(name).shape)
+        if resolution == 16:
+            assert value_of(name, shape).equal(weights.tensor(name))
+        else:
+            with pytest.raises(UserError, match="of a grid of 2 x 2 patches cannot go to 4 x 4"):
+                value_of(name, shape)
 
 
 HYBRID = MODEL | {"name": "r50_vit_b16", "patch_size": 1, "backbone": [1, 1], "backbone_width": 32}
@@ -135,6 +149,39 @@ def test_another_model_is_refused_by_name_of_what_differs(weights):
     template = create_model(**MODEL | {"num_classes": 9}, seed=None)
     with pytest.raises(UserError, match=r"has head.weight of shape \[5, 24\], this model wants \[9, 24\]"):
         first_values(template, weights, pretrain)("head.weight", (9, 24))
+
+
+def test_other_kinds_say_that_fine_tuning_alone_makes_a_head(tmp_path, weights):
+    """A checkpoint of the same model, of another objective: what is missing is a head, and who makes one is told."""
+    small = {"name": "vit_ti8", "embed_dim": 24, "num_heads": 3, "depth": 1}
+    masked = settings(kind="masked_patch", init=None, model=small, data={"resolution": 16})
+    model = resolve_model(masked, None, 3)
+    write_weights(tmp_path / "m.safetensors", create_model(**model).state_dict(), {"model": model, "classes": []})
+
+    def begin(stage: TrainSettings, init: Weights) -> None:
+        template = create_model(**resolve_model(stage, init, 5), seed=None)
+        value_of = first_values(template, init, stage)
+        for name, parameter in template.named_parameters():
+            value_of(name, tuple(parameter.shape))
+
+    from_masked = settings(kind="supervised", data={"resolution": 16})
+    with pytest.raises(UserError, match=r"has no head\.weight, .* only kind 'finetune' makes a new head"):
+        begin(from_masked, Weights(tmp_path / "m.safetensors"))
+    begin(settings(data={"resolution": 16}), Weights(tmp_path / "m.safetensors"))
+    from_classes = settings(kind="masked_patch", data={"resolution": 16})
+    with pytest.raises(UserError, match=r"has no mask_token, .* only kind 'finetune' makes a new head"):
+        begin(from_classes, weights)
+
+
+@pytest.mark.parametrize("name", ["axial_vit_b16", "bit_r50x1"])
+def test_models_without_a_head_on_every_patch_are_no_masked_patch_predictors(name):
+    stage = settings(kind="masked_patch", init=None, model={"name": name}, data={"resolution": 224})
+    for refuses in (lambda: check_model(stage, "test"), lambda: resolve_model(stage, None, 3)):
+        with pytest.raises(UserError, match=f"masked patch prediction .* {name!r} has no such head"):
+            refuses()
+    unknown = settings(kind="masked_patch", init=None, model={"name": "vit_b61"})
+    with pytest.raises(UserError, match="test: unknown model: 'vit_b61'"):
+        check_model(unknown, "test")
 
 
 def test_files_that_are_no_weights_are_one_line(tmp_path):

@@ -64,7 +64,8 @@ def test_one_group_of_parameters_goes_on_as_many_under_any_engine_stage_and_numb
     for engine in third:
         assert third[engine] == pytest.approx(third["accelerate-0"], abs=1e-6), engine
         assert fourth[engine] == pytest.approx(fourth["accelerate-0"], abs=1e-6), engine
-        # Adam's first steps are as long for a gradient of nothing but rounding; one rate for all is 2e-2 off, one decay 3e-4.
+        # Adam's first steps are as long for a gradient of nothing but rounding; one rate for all is 2e-2 off, one
+        # decay 3e-4.
         assert third[engine] == pytest.approx(expected[2:3], abs=1e-4), engine
         assert fourth[engine] == pytest.approx(expected[3:], abs=1e-4), engine
 

@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.models import create_model
-from pipeline.models.hybrid import HybridPatchEmbed, pad_same
+from pipeline.models.hybrid import HybridPatchEmbed, StdConv2d, pad_same
 from shards.errors import UserError
 from tests.pipeline.models.numpy_layers import conv, group_norm, max_pool, same
 from tests.pipeline.models.reference_vit import vit_logits
@@ -123,6 +123,24 @@ def test_patch_embedding_equals_the_definition(units, patch_size, side):
         np.testing.assert_allclose(model.double()(images.double()).numpy(), expected, rtol=0, atol=1e-11 * scale)
 
 
+def test_a_filter_whose_values_are_all_equal_is_nothing_and_stays_finite():
+    convolution = StdConv2d(3, 4, 3)
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        convolution.weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+        convolution.weight[1], convolution.weight[2] = 0, 0.1
+        convolution.weight[3] *= 1e-5  # the epsilon is of its size
+    out = convolution(images)
+    assert not out[:, 1].any()
+    assert out[:, 2].abs().max() < 0.1  # the last bits of a mean
+    w = convolution.weight.detach().double().numpy()
+    w = w - w.mean((1, 2, 3), keepdims=True)
+    expected = conv(images[0].double().numpy(), w / (w.std((1, 2, 3), keepdims=True) + 1e-5), 1, same(8, 3, 1))
+    np.testing.assert_allclose(out[0, [0, 3]].detach().numpy(), expected[[0, 3]], rtol=0, atol=1e-5)
+    out.square().sum().backward()
+    assert convolution.weight.grad.isfinite().all()
+
+
 def test_logits_equal_the_definition():
     model = randomize(create_model("r50_vit_b16", **TINY))
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -203,7 +221,7 @@ def test_a_unit_begins_as_its_shortcut():
         ("r_vit_ti16", {"image_size": 240}, "image_size 240 is not divisible by 32"),
         ("r50_vit_b16", {"backbone": [3, 0]}, r"a stage has no unit: \[3, 0\]"),
         ("r50_vit_b16", {"backbone_width": 40}, "backbone_width 40 is no multiple of 32"),
-        ("r50_vit_b8", {}, "unknown model: 'r50_vit_b8'; did you mean .*r50_vit_b"),
+        ("r50_vit_b8", {}, "unknown model: 'r50_vit_b8' .did you mean .*r50_vit_b"),
     ],
 )
 def test_mistakes_are_one_line(name, settings, message):

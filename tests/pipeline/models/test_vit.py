@@ -8,6 +8,7 @@ import torch
 
 from pipeline.models import create_model, model_names
 from pipeline.models.initial import initial_value
+from pipeline.models.positions import Positions
 from shards.errors import UserError
 from tests.pipeline.models.reference_vit import vit_logits
 
@@ -384,14 +385,30 @@ def test_names_cover_sizes_and_patches():
     assert {model.patch_size for model in models} == {8, 14, 16, 32}
 
 
+def test_shared_positions_are_laid_out_once(monkeypatch):
+    laid_out = []
+    table = Positions.table
+    monkeypatch.setattr(Positions, "table", lambda *arguments: laid_out.append(0) or table(*arguments))
+    model = create_model("vit_ti16", **TINY, position="learned_2d", position_at="shared")
+    model(torch.zeros(1, 3, 32, 32))
+    assert len(laid_out) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("vit_b17", {}, "unknown model: 'vit_b17'; did you mean .*vit_b16"),
+        ("vit_b17", {}, r"unknown model: 'vit_b17' \(did you mean 'vit_b16' or '"),
+        ("ViT-B/16", {}, r"unknown model: 'ViT-B/16' \(did you mean 'vit_b16'\?\)$"),
+        ("ViT-H/14", {}, r"unknown model: 'ViT-H/14' \(did you mean 'vit_h14'\?\)$"),
+        ("R50+ViT-B/16", {}, r"unknown model: 'R50\+ViT-B/16' \(did you mean 'r50_vit_b16'\?\)$"),
+        ("Axial-ViT-B/32", {}, r"\(did you mean 'axial_vit_b32'\?\)$"),
+        ("BiT-R152x4", {}, r"\(did you mean 'bit_r152x4'\?\)$"),
+        ("R50+B/16", {}, r"\(did you mean 'r50_vit_b16'"),
         ("zzz", {}, "known: vit_ti8, "),
-        ("vit_ti16", {"dpeth": 3}, "unknown setting of vit_ti16: 'dpeth'; did you mean depth"),
+        ("vit_ti16", {"dpeth": 3}, "unknown setting of vit_ti16: 'dpeth' .did you mean 'depth'"),
         ("vit_ti16", {"image_size": 225}, "image_size 225 is not divisible by patch_size 16; take 224"),
-        ("vit_ti16", {"num_heads": 5}, "embed_dim 192 is not divisible by num_heads 5"),
+        ("vit_ti16", {"num_heads": 5}, "embed_dim 192 is not divisible by num_heads 5; take 4 or 6$"),
+        ("vit_ti16", {"num_heads": 200}, "not divisible by num_heads 200; take 192$"),
         ("vit_ti16", {"gelu": "relu"}, "unknown gelu: 'relu'"),
         ("vit_ti16", {"depth": 0}, "depth is too small: 0"),
         ("vit_ti16", {"drop_path": 1.0}, "drop_path is no rate: 1.0"),

@@ -164,7 +164,7 @@ def test_what_does_not_go_together_is_told():
         settings(data={"train": "x", "augment": "light2"})
     with pytest.raises(UserError, match=r"mask 0.8 and other 0.3 are more than all"):
         settings(masked_patch={"other": 0.3})
-    with pytest.raises(UserError, match="'bit_r50x1' is none"):
+    with pytest.raises(UserError, match="'bit_r50x1' has no such head"):
         resolve_model(settings(model={"name": "bit_r50x1"}), None, 3)
     with pytest.raises(UserError, match="pooling 'map' has nothing to do"):
         create_model("vit_ti8", **TINY, pooling="map", patch_target="pixels")
