@@ -39,7 +39,7 @@ bench: setup
 	for name in order seek memory beside manifest ledger build; do $(BIN)/python bench/$$name.py || exit 1; done
 
 bench-peers: setup peers bench
-	for name in loader shuffle; do $(BIN)/python bench/$$name.py || exit 1; done
+	for name in loader shuffle train_step; do $(BIN)/python bench/$$name.py || exit 1; done
 
 # Made anew only when what is installed changes.
 $(READY): pyproject.toml constraints.txt

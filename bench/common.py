@@ -9,8 +9,6 @@ from statistics import median
 from typing import NamedTuple
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 
 class Row(NamedTuple):
@@ -28,12 +26,17 @@ def row(name: str, unit: str, values: list[float]) -> Row:
     return Row(name, median(values), unit, min(values), max(values))
 
 
+def parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser of the arguments that every benchmark takes: ``quick`` and ``json``."""
+    found = argparse.ArgumentParser(description=description)
+    found.add_argument("--quick", action="store_true", help="little data, for tests: the numbers mean nothing")
+    found.add_argument("--json", type=Path, metavar="PATH", help="write the result there as well")
+    return found
+
+
 def arguments(description: str) -> argparse.Namespace:
-    """Parse the arguments that every benchmark takes: ``quick`` and ``json``."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="little data, for tests: the numbers mean nothing")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the result there as well")
-    return parser.parse_args()
+    """Parse the arguments that every benchmark takes."""
+    return parser(description).parse_args()
 
 
 def cores() -> int:
@@ -61,6 +64,9 @@ def report(bench: str, rows: list[Row], ratios: dict[str, float | None], path: P
 
     A ratio above 1 means that ours is better; None that the peer is missing.
     """
+    from rich.console import Console  # which the peers' environment has not
+    from rich.table import Table
+
     where = machine()
     table = Table("", "median", "min", "max", "unit", title=f"{bench}: {where['cpu']}, {where['cores']} cores")
     for each in rows:

@@ -22,17 +22,22 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
                   help="Mill images into patches, and patches into pre-trained Vision Transformers.")  # fmt: skip
 app.add_typer(shards_app, name="shards")
 
+Smoke = Annotated[
+    bool, typer.Option("--smoke", help="Shrink depth, width, resolution, batch and steps to a run of seconds.")
+]
+
 
 @app.command()
 def run(
     plan: Annotated[Path, typer.Argument(help="Plan file.")],
     runs: Annotated[Path, typer.Option(help="Folder of runs; this one gets RUNS/NAME.")] = Path("runs"),
+    smoke: Smoke = False,
 ) -> None:
-    """Run a plan on this machine; finished stages are skipped, interrupted ones go on."""
+    """Run a plan on this machine; finished stages are skipped, interrupted ones go on. --smoke: in RUNS/NAME-smoke."""
     from launch.plan import read_plan
     from launch.run import run_plan
 
-    checked = read_plan(plan, runs)
+    checked = read_plan(plan, runs, smoke)
     run_plan(checked)
     if any(stage.table.kind == "report" for stage in checked.stages):
         from pipeline.report import print_table, read_run
@@ -43,16 +48,29 @@ def run(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="Settings of one training stage, TOML.")],
+    config: Annotated[Path, typer.Argument(help="Settings of one training stage: a TOML file, or a recipe's name.")],
     settings: Annotated[list[str] | None, typer.Argument(help="key=value overrides, such as optim.lr=1e-3.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/CONFIG.")] = None,
+    smoke: Smoke = False,
     as_json: Json = False,
 ) -> None:
     """Run one training stage, alone or as one rank of a job (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)."""
     from pipeline import distributed
-    from pipeline.config import TrainSettings, check, override, read_toml
+    from pipeline.config import TrainSettings, check, override
+    from pipeline.recipe import read_settings
 
-    checked = check(TrainSettings, override(read_toml(config), settings or []), str(config))
+    table, about = read_settings(config)
+    table = override(table, settings or [])
+    if smoke:
+        from pipeline.smoke import smoke_run
+
+        distributed.start()
+        try:
+            _print(smoke_run(table, about, str(config), out), as_json)
+        finally:
+            distributed.finish()
+        return
+    checked = check(TrainSettings, table, str(config))
     checked.accumulation(distributed.world_size())  # before ranks wait for each other
     folder = out or Path("runs") / config.stem
     folder.mkdir(parents=True, exist_ok=True)
@@ -129,6 +147,29 @@ def fewshot(
 
 
 @app.command()
+def estimate(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="CONFIG|RECIPE|PLAN [KEY=VALUE]...", help="Settings of a stage, a recipe, or a plan; and overrides."
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="A model in place of a file; KEY=VALUE are its settings.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Of --model: length of a training.")] = None,
+    classes: Annotated[int | None, typer.Option(min=1, help="Classes, instead of asking data set or recipe.")] = None,
+    epoch: Annotated[
+        int | None, typer.Option(min=1, help="Samples an epoch, instead of asking data set or recipe.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what a model, a training stage or a plan's training stages will cost: parameters and arithmetic."""
+    from launch.estimate import estimates, print_estimates
+
+    found = estimates(arguments or [], model, samples, classes, epoch)
+    print(json.dumps(found)) if as_json else print_estimates(found, Console().width if sys.stdout.isatty() else None)
+
+
+@app.command()
 def report(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
     as_json: Json = False,
@@ -143,6 +184,28 @@ def report(
     else:
         print_table(found)
         print(f"report: {page}")
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Of one recipe, to see it whole.")] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Run it, or all of them, shrunk to seconds, here.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the recipes of the paper and others, or show one with its command and where it comes from."""
+    from launch.recipes import as_dict, in_order, print_recipe, print_table, run_smoke_forms
+    from pipeline.recipe import read_recipe, recipe_names
+
+    found = in_order([read_recipe(each) for each in ([name] if name else recipe_names())])
+    if smoke:
+        run_smoke_forms(found, as_json)
+    elif as_json:
+        listed = [as_dict(recipe) for recipe in found]
+        print(json.dumps(listed[0] if name else listed))
+    elif name:
+        print_recipe(found[0])
+    else:
+        print_table(found, Console().width if sys.stdout.isatty() else None)
 
 
 def _print(result: dict[str, Any], as_json: bool) -> None:

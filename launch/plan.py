@@ -11,7 +11,8 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from launch.stages import KINDS
-from pipeline.config import Settings, TrainSettings, check, merge, nearest, read_recipe, read_toml
+from pipeline.config import Settings, TrainSettings, check, merge, nearest, read_toml
+from pipeline.recipe import read_recipe
 from pipeline.weights import check_model
 from shards.errors import UserError
 from shards.manifest import EXCLUDE
@@ -83,19 +84,20 @@ class Plan:
     stages: list[Stage]
 
 
-def read_plan(path: str | Path, runs: str | Path = "runs") -> Plan:
+def read_plan(path: str | Path, runs: str | Path = "runs", smoke: bool = False) -> Plan:
     """Read and check a plan.
 
     Args:
         path: The TOML file. Relative paths in it count from its folder.
         runs: Folder that holds the run's folder, ``RUNS/NAME``.
+        smoke: Shrink every training stage; the run's folder is then ``RUNS/NAME-smoke``.
 
     Raises:
         UserError: Anything wrong with any stage.
     """
     path = Path(path)
     table = check(PlanTable, read_toml(path), str(path))
-    run = Path(runs).resolve() / table.name
+    run = Path(runs).resolve() / (f"{table.name}-smoke" if smoke else table.name)
     by_name = {stage.name: stage for stage in table.stage}
     if len(by_name) < len(table.stage):
         names = [stage.name for stage in table.stage]
@@ -104,7 +106,7 @@ def read_plan(path: str | Path, runs: str | Path = "runs") -> Plan:
 
     stages: dict[str, Stage] = {}
     for name in _in_order(by_name, path):
-        stages[name] = _prepare(by_name[name], by_name, stages, run, path)
+        stages[name] = _prepare(by_name[name], by_name, stages, run, path, smoke)
     return Plan(path, table.name, run, list(stages.values()))
 
 
@@ -139,11 +141,11 @@ def _needs(stage: StageTable, by_name: dict[str, StageTable], path: Path) -> lis
 
 
 def _prepare(
-    stage: StageTable, by_name: dict[str, StageTable], ready: dict[str, Stage], run: Path, path: Path
+    stage: StageTable, by_name: dict[str, StageTable], ready: dict[str, Stage], run: Path, path: Path, smoke: bool
 ) -> Stage:
     kind, folder = KINDS[stage.kind], run / "stages" / stage.name
     where = f"stage {stage.name} of {path}"
-    table = merge(read_recipe(stage.recipe) if stage.recipe else {}, stage.set)
+    table = merge(read_recipe(stage.recipe).settings if stage.recipe else {}, stage.set)
     if kind.settings is TrainSettings:
         table = {"kind": stage.kind, **table}
         if stage.init is not None:
@@ -157,13 +159,14 @@ def _prepare(
         filled, inputs[key] = _with_path(filled, key, path.parent, by_name, where)
     outputs = {name: str(run / "stages" / name / KINDS[by_name[name].kind].output) for name in needs}
     settings = check(kind.settings, _filled(filled, outputs), where)
+    command = kind.command(settings, folder, run)
     if isinstance(settings, TrainSettings):
+        if settings.kind != stage.kind:
+            raise UserError(f"{where} is of kind {stage.kind}, its settings of kind {settings.kind}; make them one")
         settings.accumulation(stage.ranks)
         check_model(settings, where)
-    return Stage(
-        stage, settings, needs, _hash([stage.kind, table, inputs]), _hash(inputs), folder,
-        kind.command(settings, folder, run),
-    )  # fmt: skip
+        command += ["--smoke"] if smoke else []
+    return Stage(stage, settings, needs, _hash([stage.kind, table, inputs]), _hash(inputs), folder, command)
 
 
 def _with_path(

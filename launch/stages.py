@@ -122,6 +122,7 @@ def _report(s: ReportStage, folder: Path, run: Path) -> list[str]:
 KINDS = {
     "shards": Kind(ShardsStage, ("source",), "data", _shards),
     "supervised": Kind(TrainSettings, ("init", "data.train", "data.val"), "", _train),
+    "masked_patch": Kind(TrainSettings, ("init", "data.train", "data.val"), "", _train),
     "finetune": Kind(TrainSettings, ("init", "data.train", "data.val"), "", _train),
     "convert": Kind(ConvertStage, ("source",), "model.safetensors", _convert),
     "evaluate": Kind(EvaluateStage, ("weights", "data"), "result.json", _evaluate),

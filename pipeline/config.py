@@ -28,8 +28,6 @@ from shards.storesettings import StoreSettings
 from shards.tarstream import is_stream
 from shards.urls import refuse_secrets
 
-RECIPES = Path(__file__).parent / "recipes"
-
 
 class Settings(BaseModel):
     """Base of every settings table: immutable, and unknown keys are errors."""
@@ -47,7 +45,7 @@ class Duration(str):
         number, unit = self.PATTERN.match(self).groups()
         if unit == "epoch" and epoch is None:
             raise UserError(
-                f"{self!r}: nobody knows the epoch of a stream; give duration, schedule.warmup, checkpoint.every and "
+                f"{self!r}: nobody knows the epoch of a stream; give duration, schedule, checkpoint.every and "
                 "evaluate.every in steps or samples"
             )
         return round(float(number) * {"epoch": epoch, "step": global_batch, "sample": 1}[unit])
@@ -112,6 +110,10 @@ class DataSettings(Settings):
         "inception", "resize", "resize_crop", "light1", "light2", "medium1", "medium2", "strong1", "strong2"
     ] = Field("inception", description="the inception crop is part of AugReg's light1 to strong2")
     crop_area: tuple[float, float] = (0.05, 1.0)
+    resize: int | None = Field(None, gt=0, description="side that resize_crop cuts from; unset: 7/6 of the resolution")
+    mixup: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="of its Beta distribution, 0 for none; unset: that of the augment"
+    )
     scaled_decoding: bool = Field(
         False, description="large JPEGs at a fraction of their size: quicker, but antialiased"
     )
@@ -156,6 +158,14 @@ class DataSettings(Settings):
         return self
 
     @model_validator(mode="after")
+    def _resized_to_crop(self) -> "DataSettings":
+        if self.resize is not None and self.augment != "resize_crop":
+            raise ValueError(f"resize is of augment 'resize_crop', and augment is {self.augment!r}; unset it")
+        if self.resize is not None and self.resize < self.resolution:
+            raise ValueError(f"the resolution {self.resolution} cannot be cut from {self.resize}; make resize larger")
+        return self
+
+    @model_validator(mode="after")
     def _drop_list_of_one(self) -> "DataSettings":
         if self.exclude is not None and not isinstance(self.train, str):
             raise ValueError("exclude is of one data set, and train lists several; set exclude in their tables")
@@ -185,8 +195,10 @@ class DataSettings(Settings):
         return self.train
 
     @property
-    def mixup(self) -> float:
+    def mixup_alpha(self) -> float:
         """Parameter of mixup's Beta distribution, or 0 for none."""
+        if self.mixup is not None:
+            return self.mixup
         return PRESETS[self.augment].mixup if self.augment in PRESETS else 0.0
 
 
@@ -199,10 +211,20 @@ class ModelSettings(Settings):
     depth: int | None = None
     num_heads: int | None = None
     mlp_dim: int | None = None
+    backbone: list[int] | None = Field(None, description="of a hybrid: the units of its ResNet's stages")
+    backbone_width: int | None = None
+    units: list[int] | None = Field(None, description="of a BiT ResNet: the units of each stage")
+    width: int | None = Field(None, description="of a BiT ResNet: channels inside the units of the first stage")
+    pooling: Literal["cls", "mean", "map"] | None = None
     representation: bool | None = None
+    position: Literal["learned", "learned_2d", "relative", "sincos_2d", "none"] | None = None
+    position_at: Literal["stem", "every", "shared"] | None = None
+    registers: int | None = None
+    qkv_bias: bool | None = None
     gelu: Literal["tanh", "exact"] | None = None
     dropout: float | None = None
-    head_bias: float | None = None
+    drop_path: float | None = None
+    head_bias: float | str | None = Field(None, description='a number, or "log_prior"')
 
     def overrides(self) -> dict[str, Any]:
         """Return the keys that are set, without the name."""
@@ -219,17 +241,48 @@ class OptimSettings(Settings):
     lr: float = Field(1e-3, gt=0)
     betas: tuple[Rate, Rate] = (0.9, 0.999)
     momentum: Rate = 0.9
-    weight_decay: float = Field(0.0, ge=0)
-    decay: Literal["all", "kernels"] = "all"
+    weight_decay: float = Field(
+        0.0, ge=0, description="adamw: a share of the weights, times the learning rate; sgd: added to the gradient"
+    )
+    decay: Literal["all", "kernels"] = Field(
+        "all", description="what decays: everything, or no biases, norms, tokens and position embeddings"
+    )
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="learning rate of each block over that of the next, the embeddings coming first"
+    )
     clip: float | None = Field(None, gt=0, description="global gradient norm")
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def _safe_when_flattened(cls, value: Any) -> Any:
+        if value == "adam":
+            raise ValueError("the paper's Adam, whose decay is decoupled from the gradient, is 'adamw'; take that")
+        if value not in ("adamw", "sgd"):
+            raise ValueError(
+                "take 'adamw' or 'sgd', which treat each value alone; ZeRO's flattened parameters break those that "
+                "need a parameter's norm or shape, such as LAMB and Adafactor"
+            )
+        return value
 
 
 class ScheduleSettings(Settings):
-    """Linear warm-up, then linear or cosine decay, as functions of samples seen."""
+    """Linear warm-up, then linear or cosine decay or steps down, as functions of samples seen."""
 
-    shape: Literal["linear", "cosine"] = "cosine"
+    shape: Literal["linear", "cosine", "steps"] = "cosine"
     warmup: Duration = Duration("0 samples")
-    end_lr: float = Field(0.0, ge=0)
+    end_lr: float = Field(0.0, ge=0, description="of linear and cosine decay")
+    milestones: tuple[Period, ...] = Field((), description='of "steps": after each the rate is multiplied by factor')
+    factor: float = Field(0.1, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _milestones_of_steps(self) -> "ScheduleSettings":
+        if self.shape == "steps" and not self.milestones:
+            raise ValueError('shape "steps" goes down at milestones; set them, as in milestones = ["30 epochs"]')
+        if self.shape != "steps" and self.milestones:
+            raise ValueError(f'milestones are of shape "steps", not {self.shape!r}; set milestones = []')
+        if self.shape == "steps" and self.end_lr:
+            raise ValueError('shape "steps" ends at the last milestone\'s rate; unset end_lr')
+        return self
 
 
 class EngineSettings(Settings):
@@ -238,6 +291,23 @@ class EngineSettings(Settings):
     kind: Literal["deepspeed", "accelerate"] = "deepspeed"
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["float32", "bfloat16"] = "float32"
+
+
+class MaskedPatchSettings(Settings):
+    """Masked patch prediction (paper, appendix B.1.2); shares are of counts that are exact in every image."""
+
+    target: Literal["mean_color", "mean_colors_4x4", "pixels"] = Field(
+        "mean_color", description="of each corrupted patch: its mean colour of 512, those of its 4 x 4 parts, or itself"
+    )
+    share: float = Field(0.5, gt=0, le=1, description="of an image's patches that are corrupted")
+    mask: float = Field(0.8, ge=0, le=1, description="of those: that a learned embedding replaces")
+    other: float = Field(0.1, ge=0, le=1, description="of those: that another patch's embedding replaces")
+
+    @model_validator(mode="after")
+    def _at_most_all(self) -> "MaskedPatchSettings":
+        if self.mask + self.other > 1:
+            raise ValueError(f"mask {self.mask} and other {self.other} are more than all; make their sum at most 1")
+        return self
 
 
 class CheckpointSettings(Settings):
@@ -252,12 +322,15 @@ class EvaluateSettings(Settings):
 
     every: Period = Duration("1 epoch")
     batch: int = Field(64, gt=0)
+    view: Literal["resize", "center_crop"] = Field(
+        "resize", description="the whole image, squeezed; or its middle, of 8/7 of the resolution on the short side"
+    )
 
 
 class TrainSettings(Settings):
     """One training stage."""
 
-    kind: Literal["supervised", "finetune"] = "supervised"
+    kind: Literal["supervised", "masked_patch", "finetune"] = "supervised"
     seed: int = 0
     duration: Period
     global_batch: int = Field(gt=0)
@@ -267,6 +340,7 @@ class TrainSettings(Settings):
     init: str | None = Field(None, description="safetensors file to start from; the run's own checkpoint goes first")
     loss: Literal["softmax", "sigmoid"] = "softmax"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    masked_patch: MaskedPatchSettings = MaskedPatchSettings()
     log_every: Period = Duration("10 steps")
     data: DataSettings
     model: ModelSettings = ModelSettings()
@@ -275,6 +349,15 @@ class TrainSettings(Settings):
     engine: EngineSettings = EngineSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+
+    @model_validator(mode="after")
+    def _of_classes_alone(self) -> "TrainSettings":
+        if self.kind == "masked_patch" and (self.loss != "softmax" or self.label_smoothing or self.data.mixup_alpha):
+            raise ValueError(
+                "loss, label_smoothing and mixup are of classes, and masked patch prediction has none; unset them "
+                "(data.mixup = 0.0 keeps the rest of an AugReg augmentation)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _model_or_init(self) -> "TrainSettings":
@@ -293,7 +376,7 @@ class TrainSettings(Settings):
                 f"global_batch {self.global_batch} does not divide over {world_size} ranks; set it to {near}"
             )
         local = self.global_batch // world_size
-        if self.data.mixup and local % 2:
+        if self.data.mixup_alpha and local % 2:
             raise UserError(
                 f"global_batch {self.global_batch} over {world_size} ranks gives a rank {local}, and mixup pairs them; "
                 f"set it to {' or '.join(str(n * world_size) for n in (local - 1, local + 1) if n)}"
@@ -317,16 +400,10 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"there is no settings file {path}; give the path of a TOML file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; give the path of a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid TOML: {error}; mend that line") from None
-
-
-def read_recipe(name: str) -> dict[str, Any]:
-    """Return a recipe that ships with Patchmill, by name."""
-    names = sorted(path.stem for path in RECIPES.glob("*.toml"))
-    if name not in names:
-        raise UserError(f"there is no recipe {name!r}{nearest(name, names)}; there are: {', '.join(names)}")
-    return read_toml(RECIPES / f"{name}.toml")
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -373,14 +450,21 @@ def check(kind: type[S], table: dict[str, Any], where: str) -> S:
         if first["type"] == "missing":
             raise UserError(f"setting {key} is missing in {where}; add it") from None
         reason = first["msg"].removeprefix("Value error, ")
+        if not key:
+            raise UserError(f"settings in {where} do not fit each other: {reason}") from None
         value = "" if isinstance(first["input"], dict) else f" = {first['input']!r}"
         raise UserError(f"setting {key}{value} in {where} does not fit: {reason}") from None
 
 
-def nearest(word: str, known: list[str]) -> str:
-    """Return ``" (did you mean X?)"`` for the known word nearest to ``word``, or nothing."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+def nearest(word: str, known: list[str], most: int = 1) -> str:
+    """Return ``" (did you mean X?)"`` for the known words nearest to ``word``, at most so many, or nothing.
+
+    Capitals and whatever is no letter or digit do not count, so that ViT-B/16 is vit_b16 and nothing else.
+    """
+    bare = {re.sub(r"[\W_]", "", each.lower()): each for each in known}
+    asked = re.sub(r"[\W_]", "", word.lower())
+    close = [asked] if asked in bare else difflib.get_close_matches(asked, bare, n=most, cutoff=0.5)
+    return f" (did you mean {' or '.join(repr(bare[each]) for each in close)}?)" if close else ""
 
 
 def dump_toml(table: dict[str, Any]) -> str:

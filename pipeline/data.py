@@ -37,8 +37,13 @@ class TrainingData(NamedTuple):
     schedule: Schedule
 
 
-def open_data(settings: TrainSettings, out: Path) -> TrainingData:
+def open_data(settings: TrainSettings, out: Path, first_batch: int) -> TrainingData:
     """Open the data of a training stage; what a loader leaves out is noted in ``out/quarantine.jsonl``.
+
+    Args:
+        settings: The stage.
+        out: Its folder.
+        first_batch: The global batch that the run began with.
 
     Raises:
         UserError: Something is not there or not whole, or things do not go together.
@@ -55,7 +60,7 @@ def open_data(settings: TrainSettings, out: Path) -> TrainingData:
             raise UserError(
                 f"the stream {data.train} does not tell its classes; set data.val to a data set that has them"
             )
-        schedule = Schedule.of(settings, None)
+        schedule = Schedule.of(settings, None, first_batch)
         loader = StreamLoader(
             data.train, held_out.classes, stop=schedule.total, allow_pipe=data.allow_pipe, store=data.store,
             allocate=pinned_array, **options,
@@ -64,7 +69,7 @@ def open_data(settings: TrainSettings, out: Path) -> TrainingData:
     dataset = training_set(data)
     if held_out is not None and held_out.classes != dataset.classes:
         raise UserError(f"{data.val} has other classes than {dataset.url}; build both with one list of classes")
-    schedule = Schedule.of(settings, len(dataset))
+    schedule = Schedule.of(settings, len(dataset), first_batch)
     in_process = data.decode == "process"
     kind = partial(ProcessLoader, register=pin) if in_process else partial(Loader, allocate=pinned_array)
     loader = kind(

@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812 (the name everyone knows)
 from torch import Tensor
 
 from pipeline.config import DataSettings, TrainSettings
-from shards.augment import TRANSFORMS, InceptionCrop, Transform
+from shards.augment import TRANSFORMS, InceptionCrop, ResizeCrop, Transform
 from shards.augreg import PRESETS
 from shards.batch import Batch
 from shards.mixup import mixup_weights, partner_rows
@@ -20,6 +20,8 @@ def training_transform(data: DataSettings) -> Transform:
     crop = InceptionCrop(data.resolution, data.crop_area, shrink=data.scaled_decoding)
     if data.augment in PRESETS:
         return RandAugment(crop, PRESETS[data.augment].layers, PRESETS[data.augment].magnitude)
+    if data.augment == "resize_crop":
+        return ResizeCrop(data.resolution, data.resize)
     return crop if data.augment == "inception" else TRANSFORMS[data.augment](data.resolution)
 
 
@@ -48,9 +50,9 @@ def training_input(
         float32 [n, num_classes].
     """
     images, labels = to_model_input(batch.images, device), torch.from_numpy(batch.labels).to(device)
-    if not settings.data.mixup:
+    if not settings.data.mixup_alpha:
         return images, labels
-    weights = mixup_weights(batch.positions, epoch_samples or sys.maxsize, settings.seed, settings.data.mixup)
+    weights = mixup_weights(batch.positions, epoch_samples or sys.maxsize, settings.seed, settings.data.mixup_alpha)
     keep = torch.from_numpy(weights).to(device)
     partner = torch.from_numpy(partner_rows(len(labels))).to(device)
     shares = F.one_hot(labels, num_classes).float()

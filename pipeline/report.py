@@ -23,6 +23,7 @@ from shards.errors import UserError
 from shards.storesettings import StoreSettings
 
 SAMPLES = 24
+TRAINING = ("masked_patch", "supervised", "finetune")  # kinds of stages
 
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1c2430}
@@ -60,9 +61,9 @@ class Run:
     results: dict[str, dict[str, Any]]
     plan: dict[str, Any]
 
-    def stages(self, kind: str) -> list[str]:
-        """Return the names of the finished stages of a kind."""
-        return [name for name, result in self.results.items() if result["kind"] == kind]
+    def stages(self, *kinds: str) -> list[str]:
+        """Return the names of the finished stages of these kinds."""
+        return [name for name, result in self.results.items() if result["kind"] in kinds]
 
 
 def read_run(folder: str | Path) -> Run:
@@ -128,7 +129,7 @@ def accuracies(run: Run) -> list[Row]:
 
 def _validation_set(run: Run) -> Dataset | None:
     """Return the held-out images of the run's last training stage."""
-    for name in reversed(run.stages("supervised") + run.stages("finetune")):
+    for name in reversed(run.stages(*TRAINING)):
         data = read_toml(run.folder / "stages" / name / "resolved.toml")["data"]
         if "val" in data:
             return Dataset.open(data["val"], settings=StoreSettings(**data.get("store", {})))
@@ -199,7 +200,7 @@ def _curves(run: Run) -> str:
         (axes[1, 0], "images_per_second", "images/s", 1),
         (axes[1, 1], "data_wait", "waiting for data (%)", 100),
     ]
-    for name in run.stages("supervised") + run.stages("finetune"):
+    for name in run.stages(*TRAINING):
         lines = read_metrics(run.folder / "stages" / name / "metrics.jsonl")
         for axis, key, _, scale in panels:
             points = [(line["samples"], scale * line[key]) for line in lines if key in line]

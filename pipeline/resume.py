@@ -9,10 +9,10 @@ from pipeline.config import TrainSettings
 from shards.errors import UserError
 
 RULES = {
-    "kind": "refused", "seed": "refused", "loss": "refused", "label_smoothing": "refused",
+    "kind": "refused", "seed": "refused", "loss": "refused", "label_smoothing": "refused", "masked_patch": "refused",
     "model": "refused", "optim.name": "refused", "data.resolution": "refused", "data.augment": "refused",
-    "data.crop_area": "refused", "data.scaled_decoding": "refused", "data.exclude": "refused",
-    "data.window_bytes": "refused",
+    "data.crop_area": "refused", "data.scaled_decoding": "refused", "data.resize": "refused", "data.mixup": "refused",
+    "data.exclude": "refused", "data.window_bytes": "refused",
     "data": "free",  # data sets may move: the loader checks their digests, drop lists and weights
     "init": "free", "log_every": "free", "checkpoint": "free", "evaluate": "free",
     "duration": "allowed", "global_batch": "allowed", "micro_batch": "allowed", "optim": "allowed",
@@ -38,6 +38,9 @@ def check_resume(settings: TrainSettings, loaded: Checkpoint) -> None:
             raise UserError(
                 f"cannot go on from {loaded.path}: {change}; set it back, or start another run in another folder"
             )
+        if key == "global_batch":
+            first = loaded.state.get("first_batch", before[key])
+            change += f"; in duration, warmup and milestones a step stays {first} samples"
         if rule == "allowed" and distributed.rank() == 0:
             print(f"going on from {loaded.path.name} with {change}", file=sys.stderr)
 

@@ -14,23 +14,33 @@ class Schedule:
         settings: Of the stage.
         total: Where it ends: a whole number of steps.
         warmup: Where the learning rate's warm-up ends.
+        milestones: After which a learning rate that goes down in steps goes down.
         periods: Of ``log``, ``save`` and ``evaluate``.
     """
 
     settings: TrainSettings
     total: int
     warmup: int
+    milestones: tuple[int, ...]
     periods: dict[str, int]
 
     @classmethod
-    def of(cls, settings: TrainSettings, epoch: int | None) -> "Schedule":
-        """Return the schedule of a stage whose epoch has ``epoch`` samples; None where nobody knows how many."""
-        batch = settings.global_batch
+    def of(cls, settings: TrainSettings, epoch: int | None, first_batch: int) -> "Schedule":
+        """Return the schedule of a stage.
+
+        Args:
+            settings: Of the stage.
+            epoch: Samples of an epoch; None where nobody knows how many.
+            first_batch: The global batch that the run began with. A step of ``duration``, ``warmup`` and ``milestones``
+                stays that many samples, so that another batch on resume leaves the learning rate where it was.
+        """
+        batch, schedule = settings.global_batch, settings.schedule
         periods = {"log": settings.log_every, "save": settings.checkpoint.every, "evaluate": settings.evaluate.every}
         return cls(
             settings,
-            total=max(1, round(settings.duration.samples(epoch, batch) / batch)) * batch,
-            warmup=settings.schedule.warmup.samples(epoch, batch),
+            total=max(1, round(settings.duration.samples(epoch, first_batch) / first_batch)) * first_batch,
+            warmup=schedule.warmup.samples(epoch, first_batch),
+            milestones=tuple(milestone.samples(epoch, first_batch) for milestone in schedule.milestones),
             periods={what: max(1, period.samples(epoch, batch)) for what, period in periods.items()},
         )
 
@@ -40,31 +50,16 @@ class Schedule:
         return seen >= self.total or seen // self.periods[what] > before // self.periods[what]
 
     def rate(self, seen: int) -> float:
-        """Return the learning rate of the step that ends at ``seen`` samples."""
-        return learning_rate(
-            seen,
-            shape=self.settings.schedule.shape,
-            base=self.settings.optim.lr,
-            end=self.settings.schedule.end_lr,
-            warmup=self.warmup,
-            total=self.total,
-        )
+        """Return the learning rate of the step that ends at ``seen`` samples, which for the first step is not zero.
 
-
-def learning_rate(seen: int, *, shape: str, base: float, end: float, warmup: int, total: int) -> float:
-    """Return the learning rate of the step that ends at ``seen`` samples (vit-paper 2.2, the official formula).
-
-    Args:
-        seen: Samples consumed when the step is over, so the first step's rate is not zero.
-        shape: ``"linear"`` or ``"cosine"`` decay.
-        base: Peak learning rate.
-        end: Rate at ``total``.
-        warmup: Samples of linear warm-up from zero.
-        total: Samples of the whole run.
-    """
-    done = min(1.0, max(0.0, (seen - warmup) / max(1, total - warmup)))
-    if shape == "linear":
-        rate = end + (base - end) * (1.0 - done)
-    else:
-        rate = end + (base - end) * 0.5 * (1.0 + math.cos(math.pi * done))
-    return rate * min(1.0, seen / warmup) if warmup else rate
+        ``linear`` and ``cosine`` are the formulas of the official code, ``steps`` is the staircase of BiT.
+        """
+        schedule, base = self.settings.schedule, self.settings.optim.lr
+        done = min(1.0, max(0.0, (seen - self.warmup) / max(1, self.total - self.warmup)))
+        if schedule.shape == "linear":
+            rate = schedule.end_lr + (base - schedule.end_lr) * (1.0 - done)
+        elif schedule.shape == "cosine":
+            rate = schedule.end_lr + (base - schedule.end_lr) * 0.5 * (1.0 + math.cos(math.pi * done))
+        else:
+            rate = base * schedule.factor ** sum(seen > milestone for milestone in self.milestones)
+        return rate * min(1.0, seen / self.warmup) if self.warmup else rate

@@ -6,6 +6,7 @@ Where it stands is one integer, the samples consumed; schedules, saves and evalu
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,11 +16,10 @@ from torch import Tensor
 from pipeline import checkpoint, distributed, provenance, stop
 from pipeline.config import TrainSettings
 from pipeline.data import open_data
+from pipeline.droppath import drop_path_draws
 from pipeline.engines import create_engine
-from pipeline.evaluate.classify import classify
-from pipeline.images import training_input
 from pipeline.models import create_model
-from pipeline.objectives.supervised import supervised_loss
+from pipeline.objectives import create_objective
 from pipeline.prefetch import prefetched
 from pipeline.resume import check_resume
 from pipeline.telemetry import Telemetry
@@ -32,10 +32,10 @@ from shards.hashing import hash_int
 
 
 class MicroBatch(NamedTuple):
-    """What goes through the model at once: images [n,3,H,W] float, labels as for the loss, the seed of its dropout."""
+    """What goes through the model at once: what the objective prepared, n of each, and what dropouts draw."""
 
-    images: Tensor
-    labels: Tensor
+    inputs: tuple[Tensor, ...]
+    draws: Tensor
     seed: int
 
 
@@ -56,9 +56,14 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
     rank, world_size = distributed.rank(), distributed.world_size()
 
     # ---- data
-    if rank == 0 and not checkpoint.whole_checkpoints(out / "checkpoints"):
+    loaded = checkpoint.newest(out / "checkpoints")
+    if rank == 0 and loaded is None:
         (out / "quarantine.jsonl").unlink(missing_ok=True)  # of a run that nothing is left of
-    data = open_data(settings, out)
+    state: dict[str, Any] = {"steps": 0, "best": None, "val": None, "first_batch": settings.global_batch}
+    if loaded is not None:
+        check_resume(settings, loaded)
+        state |= {key: loaded.state[key] for key in state if key in loaded.state}
+    data = open_data(settings, out, state["first_batch"])
     loader, schedule = data.loader, data.schedule
 
     # ---- model, objective, engine
@@ -69,23 +74,21 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
     shapes = {name: tuple(parameter.shape) for name, parameter in template.named_parameters()}
     value_of = first_values(template, init, settings)
     engine = create_engine(lambda: create_model(**model_settings, seed=None), value_of, settings)
-    objective = supervised_loss(settings, len(data.classes))
+    objective = create_objective(settings, template, data.epoch, len(data.classes))
 
     def loss_fn(model: Any, batch: MicroBatch) -> Tensor:
         torch.manual_seed(batch.seed)  # dropout
-        return objective(model, (batch.images, batch.labels))
+        return objective.loss(partial(model, draws=batch.draws), *batch.inputs)
 
-    def prepare(batch: Batch) -> tuple[Tensor, Tensor]:
-        return training_input(batch, settings, data.epoch, len(data.classes), distributed.device())
+    def prepare(batch: Batch) -> tuple[Tensor, ...]:
+        blocks = len(template.blocks) if template.drop_path else 0
+        draws = drop_path_draws(batch.positions, data.epoch, settings.seed, blocks)
+        return *objective.prepare(batch), torch.from_numpy(draws).to(distributed.device())
 
     # ---- start
-    state: dict[str, Any] = {"steps": 0, "best": None, "val": None}
-    loaded = checkpoint.newest(out / "checkpoints")
     if loaded is not None:
-        check_resume(settings, loaded)
         loader.load_state_dict(loaded.state["loader"], settings.data.allow_decoder_change)
         engine.load(loaded.read)
-        state = {key: loaded.state[key] for key in state}
     samples = loader.state_dict()["samples"]
     if rank == 0:
         provenance.note(out, settings)
@@ -110,12 +113,10 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
     def evaluate() -> bool:
         """Evaluate the held-out set; return whether it is the best so far."""
         engine.model.eval()
-        state["val"] = classify(
-            engine.model, data.held_out, settings.data.resolution, settings.evaluate.batch, settings.data.threads
-        )
+        state["val"] = objective.evaluate(engine.model, data.held_out)
         if telemetry:
             telemetry.log(samples, {f"val_{key}": value for key, value in state["val"].items()})
-        if state["best"] is not None and state["val"]["top1"] <= state["best"]["top1"]:
+        if state["best"] is not None and not objective.better(state["val"], state["best"]):
             return False
         state["best"] = {"samples": samples, **state["val"]}
         return True
@@ -131,13 +132,10 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
                 f"{settings.data.train} ended at {samples} of {schedule.total} samples, saved in {save(False)}; give "
                 "it more and run again, or set a shorter duration"
             )
-        images, labels = batch
-        micro_batches = [
-            MicroBatch(
-                images[i : i + micro_batch], labels[i : i + micro_batch], hash_int(settings.seed, samples, rank, i)
-            )
-            for i in range(0, len(labels), micro_batch)
-        ]
+        micro_batches = []
+        for i in range(0, len(batch[0]), micro_batch):
+            *inputs, draws = (tensor[i : i + micro_batch] for tensor in batch)
+            micro_batches.append(MicroBatch(tuple(inputs), draws, hash_int(settings.seed, samples, rank, i)))
         samples, state["steps"] = samples + settings.global_batch, state["steps"] + 1
         lr = schedule.rate(samples)
         step = engine.step(micro_batches, loss_fn, lr)
@@ -163,7 +161,7 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
             telemetry.log(samples, values)
         best = evaluating and evaluate()
         if telemetry:
-            telemetry.show(samples, {**values, "val_top1": state["val"] and state["val"]["top1"]})
+            telemetry.show(samples, {**values, "val_top1": state["val"] and state["val"].get("top1")})
         if saving or best or stopping:
             path = save(best)
         if stopping and samples < schedule.total:

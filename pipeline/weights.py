@@ -1,5 +1,6 @@
 """Converted weights: one safetensors file with timm's names, and a note of what model they are."""
 
+import inspect
 import json
 import os
 from collections.abc import Callable
@@ -9,15 +10,19 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.config import TrainSettings
-from pipeline.models import create_model
-from pipeline.models.vit import VisionTransformer, interpolate_pos_embed
+from pipeline.models import MODELS, create_model
+from pipeline.models.initial import initial_value
 from shards.atomic import whole_file
 from shards.errors import UserError
 
 NOTE = "patchmill"  # the key of our note in the file's metadata
+# What a stage may set anew over the weights that it starts from. Every other setting of a model is an attribute of it.
+MAY_CHANGE = {"image_size", "num_classes", "representation", "dropout", "drop_path", "head_bias", "patch_target"}
+
+OF_THE_OBJECTIVE = ("head.", "pre_logits.", "patch_head.", "mask_token")  # that other objectives do not train
 
 
 class Weights:
@@ -51,7 +56,7 @@ class Weights:
         """Return one tensor by name."""
         return self._file.get_tensor(name)
 
-    def create_model(self) -> VisionTransformer:
+    def create_model(self) -> nn.Module:
         """Return the model with these weights, on the CPU, in evaluation mode."""
         model = create_model(**self.model, seed=None)
         model.load_state_dict({name: self.tensor(name) for name in self.names})
@@ -71,19 +76,27 @@ def resolve_model(settings: TrainSettings, init: Weights | None, num_classes: in
 
     Fine-tuning drops the whole pre-training head, pre-logits included (vit-paper 1.5).
     """
-    base = dict(init.model) if init else {}
     wanted = settings.model.overrides()
     if settings.model.name is not None:
-        named = {"name": settings.model.name} | wanted
-        if init is not None:
-            _refuse_another_model(settings, init, named)
-        base |= named
-    else:
-        base |= wanted
+        wanted["name"] = settings.model.name
+    base = (init.model if init else {}) | wanted
+    if init is not None:
+        _refuse_another_model(settings, init, wanted if "name" in wanted else base)
     base |= {"image_size": settings.data.resolution, "num_classes": num_classes}
+    base.pop("patch_target", None)
     if settings.kind == "finetune":
-        base |= {"representation": False, "head_bias": 0.0}
+        base |= {"head_bias": 0.0} | ({"representation": False} if "representation" in base else {})
+    if settings.kind == "masked_patch":
+        base |= {"representation": False, "num_classes": 0} | _patch_target(settings, base["name"])
     return base
+
+
+def _patch_target(settings: TrainSettings, name: str) -> dict[str, str]:
+    if name in MODELS and "patch_target" not in inspect.signature(MODELS[name][0]).parameters:
+        raise UserError(
+            f"masked patch prediction wants a head on every patch, and {name!r} has no such head; take a ViT or hybrid"
+        )
+    return {"patch_target": settings.masked_patch.target}
 
 
 def check_model(settings: TrainSettings, where: str) -> None:
@@ -91,16 +104,15 @@ def check_model(settings: TrainSettings, where: str) -> None:
     if settings.model.name is not None:
         try:
             with torch.device("meta"):
-                create_model(
-                    settings.model.name, **settings.model.overrides(), image_size=settings.data.resolution, seed=None
-                )
+                wanted = settings.model.overrides() | {"image_size": settings.data.resolution}
+                if settings.kind == "masked_patch":
+                    wanted |= _patch_target(settings, settings.model.name)
+                create_model(settings.model.name, **wanted, seed=None)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
 
 
-def first_values(
-    template: VisionTransformer, init: Weights | None, settings: TrainSettings
-) -> Callable[[str, tuple], Tensor]:
+def first_values(template: nn.Module, init: Weights | None, settings: TrainSettings) -> Callable[[str, tuple], Tensor]:
     """Return ``value_of(name, shape)``: the first value of each parameter, from converted weights or from scratch.
 
     A new resolution stretches the position embeddings; fine-tuning starts its head at zero.
@@ -109,14 +121,19 @@ def first_values(
     def value_of(name: str, shape: tuple) -> Tensor:
         new_head = settings.kind == "finetune" and name.startswith("head.")
         if init is None or new_head:
-            return template.initial_value(name, shape, settings.seed)
+            return initial_value(template, name, shape, settings.seed)
+        if name not in init.names and name.startswith(OF_THE_OBJECTIVE):
+            raise UserError(
+                f"{init.path} has no {name}, so no stage of kind {settings.kind!r} made it, and only kind 'finetune' "
+                "makes a new head; take that, or weights of the same kind"
+            )
         if name not in init.names:
             raise UserError(
                 f"{init.path} has no {name}: it is a checkpoint of another model; use the model settings that made it"
             )
         value = init.tensor(name).float()
-        if name == "pos_embed" and value.shape != shape:
-            value = interpolate_pos_embed(value, template.image_size // template.patch_size)
+        if name.rpartition(".")[2] == "pos_embed" and value.shape != shape:
+            value = template.positions.resize(value)
         if value.shape != shape:
             raise UserError(
                 f"{init.path} has {name} of shape {list(value.shape)}, this model wants {list(shape)}: "
@@ -129,11 +146,17 @@ def first_values(
 
 def _refuse_another_model(settings: TrainSettings, init: Weights, named: dict[str, Any]) -> None:
     with torch.device("meta"):
-        here = create_model(**named, image_size=settings.data.resolution, seed=None)
+        here = create_model(**(named | {"image_size": settings.data.resolution}), seed=None)
         there = create_model(**init.model, seed=None)
-    for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_dim", "gelu"):
-        if getattr(here, key) != getattr(there, key):
-            raise UserError(
-                f"{init.path} is a checkpoint of another model: its {key} is {getattr(there, key)}, the settings say "
-                f"{getattr(here, key)}; leave [model] out, or use the settings that made it"
-            )
+
+    def refuse(what: str, has: Any, said: Any) -> None:
+        raise UserError(
+            f"{init.path} is a checkpoint of another model: its {what} is {has}, the settings say {said}; "
+            "leave [model] out, or use the settings that made it"
+        )
+
+    if type(here) is not type(there):
+        refuse("name", init.model["name"], named["name"])
+    for key in inspect.signature(type(there)).parameters:
+        if key not in MAY_CHANGE and getattr(here, key) != getattr(there, key):
+            refuse(key, getattr(there, key), getattr(here, key))

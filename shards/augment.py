@@ -43,7 +43,7 @@ class Transform(Protocol):
 
 cv2.setNumThreads(1)  # images are transformed in parallel already; OpenCV's own threads would only contend
 
-_AUGMENT = 4  # what a hash is for, its first word; the order has 1 to 3 in another place
+_AUGMENT = 4  # what a hash is for, its first word; shards/hashing.py lists all
 _TRIES = 100
 
 

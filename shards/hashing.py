@@ -7,6 +7,19 @@ generators", 2014) over its words, with integers and with arrays alike.
 
 import numpy as np
 
+# Which word says what a hash is for, so that no two uses of a seed share their numbers. Take the next one; a word that
+# is taken stays, since checkpoints and data sets mean the same order and the same pixels for ever.
+#
+# The first word, before the seed:
+#   4 augmentation (shards/augment.py)        7, 8 tars and buffer of a stream (shards/stream.py)
+#   5 RandAugment (shards/randaugment.py)     9    stochastic depth (pipeline/droppath.py)
+#   6 mixup (shards/mixup.py)                 10   masked patch prediction (pipeline/corruption.py)
+#   from 100 on: a user's own transforms
+# The second word, after the seed:
+#   1, 2 chunks and blocks of the order (shards/order.py)
+#   3, 4 draws and seeds of the sources of a mixture (shards/mixedorder.py)
+# Dropout's generators hash (seed, samples, rank, micro-batch), with no such word (pipeline/train.py).
+
 _MASK = (1 << 64) - 1
 _STEP, _MUL1, _MUL2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 

@@ -21,7 +21,7 @@ from shards.order import DEFAULT_WINDOW_BYTES, ORDER_VERSION, Order, Shuffle, ch
 PERIODS = range(64, 1025)
 """Among these the period is chosen. Longer ones would be more exact than 0.1 % of all rows, at more cost."""
 
-_DRAWS, _SOURCES = 3, 4  # what a hash is for, its second word; shards/order.py has 1 and 2
+_DRAWS, _SOURCES = 3, 4  # what a hash is for, its second word; shards/hashing.py lists all
 
 
 class MixedOrder:

@@ -10,7 +10,7 @@ import numpy as np
 from shards.augment import Key, draws
 from shards.errors import UserError
 
-_MIXUP = 6  # first word of its hashes; augmentation has 4 and 5
+_MIXUP = 6  # first word of its hashes; shards/hashing.py lists all
 
 
 def partner_rows(rows: int) -> np.ndarray:

@@ -30,7 +30,7 @@ STAND_INS = 64
 
 DEFAULT_WINDOW_BYTES = 16e9
 _LANES = (15360, 3840, 960, 240, 48, 12, 4, 2, 1)
-_CHUNKS, _BLOCKS = 1, 2  # what a hash is for, its second word; shards/mixedorder.py has 3 and 4
+_CHUNKS, _BLOCKS = 1, 2  # what a hash is for, its second word; shards/hashing.py lists all
 _SLICE = 1 << 16
 
 

@@ -25,7 +25,7 @@ from shards.augment import InceptionCrop, Key, draws
 from shards.decode import Box
 from shards.errors import UserError
 
-_RANDAUGMENT = 5  # first word of its hashes; shards/augment.py has 4
+_RANDAUGMENT = 5  # first word of its hashes; shards/hashing.py lists all
 _GREY = 128
 _LEVELS = np.arange(256)
 _HALVES_GO_UP = np.array([[0, 0, 1e-4], [0, 0, 1e-4]])  # as in the original, whatever OpenCV's arithmetic

@@ -27,7 +27,7 @@ from shards.storesettings import StoreSettings
 from shards.tarstream import STDIN, Rejected, StreamedSample, Tar, find_streams, read_samples
 
 _REJECTED_IN_A_ROW = 100  # end the stream: it holds something else than was thought
-_TARS, _BUFFER = 7, 8  # first word of the hashes that shuffle; augmentation and mixup have 4 to 6
+_TARS, _BUFFER = 7, 8  # first word of the hashes that shuffle; shards/hashing.py lists all
 
 
 class _Decoded(NamedTuple):

@@ -1,10 +1,30 @@
 """What the documentation shows is what the code does."""
 
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
+from pipeline.config import ModelSettings, TrainSettings, check, override
+from pipeline.flops import cost_of
+from pipeline.models import MODELS, create_model
+from pipeline.recipe import read_recipe, read_settings, recipe_names
+from pipeline.schedule import Schedule
+from pipeline.weights import check_model
+from tests.pipeline import paper
+
 DOCS = Path(__file__).parent.parent / "docs"
+MODELS_PAGE = (DOCS / "models.md").read_text()
+COUNTED = {
+    name: (none, thousand, many, macs)
+    for name, none, thousand, many, macs in re.findall(
+        r"^\| `(\w+)` \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \| ([\d.]+) \|$", MODELS_PAGE, re.MULTILINE
+    )
+}
 
 
 def test_the_picture_of_the_order_is_of_this_order():
@@ -12,3 +32,106 @@ def test_the_picture_of_the_order_is_of_this_order():
         [sys.executable, DOCS / "order_picture.py"], capture_output=True, text=True, timeout=60, check=True
     )
     assert drawn.stdout == (DOCS / "order.svg").read_text()
+
+
+def parameters(name: str, classes: int, **settings) -> int:
+    with torch.device("meta"):
+        model = create_model(name, seed=None, num_classes=classes, **settings)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_the_models_page_counts_every_model():
+    assert list(COUNTED) == list(MODELS)
+    for name, counts in COUNTED.items():
+        none, thousand = parameters(name, 0), parameters(name, 1000)
+        head = (thousand - none) // 1000  # linear: every class costs the same
+        assert counts[:3] == (f"{none:,}", f"{thousand:,}", f"{none + 21843 * head:,}"), name
+    assert f"{parameters('vit_b16', 1000, representation=True):,}" in MODELS_PAGE
+    assert f"{parameters('vit_b16', 21843, representation=True):,}" in MODELS_PAGE
+    assert f"{parameters('vit_l32', 1000, representation=True):,}" in MODELS_PAGE
+
+
+@pytest.mark.slow
+def test_the_models_page_has_the_arithmetic_of_every_model():
+    for name, counts in COUNTED.items():
+        assert counts[3] == f"{cost_of(name).macs / 1e9:.3f}", name
+
+
+def section(title: str) -> list[list[str]]:
+    """Return the cells of the table rows under a heading."""
+    text = re.search(rf"^## {title}.*?(?=^## |\Z)", MODELS_PAGE, re.MULTILINE | re.DOTALL)[0]
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+def recipes_of(row: list[str]) -> list[str]:
+    return re.findall(r"`patchmill train (\w+)", row[-1])
+
+
+def numbers(cells: list[str]) -> tuple[float, ...]:
+    return tuple(float(cell) for cell in cells)
+
+
+def test_the_models_page_has_the_results_of_the_paper():
+    found = {recipes_of(row)[0]: row for row in section("Table 2")[2:6]}
+    assert {name: numbers(row[1:8]) for name, row in found.items()} == paper.TABLE_2
+    assert {name: row[8] for name, row in found.items()} == paper.CORE_DAYS
+    found = {recipes_of(row)[0]: row for row in section("Table 6")[2:]}
+    printed = {name: (int(row[1]), numbers(row[2:8]), int(row[8])) for name, row in found.items()}
+    assert printed == paper.TABLE_6
+    assert {recipes_of(row)[0]: numbers(row[2:7]) for row in section("Table 7")[2:]} == paper.TABLE_7
+    assert [float(row[1]) for row in section("Table 8")[2:]] == paper.TABLE_8
+    results = " / ".join(str(top1) for top1, *_ in paper.SIMPLE_RESULTS.values())
+    assert f"90/150/300 epochs | {results} |" in MODELS_PAGE
+
+
+def test_the_models_page_has_the_settings_of_the_paper():
+    found = {name: row for row in section("Table 3")[2:] for name in recipes_of(row)}
+    in_table = {name: row for name, row in paper.TABLE_3.items() if name in found}
+    assert paper.TABLE_3.keys() - in_table == {
+        "bit_r152x2_jft300m_14ep", "bit_r200x3_jft300m", "vit_h14_imagenet21k"
+    }  # fmt: skip
+    for name, (epochs, rate, shape, decay, dropout) in in_table.items():
+        assert str(epochs) in found[name][2].split("/")
+        assert (float(found[name][3]), found[name][4], *numbers(found[name][5:7])) == (rate, shape, decay, dropout)
+    found = {recipes_of(row)[0]: row for row in section("Table 4")[2:]}
+    assert {name: (int(row[1].replace(",", "")), list(numbers(row[2].split(",")))) for name, row in found.items()} == {
+        name: (steps, rates) for name, (steps, rates, _) in paper.TABLE_4.items()
+    }
+
+
+def test_the_commands_of_the_models_page_are_whole():
+    commands = re.findall(r"`(patchmill train [^`]*)`", MODELS_PAGE.split("## Table 1")[1])
+    assert len(commands) > 70
+    for command in commands:
+        _, _, name, *over = shlex.split(command)
+        settings = check(TrainSettings, override(read_settings(name)[0], over), command)
+        assert (settings.data.train, settings.data.val) == ("TRAIN", "VAL"), command
+        assert settings.init == ("WEIGHTS.safetensors" if settings.kind == "finetune" else None), command
+
+
+def test_the_models_page_has_the_exaflops_of_table_6():
+    rows = section("Table 6")[2:]
+    assert len(rows) == 18
+    for row in rows:
+        recipe = read_recipe(recipes_of(row)[0])
+        samples = Schedule.of(recipe.checked, recipe.about.images, 4096).total
+        macs = float(COUNTED[recipe.about.model][3]) * 1e9
+        assert row[-2] == f"{3 * 2 * macs * samples / 1e18:,.0f}", recipe.name
+
+
+def test_the_models_page_names_every_recipe_and_no_other():
+    named = {word for word in re.findall(r"`([a-z0-9_]+)`", MODELS_PAGE) if "_" in word}
+    named |= set(re.findall(r"`patchmill (?:train|recipes) ([a-z0-9_]+)[ `]", MODELS_PAGE))
+    named -= MODELS.keys() | ModelSettings.model_fields.keys()
+    others = {"learned_2d", "sincos_2d", "weight_decay", "create_model", "image_size"}
+    assert named - others == {name for name in recipe_names() if not name.startswith("small_")}
+
+
+def test_the_models_page_sets_what_can_be_set():
+    rows = re.findall(r"^\| .*\| `((?:[\w.]+=[\w.]+ ?)+)` \|$", MODELS_PAGE, re.MULTILINE)
+    assert len(rows) == 7 + 5
+    for row in rows:
+        table, _ = read_settings("vit_b16_jft300m")
+        settings = check(TrainSettings, override(table, [*row.split(), "data.train=a"]), row)
+        check_model(settings, row)

@@ -3,9 +3,10 @@
 import sys
 from pathlib import Path
 
+from torch import nn
+
 from pipeline import checkpoint
 from pipeline.models import create_model
-from pipeline.models.vit import VisionTransformer
 from pipeline.weights import Weights, write_weights
 from shards.errors import UserError
 
@@ -66,7 +67,7 @@ def to_safetensors(source: str | Path, destination: str | Path, which: str = "la
     }
 
 
-def load_model(source: str | Path) -> tuple[VisionTransformer, list[str]]:
+def load_model(source: str | Path) -> tuple[nn.Module, list[str]]:
     """Return (model on the CPU in evaluation mode, class names) of a weights file, a checkpoint or a stage's folder."""
     if not Path(source).is_dir():
         weights = Weights(source)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pipeline import distributed
 from pipeline.config import TrainSettings
 from pipeline.engines.fragments import Piece, Read, Step, load_pieces, pieces, replicated
-from pipeline.optim import create_optimizer, parameter_groups
+from pipeline.optim import create_optimizer, parameter_groups, set_rate
 
 
 class AccelerateEngine:
@@ -36,8 +36,7 @@ class AccelerateEngine:
     def step(self, micro_batches: Sequence, loss_fn: Callable[[Callable, object], Tensor], lr: float) -> Step:
         """Take one optimizer step over this rank's micro-batches; ``loss_fn(model, micro_batch)`` is one's mean."""
         self.model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self.optimizer, lr)
         total = torch.zeros((), device=distributed.device())
         for index, micro_batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pipeline import distributed
 from pipeline.config import TrainSettings
 from pipeline.engines.fragments import Fragment, Piece, Read, Step, load_pieces, pieces, replicated
-from pipeline.optim import create_optimizer, parameter_groups
+from pipeline.optim import create_optimizer, parameter_groups, set_rate
 
 if distributed.device().type == "cpu":
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns, on stdout, that it found no GPU
@@ -22,7 +22,8 @@ import deepspeed
 deepspeed.utils.logger.setLevel(logging.WARNING)
 for handler in deepspeed.utils.logger.handlers:
     handler.setStream(sys.stderr)  # stdout is for results
-warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)  # DeepSpeed's to mend
+# DeepSpeed's to mend.
+warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor)", category=FutureWarning)
 
 
 class DeepSpeedEngine:
@@ -55,8 +56,7 @@ class DeepSpeedEngine:
     def step(self, micro_batches: Sequence, loss_fn: Callable[[Callable, object], Tensor], lr: float) -> Step:
         """Take one optimizer step over this rank's micro-batches; ``loss_fn(model, micro_batch)`` is one's mean."""
         self.model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self.optimizer, lr)
         total = torch.zeros((), device=self.model.device)
         for index, micro_batch in enumerate(micro_batches):
             self.model.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
@@ -126,9 +126,9 @@ def deepspeed_config(settings: TrainSettings, world_size: int) -> dict:
         "steps_per_print": 10**12,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": settings.engine.zero_stage},
+        # Left out, it would be 1. At stage 0 we clip.
+        "gradient_clipping": (settings.optim.clip if settings.engine.zero_stage > 0 else None) or 0.0,
     }
-    if settings.engine.zero_stage > 0 and settings.optim.clip:
-        config["gradient_clipping"] = settings.optim.clip
     if settings.engine.precision == "bfloat16":
         # No lower-precision-safe modules: they would also be reduced in bf16, and gradients must add up in fp32.
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}

@@ -86,5 +86,4 @@ def load_pieces(held: list[Fragment], optimizer: torch.optim.Optimizer, read: Re
                 state[kind] = torch.zeros_like(fragment.master, memory_format=torch.preserve_format).detach()
             fragment.of(state[kind]).copy_(read(kind, fragment.parameter, fragment.start, fragment.count))
         if isinstance(optimizer, torch.optim.AdamW):
-            on = fragment.master.device if optimizer.defaults.get("fused") else "cpu"
-            state["step"] = read("step", "optimizer", 0, 1).reshape(()).to(on)
+            state["step"] = read("step", "optimizer", 0, 1).reshape(()).to(fragment.master.device)  # as fused wants it

@@ -7,50 +7,48 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from pipeline import distributed
+from pipeline.evaluate.held_out import mean_over
 from pipeline.images import to_model_input
-from pipeline.prefetch import prefetched
-from shards.augment import Resize
+from shards.augment import TRANSFORMS
 from shards.dataset import Dataset
 from shards.errors import UserError
-from shards.evaluation import EvaluationBatch, EvaluationLoader
+from shards.evaluation import EvaluationBatch
 
 
-@torch.no_grad()
 def classify(
-    model: Callable[[Tensor], Tensor], dataset: Dataset, resolution: int, batch: int, threads: int = 2
+    model: Callable[[Tensor], Tensor],
+    dataset: Dataset,
+    resolution: int,
+    batch: int,
+    threads: int = 2,
+    view: str = "resize",
 ) -> dict:
     """Evaluate ``model(images [n,3,H,W]) -> logits [n,K]`` on every image of ``dataset``; collective over all ranks.
 
     Args:
         model: In evaluation mode.
         dataset: Single-label images.
-        resolution: Side that images are resized to, straight (vit-paper 8).
+        resolution: Side of what the model sees.
         batch: Images a rank takes at once; the padding of the last batch is left out of all sums.
         threads: Decode threads.
+        view: ``"resize"``: all of the image, straight to the square (vit-paper 8); ``"center_crop"``: its middle.
 
     Returns:
         ``loss`` (softmax cross-entropy), ``top1``, ``top5`` in [0, 1], ``images`` counted over all ranks.
     """
     device = distributed.device()
-    sums = torch.zeros(4, dtype=torch.float64)
-    parts = EvaluationLoader(
-        dataset, batch, transform=Resize(resolution), rank=distributed.rank(), world_size=distributed.world_size(),
-        threads=threads,
-    )  # fmt: skip
 
-    def prepare(part: EvaluationBatch) -> tuple[Tensor, Tensor, Tensor]:
-        labels, valid = (torch.from_numpy(each).to(device) for each in (part.labels, part.valid))
-        return to_model_input(part.images, device), labels, valid
+    def prepare(part: EvaluationBatch) -> tuple[Tensor, Tensor]:
+        return to_model_input(part.images, device), torch.from_numpy(part.labels).to(device)
 
-    for images, labels, valid in prefetched(iter(parts), prepare, device):
+    def measure(images: Tensor, labels: Tensor) -> Tensor:
         logits = model(images).float()  # [n, K]
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # [n, 5]
-        losses = F.cross_entropy(logits, labels, reduction="none").double()
-        sums += (
-            torch.stack([losses[valid].sum(), ranked[valid, 0].sum(), ranked[valid].sum(), valid.sum()]).double().cpu()
-        )
-    loss, top1, top5, images = distributed.sum_over_ranks(sums.tolist())
-    return {"loss": loss / images, "top1": top1 / images, "top5": top5 / images, "images": int(images)}
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        return torch.stack([losses, ranked[:, 0], ranked.any(dim=1)], dim=1)
+
+    (loss, top1, top5), images = mean_over(dataset, TRANSFORMS[view](resolution), batch, threads, prepare, measure)
+    return {"loss": loss, "top1": top1, "top5": top5, "images": images}
 
 
 def check_classes(classes: list[str], dataset: Dataset) -> None:

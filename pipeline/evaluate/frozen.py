@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import nn
 
 from pipeline import distributed
 from pipeline.evaluate.fewshot import fewshot_accuracy, least_squares_accuracy
 from pipeline.images import to_model_input
-from pipeline.models.vit import VisionTransformer
 from shards.augment import Resize
 from shards.dataset import Dataset
 from shards.errors import UserError
@@ -17,9 +17,7 @@ from shards.evaluation import EvaluationLoader
 BATCH = 64
 
 
-def frozen_features_accuracy(
-    model: VisionTransformer, train: Dataset, test: Dataset, shots: Sequence[int]
-) -> dict[str, dict]:
+def frozen_features_accuracy(model: nn.Module, train: Dataset, test: Dataset, shots: Sequence[int]) -> dict[str, dict]:
     """Fit linear classifiers on training images, score them on test images (vit-paper 4).
 
     Returns:
@@ -40,7 +38,7 @@ def frozen_features_accuracy(
 
 
 @torch.no_grad()
-def _extract(model: VisionTransformer, dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _extract(model: nn.Module, dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return pixels [n, 3*H*W], features [n, D] (float32) and labels [n] of every image."""
     pixels, features, labels = [], [], []
     for batch in EvaluationLoader(dataset, BATCH, transform=Resize(model.image_size)):

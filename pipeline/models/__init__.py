@@ -1,13 +1,18 @@
 """Models by name, with the parameter names of timm."""
 
-import difflib
 import inspect
 
-from pipeline.models import vit
+from torch import nn
+
+from pipeline.config import nearest
+from pipeline.models import axial, resnet, vit
+from pipeline.models.initial import init_parameters
 from shards.errors import UserError
 
 # name -> (class, its settings): one line a family.
 MODELS = {name: (vit.VisionTransformer, settings) for name, settings in vit.SETTINGS.items()}
+MODELS |= {name: (axial.AxialTransformer, settings) for name, settings in axial.SETTINGS.items()}
+MODELS |= {name: (resnet.ResNet, settings) for name, settings in resnet.SETTINGS.items()}
 
 
 def model_names() -> list[str]:
@@ -15,7 +20,7 @@ def model_names() -> list[str]:
     return list(MODELS)
 
 
-def create_model(name: str, *, seed: int | None = 0, **settings) -> vit.VisionTransformer:
+def create_model(name: str, *, seed: int | None = 0, **settings) -> nn.Module:
     """Build a model by name.
 
     Args:
@@ -28,18 +33,17 @@ def create_model(name: str, *, seed: int | None = 0, **settings) -> vit.VisionTr
         UserError: an unknown model or setting, or settings that do not fit each other.
     """
     if name not in MODELS:
-        raise UserError(f"unknown model: {name!r}; {_nearest(name, model_names())}")
+        raise UserError(f"unknown model: {name!r}{_hint(name, model_names())}")
     model_class, defaults = MODELS[name]
     known = list(inspect.signature(model_class).parameters)
     for key in settings:
         if key not in known:
-            raise UserError(f"unknown setting of {name}: {key!r}; {_nearest(key, known)}")
+            raise UserError(f"unknown setting of {name}: {key!r}{_hint(key, known)}")
     model = model_class(**(defaults | settings))
     if seed is not None:
-        vit.init_parameters(model, seed)
+        init_parameters(model, seed)
     return model
 
 
-def _nearest(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=3)
-    return "did you mean " + " or ".join(near) + "?" if near else "known: " + ", ".join(known)
+def _hint(word: str, known: list[str]) -> str:
+    return nearest(word, known, most=3) or "; known: " + ", ".join(known)

@@ -4,18 +4,31 @@ Source: "An Image is Worth 16x16 Words" (arXiv 2010.11929), equations 1-4 and ta
 leaves open (first values, epsilon, GELU, places of dropout) the official JAX code at
 google-research/vision_transformer.
 
-Legend of the shape comments: n images, g x g patches, T = 1 + g*g tokens, D width, h heads, d = D / h,
-M width of the MLP, K classes, L blocks.
+Legend of the shape comments: n images, g x g patches, N = g*g of them, T tokens, D width, h heads, d = D / h,
+M width of the MLP, K classes, L blocks, R registers. Tokens: the class token if there is one, patches, registers.
 """
 
-import hashlib
-import math
 from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from pipeline.models.hybrid import HybridPatchEmbed, downsampling
+from pipeline.models.layers import (
+    Conv2d,
+    LayerNorm,
+    Linear,
+    Mlp,
+    head_fill,
+    lecun_normal,
+    normal,
+    xavier_uniform,
+    zeros,
+)
+from pipeline.models.positions import Positions
 from shards.errors import UserError
 
 SIZES = {
@@ -30,24 +43,27 @@ SETTINGS = {
     for size, numbers in SIZES.items()
     for patch in (8, 14, 16, 32)
 }
+# The number in a hybrid's name is what a token stands for, not the patch: that is one pixel of the feature map. Only in
+# r_vit_ti16 the number is wrong: the official code gives its root of /4 patches of 8, and so tokens of 32 x 32 pixels.
+SETTINGS |= {
+    "r50_vit_b16": {"backbone": [3, 4, 9], "patch_size": 1, **SIZES["b"]},
+    "r50_vit_b32": {"backbone": [3, 4, 6, 3], "patch_size": 1, **SIZES["b"]},
+    "r50_vit_l16": {"backbone": [3, 4, 9], "patch_size": 1, **SIZES["l"]},
+    "r50_vit_l32": {"backbone": [3, 4, 6, 3], "patch_size": 1, **SIZES["l"]},
+    "r26_vit_s32": {"backbone": [2, 2, 2, 2], "patch_size": 1, **SIZES["s"]},
+    "r26_vit_b32": {"backbone": [2, 2, 2, 2], "patch_size": 1, **SIZES["b"]},
+    "r_vit_ti16": {"backbone": [], "patch_size": 8, **SIZES["ti"]},
+}
 
-LAYER_NORM_EPS = 1e-6
-# Standard deviation of a standard normal cut at +-2: what flax's lecun_normal divides by.
-TRUNCATED_STD = 0.87962566
+POOLINGS = ("cls", "mean", "map")
 
-
-class Linear(nn.Linear):
-    """A linear layer that is born without values: ``VisionTransformer.initial_value`` gives them."""
-
-    def reset_parameters(self) -> None:
-        """Leave the memory as it is, so that building ViT-H costs no random numbers."""
-
-
-class Conv2d(nn.Conv2d):
-    """A convolution that is born without values: ``VisionTransformer.initial_value`` gives them."""
-
-    def reset_parameters(self) -> None:
-        """Leave the memory as it is."""
+BINS = 8  # of each channel of a colour, in masked patch prediction
+# What masked patch prediction may tell of a patch of 3 x P x P values, and how many outputs that takes.
+PATCH_TARGETS = {
+    "mean_color": lambda values: BINS**3,
+    "mean_colors_4x4": lambda values: 16 * BINS**3,
+    "pixels": lambda values: values,
+}
 
 
 class PatchEmbed(nn.Module):
@@ -55,7 +71,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, patch_size: int, embed_dim: int):
         super().__init__()
-        self.proj = Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.proj = Conv2d(3, embed_dim, patch_size, stride=patch_size, weight=lecun_normal)
 
     def forward(self, images: Tensor) -> Tensor:
         """Turn images [n, 3, H, W] into patch embeddings [n, g*g, D], row by row."""
@@ -65,51 +81,71 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention with q, k and v in one projection."""
 
-    def __init__(self, embed_dim: int, num_heads: int, dropout: float):
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float, qkv_bias: bool = True):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = Linear(embed_dim, 3 * embed_dim)
-        self.proj = Linear(embed_dim, embed_dim)
+        # q, k and v are three layers, each of which begins as one.
+        begin = partial(xavier_uniform, parts=3)
+        self.qkv = Linear(embed_dim, 3 * embed_dim, weight=begin, bias=zeros if qkv_bias else None)
+        self.proj = Linear(embed_dim, embed_dim, weight=xavier_uniform)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map tokens [n, T, D] to [n, T, D]."""
+    def forward(self, x: Tensor, bias: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Map tokens [n, T, D] to [n, T, D].
+
+        ``bias`` makes of the queries [n, h, T, d] what is added to the logits of attention, [n, h, T, T].
+        """
         n, t, width = x.shape
         qkv = self.qkv(x).view(n, t, 3, self.num_heads, width // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [n, h, T, d]
-        x = F.scaled_dot_product_attention(q, k, v)  # [n, h, T, d]
+        # Each [n, h, T, d]. Unbound where they lie: their gradients are put together once, in the order qkv wants.
+        q, k, v = (each.transpose(1, 2) for each in qkv.unbind(2))
+        x = F.scaled_dot_product_attention(q, k, v, None if bias is None else bias(q))  # [n, h, T, d]
         return self.dropout(self.proj(x.transpose(1, 2).reshape(n, t, width)))
 
 
-class Mlp(nn.Module):
-    """Two linear layers with GELU between them."""
-
-    def __init__(self, embed_dim: int, mlp_dim: int, gelu: str, dropout: float):
-        super().__init__()
-        self.fc1 = Linear(embed_dim, mlp_dim)
-        self.act = nn.GELU(approximate="tanh" if gelu == "tanh" else "none")
-        self.fc2 = Linear(mlp_dim, embed_dim)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map tokens [n, T, D] to [n, T, D], through [n, T, M]."""
-        return self.dropout(self.fc2(self.dropout(self.act(self.fc1(x)))))
-
-
 class Block(nn.Module):
-    """One pre-norm encoder block: attention, then MLP, each with a residual that a sample may skip."""
+    """One pre-norm encoder block: attention, then MLP, each with a residual that a sample may skip.
 
-    def __init__(self, embed_dim: int, num_heads: int, mlp_dim: int, gelu: str, dropout: float, drop_path: float):
+    ``positions`` are those of the model; with ``own_positions`` the block learns its own.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        mlp_dim: int,
+        gelu: str,
+        dropout: float,
+        drop_path: float,
+        qkv_bias: bool,
+        positions: Positions,
+        own_positions: bool,
+    ):
         super().__init__()
-        self.norm1 = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
-        self.attn = Attention(embed_dim, num_heads, dropout)
-        self.norm2 = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
+        self.positions = positions
+        self.pos_embed = nn.Parameter(positions.empty()) if own_positions else None
+        self.begin = {"pos_embed": partial(normal, std=0.02)}
+        self.norm1 = LayerNorm(embed_dim)
+        self.attn = Attention(embed_dim, num_heads, dropout, qkv_bias)
+        self.norm2 = LayerNorm(embed_dim)
         self.mlp = Mlp(embed_dim, mlp_dim, gelu, dropout)
         self.drop_path = drop_path
 
-    def forward(self, x: Tensor, draws: Tensor | None = None) -> Tensor:
-        """Map tokens [n, T, D] to [n, T, D]; ``draws`` [n, 2] in [0, 1) say which samples skip a branch."""
-        x = x + self._kept(self.attn(self.norm1(x)), draws, 0)
+    def forward(self, x: Tensor, draws: Tensor | None = None, shared: Tensor | None = None) -> Tensor:
+        """Map tokens [n, T, D] to [n, T, D].
+
+        ``draws`` [n, 2] in [0, 1) say which samples skip a branch; ``shared`` are positions not its own: keys of
+        offsets, or what is added to the tokens, [1, T, D].
+        """
+        bias = None
+        if self.positions.kind == "relative":
+            keys = shared if self.pos_embed is None else self.pos_embed
+            bias = partial(self.positions.relative_logits, keys=keys)
+        elif self.pos_embed is not None:
+            x = x + self.positions.table(self.pos_embed)
+        elif shared is not None:
+            x = x + shared
+        x = x + self._kept(self.attn(self.norm1(x), bias), draws, 0)
         return x + self._kept(self.mlp(self.norm2(x)), draws, 1)
 
     def _kept(self, branch: Tensor, draws: Tensor | None, which: int) -> Tensor:
@@ -119,24 +155,60 @@ class Block(nn.Module):
         return branch * kept[:, None, None]
 
 
+class AttentionPool(nn.Module):
+    """The MAP head of big_vision: one learned token asks all others, then an MLP with a residual."""
+
+    def __init__(self, embed_dim: int, num_heads: int, mlp_dim: int, gelu: str):
+        super().__init__()
+        self.num_heads = num_heads
+        self.latent = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.begin = {"latent": xavier_uniform}
+        self.q = Linear(embed_dim, embed_dim, weight=xavier_uniform)
+        self.kv = Linear(embed_dim, 2 * embed_dim, weight=partial(xavier_uniform, parts=2))
+        self.proj = Linear(embed_dim, embed_dim, weight=xavier_uniform)
+        self.norm = LayerNorm(embed_dim)
+        self.mlp = Mlp(embed_dim, mlp_dim, gelu, dropout=0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map tokens [n, T, D] to one of each image, [n, D]."""
+        n, t, width = x.shape
+        d = width // self.num_heads
+        q = self.q(self.latent).view(1, 1, self.num_heads, d).transpose(1, 2).expand(n, -1, -1, -1)  # [n, h, 1, d]
+        k, v = self.kv(x).view(n, t, 2, self.num_heads, d).permute(2, 0, 3, 1, 4).unbind(0)  # each [n, h, T, d]
+        x = self.proj(F.scaled_dot_product_attention(q, k, v).reshape(n, width))
+        return x + self.mlp(self.norm(x))
+
+
 class VisionTransformer(nn.Module):
-    """The Vision Transformer with a class token.
+    """The Vision Transformer.
 
     The constructor does not write values: use ``create_model``, ``init_parameters`` or load a state.
 
     Args:
         image_size: side of the square images, in pixels.
-        patch_size: side of a patch, in pixels; it divides ``image_size``.
+        patch_size: side of a patch, in pixels; it divides ``image_size``. In a hybrid, in pixels of the feature map.
         embed_dim: width D of the tokens.
         depth: number L of blocks.
         num_heads: number h of attention heads; it divides ``embed_dim``.
         mlp_dim: width M of the MLPs; None means 4 D.
         num_classes: outputs of the head; 0 means no head.
+        pooling: what the head sees of the normed tokens: "cls", the class token; "mean" of the patches; or "map", what
+            one more layer of attention makes of the patches. Only "cls" has a class token, as in the official code.
         representation: put a hidden tanh layer of width D before the head (``pre_logits``), to pre-train.
+        position: kind of position embeddings: "learned", "learned_2d", "relative", "sincos_2d" or "none".
+        position_at: "stem", the first block's input; "every" block's, with values of its own; or "shared", every
+            block's, with the same values.
+        registers: number R of learned tokens beside the patches, which have no position, and which no head sees.
+        qkv_bias: whether q, k and v have biases.
         gelu: "tanh" (the approximation of the official JAX code) or "exact" (what timm and transformers run).
-        dropout: rate after the position embeddings and after every dense layer but q, k, v and the head.
+        dropout: rate after the position embeddings of the stem and every dense layer but q, k, v and those of the head.
         drop_path: stochastic depth: the rate at the last block, growing linearly from 0 at the first.
-        head_bias: first value of the head's bias (official ImageNet-21k runs: -10, with a sigmoid loss).
+        head_bias: first value of the head's bias, for a sigmoid loss: -10 in the official ImageNet-21k runs, or
+            "log_prior", -ln K.
+        backbone: makes a hybrid: units of each stage of the ResNet that the patches are cut from; [] is its root alone.
+        backbone_width: channels of that ResNet's root.
+        patch_target: for masked patch prediction: what a head on every patch tells of it, "mean_color",
+            "mean_colors_4x4" or "pixels".
 
     Raises:
         UserError: numbers that do not fit each other.
@@ -152,11 +224,19 @@ class VisionTransformer(nn.Module):
         image_size: int = 224,
         mlp_dim: int | None = None,
         num_classes: int = 1000,
+        pooling: str = "cls",
         representation: bool = False,
+        position: str = "learned",
+        position_at: str = "stem",
+        registers: int = 0,
+        qkv_bias: bool = True,
         gelu: str = "tanh",
         dropout: float = 0.0,
         drop_path: float = 0.0,
-        head_bias: float = 0.0,
+        head_bias: float | str = 0.0,
+        backbone: list[int] | None = None,
+        backbone_width: int = 64,
+        patch_target: str | None = None,
     ):
         super().__init__()
         mlp_dim = 4 * embed_dim if mlp_dim is None else mlp_dim
@@ -168,139 +248,152 @@ class VisionTransformer(nn.Module):
         for name, rate in (("dropout", dropout), ("drop_path", drop_path)):
             if not 0 <= rate < 1:
                 raise UserError(f"{name} is no rate: {rate}; give 0 or more and less than 1")
-        if num_classes < 0:
-            raise UserError(f"num_classes is negative: {num_classes}; give 0 for no head")
-        if image_size % patch_size:
-            raise UserError(
-                f"image_size {image_size} is not divisible by patch_size {patch_size}; "
-                f"take {image_size // patch_size * patch_size or patch_size}"
-            )
+        for name, number in (("num_classes", num_classes), ("registers", registers)):
+            if number < 0:
+                raise UserError(f"{name} is negative: {number}; give 0 for none")
+        # Pixels of the image that a token stands for, along a side.
+        span = patch_size if backbone is None else patch_size * downsampling(backbone)
+        if image_size % span:
+            by = f"patch_size {span}" if backbone is None else f"{span}, the side of this hybrid's tokens in pixels"
+            near = max(image_size // span, 1) * span
+            raise UserError(f"image_size {image_size} is not divisible by {by}; take {near}")
         if embed_dim % num_heads:
-            raise UserError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}; take a divisor")
-        if gelu not in ("tanh", "exact"):
-            raise UserError(f"unknown gelu: {gelu!r}; take 'tanh' or 'exact'")
+            divisors = [heads for heads in range(1, embed_dim + 1) if embed_dim % heads == 0]
+            near = [max(d for d in divisors if d < num_heads), *(d for d in divisors if d > num_heads)][:2]
+            take = " or ".join(map(str, near))
+            raise UserError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}; take {take}")
+        choices = [("gelu", gelu, ("tanh", "exact")), ("pooling", pooling, POOLINGS)]
+        choices += [("patch_target", patch_target, PATCH_TARGETS)] if patch_target is not None else []
+        for name, value, known in choices:
+            if value not in known:
+                raise UserError(f"unknown {name}: {value!r}; take one of {', '.join(known)}")
+
+        if patch_target is not None and pooling == "map":
+            raise UserError("pooling 'map' has nothing to do in masked patch prediction; set it to 'cls' or 'mean'")
 
         self.image_size, self.patch_size, self.embed_dim = image_size, patch_size, embed_dim
         self.depth, self.num_heads, self.mlp_dim = depth, num_heads, mlp_dim
-        self.num_classes, self.representation, self.gelu = num_classes, representation, gelu
+        self.num_classes, self.pooling, self.representation = num_classes, pooling, representation
+        self.position, self.position_at, self.registers = position, position_at, registers
+        self.qkv_bias, self.gelu = qkv_bias, gelu
         self.drop_path, self.head_bias = drop_path, head_bias
+        self.backbone, self.backbone_width, self.patch_target = backbone, backbone_width, patch_target
+        self.grid = image_size // span
+        self.positions = Positions(position, position_at, self.grid, embed_dim, pooling == "cls", registers)
 
-        tokens = 1 + (image_size // patch_size) ** 2
-        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.empty(1, tokens, embed_dim))
-        self.patch_embed = PatchEmbed(patch_size, embed_dim)
-        self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_dim, gelu, dropout, drop_path * i / max(depth - 1, 1)) for i in range(depth)
+        # ---- tokens
+        self.patch_embed = (
+            PatchEmbed(patch_size, embed_dim)
+            if backbone is None
+            else HybridPatchEmbed(backbone, backbone_width, patch_size, embed_dim)
         )
-        self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if pooling == "cls" else None
+        self.reg_token = nn.Parameter(torch.empty(1, registers, embed_dim)) if registers else None
+        # The table of the first block's input is the model's, as in timm; relative positions are inside the blocks.
+        blocks_own = [position_at == "every" and (position == "relative" or i > 0) for i in range(depth)]
+        if position == "sincos_2d":
+            self.register_buffer("pos_embed", self.positions.sincos(), persistent=False)
+        elif position == "none" or blocks_own[0]:
+            self.pos_embed = None
+        else:
+            self.pos_embed = nn.Parameter(self.positions.empty())
+        # Registers must differ from each other, which nothing else makes them.
+        begin = {"pos_embed": 0.02, "reg_token": 1e-6}
+        self.begin = {"cls_token": zeros} | {name: partial(normal, std=std) for name, std in begin.items()}
+        self.dropout = nn.Dropout(dropout)
+
+        # ---- blocks
+        self.blocks = nn.ModuleList(
+            self.new_block(
+                i, embed_dim, num_heads, mlp_dim, gelu, dropout, drop_path * i / max(depth - 1, 1), qkv_bias,
+                self.positions, blocks_own[i],
+            )
+            for i in range(depth)
+        )  # fmt: skip
+        self.norm = LayerNorm(embed_dim)
+
+        # ---- head
+        self.attn_pool = AttentionPool(embed_dim, num_heads, mlp_dim, gelu) if pooling == "map" else None
         self.pre_logits = (
-            nn.Sequential(OrderedDict(fc=Linear(embed_dim, embed_dim), act=nn.Tanh()))
+            nn.Sequential(OrderedDict(fc=Linear(embed_dim, embed_dim, weight=lecun_normal), act=nn.Tanh()))
             if representation
             else nn.Identity()
         )
-        self.head = Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        self.head = (
+            Linear(embed_dim, num_classes, weight=zeros, bias=head_fill(head_bias, num_classes))
+            if num_classes
+            else nn.Identity()
+        )
 
-    def forward(self, images: Tensor, draws: Tensor | None = None) -> Tensor:
-        """Return the logits.
+        # ---- masked patch prediction
+        if patch_target is not None:
+            self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+            self.begin["mask_token"] = partial(normal, std=0.02)
+            outputs = PATCH_TARGETS[patch_target](3 * span**2)
+            self.patch_head = Linear(embed_dim, outputs, weight=lecun_normal)
+
+    def new_block(self, i: int, *arguments) -> Block:
+        """Return block ``i``."""
+        return Block(*arguments)
+
+    def forward(self, images: Tensor, draws: Tensor | None = None, corruption: Tensor | None = None) -> Tensor:
+        """Return the logits, or with ``corruption`` what the model tells of the corrupted patches.
 
         Args:
             images: float [n, 3, image_size, image_size].
             draws: float [n, depth, 2] uniform in [0, 1): the stochastic-depth draws of each sample, for its
                 attention and MLP branches, so that a sample's draws need not depend on its rank or batch.
                 Left out, a model in training mode draws its own.
+            corruption: int64 [n, m, 2]: the corrupted patches of each image, and the patch whose embedding each gets,
+                or -1 for the mask's. Of a model with a ``patch_target``.
 
         Returns:
-            [n, K]; without a head the features, [n, D].
+            [n, K]; without a head the features, [n, D]; with ``corruption`` [n, m, outputs].
         """
-        return self.head(self.features(images, draws))
+        if corruption is None:
+            return self.head(self.features(images, draws))
+        x = self.tokens(images, draws, corruption)[:, self.positions.class_token :]  # [n, N, D]
+        where = corruption[:, :, :1].expand(-1, -1, x.shape[2])
+        return self.patch_head(x.gather(1, where))
 
     def features(self, images: Tensor, draws: Tensor | None = None) -> Tensor:
-        """Return what the head sees, [n, D]: the tanh layer's output, or without one the normed class token.
+        """Return what the head sees, [n, D]: the tanh layer's output, or without one the pooled tokens.
 
         Arguments as in ``forward``. Under ZeRO-3 only ``forward`` gathers the weights that this needs.
         """
-        return self.pre_logits(self.tokens(images, draws)[:, 0])
+        x = self.tokens(images, draws)  # [n, T - R, D]
+        if self.pooling == "map":
+            return self.pre_logits(self.attn_pool(x))
+        return self.pre_logits(x.mean(dim=1) if self.pooling == "mean" else x[:, 0])
 
-    def tokens(self, images: Tensor, draws: Tensor | None = None) -> Tensor:
-        """Return all normed tokens [n, T, D], the class token first. Arguments as in ``forward``."""
-        x = self.patch_embed(images)  # [n, g*g, D]
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # [n, T, D]
-        x = self.dropout(x + self.pos_embed)
+    def tokens(self, images: Tensor, draws: Tensor | None = None, corruption: Tensor | None = None) -> Tensor:
+        """Return the normed tokens, [n, T - R, D]: a class token if there is one, then the patches.
+
+        Arguments as in ``forward``.
+        """
+        x = self.patch_embed(images)  # [n, N, D]
+        if corruption is not None:
+            x = self._corrupted(x, *corruption.unbind(2))
+        parts = [token for token in (self.cls_token, x, self.reg_token) if token is not None]
+        x = torch.cat([token.expand(len(x), -1, -1) for token in parts], dim=1)  # [n, T, D]
+        x = x.to(self.norm.weight.dtype)  # autocast leaves the residuals in full precision
+        positions = self.pos_embed  # keys of offsets, or what is added to the tokens
+        if positions is not None and self.position != "relative":
+            positions = self.positions.table(positions)
+            x = x + positions
+        x = self.dropout(x)
         if not self.training or self.drop_path == 0:
             draws = None
         elif draws is None:
-            draws = torch.rand(len(x), self.depth, 2, device=x.device)
+            draws = torch.rand(len(x), len(self.blocks), 2, device=x.device)
         for i, block in enumerate(self.blocks):
-            x = block(x, None if draws is None else draws[:, i])
-        return self.norm(x)
+            # What is added has been, before the first block.
+            shared = positions if self.position_at == "shared" and (i > 0 or self.position == "relative") else None
+            x = block(x, None if draws is None else draws[:, i], shared)
+        return self.norm(x[:, : x.shape[1] - self.registers])
 
-    def initial_value(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-        """Return the official first value of one parameter, a pure function of the arguments.
-
-        Args:
-            name: full name, such as "blocks.0.attn.qkv.weight".
-            shape: full shape, before any sharding.
-            seed: seed of the run; each parameter has its own stream, from a hash of (seed, name).
-
-        Returns:
-            A float32 CPU tensor of that shape.
-
-        Raises:
-            ValueError: the name is not one of this model's.
-        """
-        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
-        value = torch.empty(shape, dtype=torch.float32, device="cpu")
-        owner, _, kind = name.rpartition(".")
-        layer = owner.rpartition(".")[2]
-        if name == "pos_embed":
-            return value.normal_(0, 0.02, generator=generator)
-        if name == "head.bias":
-            return value.fill_(self.head_bias)
-        if name in ("cls_token", "head.weight"):
-            return value.zero_()
-        if layer.startswith("norm"):
-            return value.fill_(1.0 if kind == "weight" else 0.0)
-        if layer in ("fc1", "fc2") and kind == "bias":
-            return value.normal_(0, 1e-6, generator=generator)
-        if kind == "bias":
-            return value.zero_()
-        if name in ("patch_embed.proj.weight", "pre_logits.fc.weight"):
-            std = math.prod(shape[1:]) ** -0.5 / TRUNCATED_STD
-            return nn.init.trunc_normal_(value, 0, std, -2 * std, 2 * std, generator=generator)
-        if layer in ("qkv", "proj", "fc1", "fc2"):
-            fan_out = shape[0] // 3 if layer == "qkv" else shape[0]  # q, k and v are three layers, each Xavier
-            limit = math.sqrt(6 / (shape[1] + fan_out))
-            return value.uniform_(-limit, limit, generator=generator)
-        raise ValueError(f"no such parameter in a Vision Transformer: {name}")
-
-
-@torch.no_grad()
-def init_parameters(model: VisionTransformer, seed: int) -> None:
-    """Write the first value of every parameter of an unsharded model, in place."""
-    for name, parameter in model.named_parameters():
-        parameter.copy_(model.initial_value(name, tuple(parameter.shape), seed))
-
-
-def interpolate_pos_embed(pos_embed: Tensor, new_grid: int) -> Tensor:
-    """Stretch position embeddings to another grid, as the official ``scipy.ndimage.zoom`` of order 1 does.
-
-    Args:
-        pos_embed: [1, 1 + g*g, D], the class token's entry first; it is kept as it is.
-        new_grid: patches along a side of the new images.
-
-    Returns:
-        [1, 1 + new_grid**2, D], of the same dtype.
-
-    Raises:
-        UserError: the old grid is not a square.
-    """
-    cls, grid = pos_embed[:, :1], pos_embed[:, 1:]
-    side = math.isqrt(grid.shape[1])
-    if side * side != grid.shape[1]:
-        raise UserError(f"position embeddings of {grid.shape[1]} patches are no square grid; give square images")
-    grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2).float()  # [1, D, g, g]
-    # Corner to corner: zoom maps the first and last entries of a row onto each other.
-    grid = F.interpolate(grid, size=(new_grid, new_grid), mode="bilinear", align_corners=True)
-    return torch.cat([cls, grid.flatten(2).transpose(1, 2).to(cls.dtype)], dim=1)
+    def _corrupted(self, x: Tensor, where: Tensor, source: Tensor) -> Tensor:
+        """Return patch embeddings [n, N, D], those at ``where`` [n, m] replaced by those at ``source`` or the mask."""
+        where, source = (each[:, :, None].expand(-1, -1, x.shape[2]) for each in (where, source))
+        instead = torch.where(source < 0, self.mask_token.to(x.dtype), x.gather(1, source.clamp(min=0)))
+        return x.scatter(1, where, instead)

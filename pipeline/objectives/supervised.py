@@ -5,22 +5,49 @@ from collections.abc import Callable
 import torch.nn.functional as F  # noqa: N812 (the name everyone knows)
 from torch import Tensor
 
+from pipeline import distributed
 from pipeline.config import TrainSettings
+from pipeline.evaluate.classify import classify
+from pipeline.images import training_input
+from shards.batch import Batch
+from shards.dataset import Dataset
 
 
-def supervised_loss(settings: TrainSettings, num_classes: int) -> Callable[[Callable, tuple[Tensor, Tensor]], Tensor]:
-    """Return ``loss(model, (images, labels)) -> mean loss``, a float32 scalar.
+class Supervised:
+    """The objective of stages of kind ``supervised`` and ``finetune``.
 
-    Images are float [n, 3, H, W]; labels are class indices, int64 [n], or shares of the classes, float32 [n, K].
+    Args:
+        settings: Of the stage.
+        epoch: Samples of an epoch; None: nobody knows.
+        num_classes: Of the labels, K.
     """
 
-    def loss(model: Callable[[Tensor], Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
-        images, labels = batch
+    def __init__(self, settings: TrainSettings, epoch: int | None, num_classes: int):
+        self._settings, self._epoch, self._num_classes = settings, epoch, num_classes
+
+    def prepare(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return images and labels as ``training_input`` makes them."""
+        return training_input(batch, self._settings, self._epoch, self._num_classes, distributed.device())
+
+    def loss(self, model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean loss, a float32 scalar.
+
+        Images are float [n, 3, H, W]; labels are class indices, int64 [n], or shares of the classes, float32 [n, K].
+        """
+        smoothing = self._settings.label_smoothing
         logits = model(images).float()  # [n, K]
-        if settings.loss == "softmax":
-            return F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
-        targets = labels if labels.is_floating_point() else F.one_hot(labels, num_classes).float()
-        targets = targets * (1 - settings.label_smoothing) + settings.label_smoothing / num_classes
+        if self._settings.loss == "softmax":
+            return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        targets = labels if labels.is_floating_point() else F.one_hot(labels, self._num_classes).float()
+        targets = targets * (1 - smoothing) + smoothing / self._num_classes
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(dim=1).mean()
 
-    return loss
+    def evaluate(self, model: Callable[[Tensor], Tensor], dataset: Dataset) -> dict[str, float]:
+        """Return what ``classify`` says of a held-out set; collective over all ranks."""
+        data, evaluate = self._settings.data, self._settings.evaluate
+        return classify(model, dataset, data.resolution, evaluate.batch, data.threads, evaluate.view)
+
+    @staticmethod
+    def better(val: dict[str, float], best: dict[str, float]) -> bool:
+        """Tell whether one evaluation beats another."""
+        return val["top1"] > best["top1"]

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 MANY = len(os.sched_getaffinity(0))
 CORES = "1 core" if MANY == 1 else f"{MANY} cores"
-PEERS = ("webdataset,", "dali,", "streaming,")  # whose rows are there if they are installed
+PEERS = ("webdataset,", "dali,", "streaming,", "timm,", "transformers,")  # whose rows are there if they are installed
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,12 @@ PEERS = ("webdataset,", "dali,", "streaming,")  # whose rows are there if they a
         pytest.param("seek", 8, {"sample 0, local", "sample 0, HTTP"}, marks=pytest.mark.slow),
         pytest.param("memory", 4, set(), marks=pytest.mark.slow),
         pytest.param("beside", 8, {"short steps alone", "longer steps alone"}, marks=pytest.mark.slow),
+        pytest.param(
+            "train_step",
+            3,
+            {f"{peer}, noise, batch 2, bfloat16" for peer in ("timm", "transformers")},
+            marks=pytest.mark.slow,
+        ),
         ("manifest", 16, set()),
         ("ledger", 6, set()),
         ("dedupe", 21, set()),

@@ -201,9 +201,10 @@ def test_with_dropout_a_resumed_run_draws_the_same(folder):
     assert losses(folder / "dropout-stopped") == losses(folder / "dropout")
 
 
-def test_randaugment_and_mixup_are_the_same_on_any_ranks(folder, undisturbed):
+def test_randaugment_mixup_and_stochastic_depth_are_the_same_on_any_ranks(folder, undisturbed):
     for ranks in (1, 2):
-        code, stderr = done(launch(folder, ranks, f"mixed-{ranks}", epochs=2, over=("data.augment=medium1",)))
+        over = ("data.augment=medium1", "model.drop_path=0.5")
+        code, stderr = done(launch(folder, ranks, f"mixed-{ranks}", epochs=2, over=over))
         assert code == 0, stderr
     one, two = (losses(folder / f"mixed-{ranks}") for ranks in (1, 2))
     assert [samples for samples, _ in one] == [samples for samples, _ in two]

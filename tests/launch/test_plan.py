@@ -158,3 +158,17 @@ def test_mistakes_are_found_before_anything_starts(write, tmp_path, text, messag
         read_plan(write(text), tmp_path / "runs")
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_smoke_run_is_in_a_folder_of_its_own_and_shrinks_every_training_stage(write, tmp_path):
+    full = read_plan(write(HEAD + SHARDS + PRETRAIN + CONVERT), tmp_path / "runs")
+    small = read_plan(write(HEAD + SHARDS + PRETRAIN + CONVERT), tmp_path / "runs", smoke=True)
+    assert small.run == tmp_path / "runs" / "x-smoke"
+    for before, after in zip(full.stages, small.stages, strict=True):
+        there = [text.replace("/runs/x/", "/runs/x-smoke/") for text in before.arguments]
+        assert after.arguments == there + (["--smoke"] if before.table.name == "pretrain" else [])
+
+
+def test_a_recipe_of_another_kind_is_refused(write, tmp_path):
+    with pytest.raises(UserError, match=r"stage pretrain of .* is of kind supervised, its settings of kind finetune"):
+        read_plan(write(HEAD + SHARDS + PRETRAIN.replace("small_pretrain", "small_finetune")), tmp_path / "runs")

@@ -1,8 +1,10 @@
+import inspect
 import tomllib
 
 import pytest
 
-from pipeline.config import Duration, TrainSettings, check, dump_toml, merge, override, read_recipe, read_toml
+from pipeline.config import Duration, ModelSettings, TrainSettings, check, dump_toml, merge, override, read_toml
+from pipeline.models import MODELS, create_model
 from shards.errors import UserError
 
 MINIMAL = {"duration": "2 epochs", "global_batch": 8, "data": {"train": "somewhere"}, "model": {"name": "vit_b16"}}
@@ -48,7 +50,7 @@ def test_a_wrong_value_names_key_and_value():
         settings(engine={"zero_stage": 4})
     with pytest.raises(UserError, match=r"setting data\.train is missing"):
         check(TrainSettings, {**MINIMAL, "data": {}}, "here.toml")
-    with pytest.raises(UserError, match=r"model\.name is not set"):
+    with pytest.raises(UserError, match=r"^settings in here\.toml do not fit each other: model\.name is not set"):
         check(TrainSettings, {**MINIMAL, "model": {}}, "here.toml")
 
 
@@ -143,8 +145,9 @@ def test_broken_toml_and_missing_files_are_one_line(tmp_path):
         read_toml(tmp_path / "x.toml")
     with pytest.raises(UserError, match="no settings file"):
         read_toml(tmp_path / "y.toml")
-    with pytest.raises(UserError, match=r"no recipe 'small_pretrian'.*did you mean 'small_pretrain'"):
-        read_recipe("small_pretrian")
+    (tmp_path / "z.toml").mkdir()
+    with pytest.raises(UserError, match=r"z\.toml is a folder; give the path of a TOML file"):
+        read_toml(tmp_path / "z.toml")
 
 
 def test_how_stores_are_reached_is_a_table_of_its_own(monkeypatch):
@@ -174,3 +177,29 @@ def test_how_stores_are_reached_is_a_table_of_its_own(monkeypatch):
     monkeypatch.setenv("PATCHMILL_STORE_TIMEOUT_SECONDS", "soon")
     with pytest.raises(UserError, match="environment variable PATCHMILL_STORE_TIMEOUT_SECONDS=soon does not fit"):
         check(TrainSettings, {**base, "data": {"train": "a"}}, "c.toml")
+
+
+def test_every_setting_of_a_model_is_one_of_a_run():
+    models = {model for model, _ in MODELS.values()}
+    theirs = {key for model in models for key in inspect.signature(model).parameters}
+    assert set(ModelSettings.model_fields) - {"name"} == theirs - {"image_size", "num_classes", "patch_target"}
+
+
+def test_settings_of_a_model_come_from_toml():
+    text = """
+    name = "vit_s16"
+    depth = 1
+    pooling = "mean"
+    position = "sincos_2d"
+    representation = true
+    registers = 1
+    qkv_bias = false
+    drop_path = 0.1
+    head_bias = "log_prior"
+    """
+    chosen = settings(model=tomllib.loads(text)).model
+    model = create_model(chosen.name, **chosen.overrides(), seed=None)
+    assert (model.pooling, model.position, model.registers, model.drop_path) == ("mean", "sincos_2d", 1, 0.1)
+    assert settings(model={"head_bias": -10}).model.head_bias == -10.0
+    with pytest.raises(UserError, match=r"model\.pooling = 'gap' in here\.toml does not fit: .*'cls', 'mean'"):
+        settings(model={"pooling": "gap"})

@@ -26,24 +26,24 @@ def settings(folder, length="10 steps", **data) -> TrainSettings:
 
 
 def test_tars_without_a_manifest_are_a_stream_whose_classes_are_those_of_the_held_out_set(folder, tmp_path):
-    data = open_data(settings(folder), tmp_path)
+    data = open_data(settings(folder), tmp_path, 8)
     assert isinstance(data.loader, StreamLoader)
     assert data.classes == ["class.0", "class.1"]
     assert data.epoch is None
     assert data.schedule.total == 80
     assert len(list(data.loader)) == 10
     with pytest.raises(UserError, match=r"does not tell its classes; set data.val"):
-        open_data(settings(folder, val=None), tmp_path)
+        open_data(settings(folder, val=None), tmp_path, 8)
     with pytest.raises(UserError, match=r"'2 epochs': nobody knows the epoch of a stream; give duration, .* steps"):
-        open_data(settings(folder, length="2 epochs"), tmp_path)
+        open_data(settings(folder, length="2 epochs"), tmp_path, 8)
     pipe = {"train": f"pipe:cat {folder}/set/shards/000000.tar"}
     with pytest.raises(UserError, match=r"would run a command; .* set data.allow_pipe = true"):
-        open_data(settings(folder, **pipe), tmp_path)
-    assert len(list(open_data(settings(folder, **pipe, allow_pipe=True), tmp_path).loader)) == 10
+        open_data(settings(folder, **pipe), tmp_path, 8)
+    assert len(list(open_data(settings(folder, **pipe, allow_pipe=True), tmp_path, 8).loader)) == 10
 
 
 def test_a_data_set_is_known_by_its_length(alone, folder, tmp_path):
-    data = open_data(settings(folder, train=f"{folder}/set", length="2 epochs"), tmp_path)
+    data = open_data(settings(folder, train=f"{folder}/set", length="2 epochs"), tmp_path, 8)
     assert isinstance(data.loader, Loader)
     assert data.epoch == 40
     assert data.schedule.total == 80

@@ -6,6 +6,7 @@ from pipeline.config import DataSettings, TrainSettings, check
 from pipeline.images import training_input, training_transform
 from shards.augment import InceptionCrop, ResizeCrop
 from shards.batch import Batch
+from shards.errors import UserError
 from shards.mixup import mixup_weights
 from shards.order import rank_positions
 from shards.randaugment import RandAugment
@@ -30,7 +31,7 @@ def batch_of(positions) -> Batch:
 def test_rows_are_mixed_with_their_partners_on_any_ranks(augment):
     mine = settings(augment)
     batch = batch_of(np.arange(24, 48))
-    keep = mixup_weights(batch.positions, 31, mine.seed, mine.data.mixup).astype(np.float64)
+    keep = mixup_weights(batch.positions, 31, mine.seed, mine.data.mixup_alpha).astype(np.float64)
     partner = [*range(12, 24), *range(12)]
     pixels = batch.images.transpose(0, 3, 1, 2) / 127.5 - 1
     want = keep[:, None, None, None] * pixels + (1 - keep)[:, None, None, None] * pixels[partner]
@@ -66,5 +67,33 @@ def test_transforms_are_those_that_settings_name():
     assert not crop.shrink
     assert of("light1") == RandAugment(crop, 2, 0)
     assert of("medium2") == RandAugment(crop, 2, 15)
+    resized = DataSettings(train="-", resolution=32, augment="resize_crop", resize=40)
+    assert training_transform(resized) == ResizeCrop(32, larger=40)
     shrinking = DataSettings(train="-", augment="light1", scaled_decoding=True)
     assert training_transform(shrinking) == RandAugment(InceptionCrop(224, shrink=True), 2, 0)
+
+
+def test_mixup_is_that_of_the_augmentation_or_what_is_set():
+    def alpha(**data):
+        return DataSettings(train="-", **data).mixup_alpha
+
+    assert [alpha(augment=augment) for augment in ("inception", "light1", "light2", "strong2")] == [0, 0, 0.2, 0.8]
+    assert alpha(augment="resize_crop", mixup=0.1) == 0.1
+    assert alpha(augment="strong2", mixup=0.0) == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"augment": "inception", "resize": 256}, "resize is of augment 'resize_crop', and augment is 'inception'"),
+        ({"augment": "resize_crop", "resize": 200}, "the resolution 224 cannot be cut from 200; make resize larger"),
+        ({"mixup": -1}, r"setting data\.mixup = -1 in test does not fit"),
+    ],
+)
+def test_images_that_cannot_be_made_are_refused(data, words):
+    with pytest.raises(UserError, match=words):
+        check(
+            TrainSettings,
+            {"duration": "1 step", "global_batch": 1, "data": {"train": "-", **data}, "model": {"name": "a"}},
+            "test",
+        )

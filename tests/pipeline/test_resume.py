@@ -20,7 +20,7 @@ LOADED = SimpleNamespace(path=SimpleNamespace(name="samples-1"), state={"setting
     "over",
     [{"seed": 1}, {"kind": "finetune"}, {"loss": "sigmoid"}, {"model": {"depth": 3}}, {"optim": {"name": "sgd"}},
      {"data": {"resolution": 32}}, {"data": {"augment": "resize"}}, {"data": {"augment": "light1"}},
-     {"data": {"scaled_decoding": True}}, {"data": {"exclude": "v1"}},
+     {"data": {"scaled_decoding": True}}, {"data": {"exclude": "v1"}}, {"data": {"mixup": 0.5}},
      {"label_smoothing": 0.1}],
 )  # fmt: skip
 def test_what_would_make_it_another_run_is_refused(over):
@@ -41,7 +41,8 @@ def test_what_is_allowed_is_told(over, capsys):
 @pytest.mark.parametrize(
     "over",
     [{"data": {"train": "moved"}}, {"data": {"threads": 7}}, {"data": {"cache": "here", "cache_bytes": "1 GB"}},
-     {"data": {"store": {"region": "eu-test-1"}}}, {"log_every": "1 step"}, {"checkpoint": {"keep": 5}}],
+     {"data": {"store": {"region": "eu-test-1"}}}, {"log_every": "1 step"}, {"checkpoint": {"keep": 5}},
+     {"evaluate": {"view": "center_crop"}}],
 )  # fmt: skip
 def test_what_is_free_is_silent(over, capsys):
     check_resume(settings(**over), LOADED)

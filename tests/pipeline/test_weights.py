@@ -3,8 +3,8 @@ import torch
 
 from pipeline.config import TrainSettings, check, merge
 from pipeline.models import create_model
-from pipeline.models.vit import interpolate_pos_embed
-from pipeline.weights import Weights, first_values, resolve_model, write_weights
+from pipeline.models.positions import interpolate_pos_embed
+from pipeline.weights import Weights, check_model, first_values, resolve_model, write_weights
 from shards.errors import UserError
 
 MODEL = {"name": "vit_ti8", "embed_dim": 24, "num_heads": 3, "depth": 1, "image_size": 16, "num_classes": 5}
@@ -47,14 +47,141 @@ def test_fine_tuning_drops_the_head_and_stretches_the_positions(weights):
     assert values["blocks.0.mlp.fc1.weight"].equal(weights.tensor("blocks.0.mlp.fc1.weight"))
 
 
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"position_at": "every"}, ["pos_embed", "blocks.1.pos_embed"]),
+        ({"position": "learned_2d", "position_at": "every"}, ["pos_embed", "blocks.1.pos_embed"]),
+        ({"position": "learned_2d", "pooling": "mean"}, ["pos_embed"]),
+        ({"position": "sincos_2d", "pooling": "mean", "registers": 2}, []),
+    ],
+)
+def test_fine_tuning_stretches_every_kind_of_position_embeddings(tmp_path, options, names):
+    small = MODEL | {"depth": 2} | options
+    state = dict(create_model(**small, seed=7).state_dict())
+    write_weights(tmp_path / "w.safetensors", state, {"model": small, "classes": list("abcde")})
+    weights = Weights(tmp_path / "w.safetensors")
+    assert sorted(name for name in weights.names if name.endswith("pos_embed")) == sorted(names)
+    large = create_model(**resolve_model(settings(), weights, num_classes=5), seed=None)
+    value_of = first_values(large, weights, settings())
+    for name, parameter in large.named_parameters():
+        value = value_of(name, tuple(parameter.shape))
+        if name in names:
+            assert value.equal(large.positions.resize(state[name]))
+            assert value.shape[1] > state[name].shape[1]
+        elif not name.startswith("head."):
+            assert value.equal(state[name])
+    if options["position" if "position" in options else "position_at"] == "sincos_2d":
+        assert large.pos_embed.shape == (1, 16 + 2, 24)
+
+
+def test_relative_positions_stay_at_their_resolution(tmp_path):
+    small = MODEL | {"position": "relative", "position_at": "every"}
+    write_weights(tmp_path / "w.safetensors", create_model(**small).state_dict(), {"model": small, "classes": []})
+    weights, name = Weights(tmp_path / "w.safetensors"), "blocks.0.pos_embed"
+    for resolution in (16, 32):
+        stage = settings(data={"resolution": resolution})
+        model = create_model(**resolve_model(stage, weights, num_classes=3), seed=None)
+        value_of, shape = first_values(model, weights, stage), tuple(model.get_parameter(name).shape)
+        if resolution == 16:
+            assert value_of(name, shape).equal(weights.tensor(name))
+        else:
+            with pytest.raises(UserError, match="of a grid of 2 x 2 patches cannot go to 4 x 4"):
+                value_of(name, shape)
+
+
+HYBRID = MODEL | {"name": "r50_vit_b16", "patch_size": 1, "backbone": [1, 1], "backbone_width": 32}
+BIT = {"name": "bit_r50x1", "units": [1, 1], "width": 32, "image_size": 16, "num_classes": 5}
+
+
+@pytest.mark.parametrize(
+    "small", [HYBRID, MODEL | {"name": "axial_vit_b16", "patch_size": 8}, BIT], ids=lambda m: m["name"]
+)
+def test_fine_tuning_takes_every_kind_of_model_to_another_resolution(tmp_path, small):
+    state = dict(create_model(**small, seed=7).state_dict())
+    write_weights(tmp_path / "w.safetensors", state, {"model": small, "classes": list("abcde")})
+    weights = Weights(tmp_path / "w.safetensors")
+    resolved = resolve_model(settings(), weights, num_classes=3)
+    assert resolved == small | {"image_size": 32, "num_classes": 3, "head_bias": 0.0}
+    template = create_model(**resolved, seed=None)
+    value_of = first_values(template, weights, settings())
+    for name, parameter in template.named_parameters():
+        value = value_of(name, tuple(parameter.shape))
+        if name.startswith("head."):
+            assert value.count_nonzero() == 0
+        elif name == "pos_embed":
+            assert value.equal(template.positions.resize(state[name]))
+        else:
+            assert value.equal(state[name])
+
+
+def test_models_of_two_kinds_and_of_two_shapes_are_refused(tmp_path):
+    def weights(model):
+        write_weights(
+            tmp_path / "w.safetensors", dict(create_model(**model).state_dict()), {"model": model, "classes": []}
+        )
+        return Weights(tmp_path / "w.safetensors")
+
+    with pytest.raises(UserError, match="its name is bit_r50x1, the settings say vit_ti8"):
+        resolve_model(settings(model={"name": "vit_ti8"}), weights(BIT), 5)
+    with pytest.raises(UserError, match=r"its units is \[1, 1\], the settings say \[3, 4, 6, 3\]"):
+        resolve_model(settings(model={"name": "bit_r50x1", "width": 32}), weights(BIT), 5)
+    with pytest.raises(UserError, match=r"its backbone is \[1, 1\], the settings say \[1, 2\]"):
+        resolve_model(settings(model={"backbone": [1, 2]}), weights(HYBRID), 5)
+    with pytest.raises(UserError, match="image_size 36 is not divisible by 8, the side of this hybrid's tokens"):
+        resolve_model(settings(data={"train": "-", "resolution": 36}), weights(HYBRID), 5)
+
+
 def test_another_model_is_refused_by_name_of_what_differs(weights):
     other = settings(model={"name": "vit_ti8", "embed_dim": 48, "num_heads": 3, "depth": 1})
     with pytest.raises(UserError, match="its embed_dim is 24, the settings say 48"):
         resolve_model(other, weights, 5)
+    for setting, message in (
+        ({"pooling": "mean"}, "its pooling is cls, the settings say mean"),
+        ({"position": "none"}, "its position is learned, the settings say none"),
+        ({"registers": 1}, "its registers is 0, the settings say 1"),
+        ({"qkv_bias": False}, "its qkv_bias is True, the settings say False"),
+    ):
+        with pytest.raises(UserError, match=message):
+            resolve_model(settings(model=setting), weights, 5)
+    assert resolve_model(settings(model={"dropout": 0.1, "drop_path": 0.2}), weights, 5)["drop_path"] == 0.2
     pretrain = settings(kind="supervised", data={"resolution": 16})
     template = create_model(**MODEL | {"num_classes": 9}, seed=None)
     with pytest.raises(UserError, match=r"has head.weight of shape \[5, 24\], this model wants \[9, 24\]"):
         first_values(template, weights, pretrain)("head.weight", (9, 24))
+
+
+def test_other_kinds_say_that_fine_tuning_alone_makes_a_head(tmp_path, weights):
+    """A checkpoint of the same model, of another objective: what is missing is a head, and who makes one is told."""
+    small = {"name": "vit_ti8", "embed_dim": 24, "num_heads": 3, "depth": 1}
+    masked = settings(kind="masked_patch", init=None, model=small, data={"resolution": 16})
+    model = resolve_model(masked, None, 3)
+    write_weights(tmp_path / "m.safetensors", create_model(**model).state_dict(), {"model": model, "classes": []})
+
+    def begin(stage: TrainSettings, init: Weights) -> None:
+        template = create_model(**resolve_model(stage, init, 5), seed=None)
+        value_of = first_values(template, init, stage)
+        for name, parameter in template.named_parameters():
+            value_of(name, tuple(parameter.shape))
+
+    from_masked = settings(kind="supervised", data={"resolution": 16})
+    with pytest.raises(UserError, match=r"has no head\.weight, .* only kind 'finetune' makes a new head"):
+        begin(from_masked, Weights(tmp_path / "m.safetensors"))
+    begin(settings(data={"resolution": 16}), Weights(tmp_path / "m.safetensors"))
+    from_classes = settings(kind="masked_patch", data={"resolution": 16})
+    with pytest.raises(UserError, match=r"has no mask_token, .* only kind 'finetune' makes a new head"):
+        begin(from_classes, weights)
+
+
+@pytest.mark.parametrize("name", ["axial_vit_b16", "bit_r50x1"])
+def test_models_without_a_head_on_every_patch_are_no_masked_patch_predictors(name):
+    stage = settings(kind="masked_patch", init=None, model={"name": name}, data={"resolution": 224})
+    for refuses in (lambda: check_model(stage, "test"), lambda: resolve_model(stage, None, 3)):
+        with pytest.raises(UserError, match=f"masked patch prediction .* {name!r} has no such head"):
+            refuses()
+    unknown = settings(kind="masked_patch", init=None, model={"name": "vit_b61"})
+    with pytest.raises(UserError, match="test: unknown model: 'vit_b61'"):
+        check_model(unknown, "test")
 
 
 def test_files_that_are_no_weights_are_one_line(tmp_path):
@@ -78,3 +205,27 @@ def test_the_same_weights_are_the_same_bytes(tmp_path):
         write_weights(tmp_path / f"{number}.safetensors", tensors, note)
         contents.add((tmp_path / f"{number}.safetensors").read_bytes())
     assert len(contents) == 1
+
+
+def test_fine_tuning_goes_on_from_masked_patch_prediction(tmp_path):
+    small = {"name": "vit_ti8", "embed_dim": 24, "num_heads": 3, "depth": 1}
+    masked = settings(kind="masked_patch", init=None, model=small, data={"resolution": 16})
+    model = resolve_model(masked, None, 3)
+    assert (model["num_classes"], model["patch_target"]) == (0, "mean_color")
+    trained = create_model(**model).state_dict()
+    assert {"mask_token", "patch_head.weight"} < trained.keys()
+    write_weights(tmp_path / "w.safetensors", trained, {"model": model, "classes": ["a", "b", "c"]})
+
+    tuned = settings(init=str(tmp_path / "w.safetensors"), data={"resolution": 16})
+    init = Weights(tuned.init)
+    model = resolve_model(tuned, init, 5)
+    assert (model["num_classes"], model.get("patch_target")) == (5, None)
+    with torch.device("meta"):
+        template = create_model(**model, seed=None)
+    value_of = first_values(template, init, tuned)
+    values = {name: value_of(name, tuple(p.shape)) for name, p in template.named_parameters()}
+    assert not any(name.startswith(("mask_token", "patch_head")) for name in values)
+    assert not values["head.weight"].any()
+    assert all(values[name].equal(trained[name]) for name in values if not name.startswith("head."))
+    features = init.create_model().features(torch.zeros(2, 3, 16, 16))  # few-shot needs no head
+    assert features.shape == (2, 24)

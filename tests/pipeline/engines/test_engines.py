@@ -51,3 +51,30 @@ def test_bfloat16_keeps_exact_masters(stage, reference, tmp_path):
     assert rank["first"] == reference["first"]
     assert rank["losses"] == pytest.approx(reference["losses"][:3], abs=5e-3)  # bf16 keeps 8 bits of the forward pass
     assert rank["losses"] != reference["losses"][:3]
+
+
+def test_one_group_of_parameters_goes_on_as_many_under_any_engine_stage_and_number_of_ranks(tmp_path):
+    """With layer decay, ``decay = "kernels"`` and no clipping; against plain torch, each rate by hand."""
+    worker = Path(__file__).parent / "worker_groups.py"
+    third = run_on_ranks(worker, 2, tmp_path, "plain")[0]
+    fourth = run_on_ranks(worker, 1, tmp_path, "many")[0]
+    expected = third.pop("reference")
+    assert fourth.pop("reference") == expected
+    assert len(third) == len(fourth) == len(ENGINES)
+    for engine in third:
+        assert third[engine] == pytest.approx(third["accelerate-0"], abs=1e-6), engine
+        assert fourth[engine] == pytest.approx(fourth["accelerate-0"], abs=1e-6), engine
+        # Adam's first steps are as long for a gradient of nothing but rounding; one rate for all is 2e-2 off, one
+        # decay 3e-4.
+        assert third[engine] == pytest.approx(expected[2:3], abs=1e-4), engine
+        assert fourth[engine] == pytest.approx(expected[3:], abs=1e-4), engine
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["hybrid", "axial", "bit"])
+def test_other_models_train_the_same_under_zero_3(model, tmp_path):
+    alone = run_on_ranks(WORKER, 1, "accelerate", 0, "float32", "adamw", 3, tmp_path / "alone", "", model)[0]
+    shared = run_on_ranks(WORKER, 2, "deepspeed", 3, "float32", "adamw", 3, tmp_path / "shared", "", model)[0]
+    assert shared["first"] == alone["first"]
+    assert shared["losses"] == pytest.approx(alone["losses"], abs=1e-4)
+    assert shared["norms"] == pytest.approx(alone["norms"], rel=1e-4)

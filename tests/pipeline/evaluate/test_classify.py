@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.evaluate.classify import classify
 from pipeline.models import create_model
-from shards.augment import Resize
+from pipeline.models.initial import initial_value
+from shards.augment import CenterCrop, Resize
 from shards.dataset import Dataset
 from shards.decode import decode
 from tests.images import build_image_set
@@ -23,7 +25,7 @@ def folder(tmp_path_factory) -> Path:
 def by_hand(folder) -> dict:
     """The same figures from one image at a time."""
     model = create_model("vit_ti8", embed_dim=24, num_heads=3, depth=1, image_size=16, num_classes=3, seed=3).eval()
-    model.head.weight.data = model.initial_value("blocks.0.mlp.fc1.weight", (3, 24), 5)
+    model.head.weight.data = initial_value(model, "blocks.0.mlp.fc1.weight", (3, 24), 5)
     dataset = Dataset.open(folder)
     right, losses = [], []
     for index in range(len(dataset)):
@@ -43,3 +45,18 @@ def test_every_image_counts_once_on_any_number_of_ranks(folder, by_hand, ranks, 
     assert results[0]["images"] == 27
     assert results[0]["top1"] == pytest.approx(by_hand["top1"])
     assert results[0]["loss"] == pytest.approx(by_hand["loss"], rel=1e-5)
+
+
+def test_a_model_sees_the_view_that_is_named(folder, alone):
+    dataset = Dataset.open(folder)
+    images = [decode(dataset[index].image, dataset[index].key) for index in range(len(dataset))]
+    for view, transform in [("resize", Resize(16)), ("center_crop", CenterCrop(16))]:
+        seen = []
+
+        def model(pixels, seen=seen):
+            seen.append(pixels)
+            return torch.zeros(len(pixels), 3)
+
+        assert classify(model, dataset, 16, 27, view=view)["images"] == 27
+        pixels = np.stack([transform(image, (0, 0, 0)) for image in images]).astype(np.float32) / 127.5 - 1
+        assert np.abs(torch.cat(seen).numpy() - pixels.transpose(0, 3, 1, 2)).max() < 1e-6

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from pipeline.models import create_model, model_names
-from pipeline.models.vit import interpolate_pos_embed
+from pipeline.models.initial import initial_value
+from pipeline.models.positions import Positions
 from shards.errors import UserError
+from tests.pipeline.models.reference_vit import vit_logits
 
 TINY = {"image_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7}
 
@@ -52,10 +54,38 @@ def test_parameter_counts(name):
             assert sum(p.numel() for p in model.parameters()) == expected
 
 
-def test_parameter_count_at_another_resolution():
+@pytest.mark.parametrize(
+    ("name", "image_size", "expected"),
+    [("vit_b16", 384, 86_859_496), ("vit_l16", 384, 304_715_752), ("vit_h14", 518, 633_470_440)],
+)
+def test_parameter_count_at_another_resolution(name, image_size, expected):
     with torch.device("meta"):
-        model = create_model("vit_h14", seed=None, image_size=518)
-    assert sum(p.numel() for p in model.parameters()) == 633_470_440
+        model = create_model(name, seed=None, image_size=image_size)
+    assert sum(p.numel() for p in model.parameters()) == expected
+
+
+# What each option has more or less than the plain model, by hand: N = 16 patches, D = 48, M = 192, L = 3 blocks.
+@pytest.mark.parametrize(
+    ("settings", "more"),
+    [
+        ({"pooling": "mean"}, -2 * 48),  # no class token, and no position for it
+        ({"pooling": "map"}, -2 * 48 + 48 + 4 * (48 * 48 + 48) + 2 * 48 + 2 * 48 * 192 + 192 + 48),
+        ({"registers": 4}, 4 * 48),
+        ({"qkv_bias": False}, -3 * 3 * 48),
+        ({"position": "none"}, -17 * 48),
+        ({"position": "sincos_2d"}, -17 * 48),
+        ({"position": "learned_2d"}, -17 * 48 + 8 * 24),
+        ({"position": "learned_2d", "position_at": "every"}, -17 * 48 + 3 * 8 * 24),
+        ({"position_at": "every"}, 2 * 17 * 48),
+        ({"position_at": "shared"}, 0),
+        ({"position": "relative", "position_at": "shared"}, -17 * 48 + 31 * 48),
+        ({"position": "relative", "position_at": "every"}, -17 * 48 + 3 * 31 * 48),
+    ],
+)
+def test_parameter_counts_of_options(settings, more):
+    plain, model = (create_model("vit_ti16", **(TINY | over), seed=None) for over in ({}, settings))
+    counts = [sum(p.numel() for p in each.parameters()) for each in (plain, model)]
+    assert counts[1] - counts[0] == more
 
 
 def test_parameter_names_are_timms():
@@ -72,58 +102,39 @@ def test_parameter_names_are_timms():
     assert set(model.state_dict()) == expected | {"cls_token", "pos_embed"}
 
 
-def numpy_forward(p: dict, images: np.ndarray, heads: int, gelu: str) -> np.ndarray:
-    """Logits by equations 1-4 of the paper in float64, patch by patch and head by head."""
-    patch = p["patch_embed.proj.weight"].shape[-1]
-    side, width = images.shape[-1] // patch, p["cls_token"].shape[-1]
-    d = width // heads
-
-    def norm(x, name):
-        x = x - x.mean(-1, keepdims=True)
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * p[f"{name}.weight"] + p[f"{name}.bias"]
-
-    def dense(x, name):
-        return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
-
-    def activation(x):
-        if gelu == "exact":
-            return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
-        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-    logits = []
-    for image in images:
-        rows = [p["cls_token"][0, 0]]
-        for y in range(side):
-            for x in range(side):
-                pixels = image[:, y * patch : (y + 1) * patch, x * patch : (x + 1) * patch].reshape(-1)
-                kernel = p["patch_embed.proj.weight"].reshape(width, -1)
-                rows.append(kernel @ pixels + p["patch_embed.proj.bias"])
-        z = np.stack(rows) + p["pos_embed"][0]
-        for i in range(TINY["depth"]):
-            q, k, v = np.split(dense(norm(z, f"blocks.{i}.norm1"), f"blocks.{i}.attn.qkv"), 3, axis=1)
-            outputs = []
-            for head in range(heads):
-                part = slice(head * d, (head + 1) * d)
-                a = np.exp(q[:, part] @ k[:, part].T / math.sqrt(d))
-                outputs.append(a / a.sum(1, keepdims=True) @ v[:, part])
-            z = z + dense(np.concatenate(outputs, 1), f"blocks.{i}.attn.proj")
-            hidden = activation(dense(norm(z, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1"))
-            z = z + dense(hidden, f"blocks.{i}.mlp.fc2")
-        y = norm(z, "norm")[0]
-        if "pre_logits.fc.weight" in p:
-            y = np.tanh(dense(y, "pre_logits.fc"))
-        logits.append(dense(y, "head"))
-    return np.stack(logits)
+# Every option of the forward pass, and those that meet: where tokens that are no patch stand beside positions.
+FORWARDS = [
+    {"gelu": "tanh", "representation": True},
+    {"gelu": "exact", "qkv_bias": False},
+    {"pooling": "mean", "representation": True},
+    {"pooling": "map"},
+    {"registers": 3},
+    {"pooling": "map", "registers": 2},
+    {"position": "none"},
+    {"position": "learned", "position_at": "every", "registers": 2},
+    {"position": "learned", "position_at": "shared"},
+    {"position": "learned", "pooling": "mean", "registers": 1},
+    {"position": "learned_2d"},
+    {"position": "learned_2d", "position_at": "every", "registers": 2},
+    {"position": "learned_2d", "position_at": "shared", "pooling": "mean"},
+    {"position": "relative", "position_at": "every"},
+    {"position": "relative", "position_at": "shared", "registers": 2},
+    {"position": "relative", "position_at": "every", "pooling": "mean"},
+    {"position": "sincos_2d", "pooling": "mean", "representation": True},
+    {"position": "sincos_2d", "position_at": "shared", "registers": 2},
+]
 
 
-@pytest.mark.parametrize(("gelu", "representation"), [("tanh", True), ("exact", False)])
-def test_forward_equals_the_equations(images, gelu, representation):
-    model = randomized(gelu=gelu, representation=representation)
+@pytest.mark.parametrize("settings", FORWARDS, ids=lambda settings: "-".join(map(str, settings.values())))
+def test_forward_equals_the_equations(images, settings):
+    model = randomized(**settings)
     parameters = {name: value.double().numpy() for name, value in model.state_dict().items()}
-    expected = numpy_forward(parameters, images.double().numpy(), TINY["num_heads"], gelu)
+    reads = {key: value for key, value in settings.items() if key in ("gelu", "pooling", "position", "position_at")}
+    expected = vit_logits(parameters, images.double().numpy(), TINY["num_heads"], **reads)
     with torch.no_grad():
-        np.testing.assert_allclose(model.double()(images.double()).numpy(), expected, rtol=0, atol=1e-10)
-        np.testing.assert_allclose(model.float()(images).numpy(), expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(model(images).numpy(), expected, rtol=1e-5, atol=1e-5)
+        if settings.get("position") != "sincos_2d":  # whose table is float32
+            np.testing.assert_allclose(model.double()(images.double()).numpy(), expected, rtol=0, atol=1e-10)
 
 
 def transformers_state(state: dict, depth: int) -> dict:
@@ -151,25 +162,76 @@ def transformers_state(state: dict, depth: int) -> dict:
     return renamed
 
 
-@pytest.mark.parametrize(("gelu", "hidden_act"), [("tanh", "gelu_pytorch_tanh"), ("exact", "gelu")])
-def test_forward_equals_transformers(images, gelu, hidden_act):
+def transformers_logits(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Return the logits of transformers' ViT with our weights."""
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(
-        image_size=32,
-        patch_size=8,
-        hidden_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        intermediate_size=192,
-        hidden_act=hidden_act,
+        image_size=model.image_size,
+        patch_size=model.patch_size,
+        hidden_size=model.embed_dim,
+        num_hidden_layers=model.depth,
+        num_attention_heads=model.num_heads,
+        intermediate_size=model.mlp_dim,
+        hidden_act={"tanh": "gelu_pytorch_tanh", "exact": "gelu"}[model.gelu],
         layer_norm_eps=1e-6,
-        num_labels=7,
+        num_labels=model.num_classes,
     )
-    theirs = transformers.ViTForImageClassification(config).eval()
-    model = randomized(gelu=gelu)
-    theirs.load_state_dict(transformers_state(model.state_dict(), TINY["depth"]), strict=True)
+    with torch.device("meta"):
+        theirs = transformers.ViTForImageClassification(config).eval()
+    theirs.load_state_dict(transformers_state(model.state_dict(), model.depth), strict=True, assign=True)
     with torch.no_grad():
-        torch.testing.assert_close(model(images), theirs(images).logits, rtol=0, atol=1e-5)
+        return theirs(images).logits
+
+
+@pytest.mark.parametrize("gelu", ["tanh", "exact"])
+def test_forward_equals_transformers(images, gelu):
+    model = randomized(gelu=gelu)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), transformers_logits(model, images), rtol=0, atol=1e-5)
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("name", "gelu"),
+    [
+        ("vit_ti16", "tanh"),
+        ("vit_b32", "exact"),
+        ("vit_b16", "tanh"),
+        pytest.param("vit_l32", "exact", marks=SLOW),
+        pytest.param("vit_l16", "tanh", marks=SLOW),
+        pytest.param("vit_h14", "exact", marks=SLOW),
+    ],
+)
+def test_real_sizes_equal_transformers(name, gelu):
+    model = create_model(name, gelu=gelu, num_classes=10, seed=3).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():  # what begins at 0 or 1 should have an effect
+            if parameter.dim() == 1 or key in ("cls_token", "head.weight"):
+                parameter.add_(torch.empty_like(parameter).normal_(0, 0.05, generator=generator))
+        images = torch.randn(1, 3, 224, 224, generator=generator)
+        logits = model(images)
+    assert logits.std() > 0.1
+    torch.testing.assert_close(logits, transformers_logits(model, images), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"representation": True, "drop_path": 0.3},
+        {"pooling": "map", "registers": 2, "position": "relative", "position_at": "every"},
+        pytest.param({"pooling": "mean", "position": "sincos_2d", "position_at": "shared"}, marks=SLOW),
+        pytest.param({"position": "learned_2d", "position_at": "every", "registers": 1}, marks=SLOW),
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_a_compiled_model_is_one_graph(images, settings):
+    model = randomized(**settings, depth=2).train()
+    draws = torch.rand(2, 2, 2, generator=torch.Generator().manual_seed(2))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")  # what the graph becomes is the backend's matter
+    torch.testing.assert_close(compiled(images, draws), model(images, draws), rtol=1e-5, atol=1e-5)
 
 
 def test_features_are_what_the_head_sees(images):
@@ -209,6 +271,35 @@ def test_initial_values_have_the_official_statistics():
     assert (values["blocks.1.norm2.weight"] == 1).all()
 
 
+def test_initial_values_of_options_have_the_statistics_of_their_sources():
+    settings = {"depth": 2, "image_size": 64, "num_classes": 100, "seed": 3, "head_bias": "log_prior"}
+    relative = {"position": "relative", "position_at": "every", "pooling": "map", "registers": 64}
+    values = create_model("vit_ti16", **settings, **relative).state_dict()
+    # big_vision's MAP head: xavier on the probe [1, 192] and on q, k, v and out each.
+    probe, limit = values["attn_pool.latent"], math.sqrt(6 / 193)
+    assert probe.abs().max().item() == pytest.approx(limit, rel=0.03)
+    assert probe.std().item() == pytest.approx(limit / math.sqrt(3), rel=0.1)
+    for name, fans in (("q", 384), ("kv", 384), ("proj", 384), ("mlp.fc1", 960)):
+        kernel, limit = values[f"attn_pool.{name}.weight"], math.sqrt(6 / fans)
+        assert limit * 0.999 < kernel.abs().max().item() <= limit
+        assert kernel.std().item() == pytest.approx(limit / math.sqrt(3), rel=0.01)
+    assert not values["attn_pool.kv.bias"].any()
+    assert (values["attn_pool.norm.weight"] == 1).all()
+    # Registers all begin near 0, but no two the same.
+    assert values["reg_token"].std().item() == pytest.approx(1e-6, rel=0.02)
+    assert len(values["reg_token"][0].unique(dim=0)) == 64
+    assert torch.allclose(values["head.bias"], torch.tensor(1 / 100).log())
+
+    learned = create_model("vit_ti16", **settings, position="learned_2d", position_at="every").state_dict()
+    tables = [learned["pos_embed"], learned["blocks.1.pos_embed"]]
+    tables += [values[f"blocks.{i}.pos_embed"] for i in range(2)]
+    for table in tables:
+        assert table.std().item() == pytest.approx(0.02, rel=0.05)
+        assert abs(table.mean().item()) < 0.003
+    assert not torch.equal(tables[0], tables[1])
+    assert not torch.equal(tables[2], tables[3])
+
+
 def test_initial_values_depend_on_seed_and_name_alone():
     before = torch.get_rng_state()
     shallow = create_model("vit_ti16", **(TINY | {"depth": 2}), seed=5).state_dict()
@@ -217,15 +308,17 @@ def test_initial_values_depend_on_seed_and_name_alone():
     deep = deep_model.state_dict()
     for name, value in shallow.items():
         assert torch.equal(value, deep[name]), name
-        assert torch.equal(value, deep_model.initial_value(name, tuple(value.shape), 5)), name
+        assert torch.equal(value, initial_value(deep_model, name, tuple(value.shape), 5)), name
     assert not torch.equal(deep["blocks.0.attn.qkv.weight"], deep["blocks.1.attn.qkv.weight"])
     other = create_model("vit_ti16", **TINY, seed=6).state_dict()
     assert not torch.equal(other["pos_embed"], deep["pos_embed"])
 
 
 def test_initial_value_of_a_foreign_parameter():
-    with pytest.raises(ValueError, match="mask_token"):
-        create_model("vit_ti16", **TINY, seed=None).initial_value("mask_token.weight", (1, 48), 0)
+    model = create_model("vit_ti16", **TINY, seed=None)
+    for name in ("mask_token.weight", "mask_token", "head.scale"):
+        with pytest.raises(ValueError, match=name):
+            initial_value(model, name, (1, 48), 0)
 
 
 def test_dropout_works_in_training_only(images):
@@ -285,56 +378,62 @@ def test_drop_path_is_off_in_evaluation(images):
         assert not torch.equal(model(images), model(images))
 
 
-def numpy_zoom(grid: np.ndarray, new: int) -> np.ndarray:
-    """scipy.ndimage.zoom(grid, (new/g, new/g, 1), order=1): linear between the two neighbours, ends kept."""
-    at = np.linspace(0, len(grid) - 1, new)
-    low = np.minimum(at.astype(int), max(len(grid) - 2, 0))
-    high, part = np.minimum(low + 1, len(grid) - 1), (at - low)[:, None]
-    rows = grid[low] * (1 - part[..., None]) + grid[high] * part[..., None]
-    return rows[:, low] * (1 - part) + rows[:, high] * part
-
-
-@pytest.mark.parametrize(("old", "new"), [(6, 8), (14, 24), (8, 5), (7, 7)])
-def test_interpolate_pos_embed_is_the_official_zoom(old, new):
-    pos_embed = torch.randn(1, 1 + old * old, 16, generator=torch.Generator().manual_seed(old))
-    stretched = interpolate_pos_embed(pos_embed, new)
-    assert torch.equal(stretched[:, 0], pos_embed[:, 0])
-    grid = pos_embed[0, 1:].view(old, old, 16).double().numpy()
-    try:
-        from scipy.ndimage import zoom
-
-        expected = zoom(grid, (new / old, new / old, 1), order=1)
-    except ImportError:
-        expected = numpy_zoom(grid, new)
-    np.testing.assert_allclose(stretched[0, 1:].view(new, new, 16).numpy(), expected, rtol=0, atol=1e-5)
-    if old == new:
-        assert torch.equal(stretched, pos_embed)
-
-
-def test_interpolate_pos_embed_of_no_square():
-    with pytest.raises(UserError, match="12 patches"):
-        interpolate_pos_embed(torch.zeros(1, 13, 4), 4)
-
-
 def test_names_cover_sizes_and_patches():
     assert {"vit_ti8", "vit_s14", "vit_b32", "vit_l16", "vit_h14"} <= set(model_names())
     with torch.device("meta"):
-        models = [create_model(name, seed=None) for name in model_names()]
+        models = [create_model(name, seed=None) for name in model_names() if name.startswith("vit_")]
     assert {model.patch_size for model in models} == {8, 14, 16, 32}
+
+
+def test_shared_positions_are_laid_out_once(monkeypatch):
+    laid_out = []
+    table = Positions.table
+    monkeypatch.setattr(Positions, "table", lambda *arguments: laid_out.append(0) or table(*arguments))
+    model = create_model("vit_ti16", **TINY, position="learned_2d", position_at="shared")
+    model(torch.zeros(1, 3, 32, 32))
+    assert len(laid_out) == 1
 
 
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("vit_b17", {}, "unknown model: 'vit_b17'; did you mean .*vit_b16"),
+        ("vit_b17", {}, r"unknown model: 'vit_b17' \(did you mean 'vit_b16' or '"),
+        ("ViT-B/16", {}, r"unknown model: 'ViT-B/16' \(did you mean 'vit_b16'\?\)$"),
+        ("ViT-H/14", {}, r"unknown model: 'ViT-H/14' \(did you mean 'vit_h14'\?\)$"),
+        ("R50+ViT-B/16", {}, r"unknown model: 'R50\+ViT-B/16' \(did you mean 'r50_vit_b16'\?\)$"),
+        ("Axial-ViT-B/32", {}, r"\(did you mean 'axial_vit_b32'\?\)$"),
+        ("BiT-R152x4", {}, r"\(did you mean 'bit_r152x4'\?\)$"),
+        ("R50+B/16", {}, r"\(did you mean 'r50_vit_b16'"),
         ("zzz", {}, "known: vit_ti8, "),
-        ("vit_ti16", {"dpeth": 3}, "unknown setting of vit_ti16: 'dpeth'; did you mean depth"),
+        ("vit_ti16", {"dpeth": 3}, "unknown setting of vit_ti16: 'dpeth' .did you mean 'depth'"),
         ("vit_ti16", {"image_size": 225}, "image_size 225 is not divisible by patch_size 16; take 224"),
-        ("vit_ti16", {"num_heads": 5}, "embed_dim 192 is not divisible by num_heads 5"),
+        ("vit_ti16", {"num_heads": 5}, "embed_dim 192 is not divisible by num_heads 5; take 4 or 6$"),
+        ("vit_ti16", {"num_heads": 200}, "not divisible by num_heads 200; take 192$"),
         ("vit_ti16", {"gelu": "relu"}, "unknown gelu: 'relu'"),
         ("vit_ti16", {"depth": 0}, "depth is too small: 0"),
         ("vit_ti16", {"drop_path": 1.0}, "drop_path is no rate: 1.0"),
         ("vit_ti16", {"num_classes": -1}, "num_classes is negative: -1"),
+        ("vit_ti16", {"registers": -1}, "registers is negative: -1; give 0 for none"),
+        ("vit_ti16", {"num_heads": 0}, "num_heads is too small: 0"),
+        ("vit_h14", {"image_size": 384}, "image_size 384 is not divisible by patch_size 14; take 378"),
+        ("vit_b16", {"image_size": 8}, "image_size 8 is not divisible by patch_size 16; take 16"),
+        ("vit_ti16", {"pooling": "gap"}, "unknown pooling: 'gap'; take one of cls, mean, map"),
+        ("vit_ti16", {"position": "1d"}, "unknown position: '1d'; take one of learned, learned_2d, relative"),
+        ("vit_ti16", {"position_at": "all"}, "unknown position_at: 'all'; take one of stem, every, shared"),
+        ("vit_ti16", {"position": "relative"}, "'relative' works in attention; set position_at to 'every' or 'shared'"),
+        ("vit_ti16", {"position": "none", "position_at": "every"}, "'none' has nothing to put at position_at 'every'"),
+        ("vit_ti16", {"position": "sincos_2d", "position_at": "every"}, "no block has its own; set .* to 'shared'"),
+        (
+            "vit_ti16",
+            {"position": "sincos_2d", "embed_dim": 6},
+            "embed_dim 6 does not suit 'sincos_2d'; take a mult",
+        ),
+        (
+            "vit_ti16",
+            {"position": "learned_2d", "embed_dim": 9},
+            "embed_dim 9 is odd, and position 'learned_2d'",
+        ),
+        ("vit_ti16", {"head_bias": "prior"}, "unknown head_bias: 'prior'; give a number or 'log_prior'"),
     ],
 )
 def test_mistakes_are_one_line(name, settings, message):

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from pipeline.config import TrainSettings, check
-from pipeline.objectives.supervised import supervised_loss
+from pipeline.objectives.supervised import Supervised
 
 
 def settings(**over) -> TrainSettings:
@@ -19,14 +19,14 @@ def test_losses_are_those_of_the_formulas(smoothing):
     targets = np.eye(4)[labels] * (1 - smoothing) + smoothing / 4
 
     log_softmax = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-    softmax = supervised_loss(settings(label_smoothing=smoothing), 4)(lambda x: x, batch)
+    softmax = Supervised(settings(label_smoothing=smoothing), None, 4).loss(lambda x: x, *batch)
     assert softmax.item() == pytest.approx(-(targets * log_softmax).sum(1).mean(), rel=1e-5)
 
     def log_sigmoid(x):
         return -np.log1p(np.exp(-x))
 
     nll = -(targets * log_sigmoid(logits) + (1 - targets) * log_sigmoid(-logits)).sum(1).mean()
-    sigmoid = supervised_loss(settings(loss="sigmoid", label_smoothing=smoothing), 4)(lambda x: x, batch)
+    sigmoid = Supervised(settings(loss="sigmoid", label_smoothing=smoothing), None, 4).loss(lambda x: x, *batch)
     assert sigmoid.item() == pytest.approx(nll, rel=1e-5)
 
 
@@ -35,12 +35,12 @@ def test_losses_are_those_of_the_formulas(smoothing):
 def test_shares_of_classes_give_shares_of_their_losses(loss, smoothing):
     """Both losses are linear in the targets, so a mixed label's is the mix of both labels' losses."""
     logits, rng = torch.randn(1, 4, generator=torch.Generator().manual_seed(0)), np.random.default_rng(0)
-    objective = supervised_loss(settings(loss=loss, label_smoothing=smoothing), 4)
-    whole = [objective(lambda x: x, (logits, torch.tensor([k]))).item() for k in range(4)]
+    objective = Supervised(settings(loss=loss, label_smoothing=smoothing), None, 4)
+    whole = [objective.loss(lambda x: x, logits, torch.tensor([k])).item() for k in range(4)]
     for keep in rng.random(5):
         for a, b in ((0, 3), (2, 2)):
             shares = torch.zeros(1, 4)
             shares[0, a] += keep
             shares[0, b] += 1 - keep
-            mixed = objective(lambda x: x, (logits, shares)).item()
+            mixed = objective.loss(lambda x: x, logits, shares).item()
             assert mixed == pytest.approx(keep * whole[a] + (1 - keep) * whole[b], rel=1e-5)
