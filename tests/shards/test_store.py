@@ -337,4 +337,4 @@ def test_what_cannot_be_cleared_takes_no_descriptors(tmp_path, monkeypatch):
     for _ in range(5):
         with temporary_folder():
             pass
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before  # what other tests left may be closed meanwhile

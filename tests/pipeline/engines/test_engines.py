@@ -17,7 +17,9 @@ def reference(tmp_path_factory) -> dict:
     return run_on_ranks(WORKER, 1, "accelerate", 0, "float32", "adamw", 4, tmp_path_factory.mktemp("reference"))[0]
 
 
-@pytest.mark.parametrize(("kind", "stage"), ENGINES)
+@pytest.mark.parametrize(
+    ("kind", "stage"), [*(pytest.param(*each, marks=pytest.mark.slow) for each in ENGINES[:3]), *ENGINES[3:]]
+)
 def test_two_ranks_resume_to_the_bit_and_hand_over_to_any_other_shape(kind, stage, reference, tmp_path):
     whole = run_on_ranks(WORKER, 2, kind, stage, "float32", "adamw", 4, tmp_path / "whole")
     assert whole[0]["weights"] == whole[1]["weights"]
@@ -37,7 +39,9 @@ def test_two_ranks_resume_to_the_bit_and_hand_over_to_any_other_shape(kind, stag
     assert moved["norms"] == pytest.approx(reference["norms"][2:], rel=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "stage"), [("deepspeed", 1), ("deepspeed", 3), ("accelerate", 0)])
+@pytest.mark.parametrize(
+    ("kind", "stage"), [pytest.param("deepspeed", 1, marks=pytest.mark.slow), ("deepspeed", 3), ("accelerate", 0)]
+)
 def test_momentum_moves_with_the_checkpoint(kind, stage, tmp_path):
     whole = run_on_ranks(WORKER, 2, kind, stage, "float32", "sgd", 4, tmp_path / "whole")[0]
     run_on_ranks(WORKER, 2, kind, stage, "float32", "sgd", 2, tmp_path / "half")
