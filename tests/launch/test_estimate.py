@@ -48,7 +48,7 @@ def test_a_recipe_for_several_data_sets_asks_how_many_classes():
     with pytest.raises(UserError, match=r"bit_hyperrule_500 is for Pets or Flowers, .* give --classes"):
         of("bit_hyperrule_500")
     [found] = of("bit_hyperrule_500", classes=37)
-    assert (found["model"], found["samples"]) == ("bit_r50x1", 500 * 512)
+    assert (found["model"], found["samples"]) == ("bit_r152x4", 500 * 512)
 
 
 @pytest.mark.parametrize(
