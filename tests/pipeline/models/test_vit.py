@@ -375,7 +375,8 @@ def test_drop_path_is_off_in_evaluation(images):
     with torch.no_grad():
         assert torch.equal(model(images, torch.zeros(2, 3, 2)), model(images))
         model.train()
-        assert not torch.equal(model(images), model(images))
+        many = images.repeat(32, 1, 1, 1)  # two images draw the same twice in one of 30 tries
+        assert not torch.equal(model(many), model(many))
 
 
 def test_names_cover_sizes_and_patches():
