@@ -74,12 +74,16 @@ def write_weights(path: Path, tensors: dict[str, Tensor], note: dict[str, Any]) 
 def resolve_model(settings: TrainSettings, init: Weights | None, num_classes: int) -> dict[str, Any]:
     """Return what ``create_model`` takes for a stage: the settings, over the weights it starts from.
 
-    Fine-tuning drops the whole pre-training head, pre-logits included (vit-paper 1.5).
+    Fine-tuning drops the whole pre-training head, pre-logits included (vit-paper 1.5), and of the weights' dropout and
+    stochastic depth nothing is left: it has what its own settings say.
     """
     wanted = settings.model.overrides()
     if settings.model.name is not None:
         wanted["name"] = settings.model.name
-    base = (init.model if init else {}) | wanted
+    noted = init.model if init else {}
+    if settings.kind == "finetune":
+        noted = noted | {rate: 0.0 for rate in ("dropout", "drop_path") if rate in noted}  # BiT takes neither
+    base = noted | wanted
     if init is not None:
         _refuse_another_model(settings, init, wanted if "name" in wanted else base)
     base |= {"image_size": settings.data.resolution, "num_classes": num_classes}
