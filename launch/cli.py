@@ -70,8 +70,11 @@ def train(
         finally:
             distributed.finish()
         return
+    from pipeline.weights import check_model
+
     checked = check(TrainSettings, table, str(config))
     checked.accumulation(distributed.world_size())  # before ranks wait for each other
+    check_model(checked, str(config))
     folder = out or Path("runs") / config.stem
     folder.mkdir(parents=True, exist_ok=True)
 

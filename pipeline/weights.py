@@ -3,7 +3,8 @@
 import inspect
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -106,14 +107,20 @@ def _patch_target(settings: TrainSettings, name: str) -> dict[str, str]:
 def check_model(settings: TrainSettings, where: str) -> None:
     """Raise a UserError where a stage's model cannot be built; weights that a stage has yet to make are not asked."""
     if settings.model.name is not None:
-        try:
-            with torch.device("meta"):
-                wanted = settings.model.overrides() | {"image_size": settings.data.resolution}
-                if settings.kind == "masked_patch":
-                    wanted |= _patch_target(settings, settings.model.name)
-                create_model(settings.model.name, **wanted, seed=None)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
+        with _in_words_of_settings(where), torch.device("meta"):
+            wanted = settings.model.overrides() | {"image_size": settings.data.resolution}
+            if settings.kind == "masked_patch":
+                wanted |= _patch_target(settings, settings.model.name)
+            create_model(settings.model.name, **wanted, seed=None)
+
+
+@contextmanager
+def _in_words_of_settings(where: str | Path) -> Iterator[None]:
+    """Let what is said of a model begin with ``where`` it is told, and call its image_size as a stage does."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {str(error).replace('image_size', 'data.resolution')}") from None
 
 
 def first_values(template: nn.Module, init: Weights | None, settings: TrainSettings) -> Callable[[str, tuple], Tensor]:
@@ -149,7 +156,7 @@ def first_values(template: nn.Module, init: Weights | None, settings: TrainSetti
 
 
 def _refuse_another_model(settings: TrainSettings, init: Weights, named: dict[str, Any]) -> None:
-    with torch.device("meta"):
+    with _in_words_of_settings(init.path), torch.device("meta"):
         here = create_model(**(named | {"image_size": settings.data.resolution}), seed=None)
         there = create_model(**init.model, seed=None)
 

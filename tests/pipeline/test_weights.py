@@ -92,6 +92,7 @@ def test_relative_positions_stay_at_their_resolution(tmp_path):
 
 
 HYBRID = MODEL | {"name": "r50_vit_b16", "patch_size": 1, "backbone": [1, 1], "backbone_width": 32}
+HYBRID_SETTINGS = {key: HYBRID[key] for key in ("name", "patch_size", "backbone", "backbone_width")}
 BIT = {"name": "bit_r50x1", "units": [1, 1], "width": 32, "image_size": 16, "num_classes": 5}
 
 
@@ -149,8 +150,11 @@ def test_models_of_two_kinds_and_of_two_shapes_are_refused(tmp_path):
         resolve_model(settings(model={"name": "bit_r50x1", "width": 32}), weights(BIT), 5)
     with pytest.raises(UserError, match=r"its backbone is \[1, 1\], the settings say \[1, 2\]"):
         resolve_model(settings(model={"backbone": [1, 2]}), weights(HYBRID), 5)
-    with pytest.raises(UserError, match="image_size 36 is not divisible by 8, the side of this hybrid's tokens"):
+    said = "data.resolution 36 is not divisible by 8, the side of this hybrid's tokens in pixels; take 32 or 40$"
+    with pytest.raises(UserError, match=rf"w\.safetensors: {said}"):
         resolve_model(settings(data={"train": "-", "resolution": 36}), weights(HYBRID), 5)
+    with pytest.raises(UserError, match=rf"^here\.toml: {said}"):
+        check_model(settings(data={"resolution": 36}, model=HYBRID_SETTINGS), "here.toml")
 
 
 def test_another_model_is_refused_by_name_of_what_differs(weights):
