@@ -89,7 +89,7 @@ def test_forward_equals_the_definition(images):
     expected = np.stack([numpy_forward(p, image, TINY["num_heads"]) for image in images.double().numpy()])
     with torch.no_grad():
         scale = np.abs(expected).max()
-        np.testing.assert_allclose(model(images).numpy(), expected, rtol=0, atol=1e-5 * scale)
+        np.testing.assert_allclose(model(images).numpy(), expected, rtol=0, atol=1e-5)
         np.testing.assert_allclose(model.double()(images.double()).numpy(), expected, rtol=0, atol=1e-11 * scale)
 
 
