@@ -22,6 +22,8 @@ CORE_DAYS = {
     "bit_l_r152x4_jft300m": "9.9k",
 }  # fmt: skip
 
+HARDWARE = {name: f"TPUv3, {days} core-days" for name, days in CORE_DAYS.items()}  # of others nothing is printed
+
 # Table 5: fine-tuned at 384 px.
 TABLE_5 = {
     "vit_b16_imagenet": (77.91, 83.57, 98.13, 87.13, 93.81, 89.49),
