@@ -85,4 +85,5 @@ def test_logits(name, settings, tmp_path):
     expected = load_file(tmp_path / "logits.safetensors")["logits"]
     with torch.no_grad():
         logits = model(images)
-    torch.testing.assert_close(logits, expected, rtol=0, atol=tolerance)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(logits, expected, rtol=0, atol=tolerance * expected.abs().max().item())
