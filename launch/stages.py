@@ -36,6 +36,7 @@ class ConvertStage(Settings):
     source: str
     checkpoint: Literal["latest", "best"] = "latest"
     to: Literal["safetensors"] = "safetensors"
+    ema: bool = False
 
 
 class EvaluateStage(Settings):
@@ -44,6 +45,7 @@ class EvaluateStage(Settings):
     weights: str
     data: str
     batch: int = Field(64, gt=0)
+    ema: bool = False
 
 
 class FewshotStage(Settings):
@@ -104,11 +106,12 @@ def _train(s: TrainSettings, folder: Path, run: Path) -> list[str]:
 
 
 def _convert(s: ConvertStage, folder: Path, run: Path) -> list[str]:
-    return ["convert", s.source, str(folder / "model.safetensors"), "--checkpoint", s.checkpoint, "--to", s.to]
+    arguments = ["convert", s.source, str(folder / "model.safetensors"), "--checkpoint", s.checkpoint, "--to", s.to]
+    return arguments + (["--ema"] if s.ema else [])
 
 
 def _evaluate(s: EvaluateStage, folder: Path, run: Path) -> list[str]:
-    return ["evaluate", s.weights, s.data, "--batch", str(s.batch)]
+    return ["evaluate", s.weights, s.data, "--batch", str(s.batch)] + (["--ema"] if s.ema else [])
 
 
 def _fewshot(s: FewshotStage, folder: Path, run: Path) -> list[str]:
