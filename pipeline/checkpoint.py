@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline import distributed
-from pipeline.engines.fragments import Piece
+from pipeline.engines.fragments import MissingPieceError, Piece
 from shards.atomic import commit_folder, partial_folder, write_text
 from shards.errors import PatchmillError, UserError
 
@@ -180,7 +180,11 @@ class Checkpoint:
                     )
 
     def read(self, kind: str, parameter: str, start: int, count: int) -> Tensor:
-        """Return values [start, start + count) of a flattened parameter's kind, float32, whichever ranks wrote them."""
+        """Return values [start, start + count) of a flattened parameter's kind, float32, whichever ranks wrote them.
+
+        Raises:
+            MissingPieceError: The checkpoint lacks some of them.
+        """
         if not self._where:
             self._index()
         parts, at = [], start
@@ -192,19 +196,19 @@ class Checkpoint:
                 parts.append(piece[at - piece_start : until - piece_start])
                 at = until
         if at < start + count:
-            raise UserError(
+            raise MissingPieceError(
                 f"checkpoint {self.path} holds no {kind} of {parameter} at [{at}, {start + count}); "
                 "it is of another model or optimizer: use the settings that wrote it"
             )
         return torch.cat(parts)
 
-    def weights(self) -> Iterable[tuple[str, Tensor]]:
-        """Yield every parameter whole, by name, one at a time."""
+    def weights(self, ema: bool = False) -> Iterable[tuple[str, Tensor]]:
+        """Yield every parameter whole, or its moving average, by name, one at a time."""
         for name, shape in self.shapes.items():
             numel = 1
             for size in shape:
                 numel *= size
-            yield name, self.read("weight", name, 0, numel).reshape(shape)
+            yield name, self.read("ema" if ema else "weight", name, 0, numel).reshape(shape)
 
     def _index(self) -> None:
         for file in self.files:

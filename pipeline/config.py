@@ -251,6 +251,9 @@ class OptimSettings(Settings):
         1.0, gt=0, le=1, description="learning rate of each block over that of the next, the embeddings coming first"
     )
     clip: float | None = Field(None, gt=0, description="global gradient norm")
+    ema: float | None = Field(
+        None, ge=0, lt=1, description="keep a moving (Polyak) average of the weights, of this decay a step, as 0.9999"
+    )
 
     @field_validator("name", mode="before")
     @classmethod
@@ -285,12 +288,77 @@ class ScheduleSettings(Settings):
         return self
 
 
+OWNED = {
+    "train_batch_size": "global_batch", "train_micro_batch_size_per_gpu": "micro_batch",
+    "gradient_accumulation_steps": "micro_batch", "gradient_clipping": "optim.clip", "optimizer": "optim",
+    "scheduler": "schedule", "fp16": "engine.precision", "bf16": "engine.precision",
+    "torch_autocast": "engine.precision", "data_types": "engine.precision",
+    "zero_optimization.stage": "engine.zero_stage",
+}  # fmt: skip
+"""Keys of DeepSpeed's configuration whose place is another of our settings."""
+
+
 class EngineSettings(Settings):
     """Who owns backward, step, precision and sharding."""
 
     kind: Literal["deepspeed", "accelerate"] = "deepspeed"
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    precision: Literal["float32", "bfloat16"] = "float32"
+    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="0 for accelerate")
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the passes; weights, their gradients' sums and optimizer states are float32 always"
+    )
+    offload_optimizer: str | None = Field(
+        None, description='where optimizer states and fp32 weights are: "cpu", or a folder on NVMe (ZeRO 3)'
+    )
+    offload_parameters: str | None = Field(
+        None, description='where parameters that are not in use are, under ZeRO 3: "cpu", or a folder on NVMe'
+    )
+    recompute_every: int = Field(
+        0, ge=0, description="activations of every k-th block are computed again for the backward pass; 1: of all"
+    )
+    compile: bool = Field(False, description="torch.compile, block by block")
+    deepspeed: dict[str, Any] = Field({}, description="laid over the configuration that is made for DeepSpeed")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_stage_of_accelerate(cls, table: Any) -> Any:
+        if isinstance(table, dict) and table.get("kind") == "accelerate":
+            return {"zero_stage": 0} | table
+        return table
+
+    @model_validator(mode="after")
+    def _of_deepspeed(self) -> "EngineSettings":
+        alone = {
+            f"zero_stage {self.zero_stage}": self.zero_stage > 0, "deepspeed": self.deepspeed,
+            "offload_optimizer": self.offload_optimizer, "offload_parameters": self.offload_parameters,
+        }  # fmt: skip
+        wrong = [key for key, value in alone.items() if value]
+        if self.kind == "accelerate" and wrong:
+            raise ValueError(f'kind "accelerate" has no {" and no ".join(wrong)}; unset it, or set kind = "deepspeed"')
+        return self
+
+    @model_validator(mode="after")
+    def _of_their_stages(self) -> "EngineSettings":
+        if self.offload_optimizer and not self.zero_stage:
+            raise ValueError("offload_optimizer is of zero_stage 1, 2 and 3, and zero_stage is 0; set one of them")
+        if self.offload_optimizer not in (None, "cpu") and self.zero_stage < 3:
+            raise ValueError(
+                f"offload_optimizer to a folder ({self.offload_optimizer!r}) is of zero_stage 3, and zero_stage is "
+                f'{self.zero_stage}; set zero_stage = 3, or offload_optimizer = "cpu"'
+            )
+        if self.offload_parameters and self.zero_stage < 3:
+            raise ValueError(f"offload_parameters is of zero_stage 3, and zero_stage is {self.zero_stage}; set it to 3")
+        return self
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _with_a_place_of_its_own(cls, table: dict[str, Any]) -> dict[str, Any]:
+        zero = table.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            raise ValueError("zero_optimization is a table of DeepSpeed's; give its keys")
+        for key in [*table, *(f"zero_optimization.{key}" for key in zero)]:
+            if key in OWNED:
+                raise ValueError(f"{key} of DeepSpeed follows our setting {OWNED[key]}; set that")
+        return table
 
 
 class MaskedPatchSettings(Settings):
@@ -325,6 +393,7 @@ class EvaluateSettings(Settings):
     view: Literal["resize", "center_crop"] = Field(
         "resize", description="the whole image, squeezed; or its middle, of 8/7 of the resolution on the short side"
     )
+    ema: bool = Field(False, description="evaluate the moving average of the weights that optim.ema keeps")
 
 
 class TrainSettings(Settings):
@@ -365,6 +434,12 @@ class TrainSettings(Settings):
             raise ValueError(
                 'model.name is not set and there is no init to take it from; set model.name, e.g. "vit_b16"'
             )
+        return self
+
+    @model_validator(mode="after")
+    def _average_to_evaluate(self) -> "TrainSettings":
+        if self.evaluate.ema and self.optim.ema is None:
+            raise ValueError("evaluate.ema wants an average to evaluate; set optim.ema, e.g. 0.9999, or unset it")
         return self
 
     def accumulation(self, world_size: int) -> int:

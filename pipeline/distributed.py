@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from shards.atomic import only_one
 from shards.errors import UserError
@@ -85,6 +86,13 @@ def sum_over_ranks(values: list[float]) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64, device=device())
     dist.all_reduce(total)
     return total.tolist()
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """Return the mean of a tensor over all ranks, the same bits on each; on the device, so the host does not wait."""
+    value = value / world_size()
+    dist.all_reduce(value)
+    return value
 
 
 def everyone(obj: Any) -> list[Any]:

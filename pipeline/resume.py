@@ -40,5 +40,7 @@ def check_resume(settings: TrainSettings, loaded: Checkpoint) -> None:
         if key == "global_batch":
             first = loaded.state.get("first_batch", before[key])
             change += f"; in duration, warmup and milestones a step stays {first} samples"
+        if key == "optim.ema" and before.get(key) is None:
+            change += "; the average begins as the weights"
         if rule == "allowed" and distributed.rank() == 0:
             print(f"going on from {loaded.path.name} with {change}", file=sys.stderr)

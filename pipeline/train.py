@@ -6,6 +6,7 @@ Where it stands is one integer, the samples consumed; schedules, saves and evalu
 
 import json
 import math
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,7 +92,7 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
         engine.load(loaded.read)
     samples = loader.state_dict()["samples"]
     if rank == 0:
-        provenance.note(out, settings)
+        provenance.note(out, settings, engine.configuration)
         checkpoint.clear_partial(out / "checkpoints")
         (out / "stopped.json").unlink(missing_ok=True)
     telemetry = Telemetry(out, out.name, schedule.total, samples) if rank == 0 else None
@@ -113,7 +114,8 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
     def evaluate() -> bool:
         """Evaluate the held-out set; return whether it is the best so far."""
         engine.model.eval()
-        state["val"] = objective.evaluate(engine.model, data.held_out)
+        with engine.averaged() if settings.evaluate.ema else nullcontext():
+            state["val"] = objective.evaluate(engine.model, data.held_out)
         if telemetry:
             telemetry.log(samples, {f"val_{key}": value for key, value in state["val"].items()})
         if state["best"] is not None and not objective.better(state["val"], state["best"]):

@@ -46,7 +46,7 @@ class Window:
         return batch
 
     def add(self, loss: float | Tensor) -> None:
-        """Count a step with the mean loss of this rank's samples; a tensor stays on its device."""
+        """Count a step with its mean loss over all ranks; a tensor stays on its device."""
         self._loss, self._steps = self._loss + loss, self._steps + 1
 
     def measure(self, asked: bool) -> tuple[dict[str, float], bool]:
@@ -60,8 +60,8 @@ class Window:
             of reading and decoding of the time of all their decode threads; the last counts are since the run started.
         """
         loss = float(self._loss)  # waits for the device: whatever is decoded meanwhile belongs to the window
-        mine = [loss, self._waited, float(asked), *self._loader.counts(), *self._before]
-        loss, waited, stopping, *counts = distributed.sum_over_ranks(mine)
+        mine = [self._waited, float(asked), *self._loader.counts(), *self._before]
+        waited, stopping, *counts = distributed.sum_over_ranks(mine)
         now, before = Counts(*counts[: len(counts) // 2]), Counts(*counts[len(counts) // 2 :])
         here = Counts(*(after - earlier for after, earlier in zip(now, before, strict=True)))
         seconds, ranks = time.monotonic() - self._began, distributed.world_size()
@@ -69,7 +69,7 @@ class Window:
         images = self._steps * self._settings.global_batch
         self.images, self.seconds = self.images + images, self.seconds + seconds
         return {
-            "loss": loss / self._steps / ranks,
+            "loss": loss / self._steps,
             "images_per_second": images / seconds, "mb_per_second": here.bytes / 1e6 / seconds,
             "data_wait": waited / ranks / seconds, "read_share": here.read_seconds / threads / seconds,
             "decode_share": here.decode_seconds / threads / seconds,
