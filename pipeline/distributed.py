@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.liveness import Liveness
 from shards.atomic import only_one
-from shards.errors import UserError
+from shards.errors import StoppedOnRequestError, UserError
 
 TIMEOUT = datetime.timedelta(minutes=10)
 
@@ -66,6 +67,22 @@ def finish() -> None:
         # interpreter exit aborts the process (seen in 1 of 9 runs).
         gc.collect()
         dist.destroy_process_group()
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Join the process group for as long as it is open; where a rank ends by an error or dies, all end, told which."""
+    start()
+    who = f"rank {rank()} on {socket.gethostname()}, process {os.getpid()},"
+    store = dist.distributed_c10d._get_default_store()
+    with Liveness(store, rank(), world_size(), who) if world_size() > 1 else nullcontext():
+        try:
+            yield
+        except StoppedOnRequestError:
+            finish()
+            raise
+        # Nobody leaves the group after an error: those who did not come would be waited for.
+    finish()
 
 
 def end_process(code: int) -> NoReturn:

@@ -136,6 +136,10 @@ class Work:
         self.labels[row] = sample.labels[0]
         self.shards[row], self.indices[row] = sample.shard, sample.index
 
+    def missing(self) -> list[int]:
+        """Return the shards of the samples that are not there yet; from any thread."""
+        return sorted({shard for (shard, _), came in zip(self._where, self.shards.tolist(), strict=False) if came < 0})
+
     def wait(self) -> list[Broken]:
         """Wait for the batch; returns the samples that did not decode."""
         return [each for task in self._tasks for each in task.result()]

@@ -20,6 +20,7 @@ from shards.identity import check_identity
 from shards.ledger import Ledger
 from shards.meter import Counts, Meter
 from shards.mixture import Mixture
+from shards.names import tar_name
 from shards.order import DEFAULT_WINDOW_BYTES, STAND_INS, check_batch, rank_positions
 from shards.quarantine import Quarantine
 
@@ -97,6 +98,7 @@ class Loader:
         self._quarantine = Quarantine(quarantine, dataset)
         self._ledger = Ledger(ledger, dataset, self.order, rank, world_size) if ledger else None
         self._meter, self._allocate = Meter(), allocate
+        self._awaited: Work | None = None
         self._handing_out = threading.Lock()  # a thread that fetches ahead may iterate while another asks for the state
 
     def counts(self) -> Counts:
@@ -105,6 +107,11 @@ class Loader:
         return self._meter.counts(
             replaced=self.replaced, quarantined=len(self._quarantine.met), retries=self.dataset.retries, **cache
         )
+
+    def awaited(self) -> list[str]:
+        """Return the tars of the samples that the next batch waits for, if somebody waits for it; from any thread."""
+        work = self._awaited
+        return [tar_name(self.dataset, shard) for shard in work.missing()] if work else []
 
     @property
     def global_batch(self) -> int:
@@ -143,9 +150,10 @@ class Loader:
                     announced = max(announced, upto)
                 while len(ahead) < min(left, batches):
                     ahead.append(self._begin(pool, read, self.samples + len(ahead) * self.global_batch))
-                work = ahead.popleft()
+                self._awaited = work = ahead.popleft()
                 for broken in work.wait():
                     self._replace(work, broken)
+                self._awaited = None
                 with self._handing_out:
                     if self._ledger:
                         self._ledger.append(self.samples, work)

@@ -100,7 +100,7 @@ class StreamLoader:
         self._prefetch, self._buffer, self._allocate = prefetch, buffer, allocate
         self._quarantine = Path(quarantine) if quarantine else None
         self._size, self._classes = side_of(transform), ClassNames(classes)
-        self._meter, self._rejected = Meter(), 0
+        self._meter, self._rejected, self._reading = Meter(), 0, ""
         if rank == 0:
             _warn(f"{source} has no manifest: a run on it cannot be resumed where it stopped, nor be the same again on "
                   "other ranks; `patchmill shards index` makes a manifest for tars")  # fmt: skip
@@ -178,6 +178,7 @@ class StreamLoader:
     def _usable(self, tars: list[Tar]) -> Iterator[StreamedSample]:
         usable = unusable = 0
         for tar in tars:
+            self._reading = tar.name
             for sample in read_samples(tar, self._classes):
                 if isinstance(sample, Rejected):
                     unusable += 1
@@ -222,6 +223,10 @@ class StreamLoader:
     def counts(self) -> Counts:
         """Return what was counted since the loader was made; samples left out count as quarantined."""
         return self._meter.counts(quarantined=self._rejected, replaced=0)
+
+    def awaited(self) -> list[str]:
+        """Return the tar that is being read; from any thread."""
+        return [self._reading]
 
     def state_dict(self) -> dict:
         """Return how many samples were delivered; more cannot be known."""
