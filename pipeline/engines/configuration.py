@@ -54,6 +54,8 @@ def zero_config(engine: EngineSettings, parameters: int, cuda: bool) -> dict[str
             "stage3_prefetch_bucket_size": bucket,
             "stage3_max_live_parameters": 2 * bucket,
             "stage3_max_reuse_distance": bucket,
+            # It rounds a layer's output before it adds the bias, and again after; and it stays in the whole process.
+            "memory_efficient_linear": False,
         }
     if engine.offload_optimizer:
         config["offload_optimizer"] = offload(engine.offload_optimizer, cuda)
