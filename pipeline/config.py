@@ -378,6 +378,18 @@ class MaskedPatchSettings(Settings):
         return self
 
 
+class GuardSettings(Settings):
+    """What is done about steps whose loss or gradient norm is not finite, or leaps: they are not taken."""
+
+    sigmas: float = Field(
+        8.0, ge=0, description="standard deviations of the logarithm above the running mean that are a leap; 0: none is"
+    )
+    in_row: int = Field(5, gt=0, description="held back one after another, and something must be done")
+    then: Literal["roll_back", "stop"] = Field(
+        "roll_back", description="to the last checkpoint, and pass over the batches in question; or stop"
+    )
+
+
 class CheckpointSettings(Settings):
     """When a checkpoint is written, and how many are kept (the best and the newest always are)."""
 
@@ -418,6 +430,10 @@ class TrainSettings(Settings):
     engine: EngineSettings = EngineSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    guard: GuardSettings = GuardSettings()
+    watchdog: float = Field(
+        600.0, gt=0, description="seconds that a step may take before the job is ended, each rank telling where it is"
+    )
 
     @model_validator(mode="after")
     def _of_classes_alone(self) -> "TrainSettings":

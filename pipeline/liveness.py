@@ -7,6 +7,7 @@ as does a rank that ends by an error. All read it.
 import os
 import sys
 import threading
+from collections.abc import Callable
 from typing import NoReturn
 
 import torch.distributed as dist
@@ -90,7 +91,7 @@ class Liveness:
         raise PatchmillError(f"{self._reason or 'the ranks lost each other'}; run again to go on") from error
 
     @staticmethod
-    def _try(action) -> bool:  # noqa: ANN001
+    def _try(action: Callable[[], object]) -> bool:
         try:
             action()
         except RuntimeError:  # DistNetworkError and its like: the store is gone

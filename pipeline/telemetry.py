@@ -56,7 +56,8 @@ class Telemetry:
             samples: Consumed.
             values: As ``Window.measure`` returns them, and ``val_top1`` or None.
         """
-        text = _in_words(values, (self.total - samples) / values["images_per_second"])
+        speed = values["images_per_second"]  # 0 where all batches were passed over
+        text = _in_words(values, (self.total - samples) / speed if speed else 0.0)
         room = self.progress.console.width - len(self.title) - BAR - len("  100% ")
         self.progress.update(self.task, completed=samples, text=_folded(text, room))
         if self.progress.disable and (time.monotonic() - self.spoke > 15 or samples >= self.total):
@@ -76,7 +77,7 @@ class Telemetry:
 def _in_words(values: dict[str, Any], seconds_left: float) -> list[str]:
     """Say what a log line says; troubles only where there are any."""
     left = datetime.timedelta(seconds=round(seconds_left))
-    text = [f"loss {values['loss']:.3f}"]
+    text = ["no step taken" if values["loss"] is None else f"loss {values['loss']:.3f}"]
     if values["val_top1"] is not None:
         text.append(f"top-1 {values['val_top1']:.1%}")
     text += [f"{values['images_per_second']:,.0f} images/s", f"{left} left", f"waiting {values['data_wait']:.0%}"]
@@ -84,6 +85,8 @@ def _in_words(values: dict[str, Any], seconds_left: float) -> list[str]:
     text += [f"decoding {values['decode_share']:.0%}", f"{speed:,.0f} MB/s" if speed >= 10 else f"{speed:.1f} MB/s"]
     if "cache_hit_share" in values:
         text.append(f"cache {values['cache_hit_share']:.0%}")
+    if values["skipped"]:
+        text.append(f"skipped {values['skipped']:,}")
     if values["retries"]:
         text.append(f"retried {values['retries']:,}")
     if values["quarantined"]:

@@ -1,4 +1,4 @@
-"""A step that takes too long ends the job, after each rank has written down where it is: a hang costs minutes, not days."""
+"""A step that takes too long ends the job, each rank having written down where it is."""
 
 import faulthandler
 import os
@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-STARTING, WAITING, TRAINING = "starting", "waiting for data", "training"
+STARTING, FIRST, WAITING, TRAINING = "starting", "in the first step", "waiting for data", "training"
 SAVING, EVALUATING = "saving", "evaluating"
-LONGER = {STARTING: 6, SAVING: 6, EVALUATING: 6}  # times as long as a step may these take
+LONGER = {STARTING: 6, FIRST: 6, SAVING: 6, EVALUATING: 6}  # times as long as a step may these take
 GRACE = 5.0  # seconds for the other ranks, which hang as well, to write where they are
 SHOWN = 20  # ranks
 
@@ -28,22 +28,26 @@ class Watchdog:
 
     def __init__(self, folder: Path, limit: float, rank: int, awaited: Callable[[], list[str]]):
         self._folder, self._limit, self._rank, self._awaited = folder, limit, rank, awaited
-        self._closed = threading.Event()
+        self._closed, self._trained = threading.Event(), False
         self.at(STARTING, 0)
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def at(self, what: str, samples: int) -> None:
         """Note what begins now, at so many samples consumed."""
+        if what == TRAINING and not self._trained:
+            what, self._trained = FIRST, True  # it may compile
         self._now = what, samples, time.monotonic()
 
-    def close(self) -> None:
-        """Watch no more."""
+    def __enter__(self) -> "Watchdog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._closed.set()
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self._limit / 4)):
-            # A thread of Python's cannot run while C code keeps Python's lock; this one can, if it is not put off again.
+            # No thread of Python's runs while C code keeps Python's lock; this one does, if it is not put off again.
             faulthandler.dump_traceback_later(self._limit * 2 * max(LONGER.values()), exit=True, file=sys.__stderr__)
             what, samples, since = self._now
             seconds = time.monotonic() - since
