@@ -390,6 +390,20 @@ class GuardSettings(Settings):
     )
 
 
+class TrackSettings(Settings):
+    """Who shows the metrics besides ``metrics.jsonl``."""
+
+    tensorboard: bool = True
+    wandb: str | None = Field(None, description="project of Weights & Biases; WANDB_MODE=offline keeps it here")
+
+
+class ProfileSettings(Settings):
+    """Steps to record with torch.profiler, into the stage's ``profile/rank-R.json.gz``."""
+
+    first: int = Field(10, ge=0, description="steps after each start before those that are recorded")
+    steps: int = Field(0, ge=0)
+
+
 class CheckpointSettings(Settings):
     """When a checkpoint is written, and how many are kept (the best and the newest always are)."""
 
@@ -431,6 +445,8 @@ class TrainSettings(Settings):
     checkpoint: CheckpointSettings = CheckpointSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     guard: GuardSettings = GuardSettings()
+    track: TrackSettings = TrackSettings()
+    profile: ProfileSettings = ProfileSettings()
     watchdog: float = Field(
         600.0, gt=0, description="seconds that a step may take before the job is ended, each rank telling where it is"
     )

@@ -7,6 +7,7 @@ as does a rank that ends by an error. All read it.
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -17,6 +18,7 @@ from shards.errors import PatchmillError, StoppedOnRequestError
 BEAT = 5.0  # seconds between two signs of life
 GONE = 30.0  # seconds without one, and a rank is dead
 GRACE = 10.0  # seconds to end by itself, as a rank does that has the same error or none
+DONE = "done"
 _OF_OTHERS = ("gloo", "nccl", "connection", "peer", "socket", "store")  # in the words of an error of a collective
 
 
@@ -44,14 +46,19 @@ class Liveness:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        if error is not None and not isinstance(error, (StoppedOnRequestError, SystemExit)):
-            if isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _OF_OTHERS):
-                self._blame_others(error)
-            else:
-                self._tell(f"{self._who} ended: {error or type(error).__name__}")
+        failed = error is not None and not isinstance(error, (StoppedOnRequestError, SystemExit))
+        of_others = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _OF_OTHERS)
+        if of_others:
+            self._wait_for_the_reason()
+        elif failed:
+            self._tell(f"{self._who} ended: {error or type(error).__name__}")
         self._ended.set()
         self._thread.join(GRACE)
-        self._try(lambda: self._store.set(f"beat/{self._rank}", "done"))
+        self._try(self._done)
+        if failed:
+            self._linger()
+        if of_others:
+            raise PatchmillError(f"{self._reason or 'the ranks lost each other'}; run again to go on") from error
 
     def _watch(self) -> None:
         silent = 0.0
@@ -66,29 +73,38 @@ class Liveness:
         self._beats += 1
         self._store.set(f"beat/{self._rank}", str(self._beats))
 
+    def _done(self) -> None:
+        self._store.set(f"beat/{self._rank}", DONE)
+
     def _look(self) -> None:
         """See whether the others live (rank 0), and whether anybody says that the job is over (all)."""
         for other, (last, misses) in self._seen.items():
             beat = self._store.get(f"beat/{other}")
-            misses = misses + 1 if beat == last and beat != b"done" else 0
+            misses = misses + 1 if beat == last and beat != DONE.encode() else 0
             self._seen[other] = beat, misses
             if misses * BEAT >= GONE:
                 who = self._store.get(f"who/{other}").decode()
                 self._tell(f"{who} died: no sign of life for {misses * BEAT:.0f} s; its log may say why")
         if self._store.check(["end"]):
             self._reason = self._store.get("end").decode()
+            self._done()
 
     def _tell(self, reason: str) -> None:
         """Let all ranks know why the job is over; the first reason counts."""
         self._try(lambda: self._store.compare_set("end", "", reason))
 
-    def _blame_others(self, error: RuntimeError) -> NoReturn:
+    def _wait_for_the_reason(self) -> None:
         """Wait until it is known which rank's end this rank's collective failed of."""
-        for _ in range(int((GONE + 3 * BEAT) / BEAT)):
-            if self._reason or self._ended.wait(BEAT):
-                break
-        self._ended.set()
-        raise PatchmillError(f"{self._reason or 'the ranks lost each other'}; run again to go on") from error
+        deadline = time.monotonic() + GONE + 5 * BEAT
+        while not self._reason and time.monotonic() < deadline:
+            time.sleep(BEAT / 2)
+
+    def _linger(self) -> None:
+        """On rank 0, whose process has the store: stay until the others have read why the job is over."""
+        deadline, left = time.monotonic() + 3 * BEAT, set(self._seen)
+        while left and time.monotonic() < deadline:
+            left -= {other for other in left if self._store.get(f"beat/{other}") == DONE.encode()}
+            time.sleep(BEAT / 50)
 
     @staticmethod
     def _try(action: Callable[[], object]) -> bool:

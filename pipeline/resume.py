@@ -14,7 +14,7 @@ RULES = {
     "data.exclude": "refused", "data.window_bytes": "refused",
     "data": "free",  # data sets may move: the loader checks their digests, drop lists and weights
     "init": "free", "log_every": "free", "checkpoint": "free", "evaluate": "free",
-    "watchdog": "free", "guard": "allowed",
+    "watchdog": "free", "track": "free", "profile": "free", "guard": "allowed",
     "duration": "allowed", "global_batch": "allowed", "micro_batch": "allowed", "optim": "allowed",
     "schedule": "allowed", "engine": "allowed",
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a run says while it runs: JSON lines (the truth), TensorBoard (a mirror), and a progress line on stderr."""
+"""What a run says while it runs: JSON lines (the truth), what mirrors them, and a progress line on stderr."""
 
 import atexit
 import datetime
@@ -7,29 +7,38 @@ import os
 import sys
 import textwrap
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from pipeline.tracking import Mirror
 from shards.atomic import write_text
 
 BAR = 12  # columns
 
 
 class Telemetry:
-    """Rank 0 writes ``metrics.jsonl``, TensorBoard events where tensorboard is installed, and a progress line.
+    """Rank 0 writes ``metrics.jsonl``, and shows a progress line and mirrors of the file.
 
     A resumed run cuts what was logged after its checkpoint, so the file holds every step once.
+
+    Args:
+        out: Folder of the stage.
+        title: Of the progress line.
+        total: Samples of the whole stage.
+        start: Samples consumed where it goes on.
+        mirrors: That show the numbers too.
     """
 
-    def __init__(self, out: Path, title: str, total: int, start: int):
+    def __init__(self, out: Path, title: str, total: int, start: int, mirrors: Sequence[Mirror] = ()):
         self.path = out / "metrics.jsonl"
         kept = [line for line in read_metrics(self.path) if line["samples"] <= start]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
-        self.board = _tensorboard(out / "tensorboard", start)
+        self.mirrors = mirrors
         self.progress = Progress(
             TextColumn("[bold]{task.description}"), BarColumn(bar_width=BAR), TextColumn("{task.percentage:>3.0f}%"),
             TextColumn("{task.fields[text]}"),
@@ -44,10 +53,9 @@ class Telemetry:
         """Write one line of metrics at ``samples`` consumed."""
         self.file.write(json.dumps({"samples": samples, **values}) + "\n")
         self.file.flush()
-        if self.board is not None:
-            for key, value in values.items():
-                if isinstance(value, (int, float)):
-                    self.board.add_scalar(key, value, samples)
+        numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
+        for mirror in self.mirrors:
+            mirror.log(samples, numbers)
 
     def show(self, samples: int, values: dict[str, Any]) -> None:
         """Move the progress line; where stderr is no terminal, say it as a plain line every 15 seconds.
@@ -70,8 +78,8 @@ class Telemetry:
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
-        if self.board is not None:
-            self.board.close()
+        for mirror in self.mirrors:
+            mirror.close()
 
 
 def _in_words(values: dict[str, Any], seconds_left: float) -> list[str]:
@@ -111,11 +119,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             except ValueError:
                 break
     return lines
-
-
-def _tensorboard(folder: Path, start: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder), purge_step=start + 1)

@@ -27,8 +27,10 @@ from pipeline.microbatch import MicroBatch, micro_batches
 from pipeline.models import create_model
 from pipeline.objectives import create_objective
 from pipeline.prefetch import prefetched
+from pipeline.profiler import Profiler
 from pipeline.resume import check_resume
 from pipeline.telemetry import Telemetry
+from pipeline.tracking import mirrors
 from pipeline.troubles import RollBack, Troubles
 from pipeline.watchdog import Watchdog
 from pipeline.weights import Weights, first_values, resolve_model
@@ -110,9 +112,12 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
         provenance.note(out, settings, engine.configuration)
         checkpoint.clear_partial(out / "checkpoints")
         (out / "stopped.json").unlink(missing_ok=True)
-    telemetry = Telemetry(out, out.name, schedule.total, samples) if rank == 0 else None
-    if telemetry:
+    telemetry = None
+    if rank == 0:
+        telemetry = Telemetry(out, out.name, schedule.total, samples, mirrors(settings, out, samples))
         ending.callback(telemetry.close)
+    profiler = Profiler(out / "profile", settings.profile.first, settings.profile.steps)
+    ending.callback(profiler.close)
     flops = cost_of(**model_settings, corrupted=settings.masked_patch.share).training_flops(1)
     window = Window(settings, loader, flops / product_flops(settings.engine.precision))
     ending.enter_context(collected_between_steps())
@@ -149,6 +154,7 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
     micro_batch = settings.micro_batch or settings.global_batch // world_size
     path = loaded.path if loaded else None
     batches = ending.enter_context(closing(prefetched(iter(loader), prepare, distributed.device())))
+    watch.at(watchdog.WAITING, samples)
     window.open()
     while samples < schedule.total:
         batch = window.next(batches)
@@ -161,6 +167,7 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
         samples += settings.global_batch
         if not troubles.passes_over(samples):
             watch.at(watchdog.TRAINING, samples)
+            profiler.step()
             window.add(samples, engine.step(parts, loss_fn, schedule.rate(samples)))
             state["steps"] += 1
         watch.at(watchdog.WAITING, samples)

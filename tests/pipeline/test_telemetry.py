@@ -1,6 +1,7 @@
 import json
 
 from pipeline.telemetry import Telemetry, _folded, read_metrics
+from pipeline.tracking import TensorBoard
 
 
 def test_a_resumed_run_has_every_line_once(tmp_path):
@@ -23,8 +24,8 @@ def test_a_resumed_run_has_every_line_once(tmp_path):
 def test_tensorboard_mirrors_the_lines(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    telemetry = Telemetry(tmp_path, "x", total=10, start=0)
-    telemetry.log(5, {"loss": 0.25})
+    telemetry = Telemetry(tmp_path, "x", total=10, start=0, mirrors=[TensorBoard(tmp_path / "tensorboard", 0)])
+    telemetry.log(5, {"loss": 0.25, "grad_norm": None})
     telemetry.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(5, 0.25)]
