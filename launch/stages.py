@@ -45,6 +45,7 @@ class EvaluateStage(Settings):
     weights: str
     data: str
     batch: int = Field(64, gt=0)
+    view: Literal["resize", "center_crop"] = "resize"
     ema: bool = False
 
 
@@ -111,7 +112,8 @@ def _convert(s: ConvertStage, folder: Path, run: Path) -> list[str]:
 
 
 def _evaluate(s: EvaluateStage, folder: Path, run: Path) -> list[str]:
-    return ["evaluate", s.weights, s.data, "--batch", str(s.batch)] + (["--ema"] if s.ema else [])
+    arguments = ["evaluate", s.weights, s.data, "--batch", str(s.batch), "--view", s.view]
+    return arguments + (["--ema"] if s.ema else [])
 
 
 def _fewshot(s: FewshotStage, folder: Path, run: Path) -> list[str]:
