@@ -85,6 +85,7 @@ def train(name: str, out: Path, source: Path | None, steps: int) -> dict:
         engine.load(loaded.read)
         start = loaded.samples // GLOBAL_BATCH
     average = {name: tensor.numpy().astype(np.float64) for name, tensor in engine.weights(ema=source is not None)}
+    overflow = overflowed(engine, settings, numbers["depth"]) if settings.engine.precision == "float16" else None
     losses, norms, applied = [], [], []
     for number in range(start, start + steps):
         done = take(engine, settings, number, numbers["depth"])
@@ -113,7 +114,7 @@ def train(name: str, out: Path, source: Path | None, steps: int) -> dict:
         "first": first, "losses": losses, "norms": norms, "applied": applied, "weights": weights,
         "weights_after": digest(engine.weights()), "average_far": far,
         "plain_again": bool(torch.equal(plain, again)), "averaged_far": float((averaged - expected).abs().max()),
-        "averaged_differs": float((averaged - plain).abs().max()),
+        "averaged_differs": float((averaged - plain).abs().max()), "overflow": overflow,
     }  # fmt: skip
 
 
@@ -148,6 +149,15 @@ def take(engine, settings: TrainSettings, number: int, depth: int):
         return objective.loss(lambda images: model(images, draws=draws), images, labels)
 
     return engine.step(batches, loss_fn, lr=RATE)
+
+
+def overflowed(engine, settings: TrainSettings, depth: int) -> list:
+    """Take a step whose scaled gradients are not finite; tell what it changed."""
+    before, scale = digest(engine.weights()), engine.scale.value
+    engine.scale.value = 2.0**100
+    done = take(engine, settings, 0, depth)
+    halved, engine.scale.value = engine.scale.value, scale
+    return [bool(done.applied), float(done.loss), halved / 2.0**100, digest(engine.weights()) == before]
 
 
 def digest(weights) -> str:
