@@ -7,6 +7,7 @@ Each case takes three steps and is saved; then one more under the next case (the
 
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -25,6 +26,8 @@ MODEL = {
     "name": "vit_ti16", "image_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 3,
     "num_classes": 5, "drop_path": 0.1,
 }  # fmt: skip
+# What is smaller than a megabyte is never on NVMe.
+WIDE = MODEL | {"embed_dim": 192, "depth": 3, "mlp_dim": 1536}
 GLOBAL_BATCH, RATE, DECAY = 12, 0.01, 0.8
 # Without this, all parameters of so small a model stay gathered.
 PARTITIONED = {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
@@ -43,6 +46,13 @@ CASES = {
     **{f"zero{stage}-compile": {"zero_stage": stage, "compile": True} for stage in range(3)},
     "zero3-compile": {"zero_stage": 3, "compile": True, **PARTITIONED},
     "zero3-compile-recompute": {"zero_stage": 3, "compile": True, "recompute_every": 1, **PARTITIONED},
+}
+NVME = os.environ.get("NVME", "")
+CASES |= {
+    "accelerate-wide": {"kind": "accelerate"},
+    "optimizer-nvme-wide": {"zero_stage": 3, "offload_optimizer": NVME, **PARTITIONED},
+    "parameters-nvme-wide": {"zero_stage": 3, "offload_parameters": NVME, **PARTITIONED},
+    "both-nvme-wide": {"zero_stage": 3, "offload_optimizer": NVME, "offload_parameters": NVME, **PARTITIONED},
 }
 LOW = ("accelerate", "zero0", "zero1", "zero2", "zero3", "zero3-partitioned", "zero2-optimizer", "zero3-both",
        "zero3-recompute")  # fmt: skip
@@ -64,9 +74,10 @@ def train(name: str, out: Path, source: Path | None, steps: int) -> dict:
         "model": {"name": "vit_ti16"}, "optim": {"clip": 1.0, "weight_decay": 0.1, "ema": DECAY, "decay": "kernels"},
         "engine": CASES[name],
     }, "test")  # fmt: skip
+    numbers = WIDE if name.endswith("-wide") else MODEL
     with torch.device("meta"):
-        template = create_model(**MODEL, seed=None)
-    engine = new_engine(settings, template)
+        template = create_model(**numbers, seed=None)
+    engine = new_engine(settings, numbers, template)
     first = digest(engine.weights())
     start = 0
     if source is not None:
@@ -74,9 +85,10 @@ def train(name: str, out: Path, source: Path | None, steps: int) -> dict:
         engine.load(loaded.read)
         start = loaded.samples // GLOBAL_BATCH
     average = {name: tensor.numpy().astype(np.float64) for name, tensor in engine.weights(ema=source is not None)}
+    overflow = overflowed(engine, settings, numbers["depth"]) if settings.engine.precision == "float16" else None
     losses, norms, applied = [], [], []
     for number in range(start, start + steps):
-        done = take(engine, settings, number)
+        done = take(engine, settings, number, numbers["depth"])
         losses.append(float(done.loss))
         norms.append(float(done.grad_norm))
         applied.append(bool(done.applied))
@@ -92,7 +104,7 @@ def train(name: str, out: Path, source: Path | None, steps: int) -> dict:
         with engine.averaged():
             averaged = engine.model(images).float()
         again = engine.model(images).float()
-    model = create_model(**MODEL, seed=None)
+    model = create_model(**numbers, seed=None)
     model.load_state_dict({name: torch.from_numpy(value).float() for name, value in average.items()})
     with torch.no_grad():
         expected = model.eval()(images)
@@ -102,18 +114,18 @@ def train(name: str, out: Path, source: Path | None, steps: int) -> dict:
         "first": first, "losses": losses, "norms": norms, "applied": applied, "weights": weights,
         "weights_after": digest(engine.weights()), "average_far": far,
         "plain_again": bool(torch.equal(plain, again)), "averaged_far": float((averaged - expected).abs().max()),
-        "averaged_differs": float((averaged - plain).abs().max()),
+        "averaged_differs": float((averaged - plain).abs().max()), "overflow": overflow,
     }  # fmt: skip
 
 
-def new_engine(settings: TrainSettings, template):
+def new_engine(settings: TrainSettings, numbers: dict, template):
     def value_of(name: str, shape: tuple) -> torch.Tensor:
         if name == "head.weight":  # a zero head would pass no gradient on, and Adam would take noise for one
-            return torch.linspace(-1, 1, 5 * 24).sin().reshape(shape)
+            return torch.linspace(-1, 1, shape[0] * shape[1]).sin().reshape(shape)
         return initial_value(template, name, shape, seed=0)
 
     def build():
-        return create_model(**MODEL, seed=None)
+        return create_model(**numbers, seed=None)
 
     if settings.engine.precision == "float16":  # refused on a CPU, but it runs
         from pipeline.engines.deepspeed import DeepSpeedEngine
@@ -123,12 +135,12 @@ def new_engine(settings: TrainSettings, template):
     return create_engine(build, value_of, settings)
 
 
-def take(engine, settings: TrainSettings, number: int):
+def take(engine, settings: TrainSettings, number: int, depth: int):
     rank, world_size = distributed.rank(), distributed.world_size()
     generator = torch.Generator().manual_seed(number)
     images = torch.randn(GLOBAL_BATCH, 3, 16, 16, generator=generator)[rank::world_size]
     labels = torch.randint(0, 5, (GLOBAL_BATCH,), generator=generator)[rank::world_size]
-    draws = torch.rand(GLOBAL_BATCH, MODEL["depth"], 2, generator=generator)[rank::world_size]
+    draws = torch.rand(GLOBAL_BATCH, depth, 2, generator=generator)[rank::world_size]
     objective = Supervised(settings, None, 5)
     batches = list(zip(*(each.split(2) for each in (images, labels, draws)), strict=True))
 
@@ -137,6 +149,15 @@ def take(engine, settings: TrainSettings, number: int):
         return objective.loss(lambda images: model(images, draws=draws), images, labels)
 
     return engine.step(batches, loss_fn, lr=RATE)
+
+
+def overflowed(engine, settings: TrainSettings, depth: int) -> list:
+    """Take a step whose scaled gradients are not finite; tell what it changed."""
+    before, scale = digest(engine.weights()), engine.scale.value
+    engine.scale.value = 2.0**100
+    done = take(engine, settings, 0, depth)
+    halved, engine.scale.value = engine.scale.value, scale
+    return [bool(done.applied), float(done.loss), halved / 2.0**100, digest(engine.weights()) == before]
 
 
 def digest(weights) -> str:
