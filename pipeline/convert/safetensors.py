@@ -7,7 +7,7 @@ from torch import nn
 
 from pipeline import checkpoint
 from pipeline.models import create_model
-from pipeline.weights import Weights, write_weights
+from pipeline.weights import DECODER, Weights, write_weights
 from shards.errors import UserError
 
 
@@ -44,15 +44,15 @@ def find_checkpoint(source: str | Path, which: str = "latest") -> checkpoint.Che
 
 
 def to_safetensors(source: str | Path, destination: str | Path, which: str = "latest") -> dict:
-    """Convert a checkpoint, whatever engine, ZeRO stage and number of ranks wrote it.
+    """Convert a checkpoint, whatever engine, ZeRO stage and number of ranks wrote it; a decoder stays behind.
 
     Returns:
         ``weights`` (path), ``samples``, ``parameters`` (their number).
     """
     found = find_checkpoint(source, which)
-    tensors = dict(found.weights())
+    tensors = {name: tensor for name, tensor in found.weights() if not name.startswith(DECODER)}
     note = {
-        "model": found.state["model"],
+        "model": {key: value for key, value in found.state["model"].items() if not key.startswith("decoder_")},
         "classes": found.state["classes"],
         "samples": found.samples,
         "val": found.state["val"],
