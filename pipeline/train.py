@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline import checkpoint, distributed, provenance, stop
+from pipeline import checkpoint, distributed, patience, provenance, stop
 from pipeline.config import TrainSettings
 from pipeline.data import open_data
 from pipeline.droppath import drop_path_draws
@@ -47,7 +47,8 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
         out: The stage's folder: checkpoints, metrics and settings go there.
 
     Returns:
-        ``samples``, ``steps``, ``val`` and ``best`` metrics, ``checkpoint`` (path), ``images_per_second``.
+        ``samples``, ``steps``, ``val`` and ``best`` metrics, ``checkpoint`` (path),
+        ``images_per_second``, and ``early``: patience ended it before its duration.
 
     Raises:
         UserError: Anything wrong with settings, data or weights, before the first step.
@@ -59,7 +60,8 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
     loaded = checkpoint.newest(out / "checkpoints")
     if rank == 0 and loaded is None:
         (out / "quarantine.jsonl").unlink(missing_ok=True)  # of a run that nothing is left of
-    state: dict[str, Any] = {"steps": 0, "best": None, "val": None, "first_batch": settings.global_batch}
+    state: dict[str, Any] = {"steps": 0, "best": None, "val": None, "worse": 0}
+    state["first_batch"] = settings.global_batch
     if loaded is not None:
         check_resume(settings, loaded)
         state |= {key: loaded.state[key] for key in state if key in loaded.state}
@@ -116,17 +118,14 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
         state["val"] = objective.evaluate(engine.model, data.held_out)
         if telemetry:
             telemetry.log(samples, {f"val_{key}": value for key, value in state["val"].items()})
-        if state["best"] is not None and not objective.better(state["val"], state["best"]):
-            return False
-        state["best"] = {"samples": samples, **state["val"]}
-        return True
+        return patience.note_best(state, samples, objective.better)
 
     # ---- the loop
     micro_batch = settings.micro_batch or settings.global_batch // world_size
     path = loaded.path if loaded else None
     batches = prefetched(iter(loader), prepare, distributed.device())
     window = Window(settings, loader)
-    while samples < schedule.total:
+    while samples < schedule.total and not patience.lost(settings, state):
         if (batch := window.next(batches)) is None:
             raise UserError(
                 f"{settings.data.train} ended at {samples} of {schedule.total} samples, saved in {save(False)}; give "
@@ -162,7 +161,7 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
         best = evaluating and evaluate()
         if telemetry:
             telemetry.show(samples, {**values, "val_top1": state["val"] and state["val"].get("top1")})
-        if saving or best or stopping:
+        if saving or best or stopping or patience.lost(settings, state):
             path = save(best)
         if stopping and samples < schedule.total:
             if telemetry:
@@ -176,5 +175,6 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
         telemetry.close()
     return {
         "samples": samples, "steps": state["steps"], "val": state["val"], "best": state["best"],
+        "early": patience.lost(settings, state),
         "checkpoint": str(path), "images_per_second": window.images / window.seconds if window.images else None,
     }  # fmt: skip
