@@ -18,6 +18,7 @@ from pipeline.config import TrainSettings
 from pipeline.data import open_data
 from pipeline.droppath import drop_path_draws
 from pipeline.engines import create_engine
+from pipeline.evaluate.probe import Probe
 from pipeline.models import create_model
 from pipeline.objectives import create_objective
 from pipeline.prefetch import prefetched
@@ -47,7 +48,7 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
         out: The stage's folder: checkpoints, metrics and settings go there.
 
     Returns:
-        ``samples``, ``steps``, ``val`` and ``best`` metrics, ``checkpoint`` (path),
+        ``samples``, ``steps``, ``val`` and ``best`` metrics, what probes found last, ``checkpoint`` (path),
         ``images_per_second``, and ``early``: patience ended it before its duration.
 
     Raises:
@@ -60,12 +61,13 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
     loaded = checkpoint.newest(out / "checkpoints")
     if rank == 0 and loaded is None:
         (out / "quarantine.jsonl").unlink(missing_ok=True)  # of a run that nothing is left of
-    state: dict[str, Any] = {"steps": 0, "best": None, "val": None, "worse": 0}
+    state: dict[str, Any] = {"steps": 0, "best": None, "val": None, "worse": 0, "probe": {}}
     state["first_batch"] = settings.global_batch
     if loaded is not None:
         check_resume(settings, loaded)
         state |= {key: loaded.state[key] for key in state if key in loaded.state}
     data = open_data(settings, out, state["first_batch"])
+    probe = Probe(settings) if settings.probe else None
     loader, schedule = data.loader, data.schedule
 
     # ---- model, objective, engine
@@ -142,7 +144,8 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
 
         saving = schedule.due("save", samples)
         evaluating = data.held_out is not None and schedule.due("evaluate", samples)
-        if not (saving or evaluating or schedule.due("log", samples)):
+        probing = schedule.due("probe", samples)
+        if not (saving or evaluating or probing or schedule.due("log", samples)):
             continue  # nothing below touches the hot path
 
         # A save or an evaluation ends the logging window too, so a resumed run logs the same lines.
@@ -159,8 +162,10 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
         if telemetry:
             telemetry.log(samples, values)
         best = evaluating and evaluate()
+        if probing:
+            state["probe"] = probe.measure(engine.model, samples, telemetry)
         if telemetry:
-            telemetry.show(samples, {**values, "val_top1": state["val"] and state["val"].get("top1")})
+            telemetry.show(samples, {**values, "val_top1": state["val"] and state["val"].get("top1"), **state["probe"]})
         if saving or best or stopping or patience.lost(settings, state):
             path = save(best)
         if stopping and samples < schedule.total:
@@ -174,7 +179,7 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
     if telemetry:
         telemetry.close()
     return {
-        "samples": samples, "steps": state["steps"], "val": state["val"], "best": state["best"],
+        "samples": samples, "steps": state["steps"], "val": state["val"], "best": state["best"], **state["probe"],
         "early": patience.lost(settings, state),
         "checkpoint": str(path), "images_per_second": window.images / window.seconds if window.images else None,
     }  # fmt: skip
