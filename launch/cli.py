@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -108,6 +108,9 @@ def evaluate(
     weights: Annotated[Path, typer.Argument(help="Weights, checkpoint, or folder of a training stage.")],
     data: Annotated[str, typer.Argument(help="Data set.")],
     batch: Annotated[int, typer.Option(min=1, help="Images a rank takes at once.")] = 64,
+    view: Annotated[
+        Literal["resize", "center_crop"], typer.Option(help="The whole image, squeezed; or its middle.")
+    ] = "resize",
     as_json: Json = False,
 ) -> None:
     """Evaluate every image of a data set exactly once, on any number of ranks."""
@@ -121,7 +124,7 @@ def evaluate(
     check_classes(classes, dataset)
     distributed.start()
     try:
-        _print(classify(model.to(distributed.device()), dataset, model.image_size, batch), as_json)
+        _print(classify(model.to(distributed.device()), dataset, model.image_size, batch, view=view), as_json)
     finally:
         distributed.finish()
 

@@ -44,6 +44,7 @@ class EvaluateStage(Settings):
     weights: str
     data: str
     batch: int = Field(64, gt=0)
+    view: Literal["resize", "center_crop"] = "resize"
 
 
 class FewshotStage(Settings):
@@ -108,7 +109,7 @@ def _convert(s: ConvertStage, folder: Path, run: Path) -> list[str]:
 
 
 def _evaluate(s: EvaluateStage, folder: Path, run: Path) -> list[str]:
-    return ["evaluate", s.weights, s.data, "--batch", str(s.batch)]
+    return ["evaluate", s.weights, s.data, "--batch", str(s.batch), "--view", s.view]
 
 
 def _fewshot(s: FewshotStage, folder: Path, run: Path) -> list[str]:

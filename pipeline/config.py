@@ -459,6 +459,14 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of a nested table by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
 def override(table: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
     """Lay ``key.sub=value`` assignments over a table; values are TOML, and a bare word is a string."""
     for text in assignments:

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import Field
 
-from pipeline.config import Settings, TrainSettings, check, merge, nearest, read_toml
+from pipeline.config import Settings, TrainSettings, check, flat, merge, nearest, read_toml
 from shards.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -110,20 +110,13 @@ def read_settings(config: str | Path) -> tuple[dict[str, Any], About | None]:
 
 def _combined(sweep: dict[str, Any] | list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return every combination of a sweep's tables, as settings by dotted key."""
-    axes = [list(_together(_dotted(table))) for table in (sweep if isinstance(sweep, list) else [sweep])]
+    axes = [list(_together(flat(table))) for table in (sweep if isinstance(sweep, list) else [sweep])]
     return [{key: value for each in combination for key, value in each.items()} for combination in product(*axes)]
 
 
 def _together(values: dict[str, list[Any]]) -> list[dict[str, Any]]:
     """Return the settings of one table of a sweep, the n-th values of all in the n-th."""
     return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)] or [{}]
-
-
-def _dotted(table: dict[str, Any], prefix: str = "") -> dict[str, list[Any]]:
-    flat: dict[str, list[Any]] = {}
-    for key, value in table.items():
-        flat |= _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _assignments(changed: dict[str, Any]) -> list[str]:

@@ -1,11 +1,10 @@
 """Which settings may change when a run goes on: free, allowed (and told), or refused. One table says which."""
 
 import sys
-from typing import Any
 
 from pipeline import distributed
 from pipeline.checkpoint import Checkpoint
-from pipeline.config import TrainSettings
+from pipeline.config import TrainSettings, flat
 from shards.errors import UserError
 
 RULES = {
@@ -28,8 +27,8 @@ def check_resume(settings: TrainSettings, loaded: Checkpoint) -> None:
     Raises:
         UserError: A refused setting changed: with it, the run would silently be another one.
     """
-    before = _flat(loaded.state["settings"])
-    now = _flat(settings.model_dump(mode="json"))
+    before = flat(loaded.state["settings"])
+    now = flat(settings.model_dump(mode="json"))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) == now.get(key):
             continue
@@ -44,10 +43,3 @@ def check_resume(settings: TrainSettings, loaded: Checkpoint) -> None:
             change += f"; in duration, warmup and milestones a step stays {first} samples"
         if rule == "allowed" and distributed.rank() == 0:
             print(f"going on from {loaded.path.name} with {change}", file=sys.stderr)
-
-
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

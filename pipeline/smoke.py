@@ -16,6 +16,7 @@ import torch
 from pipeline import distributed
 from pipeline.config import DataSettings, Duration, TrainSettings, check, merge
 from pipeline.models import MODELS, create_model
+from pipeline.models.hybrid import downsampling
 from pipeline.recipe import PLACES, About
 from pipeline.train import train
 from pipeline.weights import Weights, check_model, write_weights
@@ -138,7 +139,7 @@ def _pixels_a_patch(model: dict[str, Any]) -> int:
     """Return how many pixels along a side a token, or a pixel of a ResNet's last map, stands for."""
     full = _sizes(model)
     units = full.get("units", full.get("backbone"))
-    return full.get("patch_size", 1) * (1 if units is None else 4 * 2 ** max(len(units) - 1, 0))
+    return full.get("patch_size", 1) * (1 if units is None else downsampling(units))
 
 
 def _scaled(data: DataSettings, resolution: int) -> int | None:

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from pipeline.models import onednn
 from shards.errors import UserError
 
 Fill = Callable[[Tensor, torch.Generator], Tensor]
@@ -71,6 +72,12 @@ class Linear(nn.Linear):
     def __init__(self, inputs: int, outputs: int, *, weight: Fill, bias: Fill | None = zeros):
         super().__init__(inputs, outputs, bias=bias is not None)
         self.begin = {"weight": weight, "bias": bias}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., inputs] to [..., outputs]."""
+        if onednn.pays(x, self.weight):
+            return onednn.linear(x, self.weight, self.bias)
+        return super().forward(x)
 
     def reset_parameters(self) -> None:
         """Leave the memory as it is."""

@@ -88,13 +88,15 @@ def test_bad_settings(data, tmp_path):
 
 def test_a_checkpoint_of_another_model(data, tmp_path):
     (tmp_path / "c.toml").write_text(TRAIN.format(train=data / "set/train", val=data / "set/val"))
-    done = patchmill("train", "c.toml", "--out", "run", "--json", cwd=tmp_path)
+    done = patchmill("train", "c.toml", "evaluate.view=center_crop", "--out", "run", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["val"]["images"] > 0
 
     done = patchmill("convert", "run", "w.safetensors", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    evaluated = patchmill("evaluate", "w.safetensors", data / "set" / "val", "--json", cwd=tmp_path)
+    val = ("evaluate", "w.safetensors", data / "set" / "val", "--json")
+    evaluated = patchmill(*val, "--view", "center_crop", cwd=tmp_path)
+    assert json.loads(evaluated.stdout)["loss"] != json.loads(patchmill(*val, cwd=tmp_path).stdout)["loss"]
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     for key, value in json.loads(evaluated.stdout).items():
         assert value == pytest.approx(last[f"val_{key}"])

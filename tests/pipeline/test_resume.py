@@ -2,8 +2,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.config import TrainSettings, check, merge
-from pipeline.resume import RULES, _flat, check_resume
+from pipeline.config import TrainSettings, check, flat, merge
+from pipeline.resume import RULES, check_resume
 from shards.errors import UserError
 
 BASE = {"duration": "2 epochs", "global_batch": 8, "data": {"train": "a"}, "model": {"name": "vit_b16"}}
@@ -50,5 +50,5 @@ def test_what_is_free_is_silent(over, capsys):
 
 
 def test_the_table_covers_every_setting():
-    for key in _flat(settings().model_dump(mode="json")):
+    for key in flat(settings().model_dump(mode="json")):
         assert [rule for rule in RULES if key == rule or key.startswith(f"{rule}.")], key
