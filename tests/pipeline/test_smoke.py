@@ -10,14 +10,13 @@ import pytest
 import torch
 
 import pipeline.objectives
-from pipeline.config import TrainSettings, check, merge
+from pipeline.config import TrainSettings, check, flat, merge
 from pipeline.corruption import MASK, corruption
 from pipeline.models import MODELS
 from pipeline.objectives.mae import MaskedAutoencoding
 from pipeline.objectives.masked_patch import MaskedPatch
 from pipeline.objectives.supervised import Supervised
 from pipeline.recipe import read_recipe, read_settings, recipe_names
-from pipeline.resume import _flat
 from pipeline.schedule import Schedule
 from pipeline.smoke import shrink, smoke_run
 from pipeline.weights import check_model
@@ -46,7 +45,7 @@ def test_only_depth_width_resolution_batch_and_steps_shrink(name):
     full = recipe.checked
     weights = None if full.model.name else {"name": recipe.about.model, "image_size": 224}
     small = shrink(full, weights=weights)
-    before, after = (_flat(each.model_dump(mode="json")) for each in (full, small))
+    before, after = (flat(each.model_dump(mode="json")) for each in (full, small))
     assert {key for key in before | after if before.get(key) != after.get(key)} <= MAY_SHRINK
     assert (small.duration, small.global_batch) == ("6 steps", 8)
     assert small.data.resolution < full.data.resolution
