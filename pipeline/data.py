@@ -16,6 +16,7 @@ from shards.dataset import Dataset
 from shards.errors import UserError
 from shards.ledger import new_segment
 from shards.loader import Loader
+from shards.manylabels import Accepts
 from shards.mixture import Mixture
 from shards.names import sample_names
 from shards.processloader import ProcessLoader
@@ -59,7 +60,7 @@ def open_data(settings: TrainSettings, out: Path, first_batch: int) -> TrainingD
     options = {
         "global_batch": settings.global_batch, "rank": distributed.rank(), "world_size": distributed.world_size(),
         "seed": settings.seed, "transform": training_transform(data), "threads": data.threads,
-        "quarantine": out / "quarantine.jsonl",
+        "quarantine": out / "quarantine.jsonl", "labels": _labels(settings),
     }  # fmt: skip
     if is_stream(data.train):
         if held_out is None:
@@ -85,6 +86,11 @@ def open_data(settings: TrainSettings, out: Path, first_batch: int) -> TrainingD
     )  # fmt: skip
     names = partial(sample_names, dataset, dataset.order(settings.seed, data.window_bytes))
     return TrainingData(loader, dataset.classes, len(dataset), held_out, schedule, names)
+
+
+def _labels(settings: TrainSettings) -> Accepts:
+    """Return how many labels an image may have: to a softmax one without is nothing, and elsewhere it serves."""
+    return "some" if settings.kind in ("supervised", "finetune") and settings.loss == "softmax" else "any"
 
 
 def training_set(data: DataSettings) -> Dataset | Mixture:

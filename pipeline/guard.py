@@ -50,6 +50,7 @@ class Guard:
         """Return what it remembers, for a checkpoint."""
         return {"sums": self._sums.tolist()}
 
-    def load_state_dict(self, state: dict[str, list]) -> None:
-        """Go on with what a checkpoint remembers."""
-        self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
+    def load_state_dict(self, state: dict[str, list] | None) -> None:
+        """Go on with what a checkpoint remembers; one from before there was a guard remembers nothing."""
+        if state is not None:
+            self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))

@@ -9,11 +9,12 @@ from shards.errors import UserError
 
 RULES = {
     "kind": "refused", "seed": "refused", "loss": "refused", "label_smoothing": "refused", "masked_patch": "refused",
+    "mae": "refused",
     "model": "refused", "optim.name": "refused", "data.resolution": "refused", "data.augment": "refused",
     "data.crop_area": "refused", "data.scaled_decoding": "refused", "data.resize": "refused", "data.mixup": "refused",
     "data.exclude": "refused", "data.window_bytes": "refused",
     "data": "free",  # data sets may move: the loader checks their digests, drop lists and weights
-    "init": "free", "log_every": "free", "checkpoint": "free", "evaluate": "free",
+    "init": "free", "log_every": "free", "checkpoint": "free", "evaluate": "free", "probe": "free",
     "watchdog": "free", "track": "free", "profile": "free", "guard": "allowed",
     "duration": "allowed", "global_batch": "allowed", "micro_batch": "allowed", "optim": "allowed",
     "schedule": "allowed", "engine": "allowed",

@@ -62,7 +62,7 @@ class Telemetry:
 
         Args:
             samples: Consumed.
-            values: As ``Window.measure`` returns them, and ``val_top1`` or None.
+            values: As ``Window.measure`` returns them, ``val_top1`` or None, and what probes found.
         """
         speed = values["images_per_second"]  # 0 where all batches were passed over
         text = _in_words(values, (self.total - samples) / speed if speed else 0.0)
@@ -88,6 +88,7 @@ def _in_words(values: dict[str, Any], seconds_left: float) -> list[str]:
     text = ["no step taken" if values["loss"] is None else f"loss {values['loss']:.3f}"]
     if values["val_top1"] is not None:
         text.append(f"top-1 {values['val_top1']:.1%}")
+    text += [f"{key.removeprefix('probe_')} {value:.1%}" for key, value in values.items() if key.startswith("probe_")]
     text += [f"{values['images_per_second']:,.0f} images/s", f"{left} left", f"waiting {values['data_wait']:.0%}"]
     speed = values["mb_per_second"]
     text += [f"decoding {values['decode_share']:.0%}", f"{speed:,.0f} MB/s" if speed >= 10 else f"{speed:.1f} MB/s"]

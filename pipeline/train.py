@@ -6,7 +6,7 @@ Where it stands is one integer, the samples consumed; schedules, saves and evalu
 
 import gc
 import json
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline import checkpoint, distributed, provenance, stop, watchdog
+from pipeline import checkpoint, distributed, patience, provenance, stop, watchdog
 from pipeline.ceiling import product_flops
 from pipeline.config import TrainSettings
 from pipeline.data import open_data
@@ -32,6 +32,7 @@ from pipeline.resume import check_resume
 from pipeline.telemetry import Telemetry
 from pipeline.tracking import mirrors
 from pipeline.troubles import RollBack, Troubles
+from pipeline.validation import Validation
 from pipeline.watchdog import Watchdog
 from pipeline.weights import Weights, first_values, resolve_model
 from pipeline.window import Window
@@ -49,7 +50,8 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
 
     Returns:
         ``samples``, ``steps``, ``val`` and ``best`` metrics, ``checkpoint`` (path), ``images_per_second``, how many
-        steps were ``skipped`` since it last started, and the intervals of samples ``passed_over``.
+        steps were ``skipped`` since it last started, the intervals of samples ``passed_over``, what probes found last,
+        and ``early``: patience ended it before its duration.
 
     Raises:
         UserError: Anything wrong with settings, data or weights, before the first step.
@@ -72,7 +74,8 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
     loaded = checkpoint.newest(out / "checkpoints")
     if rank == 0 and loaded is None:
         (out / "quarantine.jsonl").unlink(missing_ok=True)  # of a run that nothing is left of
-    state: dict[str, Any] = {"steps": 0, "best": None, "val": None, "first_batch": settings.global_batch}
+    state: dict[str, Any] = {"steps": 0, "best": None, "val": None, "worse": 0, "probe": {}}
+    state["first_batch"] = settings.global_batch
     if loaded is not None:
         check_resume(settings, loaded)
         state |= {key: loaded.state[key] for key in state if key in loaded.state}
@@ -80,6 +83,7 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
     loader, schedule = data.loader, data.schedule
     watch = ending.enter_context(Watchdog(out / "logs", settings.watchdog, rank, loader.awaited))
     troubles = Troubles(settings, out, data.names)
+    validation = Validation(settings, data.held_out, schedule, state)
 
     # ---- model, objective, engine
     init = Weights(settings.init) if settings.init else None
@@ -106,7 +110,7 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
     if loaded is not None:
         loader.load_state_dict(loaded.state["loader"], settings.data.allow_decoder_change)
         engine.load(loaded.read)
-        guard.load_state_dict(loaded.state["guard"])
+        guard.load_state_dict(loaded.state.get("guard"))
     samples = loader.state_dict()["samples"]
     if rank == 0:
         provenance.note(out, settings, engine.configuration)
@@ -118,7 +122,7 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
         ending.callback(telemetry.close)
     profiler = Profiler(out / "profile", settings.profile.first, settings.profile.steps)
     ending.callback(profiler.close)
-    flops = cost_of(**model_settings, corrupted=settings.masked_patch.share).training_flops(1)
+    flops = cost_of(**model_settings, hidden=settings.hidden_share).training_flops(1)
     window = Window(settings, loader, flops / product_flops(settings.engine.precision))
     ending.enter_context(collected_between_steps())
     stop.listen()
@@ -137,26 +141,13 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
             checkpoint.prune(out / "checkpoints", settings.checkpoint.keep)
         return path
 
-    def evaluate() -> bool:
-        """Evaluate the held-out set; return whether it is the best so far."""
-        watch.at(watchdog.EVALUATING, samples)
-        engine.model.eval()
-        with engine.averaged() if settings.evaluate.ema else nullcontext():
-            state["val"] = objective.evaluate(engine.model, data.held_out)
-        if telemetry:
-            telemetry.log(samples, {f"val_{key}": value for key, value in state["val"].items()})
-        if state["best"] is not None and not objective.better(state["val"], state["best"]):
-            return False
-        state["best"] = {"samples": samples, **state["val"]}
-        return True
-
     # ---- the loop
     micro_batch = settings.micro_batch or settings.global_batch // world_size
     path = loaded.path if loaded else None
     batches = ending.enter_context(closing(prefetched(iter(loader), prepare, distributed.device())))
     watch.at(watchdog.WAITING, samples)
     window.open()
-    while samples < schedule.total:
+    while samples < schedule.total and not patience.lost(settings, state):
         batch = window.next(batches)
         if batch is None:
             raise UserError(
@@ -172,9 +163,8 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
             state["steps"] += 1
         watch.at(watchdog.WAITING, samples)
 
-        saving = schedule.due("save", samples)
-        evaluating = data.held_out is not None and schedule.due("evaluate", samples)
-        if not (saving or evaluating or schedule.due("log", samples)):
+        saving, validating = schedule.due("save", samples), validation.due(samples)
+        if not (saving or validating or schedule.due("log", samples)):
             continue  # nothing below touches the hot path
 
         # A save or an evaluation ends the logging window too, so a resumed run logs the same lines.
@@ -186,10 +176,11 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
         }  # fmt: skip
         if telemetry:
             telemetry.log(samples, values)
-        best = evaluating and evaluate()
+        watch.at(watchdog.EVALUATING, samples)
+        best = validating and validation.measure(engine, objective, samples, telemetry)
         if telemetry:
-            telemetry.show(samples, {**values, "val_top1": state["val"] and state["val"].get("top1")})
-        if (saving and not troubles.now) or best or stopping:
+            telemetry.show(samples, {**values, **validation.shown()})
+        if (saving and not troubles.now) or best or stopping or patience.lost(settings, state):
             path = save(best)
         if stopping and samples < schedule.total:
             if telemetry:
@@ -200,7 +191,8 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
         window.open()
 
     return {
-        "samples": samples, "steps": state["steps"], "val": state["val"], "best": state["best"],
+        "samples": samples, "steps": state["steps"], "val": state["val"], "best": state["best"], **state["probe"],
         "checkpoint": str(path), "images_per_second": window.images / window.seconds if window.images else None,
         "skipped": troubles.skipped, "passed_over": troubles.passed_over,
+        "early": patience.lost(settings, state),
     }  # fmt: skip

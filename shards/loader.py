@@ -18,6 +18,7 @@ from shards.decode import DECODER, DecodeError
 from shards.errors import PatchmillError
 from shards.identity import check_identity
 from shards.ledger import Ledger
+from shards.manylabels import Accepts
 from shards.meter import Counts, Meter
 from shards.mixture import Mixture
 from shards.names import tar_name
@@ -35,7 +36,7 @@ class Loader:
     where the stream stands; its threads end when the iterator is closed or let go.
 
     Args:
-        dataset: Single-label samples, of one data set or of a mixture.
+        dataset: Samples of one data set or of a mixture.
         global_batch: Samples a step over all ranks.
         transform: Makes squares of images; one of yours will do, see ``Transform`` in shards/augment.py.
         rank: Of this process.
@@ -54,6 +55,8 @@ class Loader:
         allocate: Makes the uint8 array of a batch from its shape, uninitialised; for pinned memory.
         cache: For the chunks of remote data, on this machine.
         cache_ranks: Those of the ranks that share the cache: the ones of this machine; None: all.
+        labels: How many a sample may have: "one", exactly; "some", one at least; or "any" number. ``Batch`` says how
+            each comes.
 
     Attributes:
         order: The order it follows.
@@ -86,6 +89,7 @@ class Loader:
         allocate: Callable[[tuple[int, ...]], np.ndarray] = host_array,
         cache: ChunkCache | None = None,
         cache_ranks: Sequence[int] | None = None,
+        labels: Accepts = "one",
     ):
         self.dataset, self.transform, self.seed = dataset, transform, seed
         self.rank, self.world_size, self.threads, self.prefetch = rank, world_size, threads, prefetch
@@ -94,7 +98,7 @@ class Loader:
         self.samples = 0
         self.stop = stop
         self.replaced = 0
-        self.cache, self._cache_ranks = cache, cache_ranks
+        self.cache, self._cache_ranks, self._accepts = cache, cache_ranks, labels
         self._quarantine = Quarantine(quarantine, dataset)
         self._ledger = Ledger(ledger, dataset, self.order, rank, world_size) if ledger else None
         self._meter, self._allocate = Meter(), allocate
@@ -183,8 +187,9 @@ class Loader:
     def _begin(self, pool: ThreadPoolExecutor, read: Callable[[int, int], Sample], position: int) -> Work:
         positions = rank_positions(position, self.global_batch, self.rank, self.world_size)
         return Work(
-            pool, self._meter, self._allocate, read, self.transform, self.seed, positions, *self.order.locate(positions)
-        )
+            pool, self._meter, self._allocate, read, self.transform, self.seed, positions,
+            *self.order.locate(positions), self._accepts,
+        )  # fmt: skip
 
     def _replace(self, work: Work, broken: Broken) -> None:
         """Put the first stand-in that decodes into the row of a broken sample, under the row's own key."""
