@@ -28,7 +28,8 @@ def check_resume(settings: TrainSettings, loaded: Checkpoint) -> None:
     Raises:
         UserError: A refused setting changed: with it, the run would silently be another one.
     """
-    before = flat(loaded.state["settings"])
+    # Settings that a checkpoint is older than have their defaults.
+    before = flat(TrainSettings.model_validate(loaded.state["settings"]).model_dump(mode="json"))
     now = flat(settings.model_dump(mode="json"))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) == now.get(key):

@@ -1,6 +1,6 @@
 import json
 
-from pipeline.telemetry import Telemetry, _folded, read_metrics
+from pipeline.telemetry import Telemetry, _folded, _in_words, read_metrics
 from pipeline.tracking import TensorBoard
 
 
@@ -55,6 +55,8 @@ def test_what_not_every_run_has_is_said_where_it_is(tmp_path, capsys):
     telemetry.show(10, {**VALUES, "quarantined": 0, "cache_hit_share": 0.931, "retries": 12, "skipped": 2})
     telemetry.close()
     assert capsys.readouterr().err.endswith("decoding 44%  1,060 MB/s  cache 93%  skipped 2  retried 12\n")
+    probed = _in_words({**VALUES, "probe_5shot": 0.25, "probe_linear": 0.5}, 10.0)
+    assert probed[1:4] == ["top-1 55.1%", "5shot 25.0%", "linear 50.0%"]
 
 
 def test_where_no_step_was_taken(tmp_path, capsys):
