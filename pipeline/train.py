@@ -90,6 +90,7 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
     if loaded is not None:
         loader.load_state_dict(loaded.state["loader"], settings.data.allow_decoder_change)
         engine.load(loaded.read)
+        loaded.close()
     samples = loader.state_dict()["samples"]
     if rank == 0:
         provenance.note(out, settings, engine.configuration)
