@@ -215,6 +215,10 @@ class Checkpoint:
                 numel *= size
             yield name, self.read("ema" if ema else "weight", name, 0, numel).reshape(shape)
 
+    def close(self) -> None:
+        """Let go of the files: what was read of them counts as this process's memory."""
+        self._open, self._where = {}, {}
+
     def _index(self) -> None:
         for file in self.files:
             opened = safe_open(self.path / file["name"], framework="pt")

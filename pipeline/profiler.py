@@ -28,11 +28,16 @@ class Profiler:
             self._profile = profile(activities=[ProfilerActivity.CPU, *gpu], record_shapes=True)
             self._profile.start()
         elif self._taken == self._last and self._profile is not None:
-            self.close()
+            self._write()
         self._taken += 1
 
-    def close(self) -> None:
-        """Write what was recorded, also if the run ends earlier."""
+    def __enter__(self) -> "Profiler":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._write()  # the run may end earlier
+
+    def _write(self) -> None:
         if self._profile is not None:
             self._profile.stop()
             self._folder.mkdir(parents=True, exist_ok=True)

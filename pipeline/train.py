@@ -111,17 +111,16 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
         loader.load_state_dict(loaded.state["loader"], settings.data.allow_decoder_change)
         engine.load(loaded.read)
         guard.load_state_dict(loaded.state.get("guard"))
+        loaded.close()
     samples = loader.state_dict()["samples"]
     if rank == 0:
         provenance.note(out, settings, engine.configuration)
         checkpoint.clear_partial(out / "checkpoints")
         (out / "stopped.json").unlink(missing_ok=True)
-    telemetry = None
-    if rank == 0:
-        telemetry = Telemetry(out, out.name, schedule.total, samples, mirrors(settings, out, samples))
+    telemetry = rank == 0 and Telemetry(out, out.name, schedule.total, samples, mirrors(settings, out, samples))
+    if telemetry:
         ending.callback(telemetry.close)
-    profiler = Profiler(out / "profile", settings.profile.first, settings.profile.steps)
-    ending.callback(profiler.close)
+    profiler = ending.enter_context(Profiler(out / "profile", settings.profile.first, settings.profile.steps))
     flops = cost_of(**model_settings, hidden=settings.hidden_share).training_flops(1)
     window = Window(settings, loader, flops / product_flops(settings.engine.precision))
     ending.enter_context(collected_between_steps())

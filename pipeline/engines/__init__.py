@@ -34,7 +34,7 @@ def create_engine(
     """
     with torch.device("meta"):
         template = build()
-    parameters = sum(parameter.numel() for parameter in template.parameters())
+    sizes = [parameter.numel() for parameter in template.parameters()]
     engine = settings.engine
     if engine.precision == "float16" and distributed.device().type == "cpu":
         raise UserError('engine.precision "float16" is of GPUs, and there is none; set it to "bfloat16" or "float32"')
@@ -44,8 +44,8 @@ def create_engine(
         from pipeline.engines.configuration import deepspeed_config
         from pipeline.engines.deepspeed import DeepSpeedEngine
 
-        check_room(settings, parameters)
-        config = deepspeed_config(settings, distributed.world_size(), parameters, torch.cuda.is_available())
+        check_room(settings, sum(sizes))
+        config = deepspeed_config(settings, distributed.world_size(), sizes, torch.cuda.is_available())
         return DeepSpeedEngine(build, value_of, settings, config, guard)
     from pipeline.engines.accelerate import AccelerateEngine
 

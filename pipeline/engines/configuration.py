@@ -9,14 +9,17 @@ BUCKET = 2**25
 
 DeepSpeed's own 5e8 are buffers of 2 GB, whatever the model."""
 
+NVME_BUFFERS = 8
+"""Parameters of a rank that may be on their way from NVMe at once: those of a block."""
 
-def deepspeed_config(settings: TrainSettings, world_size: int, parameters: int, cuda: bool) -> dict[str, Any]:
+
+def deepspeed_config(settings: TrainSettings, world_size: int, sizes: list[int], cuda: bool) -> dict[str, Any]:
     """Return DeepSpeed's configuration.
 
     Args:
         settings: Of the stage; their ``engine.deepspeed`` is laid over the rest, key by key.
         world_size: Number of ranks.
-        parameters: Values of the model's parameters.
+        sizes: Number of values of each of the model's parameters.
         cuda: Whether the model is on a GPU, where memory of the host that it copies from should be pinned.
     """
     engine, accumulation = settings.engine, settings.accumulation(world_size)
@@ -27,7 +30,7 @@ def deepspeed_config(settings: TrainSettings, world_size: int, parameters: int, 
         "zero_allow_untested_optimizer": True,
         # Offloaded states are stepped by torch's fused optimizer too: it holds a step back, and its bits are the same.
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": zero_config(engine, parameters, cuda),
+        "zero_optimization": zero_config(engine, world_size, sizes, cuda),
         # Left out, it would be 1. At stage 0 we clip.
         "gradient_clipping": (settings.optim.clip if engine.zero_stage > 0 else None) or 0.0,
         # Gradients of all micro-batches, and of all ranks, add up in it.
@@ -40,9 +43,9 @@ def deepspeed_config(settings: TrainSettings, world_size: int, parameters: int, 
     return merge(config, engine.deepspeed)
 
 
-def zero_config(engine: EngineSettings, parameters: int, cuda: bool) -> dict[str, Any]:
-    """Return the part that is about sharding; sizes are numbers of values, no larger than the model wants."""
-    bucket = min(parameters + parameters % 2, BUCKET)
+def zero_config(engine: EngineSettings, world_size: int, sizes: list[int], cuda: bool) -> dict[str, Any]:
+    """Return the part that is about sharding; buckets are numbers of values, no larger than the model wants."""
+    bucket = min(sum(sizes) + sum(sizes) % 2, BUCKET)
     config: dict[str, Any] = {
         "stage": engine.zero_stage,
         "reduce_bucket_size": bucket,
@@ -54,6 +57,7 @@ def zero_config(engine: EngineSettings, parameters: int, cuda: bool) -> dict[str
             "stage3_prefetch_bucket_size": bucket,
             "stage3_max_live_parameters": 2 * bucket,
             "stage3_max_reuse_distance": bucket,
+            "sub_group_size": 4 * bucket,  # what is stepped, and of which gradients are copied, at once
             # It rounds a layer's output before it adds the bias, and again after; and it stays in the whole process.
             "memory_efficient_linear": False,
         }
@@ -61,6 +65,13 @@ def zero_config(engine: EngineSettings, parameters: int, cuda: bool) -> dict[str
         config["offload_optimizer"] = offload(engine.offload_optimizer, cuda)
     if engine.offload_parameters:
         config["offload_param"] = offload(engine.offload_parameters, cuda)
+        if engine.offload_parameters != "cpu":
+            # DeepSpeed 0.19 reads a parameter ahead for the forward and the backward pass at once, and dies of it.
+            config["stage3_prefetch_bucket_size"] = 0
+            # Each parameter that is read takes a buffer of its own; DeepSpeed would keep the first 1e9 in memory.
+            config["offload_param"] |= {
+                "max_in_cpu": 0, "buffer_count": NVME_BUFFERS, "buffer_size": -(-max(sizes) // world_size),
+            }  # fmt: skip
     return config
 
 

@@ -156,10 +156,10 @@ class DeepSpeedEngine:
     @contextmanager
     def _at_hand(self, master: Tensor) -> Iterator[None]:
         """Bring a master and its states from NVMe, if they are there, and back."""
-        if not self.swapped:
+        group = self._group_of(master) if self.swapped else None
+        if group is None or not self.zero._swappable_optimizer_subgroup(group):  # small ones stay in memory
             yield
             return
-        group = self._group_of(master)
         self.zero._optimizer_states_and_gradient_swap_in(group)
         yield
         self.zero._optimizer_states_and_gradient_swap_out(group)

@@ -16,6 +16,7 @@ def check_room(settings: TrainSettings, parameters: int) -> None:
         settings: Of the stage.
         parameters: Values of the model's parameters.
     """
+    check_alone(settings)
     engine = settings.engine
     share = parameters / distributed.world_size() * len(distributed.ranks_here())
     memory, disk = 0.0, {}
@@ -61,6 +62,19 @@ def free_memory() -> float:
     except (OSError, ValueError):  # no container, or "max"
         return free
     return min(free, float(limit - used))
+
+
+def check_alone(settings: TrainSettings) -> None:
+    """Raise a UserError where one rank on a CPU would read its parameters from NVMe.
+
+    DeepSpeed 0.19 gives it the buffer that a parameter was read into, and reads the next one into it.
+    """
+    where = settings.engine.offload_parameters
+    if where not in (None, "cpu") and distributed.world_size() == 1 and distributed.device().type == "cpu":
+        raise UserError(
+            f"offload_parameters to a folder ({where}) is wrong in DeepSpeed for one rank on a CPU; take two ranks, or "
+            'set it to "cpu"'
+        )
 
 
 def check_nvme(folder: str) -> None:

@@ -17,16 +17,16 @@ def settings(**over) -> TrainSettings:
 
 
 def test_buckets_are_no_larger_than_the_model_and_than_a_network_needs():
-    zero = deepspeed_config(settings(), 4, 1001, False)["zero_optimization"]
+    zero = deepspeed_config(settings(), 4, [1000, 1], False)["zero_optimization"]
     assert zero == {"stage": 1, "reduce_bucket_size": 1002, "allgather_bucket_size": 1002}
-    zero = deepspeed_config(settings(engine={"zero_stage": 3}), 4, 632_045_800, False)["zero_optimization"]
+    zero = deepspeed_config(settings(engine={"zero_stage": 3}), 4, [632_045_800], False)["zero_optimization"]
     assert zero["reduce_bucket_size"] == zero["stage3_prefetch_bucket_size"] == BUCKET
     assert zero["stage3_max_live_parameters"] < 632_045_800 / 8  # never all of ViT-H/14
 
 
 def test_any_key_is_laid_over_what_is_made():
     over = {"zero_optimization": {"overlap_comm": False, "reduce_bucket_size": 7}, "aio": {"queue_depth": 3}}
-    config = deepspeed_config(settings(engine={"deepspeed": over}, optim={"clip": 2.0}), 4, 10**6, False)
+    config = deepspeed_config(settings(engine={"deepspeed": over}, optim={"clip": 2.0}), 4, [10**6], False)
     assert config["aio"] == {"queue_depth": 3}
     assert config["gradient_clipping"] == 2.0
     assert config["zero_optimization"] == {
@@ -37,7 +37,7 @@ def test_any_key_is_laid_over_what_is_made():
 
 def test_gradients_add_up_in_float32_under_every_precision():
     for precision in ("float32", "bfloat16", "float16"):
-        config = deepspeed_config(settings(engine={"precision": precision}), 1, 10, False)
+        config = deepspeed_config(settings(engine={"precision": precision}), 1, [10], False)
         assert config["data_types"] == {"grad_accum_dtype": "fp32"}
         assert config["communication_data_type"] == "fp32"
         assert config.get("torch_autocast", {}).get("lower_precision_safe_modules", []) == []
@@ -47,10 +47,13 @@ def test_gradients_add_up_in_float32_under_every_precision():
 
 def test_offloaded_memory_is_pinned_for_a_gpu_alone(tmp_path):
     engine = {"zero_stage": 3, "offload_optimizer": "cpu", "offload_parameters": str(tmp_path)}
-    zero = deepspeed_config(settings(engine=engine), 1, 10, True)["zero_optimization"]
+    zero = deepspeed_config(settings(engine=engine), 1, [10], True)["zero_optimization"]
     assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
-    assert zero["offload_param"] == {"device": "nvme", "nvme_path": str(tmp_path), "pin_memory": True}
-    assert not deepspeed_config(settings(engine=engine), 1, 10, False)["zero_optimization"]["offload_param"][
+    assert zero["offload_param"] | {"buffer_count": 1} == {
+        "device": "nvme", "nvme_path": str(tmp_path), "pin_memory": True, "max_in_cpu": 0, "buffer_count": 1,
+        "buffer_size": 10,
+    }  # fmt: skip
+    assert not deepspeed_config(settings(engine=engine), 1, [10], False)["zero_optimization"]["offload_param"][
         "pin_memory"
     ]
 
@@ -83,6 +86,7 @@ def test_offload_without_room_is_found_before_the_start(alone, monkeypatch, tmp_
     )
     monkeypatch.setattr(room, "free_memory", lambda: 1e12)
     monkeypatch.setattr(room, "check_nvme", lambda folder: None)
+    monkeypatch.setattr(room, "check_alone", lambda settings: None)
     monkeypatch.setattr(room.shutil, "disk_usage", lambda folder: type("Disk", (), {"free": 5_717_416 * 4.0 - 1}))
     refused(
         settings(engine={"zero_stage": 3, "offload_parameters": str(tmp_path)}),
@@ -103,3 +107,9 @@ def test_a_folder_that_cannot_be_written_and_a_machine_without_libaio_are_refuse
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose: False)
     engine["offload_optimizer"] = str(tmp_path / "nvme")
     refused(settings(engine=engine), "wants DeepSpeed's async_io, .* install it .*libaio-dev")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it works there")
+def test_one_rank_on_a_cpu_does_not_read_parameters_from_nvme(alone, tmp_path):
+    engine = {"zero_stage": 3, "offload_parameters": str(tmp_path)}
+    refused(settings(engine=engine), "is wrong in DeepSpeed for one rank on a CPU; take two ranks, or set it to")

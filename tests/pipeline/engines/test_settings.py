@@ -14,6 +14,7 @@ from tests.ranks import run_on_ranks
 WORKER = Path(__file__).parent / "worker_settings.py"
 FAST = ["zero0", "zero2-optimizer", "zero3-both", "zero3-recompute", "zero0-bfloat16", "zero1-bfloat16",
         "zero2-bfloat16", "zero3-recompute-bfloat16", "zero0-float16", "zero3-both-float16"]  # fmt: skip
+NVME = ["optimizer-nvme-wide", "parameters-nvme-wide", "both-nvme-wide"]
 PLAIN = [name for name in CASES if not name.endswith("-wide") and "-compile" not in name]
 COMPILED = [name for name in CASES if "-compile" in name]
 ROUNDED = {"bfloat16": 2e-2, "float16": 2e-2}
@@ -43,6 +44,7 @@ def compare(ranks: list[dict], one: dict) -> None:
             assert found["averaged_far"] < 1e-5, name  # what the model says with the average of its weights
         if precision == "float16":
             assert found["overflow"] == [False, pytest.approx(one["losses"][0], abs=2e-2), 0.5, True], name
+        assert found["held"] == [False, True], name
         assert found["average_far"] < 1e-6, name  # from NumPy's, of the weights after each step
         assert found["averaged_differs"] > 0.1, name
         assert found["plain_again"], name
@@ -65,3 +67,18 @@ def test_four_ranks_train_as_one_under_every_setting_and_resume_under_the_next(o
 @pytest.mark.slow
 def test_compiled_blocks_train_the_same(one, tmp_path):
     compare(run_on_ranks(WORKER, 2, tmp_path, *COMPILED, timeout=500), one)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_offloading_to_nvme_trains_the_same(tmp_path, monkeypatch):
+    """The first time DeepSpeed's async_io is compiled, which takes minutes."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("DeepSpeed's async_io wants libaio (Debian: libaio-dev)")
+    monkeypatch.setenv("NVME", str(tmp_path / "nvme"))
+    one = run_on_ranks(WORKER, 1, tmp_path / "one", "accelerate-wide")[0]["accelerate-wide"]
+    compare(run_on_ranks(WORKER, 2, tmp_path / "two", *NVME, timeout=1500), one)
+    for kind in ("optimizer/rank1", "float32params/rank0"):
+        assert list((tmp_path / "nvme" / "zero_stage_3" / kind).glob("*.tensor.swp"))

@@ -77,7 +77,8 @@ def train(name: str, out: Path, source: Path | None, steps: int) -> dict:
     numbers = WIDE if name.endswith("-wide") else MODEL
     with torch.device("meta"):
         template = create_model(**numbers, seed=None)
-    engine = new_engine(settings, numbers, template)
+    holding = []
+    engine = new_engine(settings, numbers, template, lambda loss, norm: torch.tensor(bool(holding)))
     first = digest(engine.weights())
     start = 0
     if source is not None:
@@ -85,6 +86,10 @@ def train(name: str, out: Path, source: Path | None, steps: int) -> dict:
         engine.load(loaded.read)
         start = loaded.samples // GLOBAL_BATCH
     average = {name: tensor.numpy().astype(np.float64) for name, tensor in engine.weights(ema=source is not None)}
+    before = state(engine)
+    holding.append(True)
+    held = [bool(take(engine, settings, 0, numbers["depth"]).applied), state(engine) == before]
+    holding.clear()
     overflow = overflowed(engine, settings, numbers["depth"]) if settings.engine.precision == "float16" else None
     losses, norms, applied = [], [], []
     for number in range(start, start + steps):
@@ -114,11 +119,11 @@ def train(name: str, out: Path, source: Path | None, steps: int) -> dict:
         "first": first, "losses": losses, "norms": norms, "applied": applied, "weights": weights,
         "weights_after": digest(engine.weights()), "average_far": far,
         "plain_again": bool(torch.equal(plain, again)), "averaged_far": float((averaged - expected).abs().max()),
-        "averaged_differs": float((averaged - plain).abs().max()), "overflow": overflow,
+        "averaged_differs": float((averaged - plain).abs().max()), "overflow": overflow, "held": held,
     }  # fmt: skip
 
 
-def new_engine(settings: TrainSettings, numbers: dict, template):
+def new_engine(settings: TrainSettings, numbers: dict, template, guard):
     def value_of(name: str, shape: tuple) -> torch.Tensor:
         if name == "head.weight":  # a zero head would pass no gradient on, and Adam would take noise for one
             return torch.linspace(-1, 1, shape[0] * shape[1]).sin().reshape(shape)
@@ -130,9 +135,9 @@ def new_engine(settings: TrainSettings, numbers: dict, template):
     if settings.engine.precision == "float16":  # refused on a CPU, but it runs
         from pipeline.engines.deepspeed import DeepSpeedEngine
 
-        config = deepspeed_config(settings, distributed.world_size(), 10**6, False)
-        return DeepSpeedEngine(build, value_of, settings, config)
-    return create_engine(build, value_of, settings)
+        config = deepspeed_config(settings, distributed.world_size(), [10**6], False)
+        return DeepSpeedEngine(build, value_of, settings, config, guard)
+    return create_engine(build, value_of, settings, guard)
 
 
 def take(engine, settings: TrainSettings, number: int, depth: int):
@@ -148,7 +153,7 @@ def take(engine, settings: TrainSettings, number: int, depth: int):
         images, labels, draws = batch
         return objective.loss(lambda images: model(images, draws=draws), images, labels)
 
-    return engine.step(batches, loss_fn, lr=RATE)
+    return engine.step(batches, loss_fn, lr=RATE if depth == MODEL["depth"] else RATE / 20)
 
 
 def overflowed(engine, settings: TrainSettings, depth: int) -> list:
@@ -160,10 +165,16 @@ def overflowed(engine, settings: TrainSettings, depth: int) -> list:
     return [bool(done.applied), float(done.loss), halved / 2.0**100, digest(engine.weights()) == before]
 
 
+def state(engine) -> str:
+    """Return a digest of all that a step may change, and a held one not."""
+    kept = [piece for piece in engine.pieces() if piece[0] != "loss_scale"]
+    return digest([*((f"{kind} {name}", tensor) for kind, name, _, tensor in kept), *engine.weights()])
+
+
 def digest(weights) -> str:
     found = hashlib.sha256()
     for name, tensor in weights:
-        found.update(name.encode() + tensor.numpy().tobytes())
+        found.update(name.encode() + tensor.detach().numpy().tobytes())
     return found.hexdigest()
 
 
