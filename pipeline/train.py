@@ -117,8 +117,9 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
         provenance.note(out, settings, engine.configuration)
         checkpoint.clear_partial(out / "checkpoints")
         (out / "stopped.json").unlink(missing_ok=True)
-    telemetry = rank == 0 and Telemetry(out, out.name, schedule.total, samples, mirrors(settings, out, samples))
-    if telemetry:
+    telemetry = None
+    if rank == 0:
+        telemetry = Telemetry(out, out.name, schedule.total, samples, mirrors(settings, out, samples))
         ending.callback(telemetry.close)
     profiler = ending.enter_context(Profiler(out / "profile", settings.profile.first, settings.profile.steps))
     flops = cost_of(**model_settings, hidden=settings.hidden_share).training_flops(1)
