@@ -57,7 +57,7 @@ def zero_config(engine: EngineSettings, world_size: int, sizes: list[int], cuda:
             "stage3_prefetch_bucket_size": bucket,
             "stage3_max_live_parameters": 2 * bucket,
             "stage3_max_reuse_distance": bucket,
-            "sub_group_size": 4 * bucket,  # what is stepped, and of which gradients are copied, at once
+            "sub_group_size": 2 * bucket,  # what is stepped, and of which gradients are copied, at once
             # It rounds a layer's output before it adds the bias, and again after; and it stays in the whole process.
             "memory_efficient_linear": False,
         }

@@ -1,11 +1,12 @@
 """DeepSpeed: ZeRO 0-3, low precision by autocast over exact fp32 masters, on CUDA (NCCL) and CPU (gloo)."""
 
+import ctypes
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -52,6 +53,8 @@ class DeepSpeedEngine:
         if distributed.device().type == "cpu":
             # Shared-memory reduction serves only inference; building it would cost every first run half a minute.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            if settings.engine.zero_stage == 3:
+                give_back_what_is_freed()
         deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
         self.configuration = config
         self.stage = settings.engine.zero_stage
@@ -211,6 +214,15 @@ class DeepSpeedEngine:
                 count = min(padded, parameter.ds_numel - start)  # the last ranks' partitions are padded
                 if count > 0:
                     yield Fragment(name, start, count, self.zero.fp32_partitioned_groups_flat[group], offset)
+
+
+def give_back_what_is_freed() -> None:
+    """Have glibc return every freed block of a megabyte to the system at once, for the rest of the process.
+
+    ZeRO 3 gathers weights and lets go of them all the time; kept for reuse, their holes made ViT-L/16 a third larger.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
 
 
 @torch.no_grad()
