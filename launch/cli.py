@@ -69,8 +69,11 @@ def train(
         with distributed.together():
             _print(smoke_run(table, about, str(config), out), as_json)
         return
+    from pipeline.weights import check_model
+
     checked = check(TrainSettings, table, str(config))
     checked.accumulation(distributed.world_size())  # before ranks wait for each other
+    check_model(checked, str(config))
     folder = out or Path("runs") / config.stem
     folder.mkdir(parents=True, exist_ok=True)
 

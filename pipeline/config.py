@@ -623,11 +623,14 @@ def check(kind: type[S], table: dict[str, Any], where: str) -> S:
 def nearest(word: str, known: list[str], most: int = 1) -> str:
     """Return ``" (did you mean X?)"`` for the known words nearest to ``word``, at most so many, or nothing.
 
-    Capitals and whatever is no letter or digit do not count, so that ViT-B/16 is vit_b16 and nothing else.
+    Capitals and whatever is no letter or digit do not count, so that ViT-B/16 is vit_b16 and nothing else. Of several,
+    those that begin with the word come first.
     """
     bare = {re.sub(r"[\W_]", "", each.lower()): each for each in known}
     asked = re.sub(r"[\W_]", "", word.lower())
-    close = [asked] if asked in bare else difflib.get_close_matches(asked, bare, n=most, cutoff=0.5)
+    near = difflib.get_close_matches(asked, bare, n=most, cutoff=0.5)
+    begun = sorted((each for each in bare if most > 1 and asked and each.startswith(asked)), key=len)
+    close = [asked] if asked in bare else list(dict.fromkeys([*begun, *near]))[:most]
     return f" (did you mean {' or '.join(repr(bare[each]) for each in close)}?)" if close else ""
 
 

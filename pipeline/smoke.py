@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import time
 from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,11 @@ def smoke_run(table: dict[str, Any], about: About | None, where: str, out: Path 
         out: Folder to keep what it makes; by default nothing is kept.
 
     Returns:
-        What ``train`` returns of what is kept, and ``seconds`` that everything took.
+        What ``train`` returns of what is kept, and ``seconds`` that everything took but the imports.
     """
+    stage = check(TrainSettings, merge(PLACES, table), where)  # before anything is made
+    import_module(f"pipeline.engines.{stage.engine.kind}")  # DeepSpeed takes seconds, which are no part of the run
     began = time.monotonic()
-    check(TrainSettings, merge(PLACES, table), where)  # before anything is made
     rank, ranks = distributed.rank(), distributed.world_size()
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())

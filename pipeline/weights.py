@@ -3,7 +3,8 @@
 import inspect
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,12 +79,16 @@ def write_weights(path: Path, tensors: dict[str, Tensor], note: dict[str, Any]) 
 def resolve_model(settings: TrainSettings, init: Weights | None, num_classes: int) -> dict[str, Any]:
     """Return what ``create_model`` takes for a stage: the settings, over the weights it starts from.
 
-    Fine-tuning drops the whole pre-training head, pre-logits included (vit-paper 1.5).
+    Fine-tuning drops the whole pre-training head, pre-logits included (vit-paper 1.5), and of the weights' dropout and
+    stochastic depth nothing is left: it has what its own settings say.
     """
     wanted = settings.model.overrides()
     if settings.model.name is not None:
         wanted["name"] = settings.model.name
-    base = (init.model if init else {}) | wanted
+    noted = init.model if init else {}
+    if settings.kind == "finetune":
+        noted = noted | {rate: 0.0 for rate in ("dropout", "drop_path") if rate in noted}  # BiT takes neither
+    base = noted | wanted
     if init is not None:
         _refuse_another_model(settings, init, wanted if "name" in wanted else base)
     base |= {"image_size": settings.data.resolution, "num_classes": num_classes}
@@ -115,13 +120,19 @@ def _told_of_patches(settings: TrainSettings, name: str) -> dict[str, Any]:
 def check_model(settings: TrainSettings, where: str) -> None:
     """Raise a UserError where a stage's model cannot be built; weights that a stage has yet to make are not asked."""
     if settings.model.name is not None:
-        try:
-            with torch.device("meta"):
-                wanted = settings.model.overrides() | {"image_size": settings.data.resolution}
-                wanted |= _told_of_patches(settings, settings.model.name)
-                create_model(settings.model.name, **wanted, seed=None)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
+        with _in_words_of_settings(where), torch.device("meta"):
+            wanted = settings.model.overrides() | {"image_size": settings.data.resolution}
+            wanted |= _told_of_patches(settings, settings.model.name)
+            create_model(settings.model.name, **wanted, seed=None)
+
+
+@contextmanager
+def _in_words_of_settings(where: str | Path) -> Iterator[None]:
+    """Let what is said of a model begin with ``where`` it is told, and call its image_size as a stage does."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {str(error).replace('image_size', 'data.resolution')}") from None
 
 
 def first_values(template: nn.Module, init: Weights | None, settings: TrainSettings) -> Callable[[str, tuple], Tensor]:
@@ -168,7 +179,7 @@ def _fixed_positions(template: nn.Module, init: Weights) -> Tensor | None:
 
 
 def _refuse_another_model(settings: TrainSettings, init: Weights, named: dict[str, Any]) -> None:
-    with torch.device("meta"):
+    with _in_words_of_settings(init.path), torch.device("meta"):
         here = create_model(**(named | {"image_size": settings.data.resolution}), seed=None)
         there = create_model(**init.model, seed=None)
 

@@ -76,6 +76,7 @@ def test_the_models_page_has_the_results_of_the_paper():
     found = {recipes_of(row)[0]: row for row in section("Table 2")[2:6]}
     assert {name: numbers(row[1:8]) for name, row in found.items()} == paper.TABLE_2
     assert {name: row[8] for name, row in found.items()} == paper.CORE_DAYS
+    assert {recipes_of(row)[0]: numbers(row[2:8]) for row in section("Table 5")[2:]} == paper.TABLE_5
     found = {recipes_of(row)[0]: row for row in section("Table 6")[2:]}
     printed = {name: (int(row[1]), numbers(row[2:8]), int(row[8])) for name, row in found.items()}
     assert printed == paper.TABLE_6

@@ -205,7 +205,8 @@ class VisionTransformer(nn.Module):
         qkv_bias: whether q, k and v have biases.
         gelu: "tanh" (the approximation of the official JAX code) or "exact" (what timm and transformers run).
         dropout: rate after the position embeddings of the stem and every dense layer but q, k, v and those of the head.
-        drop_path: stochastic depth: the rate at the last block, growing linearly from 0 at the first.
+        drop_path: stochastic depth: the rate at the last block, growing linearly from 0 at the first; so that a model
+            of one block has none.
         head_bias: first value of the head's bias, for a sigmoid loss: -10 in the official ImageNet-21k runs, or
             "log_prior", -ln K.
         backbone: makes a hybrid: units of each stage of the ResNet that the patches are cut from; [] is its root alone.
@@ -265,8 +266,11 @@ class VisionTransformer(nn.Module):
         span = patch_size if backbone is None else patch_size * downsampling(backbone)
         if image_size % span:
             by = f"patch_size {span}" if backbone is None else f"{span}, the side of this hybrid's tokens in pixels"
-            near = max(image_size // span, 1) * span
-            raise UserError(f"image_size {image_size} is not divisible by {by}; take {near}")
+            below = image_size // span * span
+            take = f"{below} or {below + span}" if below else f"{span}"
+            if backbone and patch_size > 1:
+                take += ", or set patch_size to 1 as hybrids such as r50_vit_b16 have it"
+            raise UserError(f"image_size {image_size} is not divisible by {by}; take {take}")
         _check_heads("embed_dim", embed_dim, "num_heads", num_heads)
         choices = [("gelu", gelu, ("tanh", "exact")), ("pooling", pooling, POOLINGS)]
         choices += [("patch_target", patch_target, PATCH_TARGETS)] if patch_target is not None else []

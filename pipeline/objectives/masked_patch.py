@@ -114,7 +114,8 @@ def patch_targets(images: Tensor, grid: int, target: str) -> Tensor:
         return patches.permute(0, 2, 3, 1, 4, 5).reshape(n, grid**2, -1)
     parts = 1 if target == "mean_color" else 4
     means = F.adaptive_avg_pool2d(images.float(), grid * parts)  # [n, 3, g*parts, g*parts]
-    bins = ((means + 1) * (BINS / 2)).floor().clamp_(0, BINS - 1).long()
+    # Of the 256 values of a pixel each bin has 32; what is added lets a mean of exactly 32 come out as no less.
+    bins = ((means + 1) * (127.5 * BINS / 256) + 1e-5).floor().clamp_(0, BINS - 1).long()
     colors = (bins[:, 0] * BINS + bins[:, 1]) * BINS + bins[:, 2]  # [n, g*parts, g*parts]
     colors = colors.view(n, grid, parts, grid, parts).transpose(2, 3)
     return colors.reshape(n, grid**2, parts**2)

@@ -103,10 +103,13 @@ def test_the_smoke_form_of_every_recipe_runs(alone, monkeypatch):
 
     monkeypatch.setattr("pipeline.train.create_objective", create_objective)
     threads = torch.get_num_threads()
+    for name in ("small_pretrain", "small_finetune"):  # for the imports of both engines
+        smoke_run(*read_settings(name), name)
+    seen.clear()
     for recipe in map(read_recipe, recipe_names()):
         began = time.process_time()
         result = smoke_run(recipe.settings, recipe.about, recipe.name)
-        assert time.process_time() - began <= 10, recipe.name  # 5 seconds of 2 cores, whoever else is at work
+        assert time.process_time() - began <= 5, recipe.name  # of a processor, whoever else is at work
         assert (result["steps"], result["samples"]) == (6, 48), recipe.name
         assert result["val"]["images"] == 12
         assert math.isfinite(result["val"]["loss"]), recipe.name

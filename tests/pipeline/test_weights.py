@@ -4,6 +4,7 @@ import torch
 from pipeline.config import TrainSettings, check, merge
 from pipeline.models import create_model
 from pipeline.models.positions import interpolate_pos_embed
+from pipeline.recipe import read_recipe, recipe_names
 from pipeline.weights import Weights, check_model, first_values, resolve_model, write_weights
 from shards.errors import UserError
 
@@ -91,6 +92,7 @@ def test_relative_positions_stay_at_their_resolution(tmp_path):
 
 
 HYBRID = MODEL | {"name": "r50_vit_b16", "patch_size": 1, "backbone": [1, 1], "backbone_width": 32}
+HYBRID_SETTINGS = {key: HYBRID[key] for key in ("name", "patch_size", "backbone", "backbone_width")}
 BIT = {"name": "bit_r50x1", "units": [1, 1], "width": 32, "image_size": 16, "num_classes": 5}
 
 
@@ -115,6 +117,26 @@ def test_fine_tuning_takes_every_kind_of_model_to_another_resolution(tmp_path, s
             assert value.equal(state[name])
 
 
+@pytest.mark.parametrize(
+    "name", [name for name in recipe_names() if read_recipe(name).settings.get("kind") == "finetune"]
+)
+def test_fine_tuning_recipes_have_no_dropout_of_the_weights(tmp_path, name):
+    table = merge(read_recipe(name).settings, {"data": {"train": "-"}, "init": "-"})
+    drops = {"dropout": 0.1, "drop_path": 0.1}
+    of_its_own = {"dropout": 0.2, "drop_path": 0.3}
+    vit = table.get("model", MODEL | {"name": "vit_ti16"})
+    for model, over, expected in ((vit | drops, {}, (0.0, 0.0)), (vit, of_its_own, (0.2, 0.3)), (BIT, {}, None)):
+        if expected is None and "model" in table:  # it says which ViT it wants
+            continue
+        write_weights(tmp_path / "w.safetensors", {"x": torch.zeros(1)}, {"model": model, "classes": []})
+        stage = check(TrainSettings, merge(table, {"model": over}), name)
+        resolved = resolve_model(stage, Weights(tmp_path / "w.safetensors"), 3)
+        with torch.device("meta"):
+            made = create_model(**resolved, seed=None)
+        if expected:
+            assert (made.dropout.p, made.drop_path) == expected
+
+
 def test_models_of_two_kinds_and_of_two_shapes_are_refused(tmp_path):
     def weights(model):
         write_weights(
@@ -128,8 +150,11 @@ def test_models_of_two_kinds_and_of_two_shapes_are_refused(tmp_path):
         resolve_model(settings(model={"name": "bit_r50x1", "width": 32}), weights(BIT), 5)
     with pytest.raises(UserError, match=r"its backbone is \[1, 1\], the settings say \[1, 2\]"):
         resolve_model(settings(model={"backbone": [1, 2]}), weights(HYBRID), 5)
-    with pytest.raises(UserError, match="image_size 36 is not divisible by 8, the side of this hybrid's tokens"):
+    said = "data.resolution 36 is not divisible by 8, the side of this hybrid's tokens in pixels; take 32 or 40$"
+    with pytest.raises(UserError, match=rf"w\.safetensors: {said}"):
         resolve_model(settings(data={"train": "-", "resolution": 36}), weights(HYBRID), 5)
+    with pytest.raises(UserError, match=rf"^here\.toml: {said}"):
+        check_model(settings(data={"resolution": 36}, model=HYBRID_SETTINGS), "here.toml")
 
 
 def test_another_model_is_refused_by_name_of_what_differs(weights):

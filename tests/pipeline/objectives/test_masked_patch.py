@@ -133,6 +133,9 @@ def test_bins_split_0_to_255_evenly():
     assert torch.equal(red, blue)
     assert torch.equal(torch.bincount(red), torch.full((8,), 32))
     assert torch.equal(red, red.sort().values)
+    below_32 = torch.full((1, 3, 10, 10), 32.0)
+    below_32[:, :, 0] = 31
+    assert patch_targets(below_32 / 127.5 - 1, 1, "mean_color").item() == 0  # 31.9
     assert patch_targets(levels[:1] * torch.tensor([-1.0, 1, 1]).view(1, 3, 1, 1), 1, "mean_color").item() == 7 * 64
 
 
