@@ -26,6 +26,8 @@ Smoke = Annotated[
     bool, typer.Option("--smoke", help="Shrink depth, width, resolution, batch and steps to a run of seconds.")
 ]
 
+Average = Annotated[bool, typer.Option("--ema", help="The moving average of the weights, which optim.ema keeps.")]
+
 
 @app.command()
 def run(
@@ -64,11 +66,8 @@ def train(
     if smoke:
         from pipeline.smoke import smoke_run
 
-        distributed.start()
-        try:
+        with distributed.together():
             _print(smoke_run(table, about, str(config), out), as_json)
-        finally:
-            distributed.finish()
         return
     from pipeline.weights import check_model
 
@@ -80,12 +79,8 @@ def train(
 
     from pipeline.train import train as run_training
 
-    distributed.start()
-    try:
-        with distributed.alone_in(folder):
-            _print(run_training(checked, folder), as_json)
-    finally:
-        distributed.finish()
+    with distributed.together(), distributed.alone_in(folder):
+        _print(run_training(checked, folder), as_json)
 
 
 @app.command()
@@ -94,6 +89,7 @@ def convert(
     destination: Annotated[Path, typer.Argument(help="File to write.")],
     to: Annotated[str, typer.Option(help="Format: safetensors (timm's parameter names).")] = "safetensors",
     checkpoint: Annotated[str, typer.Option(help="Of a stage's folder: latest or best.")] = "latest",
+    ema: Average = False,
     as_json: Json = False,
 ) -> None:
     """Convert a checkpoint of any engine, ZeRO stage and number of ranks to one file of weights."""
@@ -103,7 +99,7 @@ def convert(
         raise UserError(f"there is no checkpoint pointer {checkpoint!r}; give latest or best")
     from pipeline.convert.safetensors import to_safetensors
 
-    _print(to_safetensors(source, destination, checkpoint), as_json)
+    _print(to_safetensors(source, destination, checkpoint, ema), as_json)
 
 
 @app.command()
@@ -114,6 +110,7 @@ def evaluate(
     view: Annotated[
         Literal["resize", "center_crop"], typer.Option(help="The whole image, squeezed; or its middle.")
     ] = "resize",
+    ema: Average = False,
     as_json: Json = False,
 ) -> None:
     """Evaluate every image of a data set exactly once, on any number of ranks."""
@@ -123,13 +120,10 @@ def evaluate(
     from shards.dataset import Dataset
 
     dataset = Dataset.open(data)
-    model, classes = load_model(weights)
+    model, classes = load_model(weights, ema)
     check_classes(classes, dataset)
-    distributed.start()
-    try:
+    with distributed.together():
         _print(classify(model.to(distributed.device()), dataset, model.image_size, batch, view=view), as_json)
-    finally:
-        distributed.finish()
 
 
 @app.command()

@@ -31,6 +31,9 @@ class ModelAlone(ModelSettings):
     image_size: int | None = None
     num_classes: int | None = None
     patch_target: str | None = None
+    decoder_depth: int | None = None
+    decoder_dim: int | None = None
+    decoder_heads: int | None = None
 
 
 def estimates(

@@ -36,6 +36,7 @@ class ConvertStage(Settings):
     source: str
     checkpoint: Literal["latest", "best"] = "latest"
     to: Literal["safetensors"] = "safetensors"
+    ema: bool = False
 
 
 class EvaluateStage(Settings):
@@ -45,6 +46,7 @@ class EvaluateStage(Settings):
     data: str
     batch: int = Field(64, gt=0)
     view: Literal["resize", "center_crop"] = "resize"
+    ema: bool = False
 
 
 class FewshotStage(Settings):
@@ -105,11 +107,13 @@ def _train(s: TrainSettings, folder: Path, run: Path) -> list[str]:
 
 
 def _convert(s: ConvertStage, folder: Path, run: Path) -> list[str]:
-    return ["convert", s.source, str(folder / "model.safetensors"), "--checkpoint", s.checkpoint, "--to", s.to]
+    arguments = ["convert", s.source, str(folder / "model.safetensors"), "--checkpoint", s.checkpoint, "--to", s.to]
+    return arguments + (["--ema"] if s.ema else [])
 
 
 def _evaluate(s: EvaluateStage, folder: Path, run: Path) -> list[str]:
-    return ["evaluate", s.weights, s.data, "--batch", str(s.batch), "--view", s.view]
+    options = ["--batch", str(s.batch), "--view", s.view] + (["--ema"] if s.ema else [])
+    return ["evaluate", s.weights, s.data, *options]
 
 
 def _fewshot(s: FewshotStage, folder: Path, run: Path) -> list[str]:
@@ -120,11 +124,13 @@ def _report(s: ReportStage, folder: Path, run: Path) -> list[str]:
     return ["report", str(run)]
 
 
+TRAINING_PATHS = ("init", "data.train", "data.val", "probe.train", "probe.test")
 KINDS = {
     "shards": Kind(ShardsStage, ("source",), "data", _shards),
-    "supervised": Kind(TrainSettings, ("init", "data.train", "data.val"), "", _train),
-    "masked_patch": Kind(TrainSettings, ("init", "data.train", "data.val"), "", _train),
-    "finetune": Kind(TrainSettings, ("init", "data.train", "data.val"), "", _train),
+    "supervised": Kind(TrainSettings, TRAINING_PATHS, "", _train),
+    "masked_patch": Kind(TrainSettings, TRAINING_PATHS, "", _train),
+    "mae": Kind(TrainSettings, TRAINING_PATHS, "", _train),
+    "finetune": Kind(TrainSettings, TRAINING_PATHS, "", _train),
     "convert": Kind(ConvertStage, ("source",), "model.safetensors", _convert),
     "evaluate": Kind(EvaluateStage, ("weights", "data"), "result.json", _evaluate),
     "fewshot": Kind(FewshotStage, ("weights", "train", "test"), "result.json", _fewshot),

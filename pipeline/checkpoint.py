@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline import distributed
-from pipeline.engines.fragments import Piece
+from pipeline.engines.fragments import MissingPieceError, Piece
 from shards.atomic import commit_folder, partial_folder, write_text
 from shards.errors import PatchmillError, UserError
 
@@ -128,6 +128,11 @@ def whole_checkpoints(folder: Path) -> list[Path]:
     return sorted((path.parent for path in folder.glob("samples-*/checkpoint.json")), reverse=True)
 
 
+def samples_of(path: Path) -> int:
+    """Return the samples consumed at a checkpoint, by its name."""
+    return int(path.name.removeprefix("samples-"))
+
+
 def pointer(folder: Path, name: str) -> Path | None:
     """Return the checkpoint that ``latest`` or ``best`` names, or None."""
     try:
@@ -180,7 +185,11 @@ class Checkpoint:
                     )
 
     def read(self, kind: str, parameter: str, start: int, count: int) -> Tensor:
-        """Return values [start, start + count) of a flattened parameter's kind, float32, whichever ranks wrote them."""
+        """Return values [start, start + count) of a flattened parameter's kind, float32, whichever ranks wrote them.
+
+        Raises:
+            MissingPieceError: The checkpoint lacks some of them.
+        """
         if not self._where:
             self._index()
         parts, at = [], start
@@ -192,19 +201,23 @@ class Checkpoint:
                 parts.append(piece[at - piece_start : until - piece_start])
                 at = until
         if at < start + count:
-            raise UserError(
+            raise MissingPieceError(
                 f"checkpoint {self.path} holds no {kind} of {parameter} at [{at}, {start + count}); "
                 "it is of another model or optimizer: use the settings that wrote it"
             )
         return torch.cat(parts)
 
-    def weights(self) -> Iterable[tuple[str, Tensor]]:
-        """Yield every parameter whole, by name, one at a time."""
+    def weights(self, ema: bool = False) -> Iterable[tuple[str, Tensor]]:
+        """Yield every parameter whole, or its moving average, by name, one at a time."""
         for name, shape in self.shapes.items():
             numel = 1
             for size in shape:
                 numel *= size
-            yield name, self.read("weight", name, 0, numel).reshape(shape)
+            yield name, self.read("ema" if ema else "weight", name, 0, numel).reshape(shape)
+
+    def close(self) -> None:
+        """Let go of the files: what was read of them counts as this process's memory."""
+        self._open, self._where = {}, {}
 
     def _index(self) -> None:
         for file in self.files:

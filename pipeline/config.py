@@ -217,7 +217,7 @@ class ModelSettings(Settings):
     width: int | None = Field(None, description="of a BiT ResNet: channels inside the units of the first stage")
     pooling: Literal["cls", "mean", "map"] | None = None
     representation: bool | None = None
-    position: Literal["learned", "learned_2d", "relative", "sincos_2d", "none"] | None = None
+    position: Literal["learned", "learned_2d", "relative", "sincos_2d", "sincos_2d_moco", "none"] | None = None
     position_at: Literal["stem", "every", "shared"] | None = None
     registers: int | None = None
     qkv_bias: bool | None = None
@@ -251,6 +251,9 @@ class OptimSettings(Settings):
         1.0, gt=0, le=1, description="learning rate of each block over that of the next, the embeddings coming first"
     )
     clip: float | None = Field(None, gt=0, description="global gradient norm")
+    ema: float | None = Field(
+        None, ge=0, lt=1, description="keep a moving (Polyak) average of the weights, of this decay a step, as 0.9999"
+    )
 
     @field_validator("name", mode="before")
     @classmethod
@@ -285,16 +288,81 @@ class ScheduleSettings(Settings):
         return self
 
 
+OWNED = {
+    "train_batch_size": "global_batch", "train_micro_batch_size_per_gpu": "micro_batch",
+    "gradient_accumulation_steps": "micro_batch", "gradient_clipping": "optim.clip", "optimizer": "optim",
+    "scheduler": "schedule", "fp16": "engine.precision", "bf16": "engine.precision",
+    "torch_autocast": "engine.precision", "data_types": "engine.precision",
+    "zero_optimization.stage": "engine.zero_stage",
+}  # fmt: skip
+"""Keys of DeepSpeed's configuration whose place is another of our settings."""
+
+
 class EngineSettings(Settings):
     """Who owns backward, step, precision and sharding."""
 
     kind: Literal["deepspeed", "accelerate"] = "deepspeed"
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    precision: Literal["float32", "bfloat16"] = "float32"
+    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="0 for accelerate")
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the passes; weights, their gradients' sums and optimizer states are float32 always"
+    )
+    offload_optimizer: str | None = Field(
+        None, description='where optimizer states and fp32 weights are: "cpu", or a folder on NVMe (ZeRO 3)'
+    )
+    offload_parameters: str | None = Field(
+        None, description='where parameters that are not in use are, under ZeRO 3: "cpu", or a folder on NVMe'
+    )
+    recompute_every: int = Field(
+        0, ge=0, description="activations of every k-th block are computed again for the backward pass; 1: of all"
+    )
+    compile: bool = Field(False, description="torch.compile, block by block")
+    deepspeed: dict[str, Any] = Field({}, description="laid over the configuration that is made for DeepSpeed")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_stage_of_accelerate(cls, table: Any) -> Any:
+        if isinstance(table, dict) and table.get("kind") == "accelerate":
+            return {"zero_stage": 0} | table
+        return table
+
+    @model_validator(mode="after")
+    def _of_deepspeed(self) -> "EngineSettings":
+        alone = {
+            f"zero_stage {self.zero_stage}": self.zero_stage > 0, "deepspeed": self.deepspeed,
+            "offload_optimizer": self.offload_optimizer, "offload_parameters": self.offload_parameters,
+        }  # fmt: skip
+        wrong = [key for key, value in alone.items() if value]
+        if self.kind == "accelerate" and wrong:
+            raise ValueError(f'kind "accelerate" has no {" and no ".join(wrong)}; unset it, or set kind = "deepspeed"')
+        return self
+
+    @model_validator(mode="after")
+    def _of_their_stages(self) -> "EngineSettings":
+        if self.offload_optimizer and not self.zero_stage:
+            raise ValueError("offload_optimizer is of zero_stage 1, 2 and 3, and zero_stage is 0; set one of them")
+        if self.offload_optimizer not in (None, "cpu") and self.zero_stage < 3:
+            raise ValueError(
+                f"offload_optimizer to a folder ({self.offload_optimizer!r}) is of zero_stage 3, and zero_stage is "
+                f'{self.zero_stage}; set zero_stage = 3, or offload_optimizer = "cpu"'
+            )
+        if self.offload_parameters and self.zero_stage < 3:
+            raise ValueError(f"offload_parameters is of zero_stage 3, and zero_stage is {self.zero_stage}; set it to 3")
+        return self
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _with_a_place_of_its_own(cls, table: dict[str, Any]) -> dict[str, Any]:
+        zero = table.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            raise ValueError("zero_optimization is a table of DeepSpeed's; give its keys")
+        for key in [*table, *(f"zero_optimization.{key}" for key in zero)]:
+            if key in OWNED:
+                raise ValueError(f"{key} of DeepSpeed follows our setting {OWNED[key]}; set that")
+        return table
 
 
 class MaskedPatchSettings(Settings):
-    """Masked patch prediction (paper, appendix B.1.2); shares are of counts that are exact in every image."""
+    """Masked patch prediction (paper, appendix B.1.2)."""
 
     target: Literal["mean_color", "mean_colors_4x4", "pixels"] = Field(
         "mean_color", description="of each corrupted patch: its mean colour of 512, those of its 4 x 4 parts, or itself"
@@ -302,12 +370,53 @@ class MaskedPatchSettings(Settings):
     share: float = Field(0.5, gt=0, le=1, description="of an image's patches that are corrupted")
     mask: float = Field(0.8, ge=0, le=1, description="of those: that a learned embedding replaces")
     other: float = Field(0.1, ge=0, le=1, description="of those: that another patch's embedding replaces")
+    counts: Literal["exact", "drawn"] = Field("exact", description="in every image, or each patch drawn for itself")
 
     @model_validator(mode="after")
     def _at_most_all(self) -> "MaskedPatchSettings":
         if self.mask + self.other > 1:
             raise ValueError(f"mask {self.mask} and other {self.other} are more than all; make their sum at most 1")
         return self
+
+
+class GuardSettings(Settings):
+    """What is done about steps whose loss or gradient norm is not finite, or leaps: they are not taken."""
+
+    sigmas: float = Field(
+        8.0, ge=0, description="standard deviations of the logarithm above the running mean that are a leap; 0: none is"
+    )
+    in_row: int = Field(5, gt=0, description="held back one after another, and something must be done")
+    then: Literal["roll_back", "stop"] = Field(
+        "roll_back", description="to the last checkpoint, and pass over the batches in question; or stop"
+    )
+
+
+class TrackSettings(Settings):
+    """Who shows the metrics besides ``metrics.jsonl``."""
+
+    tensorboard: bool = True
+    wandb: str | None = Field(None, description="project of Weights & Biases; WANDB_MODE=offline keeps it here")
+
+
+class ProfileSettings(Settings):
+    """Steps to record with torch.profiler, into the stage's ``profile/rank-R.json.gz``."""
+
+    first: int = Field(10, ge=0, description="steps after each start before those that are recorded")
+    steps: int = Field(0, ge=0)
+
+
+class MaeSettings(Settings):
+    """Masked autoencoding; the share is of a count that is exact in every image."""
+
+    share: float = Field(0.75, gt=0, lt=1, description="of an image's patches that are masked")
+    norm_pixels: bool = Field(True, description="targets are the pixels of a patch at mean 0 and variance 1")
+    decoder_depth: int = Field(8, gt=0)
+    decoder_dim: int = Field(512, gt=0)
+    decoder_heads: int = Field(16, gt=0)
+
+    def decoder(self) -> dict[str, int]:
+        """Return what the model takes of these settings."""
+        return self.model_dump(include={"decoder_depth", "decoder_dim", "decoder_heads"})
 
 
 class CheckpointSettings(Settings):
@@ -325,12 +434,33 @@ class EvaluateSettings(Settings):
     view: Literal["resize", "center_crop"] = Field(
         "resize", description="the whole image, squeezed; or its middle, of 8/7 of the resolution on the short side"
     )
+    ema: bool = Field(False, description="evaluate the moving average of the weights that optim.ema keeps")
+    patience: int | None = Field(
+        None, gt=0, description="so many evaluations in a row that are not the best so far end the stage"
+    )
+
+
+class ProbeSettings(Settings):
+    """What frozen features are worth while a model trains: top-1 on ``test`` of classifiers fitted to ``train``."""
+
+    train: Url
+    test: Url
+    every: Period = Duration("1 epoch")
+    fewshot: bool = Field(True, description="least squares on a few images of each class, mean of three draws")
+    shots: tuple[Annotated[int, Field(gt=0)], ...] = Field((5,), min_length=1, description="images of each class")
+    linear: bool = Field(False, description="logistic regression on all images of train")
+
+    @model_validator(mode="after")
+    def _of_something(self) -> "ProbeSettings":
+        if not (self.fewshot or self.linear):
+            raise ValueError("neither fewshot nor linear is to be probed; set one of them, or leave the table out")
+        return self
 
 
 class TrainSettings(Settings):
     """One training stage."""
 
-    kind: Literal["supervised", "masked_patch", "finetune"] = "supervised"
+    kind: Literal["supervised", "masked_patch", "mae", "finetune"] = "supervised"
     seed: int = 0
     duration: Period
     global_batch: int = Field(gt=0)
@@ -341,6 +471,7 @@ class TrainSettings(Settings):
     loss: Literal["softmax", "sigmoid"] = "softmax"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     masked_patch: MaskedPatchSettings = MaskedPatchSettings()
+    mae: MaeSettings = MaeSettings()
     log_every: Period = Duration("10 steps")
     data: DataSettings
     model: ModelSettings = ModelSettings()
@@ -349,14 +480,28 @@ class TrainSettings(Settings):
     engine: EngineSettings = EngineSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    guard: GuardSettings = GuardSettings()
+    track: TrackSettings = TrackSettings()
+    profile: ProfileSettings = ProfileSettings()
+    watchdog: float = Field(
+        600.0, gt=0, description="seconds that a step may take before the job is ended, each rank telling where it is"
+    )
+    probe: ProbeSettings | None = None
 
     @model_validator(mode="after")
     def _of_classes_alone(self) -> "TrainSettings":
-        if self.kind == "masked_patch" and (self.loss != "softmax" or self.label_smoothing or self.data.mixup_alpha):
+        without = self.kind in ("masked_patch", "mae")
+        if without and (self.loss != "softmax" or self.label_smoothing or self.data.mixup_alpha):
             raise ValueError(
-                "loss, label_smoothing and mixup are of classes, and masked patch prediction has none; unset them "
+                f"loss, label_smoothing and mixup are of classes, and kind {self.kind!r} has none; unset them "
                 "(data.mixup = 0.0 keeps the rest of an AugReg augmentation)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_lose_patience_with(self) -> "TrainSettings":
+        if self.evaluate.patience is not None and self.data.val is None:
+            raise ValueError("evaluate.patience counts evaluations, and there is no data.val; set it, or no patience")
         return self
 
     @model_validator(mode="after")
@@ -366,6 +511,17 @@ class TrainSettings(Settings):
                 'model.name is not set and there is no init to take it from; set model.name, e.g. "vit_b16"'
             )
         return self
+
+    @model_validator(mode="after")
+    def _average_to_evaluate(self) -> "TrainSettings":
+        if self.evaluate.ema and self.optim.ema is None:
+            raise ValueError("evaluate.ema wants an average to evaluate; set optim.ema, e.g. 0.9999, or unset it")
+        return self
+
+    @property
+    def hidden_share(self) -> float:
+        """Share of an image's patches that the model has to tell, where it has to tell patches."""
+        return self.mae.share if self.kind == "mae" else self.masked_patch.share
 
     def accumulation(self, world_size: int) -> int:
         """Return the number of micro-batches a rank takes per step, or raise a UserError that names what would fit."""

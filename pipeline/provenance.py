@@ -1,9 +1,11 @@
 """Which settings, code and libraries made a run."""
 
+import json
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from pipeline.config import TrainSettings, dump_toml
 from shards.atomic import write_text
@@ -20,9 +22,13 @@ LIBRARIES = (
 )
 
 
-def note(out: Path, settings: TrainSettings) -> None:
-    """Save the resolved settings, and the code's commit and difference from it, in a stage's folder."""
+def note(out: Path, settings: TrainSettings, deepspeed: dict[str, Any] | None) -> None:
+    """Save the resolved settings, DeepSpeed's, and the code's commit and difference from it, in a stage's folder."""
     write_text(out / "resolved.toml", dump_toml(settings.model_dump(mode="json")))
+    if deepspeed is None:
+        (out / "deepspeed.json").unlink(missing_ok=True)  # of another engine, before
+    else:
+        write_text(out / "deepspeed.json", json.dumps(deepspeed, indent=1) + "\n")
     write_text(out / "code.diff", f"commit {commit()}\n{diff()}")
 
 

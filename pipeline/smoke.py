@@ -31,6 +31,7 @@ PATCHES = 2  # along a side of the image
 PATCHES_OF = {
     "finetune": 3,  # so that it stretches position embeddings
     "masked_patch": 4,  # so that of 8 corrupted patches one becomes another and one stays
+    "mae": 4,  # so that of 16 patches 4 are seen
 }
 HEAD_WIDTH = 8
 CHANNELS = 32  # of a ResNet's first stage: as many as its norms have groups
@@ -109,6 +110,11 @@ def shrink(settings: TrainSettings, ranks: int = 1, weights: dict[str, Any] | No
         "data": {"resolution": resolution, "resize": _scaled(settings.data, resolution)},
         "model": {} if settings.model.name is None else model,
     }  # fmt: skip
+    if settings.probe is not None:
+        small["probe"] = {"every": whole}
+    if settings.kind == "mae":
+        heads = settings.mae.decoder_heads
+        small["mae"] = {"decoder_depth": min(settings.mae.decoder_depth, 2), "decoder_dim": HEAD_WIDTH * heads}
     return TrainSettings.model_validate(merge(settings.model_dump(exclude_unset=True), small))
 
 

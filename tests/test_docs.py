@@ -125,7 +125,7 @@ def test_the_models_page_names_every_recipe_and_no_other():
     named = {word for word in re.findall(r"`([a-z0-9_]+)`", MODELS_PAGE) if "_" in word}
     named |= set(re.findall(r"`patchmill (?:train|recipes) ([a-z0-9_]+)[ `]", MODELS_PAGE))
     named -= MODELS.keys() | ModelSettings.model_fields.keys()
-    others = {"learned_2d", "sincos_2d", "weight_decay", "create_model", "image_size"}
+    others = {"learned_2d", "sincos_2d", "sincos_2d_moco", "weight_decay", "create_model", "image_size"}
     assert named - others == {name for name in recipe_names() if not name.startswith("small_")}
 
 

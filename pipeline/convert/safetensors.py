@@ -1,13 +1,14 @@
 """Any checkpoint of ours -> one safetensors file with timm's names, ready for fine-tuning."""
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline import checkpoint
 from pipeline.models import create_model
-from pipeline.weights import Weights, write_weights
+from pipeline.weights import DECODER, Weights, write_weights
 from shards.errors import UserError
 
 
@@ -43,18 +44,25 @@ def find_checkpoint(source: str | Path, which: str = "latest") -> checkpoint.Che
     )
 
 
-def to_safetensors(source: str | Path, destination: str | Path, which: str = "latest") -> dict:
-    """Convert a checkpoint, whatever engine, ZeRO stage and number of ranks wrote it.
+def to_safetensors(source: str | Path, destination: str | Path, which: str = "latest", ema: bool = False) -> dict:
+    """Convert a checkpoint, whatever engine, ZeRO stage and number of ranks wrote it; a decoder stays behind.
+
+    Args:
+        source: As in ``find_checkpoint``.
+        destination: File to write.
+        which: As in ``find_checkpoint``.
+        ema: Take the moving average of the weights.
 
     Returns:
         ``weights`` (path), ``samples``, ``parameters`` (their number).
     """
     found = find_checkpoint(source, which)
-    tensors = dict(found.weights())
+    tensors = {name: tensor for name, tensor in _weights(found, ema) if not name.startswith(DECODER)}
     note = {
-        "model": found.state["model"],
+        "model": {key: value for key, value in found.state["model"].items() if not key.startswith("decoder_")},
         "classes": found.state["classes"],
         "samples": found.samples,
+        "ema": ema,
         "val": found.state["val"],
         "commit": found.state["commit"],
         "versions": found.state["versions"],
@@ -67,12 +75,25 @@ def to_safetensors(source: str | Path, destination: str | Path, which: str = "la
     }
 
 
-def load_model(source: str | Path) -> tuple[nn.Module, list[str]]:
-    """Return (model on the CPU in evaluation mode, class names) of a weights file, a checkpoint or a stage's folder."""
+def load_model(source: str | Path, ema: bool = False) -> tuple[nn.Module, list[str]]:
+    """Return (model on the CPU in evaluation mode, class names) of a weights file, a checkpoint or a stage's folder.
+
+    With ``ema``, of a checkpoint or folder, the model of the moving average of the weights.
+    """
     if not Path(source).is_dir():
         weights = Weights(source)
+        if ema:
+            raise UserError(f"{source} holds one set of weights; give the checkpoint, or make it with `convert --ema`")
         return weights.create_model(), weights.classes
     found = find_checkpoint(source)
     model = create_model(**found.state["model"], seed=None)
-    model.load_state_dict(dict(found.weights()))
+    model.load_state_dict(dict(_weights(found, ema)))
     return model.eval(), found.state["classes"]
+
+
+def _weights(found: checkpoint.Checkpoint, ema: bool) -> Iterable[tuple[str, Tensor]]:
+    if ema and found.state["settings"]["optim"].get("ema") is None:
+        raise UserError(
+            f"{found.path} has no moving average of the weights; train with optim.ema, or take the weights themselves"
+        )
+    return found.weights(ema)

@@ -1,29 +1,52 @@
 """Engines own backward, step, clipping, precision and sharding. The rest of the pipeline knows four calls of them.
 
 ``step(micro_batches, loss_fn, lr) -> Step``, ``pieces()``, ``load(read)`` and ``weights()``; plus ``model``, the
-callable that runs the forward pass. Checkpoints, conversion and evaluation know no more of an engine than this.
+callable that runs the forward pass, and ``averaged()``, as long as which it does so with the weights' moving average.
+Checkpoints, conversion and evaluation know no more of an engine than this.
 """
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
+from pipeline import distributed
 from pipeline.config import TrainSettings
+from pipeline.engines.blocks import prepare_blocks
+from pipeline.engines.gate import Guard
+from pipeline.engines.room import check_room
+from shards.errors import UserError
 
 
-def create_engine(build: Callable[[], nn.Module], value_of: Callable[[str, tuple], Tensor], settings: TrainSettings):
+def create_engine(
+    build: Callable[[], nn.Module],
+    value_of: Callable[[str, tuple], Tensor],
+    settings: TrainSettings,
+    guard: Guard | None = None,
+):
     """Return the engine that the settings name.
 
     Args:
         build: Makes the model; called by the engine, which may shard parameters while they are made (ZeRO 3).
         value_of: The first value of a parameter, by full name and full shape, float32 on the CPU.
         settings: The training stage's settings.
+        guard: Says of each step, by its loss and gradient norm, whether to hold it back: then nothing changes.
     """
+    with torch.device("meta"):
+        template = build()
+    sizes = [parameter.numel() for parameter in template.parameters()]
+    engine = settings.engine
+    if engine.precision == "float16" and distributed.device().type == "cpu":
+        raise UserError('engine.precision "float16" is of GPUs, and there is none; set it to "bfloat16" or "float32"')
+    prepare_blocks(template, engine)  # or says that it has none
     # Imported here: fine-tuning and evaluation must not need DeepSpeed.
-    if settings.engine.kind == "deepspeed":
+    if engine.kind == "deepspeed":
+        from pipeline.engines.configuration import deepspeed_config
         from pipeline.engines.deepspeed import DeepSpeedEngine
 
-        return DeepSpeedEngine(build, value_of, settings)
+        check_room(settings, sum(sizes))
+        config = deepspeed_config(settings, distributed.world_size(), sizes, torch.cuda.is_available())
+        return DeepSpeedEngine(build, value_of, settings, config, guard)
     from pipeline.engines.accelerate import AccelerateEngine
 
-    return AccelerateEngine(build, value_of, settings)
+    return AccelerateEngine(build, value_of, settings, guard)

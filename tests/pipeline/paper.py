@@ -204,3 +204,21 @@ SIMPLE_IMAGES = round(0.99 * 1_281_167)
 SIMPLE_RESULTS = {
     "90 epochs": (76.5, 83.1, 64.2), "150 epochs": (78.5, 84.5, 66.4), "300 epochs": (80.0, 85.4, 68.3),
 }  # fmt: skip
+
+# Masked autoencoders: Table 8, pre-training, and section 3 and 4 for mask and decoder. The rates are for 256 images.
+MAE = {
+    "kind": "mae", "global_batch": 4096, "optim.name": "adamw", "optim.lr": 1.5e-4 * 4096 / 256,
+    "optim.betas": (0.9, 0.95), "optim.weight_decay": 0.05, "schedule.shape": "cosine", "schedule.warmup": "40 epochs",
+    "data.augment": "inception", "data.resolution": 224, "mae.share": 0.75, "mae.norm_pixels": True,
+    "mae.decoder_depth": 8, "mae.decoder_dim": 512, "model.position": "sincos_2d_moco",
+}  # fmt: skip
+MAE_EPOCHS = ["800 epochs", "1600 epochs"]
+# Table 9, fine-tuning: epochs and stochastic depth of B, L and H.
+MAE_FINETUNE = {
+    "kind": "finetune", "global_batch": 1024, "optim.name": "adamw", "optim.lr": 1e-3 * 1024 / 256,
+    "optim.betas": (0.9, 0.999), "optim.weight_decay": 0.05, "optim.layer_decay": 0.75, "schedule.shape": "cosine",
+    "schedule.warmup": "5 epochs", "label_smoothing": 0.1, "data.mixup_alpha": 0.8, "data.resolution": 224,
+}  # fmt: skip
+MAE_FINETUNE_SIZES = [("100 epochs", 0.1), ("50 epochs", 0.1), ("50 epochs", 0.2)]
+MAE_IMAGENET = {"vit_b16": 83.6, "vit_l16": 85.9, "vit_h14": 86.9}  # Table 3
+MAE_LINEAR = {"vit_b16": 68.0, "vit_l16": 75.8, "vit_h14": 76.6}

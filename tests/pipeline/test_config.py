@@ -5,6 +5,7 @@ import pytest
 
 from pipeline.config import Duration, ModelSettings, TrainSettings, check, dump_toml, merge, override, read_toml
 from pipeline.models import MODELS, create_model
+from pipeline.weights import OF_MASKING
 from shards.errors import UserError
 
 MINIMAL = {"duration": "2 epochs", "global_batch": 8, "data": {"train": "somewhere"}, "model": {"name": "vit_b16"}}
@@ -182,7 +183,7 @@ def test_how_stores_are_reached_is_a_table_of_its_own(monkeypatch):
 def test_every_setting_of_a_model_is_one_of_a_run():
     models = {model for model, _ in MODELS.values()}
     theirs = {key for model in models for key in inspect.signature(model).parameters}
-    assert set(ModelSettings.model_fields) - {"name"} == theirs - {"image_size", "num_classes", "patch_target"}
+    assert set(ModelSettings.model_fields) - {"name"} == theirs - {"image_size", "num_classes"} - OF_MASKING
 
 
 def test_settings_of_a_model_come_from_toml():
@@ -203,3 +204,49 @@ def test_settings_of_a_model_come_from_toml():
     assert settings(model={"head_bias": -10}).model.head_bias == -10.0
     with pytest.raises(UserError, match=r"model\.pooling = 'gap' in here\.toml does not fit: .*'cls', 'mean'"):
         settings(model={"pooling": "gap"})
+
+
+@pytest.mark.parametrize(
+    ("engine", "words"),
+    [
+        (
+            {"kind": "accelerate", "zero_stage": 2},
+            r'kind "accelerate" has no zero_stage 2; unset it, or set kind = "de',
+        ),
+        ({"kind": "accelerate", "offload_optimizer": "cpu"}, 'kind "accelerate" has no offload_optimizer; unset it'),
+        ({"kind": "accelerate", "deepspeed": {"aio": {}}}, 'kind "accelerate" has no deepspeed; unset it'),
+        ({"zero_stage": 0, "offload_optimizer": "cpu"}, "offload_optimizer is of zero_stage 1, 2 and 3, .* is 0; set"),
+        ({"zero_stage": 2, "offload_optimizer": "/nvme"}, r"to a folder \('/nvme'\) is of zero_stage 3, .* is 2; set"),
+        ({"zero_stage": 2, "offload_parameters": "cpu"}, "offload_parameters is of zero_stage 3, .* is 2; set it to 3"),
+        (
+            {"deepspeed": {"fp16": {"enabled": True}}},
+            "fp16 of DeepSpeed follows our setting engine.precision; set that",
+        ),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 2}}},
+            "stage of DeepSpeed follows our setting engine.zero_stage",
+        ),
+        ({"recompute_every": -1}, r"engine\.recompute_every = -1 .* does not fit"),
+    ],
+)
+def test_impossible_settings_of_an_engine_are_refused_with_the_remedy(engine, words):
+    with pytest.raises(UserError, match=words) as raised:
+        settings(engine=engine)
+    assert "\n" not in str(raised.value)
+
+
+def test_accelerate_has_no_zero_stage_and_keeps_none_when_read_again():
+    found = settings(engine={"kind": "accelerate"})
+    assert found.engine.zero_stage == 0
+    assert check(TrainSettings, tomllib.loads(dump_toml(found.model_dump(mode="json"))), "again") == found
+
+
+def test_a_key_of_deepspeed_is_set_from_the_command_line():
+    table = override(MINIMAL, ["engine.deepspeed.zero_optimization.reduce_bucket_size=5"])
+    assert check(TrainSettings, table, "x").engine.deepspeed == {"zero_optimization": {"reduce_bucket_size": 5}}
+
+
+def test_an_average_that_is_not_kept_cannot_be_evaluated():
+    assert settings(optim={"ema": 0.9999}, evaluate={"ema": True}).evaluate.ema
+    with pytest.raises(UserError, match=r"evaluate\.ema wants an average .* set optim\.ema"):
+        settings(evaluate={"ema": True})

@@ -136,6 +136,17 @@ def test_masked_patch_prediction_is_as_the_appendix_has_it():
     assert expected.values == {"ImageNet": paper.MASKED_PATCH_IMAGENET}
 
 
+def test_masked_autoencoding_is_as_its_paper_has_it():
+    has("mae_imagenet", paper.MAE)
+    recipe = read_recipe("mae_imagenet")
+    assert recipe.swept == {"model.name": list(paper.MAE_IMAGENET), "duration": paper.MAE_EPOCHS}
+    assert [each.values for each in recipe.about.expected] == [paper.MAE_IMAGENET, paper.MAE_LINEAR]
+    has("mae_finetune_imagenet", paper.MAE_FINETUNE)
+    recipe = read_recipe("mae_finetune_imagenet")
+    assert [(each["duration"], each["model.drop_path"]) for each in recipe.sweep] == paper.MAE_FINETUNE_SIZES
+    assert recipe.about.expected[0].values == paper.MAE_IMAGENET
+
+
 def test_augreg_is_as_its_paper_has_it():
     for name, epochs in paper.AUGREG_EPOCHS.items():
         bias = paper.HEAD_BIAS[name.removeprefix("augreg_")]
@@ -265,6 +276,8 @@ def test_exaflops_are_those_printed_or_follow_the_rule_behind_them(name):
     settings, about = recipe.checked, recipe.about
     sizes = {} if settings.model.name is None else settings.model.overrides()
     sizes = {key: value for key, value in sizes.items() if key in ("embed_dim", "depth", "num_heads", "pooling")}
+    if settings.kind == "mae":
+        sizes |= settings.mae.decoder() | {"num_classes": 0, "hidden": settings.mae.share}
     samples = Schedule.of(settings, about.images, settings.global_batch).total
     macs = forward_macs(about.model, settings.data.resolution, tuple(sizes.items()))
     rule = 3 * 2 * macs * samples / 1e18

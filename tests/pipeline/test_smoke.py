@@ -13,6 +13,7 @@ import pipeline.objectives
 from pipeline.config import TrainSettings, check, flat, merge
 from pipeline.corruption import MASK, corruption
 from pipeline.models import MODELS
+from pipeline.objectives.mae import MaskedAutoencoding
 from pipeline.objectives.masked_patch import MaskedPatch
 from pipeline.objectives.supervised import Supervised
 from pipeline.recipe import read_recipe, read_settings, recipe_names
@@ -24,8 +25,10 @@ from shards.errors import UserError
 MAY_SHRINK = {
     "model.depth", "model.embed_dim", "model.mlp_dim", "model.backbone", "model.backbone_width", "model.units",
     "model.width", "data.resolution", "data.resize", "global_batch", "micro_batch", "duration", "log_every",
-    "checkpoint.every", "evaluate.every", "schedule.warmup", "schedule.milestones",
+    "checkpoint.every", "evaluate.every", "schedule.warmup", "schedule.milestones", "mae.decoder_depth",
+    "mae.decoder_dim",
 }  # fmt: skip
+OBJECTIVES = {"masked_patch": MaskedPatch, "mae": MaskedAutoencoding}
 BASE = {
     "duration": "9 epochs", "global_batch": 64, "data": {"train": "a"}, "model": {"name": "vit_b16"},
     "schedule": {"warmup": "3 epochs"},
@@ -111,7 +114,7 @@ def test_the_smoke_form_of_every_recipe_runs(alone, monkeypatch):
         assert result["val"]["images"] == 12
         assert math.isfinite(result["val"]["loss"]), recipe.name
         assert "checkpoint" not in result  # the folder is gone
-        objective = MaskedPatch if recipe.checked.kind == "masked_patch" else Supervised
+        objective = OBJECTIVES.get(recipe.checked.kind, Supervised)
         assert seen.pop() == (objective, MODELS[recipe.about.model][0]), recipe.name
     assert not seen
     assert torch.get_num_threads() == threads

@@ -254,3 +254,34 @@ def test_fine_tuning_goes_on_from_masked_patch_prediction(tmp_path):
     assert all(values[name].equal(trained[name]) for name in values if not name.startswith("head."))
     features = init.create_model().features(torch.zeros(2, 3, 16, 16))  # few-shot needs no head
     assert features.shape == (2, 24)
+
+
+def test_fine_tuning_goes_on_from_masked_autoencoding_and_may_learn_its_positions(tmp_path):
+    small = {"name": "vit_ti8", "embed_dim": 24, "num_heads": 3, "depth": 1, "position": "sincos_2d_moco"}
+    decoder = {"decoder_depth": 1, "decoder_dim": 16, "decoder_heads": 2}
+    stage = settings(kind="mae", init=None, model=small, mae=decoder, data={"resolution": 16})
+    model = resolve_model(stage, None, 3)
+    assert model == small | decoder | {"image_size": 16, "num_classes": 0, "representation": False}
+    template = create_model(**model)
+    trained = {name: value for name, value in template.state_dict().items() if not name.startswith("decoder.")}
+    encoder = {key: value for key, value in model.items() if key not in decoder}  # as convert leaves it
+    write_weights(tmp_path / "w.safetensors", trained, {"model": encoder, "classes": ["a", "b", "c"]})
+
+    def begin(stage: TrainSettings) -> dict[str, torch.Tensor]:
+        init = Weights(stage.init)
+        template = create_model(**resolve_model(stage, init, 5), seed=None)
+        value_of = first_values(template, init, stage)
+        return {name: value_of(name, tuple(p.shape)) for name, p in template.named_parameters()}
+
+    init = str(tmp_path / "w.safetensors")
+    values = begin(settings(init=init))
+    assert "pos_embed" not in values
+    assert values.keys() - {"head.weight", "head.bias"} == trained.keys()
+    assert all(values[name].equal(trained[name]) for name in trained)
+    learned = begin(settings(init=init, model={"position": "learned"}))
+    assert learned["pos_embed"].equal(interpolate_pos_embed(template.pos_embed, 4))
+    again = begin(settings(kind="mae", init=init, mae=decoder, seed=3))
+    assert again["blocks.0.mlp.fc1.weight"].equal(trained["blocks.0.mlp.fc1.weight"])
+    assert not again["decoder.embed.weight"].equal(template.decoder.embed.weight)  # a decoder is always new
+    with pytest.raises(UserError, match=r"its position is sincos_2d_moco, the settings say learned_2d"):
+        begin(settings(init=init, model={"position": "learned_2d"}))

@@ -108,7 +108,7 @@ def run(template, engine: tuple[str, int], out: Path, source: Path | None, steps
         mine = images(step)[rank::world_size], labels(step)[rank::world_size]
         batches = list(zip(*(each.split(2) for each in mine), strict=True))
         done = built.step(batches, lambda model, batch: objective.loss(model, *batch), lr=RATE)
-        losses.append(distributed.sum_over_ranks([float(done.loss)])[0] / world_size)
+        losses.append(float(done.loss))
     shapes = {name: tuple(p.shape) for name, p in template.named_parameters()}
     checkpoint.save(out, (start + steps) * GLOBAL_BATCH, built.pieces(), shapes, {})
     return losses

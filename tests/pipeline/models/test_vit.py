@@ -427,7 +427,7 @@ def test_shared_positions_are_laid_out_once(monkeypatch):
         (
             "vit_ti16",
             {"position": "sincos_2d", "embed_dim": 6},
-            "embed_dim 6 does not suit 'sincos_2d'; take a mult",
+            "width 6 does not suit 'sincos_2d'; take a mult",
         ),
         (
             "vit_ti16",
