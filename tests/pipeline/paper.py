@@ -210,15 +210,23 @@ MAE = {
     "kind": "mae", "global_batch": 4096, "optim.name": "adamw", "optim.lr": 1.5e-4 * 4096 / 256,
     "optim.betas": (0.9, 0.95), "optim.weight_decay": 0.05, "schedule.shape": "cosine", "schedule.warmup": "40 epochs",
     "data.augment": "inception", "data.resolution": 224, "mae.share": 0.75, "mae.norm_pixels": True,
-    "mae.decoder_depth": 8, "mae.decoder_dim": 512, "model.position": "sincos_2d_moco",
+    "mae.decoder_depth": 8, "mae.decoder_dim": 512, "mae.decoder_heads": 16, "model.position": "sincos_2d_moco",
+    "model.gelu": "exact", "model.dropout": 0.0, "data.crop_area": (0.2, 1.0), "optim.clip": None,
+    "optim.decay": "kernels", "schedule.end_lr": 0.0,
 }  # fmt: skip
 MAE_EPOCHS = ["800 epochs", "1600 epochs"]
 # Table 9, fine-tuning: epochs and stochastic depth of B, L and H.
 MAE_FINETUNE = {
     "kind": "finetune", "global_batch": 1024, "optim.name": "adamw", "optim.lr": 1e-3 * 1024 / 256,
     "optim.betas": (0.9, 0.999), "optim.weight_decay": 0.05, "optim.layer_decay": 0.75, "schedule.shape": "cosine",
-    "schedule.warmup": "5 epochs", "label_smoothing": 0.1, "data.mixup_alpha": 0.8, "data.resolution": 224,
+    "schedule.warmup": "5 epochs", "label_smoothing": 0.1, "data.mixup": 0.8, "data.resolution": 224,
+    "data.augment": "light2", "data.crop_area": (0.08, 1.0), "loss": "softmax", "model.position": "learned",
+    "optim.clip": None, "optim.decay": "kernels", "evaluate.view": "center_crop",
 }  # fmt: skip
 MAE_FINETUNE_SIZES = [("100 epochs", 0.1), ("50 epochs", 0.1), ("50 epochs", 0.2)]
 MAE_IMAGENET = {"vit_b16": 83.6, "vit_l16": 85.9, "vit_h14": 86.9}  # Table 3
+HARDWARE |= {
+    "mae_imagenet": "64 V100 for 42 hours: ViT-L/16, 800 epochs",
+    "mae_finetune_imagenet": "32 V100 for 7 hours: ViT-B/16",
+}  # fmt: skip
 MAE_LINEAR = {"vit_b16": 68.0, "vit_l16": 75.8, "vit_h14": 76.6}

@@ -137,11 +137,11 @@ def test_masked_patch_prediction_is_as_the_appendix_has_it():
 
 
 def test_masked_autoencoding_is_as_its_paper_has_it():
-    has("mae_imagenet", paper.MAE)
+    has("mae_imagenet", PRE_TRAINING | paper.MAE)
     recipe = read_recipe("mae_imagenet")
     assert recipe.swept == {"model.name": list(paper.MAE_IMAGENET), "duration": paper.MAE_EPOCHS}
     assert [each.values for each in recipe.about.expected] == [paper.MAE_IMAGENET, paper.MAE_LINEAR]
-    has("mae_finetune_imagenet", paper.MAE_FINETUNE)
+    has("mae_finetune_imagenet", FINE_TUNING | paper.MAE_FINETUNE)
     recipe = read_recipe("mae_finetune_imagenet")
     assert [(each["duration"], each["model.drop_path"]) for each in recipe.sweep] == paper.MAE_FINETUNE_SIZES
     assert recipe.about.expected[0].values == paper.MAE_IMAGENET
@@ -196,7 +196,8 @@ def test_what_recipes_say_of_data_and_hardware_is_what_is_printed(name):
     if not (tuning := settings.kind == "finetune"):
         assert about.data == paper.NAMES[data_of(name)]
     simple = name == "simple_vit_s16_imagenet"  # holds some of the images out
-    assert about.images == (None if tuning else paper.SIMPLE_IMAGES if simple else paper.IMAGES[data_of(name)])
+    in_steps = tuning and "step" in settings.duration
+    assert about.images == (None if in_steps else paper.SIMPLE_IMAGES if simple else paper.IMAGES[data_of(name)])
     assert about.classes == paper.CLASSES.get(about.data)
     assert about.hardware.split(" (")[0] == paper.HARDWARE.get(name, "not printed")
 
