@@ -16,6 +16,7 @@ PREREQUISITES = {
     "C++ compiler (g++)": ("g++", "no torch.compile on CPU"),
     "Python headers (Python.h)": ("python3-dev", "no torch.compile"),
     "libjpeg headers (jpeglib.h)": ("libjpeg-dev", "no native JPEG crop decoder, decoding takes the slower path"),
+    "libaio headers (libaio.h)": ("libaio-dev", "no offloading to NVMe"),
 }
 
 
@@ -30,6 +31,7 @@ def missing() -> list[str]:
         "Python headers (Python.h)": (Path(sysconfig.get_path("include")) / "Python.h").is_file(),
     }
     here["libjpeg headers (jpeglib.h)"] = here["C compiler (gcc)"] and _compiles(compiler, "<stdio.h>", "<jpeglib.h>")
+    here["libaio headers (libaio.h)"] = here["C compiler (gcc)"] and _compiles(compiler, "<libaio.h>")
     return [name for name in PREREQUISITES if not here[name]]
 
 

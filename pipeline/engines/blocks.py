@@ -1,6 +1,8 @@
 """What happens to a model block by block: activations computed again, torch.compile, weights gathered together."""
 
+import os
 import re
+import shutil
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -30,6 +32,11 @@ def prepare_blocks(model: nn.Module, settings: EngineSettings) -> None:
     if not blocks and (settings.recompute_every or settings.compile):
         key = "recompute_every" if settings.recompute_every else "compile"
         raise UserError(f"engine.{key} is of blocks, and {type(model).__name__} has none; unset it")
+    compiler = os.environ.get("CXX", "g++")
+    if settings.compile and shutil.which(compiler) is None:
+        raise UserError(
+            f"engine.compile wants the C++ compiler {compiler}, and it is not here; install it, or unset it"
+        )
     for number, block in enumerate(blocks):
         if settings.compile:
             block.forward = torch.compile(block.forward)

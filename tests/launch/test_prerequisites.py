@@ -14,6 +14,7 @@ def test_what_is_missing_is_named_with_its_package_and_what_is_lost(monkeypatch,
     assert "apt-get install libjpeg-dev" in said
     assert "apt-get install python3-dev" in said
     assert "apt-get install gcc" in said
+    assert "libaio headers (libaio.h) missing: no offloading to NVMe; to have it: apt-get install libaio-dev" in said
 
 
 @pytest.mark.parametrize("present", [True, False])

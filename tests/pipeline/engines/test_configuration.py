@@ -78,6 +78,12 @@ def test_a_model_without_blocks_has_none_to_recompute(alone):
             create_engine(lambda: Plain(2, 2), lambda name, shape: torch.zeros(shape), settings(engine={key: 1}))
 
 
+def test_compiling_without_a_compiler_is_refused(alone, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    words = r"engine\.compile wants the C\+\+ compiler no-such-compiler, and it is not here; install it"
+    refused(settings(engine={"compile": True}), words)
+
+
 def test_offload_without_room_is_found_before_the_start(alone, monkeypatch, tmp_path):
     monkeypatch.setattr(room, "free_memory", lambda: 5_717_416 * 20.0 - 1)  # ViT-Ti/16 by five values of four bytes
     refused(
