@@ -3,7 +3,8 @@
 Runs in Patchmill's environment or in the peers'; so what only one of them has is imported by the function that needs
 it. All do the same work: a Vision Transformer with a class token, GELU by its tanh approximation, softmax loss, AdamW.
 For each line of stdin, a number of steps, it takes so many and prints {"seconds": ..., "peak MB": ...} as JSON: memory
-above what the imports hold on the CPU, and of all tensors on a GPU. ``matmul`` multiplies two square matrices.
+above what the imports hold on the CPU, and of all tensors on a GPU, where it keeps none between two lines, and takes it
+again by one more step that is not measured. ``matmul`` multiplies two square matrices.
 """
 
 import argparse
@@ -61,16 +62,20 @@ def main():
 
 def serve(device: torch.device, step: Callable[[], object], imported: float) -> None:
     """Take as many steps as each line of stdin says, and print how long they took and the memory they needed."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    on_gpu = device.type == "cuda"
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
     for line in sys.stdin:
+        if on_gpu:
+            step()  # takes its memory again
         wait()
         began = perf_counter()
         for _ in range(int(line)):
             step()
         wait()
         seconds = perf_counter() - began
-        on_gpu = device.type == "cuda"
         peak = torch.cuda.max_memory_allocated() / 1e6 if on_gpu else memory("VmHWM") - imported
+        if on_gpu:
+            torch.cuda.empty_cache()  # for whoever comes next
         print(json.dumps({"seconds": seconds, "peak MB": peak, "torch": torch.__version__}), flush=True)
 
 

@@ -66,25 +66,21 @@ def train(
     if smoke:
         from pipeline.smoke import smoke_run
 
-        distributed.start()
-        try:
+        with distributed.together():
             _print(smoke_run(table, about, str(config), out), as_json)
-        finally:
-            distributed.finish()
         return
+    from pipeline.weights import check_model
+
     checked = check(TrainSettings, table, str(config))
     checked.accumulation(distributed.world_size())  # before ranks wait for each other
+    check_model(checked, str(config))
     folder = out or Path("runs") / config.stem
     folder.mkdir(parents=True, exist_ok=True)
 
     from pipeline.train import train as run_training
 
-    distributed.start()
-    try:
-        with distributed.alone_in(folder):
-            _print(run_training(checked, folder), as_json)
-    finally:
-        distributed.finish()
+    with distributed.together(), distributed.alone_in(folder):
+        _print(run_training(checked, folder), as_json)
 
 
 @app.command()
@@ -126,11 +122,8 @@ def evaluate(
     dataset = Dataset.open(data)
     model, classes = load_model(weights, ema)
     check_classes(classes, dataset)
-    distributed.start()
-    try:
+    with distributed.together():
         _print(classify(model.to(distributed.device()), dataset, model.image_size, batch, view=view), as_json)
-    finally:
-        distributed.finish()
 
 
 @app.command()

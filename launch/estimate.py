@@ -11,6 +11,7 @@ from launch.plan import read_plan
 from pipeline.config import ModelSettings, TrainSettings, check, merge, override
 from pipeline.estimate import estimate_model, estimate_stage
 from pipeline.recipe import PLACES, About, read_settings
+from pipeline.weights import check_model
 from shards.errors import UserError
 
 NUMBERS: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -30,6 +31,9 @@ class ModelAlone(ModelSettings):
     image_size: int | None = None
     num_classes: int | None = None
     patch_target: str | None = None
+    decoder_depth: int | None = None
+    decoder_dim: int | None = None
+    decoder_heads: int | None = None
 
 
 def estimates(
@@ -65,6 +69,7 @@ def estimates(
         if about is not None:
             table, classes, epoch = _filled_in(table, about, path, classes, epoch)
         settings = check(TrainSettings, table, path)
+        check_model(settings, path)
         return [{"name": Path(path).stem, **estimate_stage(settings, classes, epoch)}]
     if over:
         raise UserError(f"{over[0]!r} overrides settings of a stage, and {path} is a plan; change its set tables")

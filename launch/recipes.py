@@ -28,8 +28,10 @@ COLUMNS: dict[str, Callable[[Recipe, TrainSettings], str]] = {
     "exaFLOPs": lambda recipe, settings: f"{recipe.about.exaflops:g}",
     "source": lambda recipe, settings: recipe.about.source,
 }
-SPARE = ("model", "data", "source", "schedule", "decay", "batch", "length")
+SPARE = ("model", "data", "source", "schedule", "decay", "batch", "LR")
 """Columns that a narrow terminal does without, the first first: a name says model and data."""
+FOLDED = 12
+"""Width of the lengths where there is still no room: the unit of the longest goes to a second line."""
 
 
 def print_table(recipes: list[Recipe], width: int | None) -> None:
@@ -41,10 +43,12 @@ def print_table(recipes: list[Recipe], width: int | None) -> None:
     for title in SPARE if width else ():
         if sum(widths[each] + 2 for each in titles) > width:
             titles.remove(title)
+    fold = width is not None and sum(widths[each] + 2 for each in titles) > width
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for title in titles:
         right = title in ("batch", "LR", "decay", "exaFLOPs")
-        table.add_column(title, justify="right" if right else "left", no_wrap=title in ("name", "LR", "exaFLOPs"))
+        whole, most = title in ("name", "LR", "exaFLOPs"), FOLDED if fold and title == "length" else None
+        table.add_column(title, justify="right" if right else "left", no_wrap=whole, max_width=most)
     for _, group in groups:
         for _, row in group:
             table.add_row(*(row[title] for title in titles))

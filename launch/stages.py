@@ -112,8 +112,8 @@ def _convert(s: ConvertStage, folder: Path, run: Path) -> list[str]:
 
 
 def _evaluate(s: EvaluateStage, folder: Path, run: Path) -> list[str]:
-    arguments = ["evaluate", s.weights, s.data, "--batch", str(s.batch), "--view", s.view]
-    return arguments + (["--ema"] if s.ema else [])
+    options = ["--batch", str(s.batch), "--view", s.view] + (["--ema"] if s.ema else [])
+    return ["evaluate", s.weights, s.data, *options]
 
 
 def _fewshot(s: FewshotStage, folder: Path, run: Path) -> list[str]:
@@ -124,11 +124,13 @@ def _report(s: ReportStage, folder: Path, run: Path) -> list[str]:
     return ["report", str(run)]
 
 
+TRAINING_PATHS = ("init", "data.train", "data.val", "probe.train", "probe.test")
 KINDS = {
     "shards": Kind(ShardsStage, ("source",), "data", _shards),
-    "supervised": Kind(TrainSettings, ("init", "data.train", "data.val"), "", _train),
-    "masked_patch": Kind(TrainSettings, ("init", "data.train", "data.val"), "", _train),
-    "finetune": Kind(TrainSettings, ("init", "data.train", "data.val"), "", _train),
+    "supervised": Kind(TrainSettings, TRAINING_PATHS, "", _train),
+    "masked_patch": Kind(TrainSettings, TRAINING_PATHS, "", _train),
+    "mae": Kind(TrainSettings, TRAINING_PATHS, "", _train),
+    "finetune": Kind(TrainSettings, TRAINING_PATHS, "", _train),
     "convert": Kind(ConvertStage, ("source",), "model.safetensors", _convert),
     "evaluate": Kind(EvaluateStage, ("weights", "data"), "result.json", _evaluate),
     "fewshot": Kind(FewshotStage, ("weights", "train", "test"), "result.json", _fewshot),

@@ -130,6 +130,11 @@ def whole_checkpoints(folder: Path) -> list[Path]:
     return sorted((path.parent for path in folder.glob("samples-*/checkpoint.json")), reverse=True)
 
 
+def samples_of(path: Path) -> int:
+    """Return the samples consumed at a checkpoint, by its name."""
+    return int(path.name.removeprefix("samples-"))
+
+
 def pointer(folder: Path, name: str) -> Path | None:
     """Return the checkpoint that ``latest`` or ``best`` names, or None."""
     try:

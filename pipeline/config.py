@@ -217,7 +217,7 @@ class ModelSettings(Settings):
     width: int | None = Field(None, description="of a BiT ResNet: channels inside the units of the first stage")
     pooling: Literal["cls", "mean", "map"] | None = None
     representation: bool | None = None
-    position: Literal["learned", "learned_2d", "relative", "sincos_2d", "none"] | None = None
+    position: Literal["learned", "learned_2d", "relative", "sincos_2d", "sincos_2d_moco", "none"] | None = None
     position_at: Literal["stem", "every", "shared"] | None = None
     registers: int | None = None
     qkv_bias: bool | None = None
@@ -362,7 +362,7 @@ class EngineSettings(Settings):
 
 
 class MaskedPatchSettings(Settings):
-    """Masked patch prediction (paper, appendix B.1.2); shares are of counts that are exact in every image."""
+    """Masked patch prediction (paper, appendix B.1.2)."""
 
     target: Literal["mean_color", "mean_colors_4x4", "pixels"] = Field(
         "mean_color", description="of each corrupted patch: its mean colour of 512, those of its 4 x 4 parts, or itself"
@@ -370,12 +370,53 @@ class MaskedPatchSettings(Settings):
     share: float = Field(0.5, gt=0, le=1, description="of an image's patches that are corrupted")
     mask: float = Field(0.8, ge=0, le=1, description="of those: that a learned embedding replaces")
     other: float = Field(0.1, ge=0, le=1, description="of those: that another patch's embedding replaces")
+    counts: Literal["exact", "drawn"] = Field("exact", description="in every image, or each patch drawn for itself")
 
     @model_validator(mode="after")
     def _at_most_all(self) -> "MaskedPatchSettings":
         if self.mask + self.other > 1:
             raise ValueError(f"mask {self.mask} and other {self.other} are more than all; make their sum at most 1")
         return self
+
+
+class GuardSettings(Settings):
+    """What is done about steps whose loss or gradient norm is not finite, or leaps: they are not taken."""
+
+    sigmas: float = Field(
+        8.0, ge=0, description="standard deviations of the logarithm above the running mean that are a leap; 0: none is"
+    )
+    in_row: int = Field(5, gt=0, description="held back one after another, and something must be done")
+    then: Literal["roll_back", "stop"] = Field(
+        "roll_back", description="to the last checkpoint, and pass over the batches in question; or stop"
+    )
+
+
+class TrackSettings(Settings):
+    """Who shows the metrics besides ``metrics.jsonl``."""
+
+    tensorboard: bool = True
+    wandb: str | None = Field(None, description="project of Weights & Biases; WANDB_MODE=offline keeps it here")
+
+
+class ProfileSettings(Settings):
+    """Steps to record with torch.profiler, into the stage's ``profile/rank-R.json.gz``."""
+
+    first: int = Field(10, ge=0, description="steps after each start before those that are recorded")
+    steps: int = Field(0, ge=0)
+
+
+class MaeSettings(Settings):
+    """Masked autoencoding; the share is of a count that is exact in every image."""
+
+    share: float = Field(0.75, gt=0, lt=1, description="of an image's patches that are masked")
+    norm_pixels: bool = Field(True, description="targets are the pixels of a patch at mean 0 and variance 1")
+    decoder_depth: int = Field(8, gt=0)
+    decoder_dim: int = Field(512, gt=0)
+    decoder_heads: int = Field(16, gt=0)
+
+    def decoder(self) -> dict[str, int]:
+        """Return what the model takes of these settings."""
+        return self.model_dump(include={"decoder_depth", "decoder_dim", "decoder_heads"})
 
 
 class CheckpointSettings(Settings):
@@ -394,12 +435,32 @@ class EvaluateSettings(Settings):
         "resize", description="the whole image, squeezed; or its middle, of 8/7 of the resolution on the short side"
     )
     ema: bool = Field(False, description="evaluate the moving average of the weights that optim.ema keeps")
+    patience: int | None = Field(
+        None, gt=0, description="so many evaluations in a row that are not the best so far end the stage"
+    )
+
+
+class ProbeSettings(Settings):
+    """What frozen features are worth while a model trains: top-1 on ``test`` of classifiers fitted to ``train``."""
+
+    train: Url
+    test: Url
+    every: Period = Duration("1 epoch")
+    fewshot: bool = Field(True, description="least squares on a few images of each class, mean of three draws")
+    shots: tuple[Annotated[int, Field(gt=0)], ...] = Field((5,), min_length=1, description="images of each class")
+    linear: bool = Field(False, description="logistic regression on all images of train")
+
+    @model_validator(mode="after")
+    def _of_something(self) -> "ProbeSettings":
+        if not (self.fewshot or self.linear):
+            raise ValueError("neither fewshot nor linear is to be probed; set one of them, or leave the table out")
+        return self
 
 
 class TrainSettings(Settings):
     """One training stage."""
 
-    kind: Literal["supervised", "masked_patch", "finetune"] = "supervised"
+    kind: Literal["supervised", "masked_patch", "mae", "finetune"] = "supervised"
     seed: int = 0
     duration: Period
     global_batch: int = Field(gt=0)
@@ -410,6 +471,7 @@ class TrainSettings(Settings):
     loss: Literal["softmax", "sigmoid"] = "softmax"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     masked_patch: MaskedPatchSettings = MaskedPatchSettings()
+    mae: MaeSettings = MaeSettings()
     log_every: Period = Duration("10 steps")
     data: DataSettings
     model: ModelSettings = ModelSettings()
@@ -418,14 +480,28 @@ class TrainSettings(Settings):
     engine: EngineSettings = EngineSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    guard: GuardSettings = GuardSettings()
+    track: TrackSettings = TrackSettings()
+    profile: ProfileSettings = ProfileSettings()
+    watchdog: float = Field(
+        600.0, gt=0, description="seconds that a step may take before the job is ended, each rank telling where it is"
+    )
+    probe: ProbeSettings | None = None
 
     @model_validator(mode="after")
     def _of_classes_alone(self) -> "TrainSettings":
-        if self.kind == "masked_patch" and (self.loss != "softmax" or self.label_smoothing or self.data.mixup_alpha):
+        without = self.kind in ("masked_patch", "mae")
+        if without and (self.loss != "softmax" or self.label_smoothing or self.data.mixup_alpha):
             raise ValueError(
-                "loss, label_smoothing and mixup are of classes, and masked patch prediction has none; unset them "
+                f"loss, label_smoothing and mixup are of classes, and kind {self.kind!r} has none; unset them "
                 "(data.mixup = 0.0 keeps the rest of an AugReg augmentation)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_lose_patience_with(self) -> "TrainSettings":
+        if self.evaluate.patience is not None and self.data.val is None:
+            raise ValueError("evaluate.patience counts evaluations, and there is no data.val; set it, or no patience")
         return self
 
     @model_validator(mode="after")
@@ -441,6 +517,11 @@ class TrainSettings(Settings):
         if self.evaluate.ema and self.optim.ema is None:
             raise ValueError("evaluate.ema wants an average to evaluate; set optim.ema, e.g. 0.9999, or unset it")
         return self
+
+    @property
+    def hidden_share(self) -> float:
+        """Share of an image's patches that the model has to tell, where it has to tell patches."""
+        return self.mae.share if self.kind == "mae" else self.masked_patch.share
 
     def accumulation(self, world_size: int) -> int:
         """Return the number of micro-batches a rank takes per step, or raise a UserError that names what would fit."""
@@ -542,11 +623,14 @@ def check(kind: type[S], table: dict[str, Any], where: str) -> S:
 def nearest(word: str, known: list[str], most: int = 1) -> str:
     """Return ``" (did you mean X?)"`` for the known words nearest to ``word``, at most so many, or nothing.
 
-    Capitals and whatever is no letter or digit do not count, so that ViT-B/16 is vit_b16 and nothing else.
+    Capitals and whatever is no letter or digit do not count, so that ViT-B/16 is vit_b16 and nothing else. Of several,
+    those that begin with the word come first.
     """
     bare = {re.sub(r"[\W_]", "", each.lower()): each for each in known}
     asked = re.sub(r"[\W_]", "", word.lower())
-    close = [asked] if asked in bare else difflib.get_close_matches(asked, bare, n=most, cutoff=0.5)
+    near = difflib.get_close_matches(asked, bare, n=most, cutoff=0.5)
+    begun = sorted((each for each in bare if most > 1 and asked and each.startswith(asked)), key=len)
+    close = [asked] if asked in bare else list(dict.fromkeys([*begun, *near]))[:most]
     return f" (did you mean {' or '.join(repr(bare[each]) for each in close)}?)" if close else ""
 
 

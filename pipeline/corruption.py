@@ -6,7 +6,9 @@ import numpy as np
 
 from shards.hashing import hash_array, hash_int
 
-MASK = -1  # in place of the patch that another one's embedding is taken from: the learned mask embedding
+# In place of the patch that another one's embedding is taken from:
+MASK = -1  # the learned mask embedding
+UNTOLD = -2  # its own, and the patch is not corrupted: where each is drawn for itself, some are listed that are not
 _CORRUPTION = 10  # first word of its hashes; shards/hashing.py lists all
 
 
@@ -23,11 +25,12 @@ def corruption(
     share: float,
     masked: float,
     replaced: float,
+    exact: bool = True,
 ) -> np.ndarray:
     """Return what becomes of which patches, the same on any number of ranks (paper, appendix B.1.2).
 
-    The paper gives shares only; here every image has exactly those counts, rounded. A random other patch is one of the
-    same image.
+    The paper gives shares only; here every image has exactly those counts, rounded, or each patch is drawn for itself.
+    A random other patch is one of the same image.
 
     Args:
         positions: int64 [n], global positions of the samples, as in ``Batch.positions``.
@@ -37,19 +40,25 @@ def corruption(
         share: of the patches that are corrupted.
         masked: share of those that the mask embedding replaces.
         replaced: share of those that another patch's embedding replaces; the rest is left as it is.
+        exact: whether the counts are, or each patch is drawn for itself.
 
     Returns:
         int64 [n, m, 2]: the m corrupted patches of each image, and the patch whose embedding each gets, or ``MASK``.
+        Drawn, all patches, those that are not corrupted with ``UNTOLD``.
     """
     epochs = positions // (epoch_samples or sys.maxsize)
     prefix = hash_int(_CORRUPTION, seed)
     keys = hash_array(prefix, epochs[:, None], positions[:, None], np.arange(2 * patches))  # [n, 2 N]
-    count = corrupted_patches(patches, share)
-    where = np.argsort(keys[:, :patches], axis=1, kind="stable")[:, :count]  # [n, m]
+    if exact:
+        count = corrupted_patches(patches, share)
+        where = np.argsort(keys[:, :patches], axis=1, kind="stable")[:, :count]  # [n, m]
+        masks = round(masked * count)
+        fate, ends = np.arange(count), (masks, masks + round(replaced * count), count)
+    else:
+        where = np.broadcast_to(np.arange(patches), (len(positions), patches))
+        fate, ends = keys[:, :patches] * 2.0**-64, (masked * share, (masked + replaced) * share, share)
     steps = np.take_along_axis(keys[:, patches:], where, axis=1) % np.uint64(max(patches - 1, 1))
     others = (where + 1 + steps.astype(np.int64)) % patches  # never itself, but where there is only one
-    masks = round(masked * count)
-    kept = masks + round(replaced * count)
-    column = np.arange(count)
-    source = np.where(column < masks, MASK, np.where(column < kept, others, where))
+    choices = [np.full_like(where, MASK), others, where]
+    source = np.select([np.broadcast_to(fate < end, where.shape) for end in ends], choices, UNTOLD)
     return np.stack([where, source], axis=2)

@@ -1,8 +1,11 @@
 """What a training stage reads: a data set, a mixture or a stream, behind one loader."""
 
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from pipeline import distributed
 from pipeline.config import DataSettings, TrainSettings
@@ -13,7 +16,9 @@ from shards.dataset import Dataset
 from shards.errors import UserError
 from shards.ledger import new_segment
 from shards.loader import Loader
+from shards.manylabels import Accepts
 from shards.mixture import Mixture
+from shards.names import sample_names
 from shards.processloader import ProcessLoader
 from shards.stream import StreamLoader
 from shards.tarstream import is_stream
@@ -28,6 +33,7 @@ class TrainingData(NamedTuple):
         epoch: Samples of an epoch; None of a stream, where nobody knows.
         held_out: What is evaluated on, if anything.
         schedule: Of the stage.
+        names: ``tar`` and ``key`` of the samples at positions of the order; None of a stream, where nobody knows.
     """
 
     loader: Loader | ProcessLoader | StreamLoader
@@ -35,6 +41,7 @@ class TrainingData(NamedTuple):
     epoch: int | None
     held_out: Dataset | None
     schedule: Schedule
+    names: Callable[[np.ndarray], Iterator[dict]] | None
 
 
 def open_data(settings: TrainSettings, out: Path, first_batch: int) -> TrainingData:
@@ -53,7 +60,7 @@ def open_data(settings: TrainSettings, out: Path, first_batch: int) -> TrainingD
     options = {
         "global_batch": settings.global_batch, "rank": distributed.rank(), "world_size": distributed.world_size(),
         "seed": settings.seed, "transform": training_transform(data), "threads": data.threads,
-        "quarantine": out / "quarantine.jsonl",
+        "quarantine": out / "quarantine.jsonl", "labels": _labels(settings),
     }  # fmt: skip
     if is_stream(data.train):
         if held_out is None:
@@ -65,7 +72,7 @@ def open_data(settings: TrainSettings, out: Path, first_batch: int) -> TrainingD
             data.train, held_out.classes, stop=schedule.total, allow_pipe=data.allow_pipe, store=data.store,
             allocate=pinned_array, **options,
         )  # fmt: skip
-        return TrainingData(loader, held_out.classes, None, held_out, schedule)
+        return TrainingData(loader, held_out.classes, None, held_out, schedule, None)
     dataset = training_set(data)
     if held_out is not None and held_out.classes != dataset.classes:
         raise UserError(f"{data.val} has other classes than {dataset.url}; build both with one list of classes")
@@ -77,7 +84,13 @@ def open_data(settings: TrainSettings, out: Path, first_batch: int) -> TrainingD
         cache=data.open_cache(), cache_ranks=distributed.ranks_here(),
         ledger=distributed.everyone(new_segment(out / "ledger") if distributed.rank() == 0 else None)[0],
     )  # fmt: skip
-    return TrainingData(loader, dataset.classes, len(dataset), held_out, schedule)
+    names = partial(sample_names, dataset, dataset.order(settings.seed, data.window_bytes))
+    return TrainingData(loader, dataset.classes, len(dataset), held_out, schedule, names)
+
+
+def _labels(settings: TrainSettings) -> Accepts:
+    """Return how many labels an image may have: to a softmax one without is nothing, and elsewhere it serves."""
+    return "some" if settings.kind in ("supervised", "finetune") and settings.loss == "softmax" else "any"
 
 
 def training_set(data: DataSettings) -> Dataset | Mixture:

@@ -7,16 +7,18 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.liveness import Liveness
 from shards.atomic import only_one
-from shards.errors import UserError
+from shards.errors import StoppedOnRequestError, UserError
 
 TIMEOUT = datetime.timedelta(minutes=10)
 
@@ -68,6 +70,26 @@ def finish() -> None:
         dist.destroy_process_group()
 
 
+@contextmanager
+def together() -> Iterator[None]:
+    """Join the process group for as long as it is open; where a rank ends by an error or dies, all end, told which."""
+    start()
+    who = f"rank {rank()} on {socket.gethostname()}, process {os.getpid()},"
+    store = dist.distributed_c10d._get_default_store()
+    with Liveness(store, rank(), world_size(), who) if world_size() > 1 else nullcontext():
+        try:
+            yield
+        except StoppedOnRequestError:
+            _leave()
+            raise
+        _leave()  # not after an error: those who will not come would be waited for
+
+
+def _leave() -> None:
+    dist.barrier()  # rank 0 has the store, which the signs of life of the others need
+    finish()
+
+
 def end_process(code: int) -> NoReturn:
     """End a rank's process with an exit code, without taking the interpreter apart.
 
@@ -81,11 +103,27 @@ def end_process(code: int) -> NoReturn:
     os._exit(code)
 
 
+def memory_bytes() -> int:
+    """Return the memory of this rank: the most that tensors on its GPU took, or what is resident now without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    pages = Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
 def sum_over_ranks(values: list[float]) -> list[float]:
     """Return the element-wise sum of ``values`` over all ranks, in float64."""
     total = torch.tensor(values, dtype=torch.float64, device=device())
     dist.all_reduce(total)
     return total.tolist()
+
+
+def gather_floats(values: list[float]) -> np.ndarray:
+    """Return every rank's ``values``, float64 [ranks, values]; collective."""
+    mine = torch.tensor(values, dtype=torch.float64, device=device())
+    everyones = [torch.empty_like(mine) for _ in range(world_size())]
+    dist.all_gather(everyones, mine)
+    return torch.stack(everyones).cpu().numpy()
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:

@@ -13,19 +13,20 @@ from shards.errors import UserError
 from shards.tarstream import is_stream
 
 
-def estimate_model(model: dict[str, Any], samples: int | None, corrupted: float = 0.5) -> dict[str, Any]:
+def estimate_model(model: dict[str, Any], samples: int | None, hidden: float = 0.5) -> dict[str, Any]:
     """Return what a model costs, and a training of it on so many samples, if that is told.
 
     Args:
         model: What ``create_model`` takes, name included.
         samples: Length of the training; None for none.
-        corrupted: Share of the patches that masked patch prediction corrupts, where ``model`` has a ``patch_target``.
+        hidden: Share of the patches that are corrupted, where ``model`` has a ``patch_target``, or masked, where it has
+            a decoder.
 
     Returns:
         ``model``, ``parameters``, ``forward_macs`` and ``forward_flops`` of one image; ``samples`` and ``exaflops`` of
         the training (forward and backward).
     """
-    cost = cost_of(**model, corrupted=corrupted)
+    cost = cost_of(**model, hidden=hidden)
     found = {
         "model": model["name"], "parameters": cost.parameters, "forward_macs": cost.macs, "forward_flops": cost.flops,
     }  # fmt: skip
@@ -54,7 +55,7 @@ def estimate_stage(settings: TrainSettings, classes: int | None, epoch: int | No
     model = resolve_model(settings, init, classes)
     # No other length than the duration changes what a stage costs.
     total = Schedule.of(settings, epoch if in_epochs else 1, settings.global_batch).total
-    return estimate_model(model, total, settings.masked_patch.share)
+    return estimate_model(model, total, settings.hidden_share)
 
 
 def _ask_data(settings: TrainSettings) -> tuple[int, int | None]:

@@ -6,6 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.corruption import corrupted_patches
+from pipeline.masking import visible_count
 from pipeline.models import create_model
 
 BACKWARD = 2
@@ -33,8 +34,8 @@ class Cost(NamedTuple):
         return (1 + BACKWARD) * self.flops * samples
 
 
-def cost_of(name: str, *, corrupted: float = 0.5, **settings: Any) -> Cost:
-    """Return what ``create_model(name, **settings)`` costs; ``corrupted`` is the share of patches in masked prediction.
+def cost_of(name: str, *, hidden: float = 0.5, **settings: Any) -> Cost:
+    """Return what ``create_model(name, **settings)`` costs; ``hidden`` is the share of patches that it has to tell.
 
     The forward pass is run on the meta device, where tensors are shapes alone, and the products in it are counted: so
     it holds for every model, whatever is set.
@@ -46,6 +47,8 @@ def cost_of(name: str, *, corrupted: float = 0.5, **settings: Any) -> Cost:
         model = create_model(name, **settings, seed=None).eval()
         images, drawn = torch.empty(1, 3, model.image_size, model.image_size), {}
         if settings.get("patch_target") is not None:
-            drawn["corruption"] = torch.empty(1, corrupted_patches(model.grid**2, corrupted), 2, dtype=torch.int64)
+            drawn["corruption"] = torch.empty(1, corrupted_patches(model.grid**2, hidden), 2, dtype=torch.int64)
+        if settings.get("decoder_depth"):
+            drawn["visible"] = torch.empty(1, visible_count(model.grid**2, hidden), dtype=torch.int64)
         model(images, **drawn)
     return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)

@@ -8,6 +8,7 @@ import torch.nn.functional as F  # noqa: N812 (the name everyone knows)
 from torch import Tensor
 
 from pipeline.config import DataSettings, TrainSettings
+from pipeline.losses import class_targets
 from shards.augment import TRANSFORMS, InceptionCrop, ResizeCrop, Transform
 from shards.augreg import PRESETS
 from shards.batch import Batch
@@ -46,16 +47,17 @@ def training_input(
         device: Of the model.
 
     Returns:
-        images, float32 [n, 3, H, W] in [-1, 1], and class indices, int64 [n], or with mixup the classes' shares,
-        float32 [n, num_classes].
+        images, float32 [n, 3, H, W] in [-1, 1], and class indices, int64 [n], or with mixup or several labels an image
+        the classes' shares, float32 [n, num_classes].
     """
-    images, labels = to_model_input(batch.images, device), torch.from_numpy(batch.labels).to(device)
+    images = to_model_input(batch.images, device)
+    labels = class_targets(batch, num_classes, settings.loss, device)
     if not settings.data.mixup_alpha:
         return images, labels
     weights = mixup_weights(batch.positions, epoch_samples or sys.maxsize, settings.seed, settings.data.mixup_alpha)
     keep = torch.from_numpy(weights).to(device)
     partner = torch.from_numpy(partner_rows(len(labels))).to(device)
-    shares = F.one_hot(labels, num_classes).float()
+    shares = labels if labels.is_floating_point() else F.one_hot(labels, num_classes).float()
     return (
         torch.lerp(images[partner], images, keep[:, None, None, None]),
         torch.lerp(shares[partner], shares, keep[:, None]),

@@ -8,7 +8,7 @@ import torch
 from pipeline.config import OptimSettings
 
 BLOCK = re.compile(r"(?:stages\.(\d+)\.)?blocks\.(\d+)\.")
-AFTER_THE_BLOCKS = ("norm.", "fc_norm.", "attn_pool.", "pre_logits.", "head.", "patch_head.")
+AFTER_THE_BLOCKS = ("norm.", "fc_norm.", "attn_pool.", "pre_logits.", "head.", "patch_head.", "decoder.")
 
 
 def parameter_groups(named: Iterable[tuple[str, torch.nn.Parameter]], settings: OptimSettings) -> list[dict]:

@@ -90,7 +90,7 @@ def recipe_names() -> list[str]:
 def read_recipe(name: str) -> Recipe:
     """Return a recipe by name."""
     if name not in (names := recipe_names()):
-        raise UserError(f"there is no recipe {name!r}{nearest(name, names)}; `patchmill recipes` lists them")
+        raise UserError(f"there is no recipe {name!r}{nearest(name, names, most=3)}; `patchmill recipes` lists them")
     path = RECIPES / f"{name}.toml"
     table = read_toml(path)
     about, sweep = check(About, table.pop("about"), f"[about] of {name}"), _combined(table.pop("sweep", {}))

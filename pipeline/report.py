@@ -5,6 +5,7 @@ import html
 import io
 import json
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from shards.errors import UserError
 from shards.storesettings import StoreSettings
 
 SAMPLES = 24
-TRAINING = ("masked_patch", "supervised", "finetune")  # kinds of stages
+TRAINING = ("masked_patch", "mae", "supervised", "finetune")  # kinds of stages
 
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1c2430}
@@ -90,7 +91,8 @@ def accuracies(run: Run) -> list[Row]:
         rows.append(Row("chance", 1 / len(classes), f"a guess among {len(classes)} classes"))
     val = _validation_set(run)
     if val is not None:
-        counts = np.bincount([label for shard in range(len(val.shard_sizes)) for (label,) in val.rows(shard).labels])
+        labels = chain.from_iterable(val.rows(shard).labels for shard in range(len(val.shard_sizes)))
+        counts = np.bincount(list(chain.from_iterable(labels)))
         most = val.classes[counts.argmax()]
         rows.append(Row("most frequent class", counts.max() / len(val), f"always saying {most}"))
     for name in run.stages("fewshot"):
@@ -243,13 +245,13 @@ def _samples(run: Run) -> str:
         resized = Resize(model.image_size)(pixels, (0, 0, 0))
         with torch.no_grad():
             shares = model(to_model_input(resized[None], torch.device("cpu"))).softmax(dim=1)[0]
-        guess, truth = int(shares.argmax()), sample.labels[0]
+        guess, truth = int(shares.argmax()), sample.labels
         caption = f"{html.escape(classes[guess])} {100 * float(shares[guess]):.0f} %"
-        if guess != truth:
-            caption += f"<br>is {html.escape(classes[truth])}"
+        if guess not in truth:
+            caption += f"<br>is {html.escape(', '.join(classes[label] for label in truth))}"
         figures.append(
             f'<figure><img alt="{html.escape(sample.key)}" src="data:image/png;base64,{_png(pixels)}">'
-            f'<figcaption class="{"right" if guess == truth else "wrong"}">{caption}</figcaption></figure>'
+            f'<figcaption class="{"right" if guess in truth else "wrong"}">{caption}</figcaption></figure>'
         )
     return f"<h2>What {html.escape(tuned[-1])} says of held-out images</h2><div class=samples>{''.join(figures)}</div>"
 

@@ -9,11 +9,13 @@ from shards.errors import UserError
 
 RULES = {
     "kind": "refused", "seed": "refused", "loss": "refused", "label_smoothing": "refused", "masked_patch": "refused",
+    "mae": "refused",
     "model": "refused", "optim.name": "refused", "data.resolution": "refused", "data.augment": "refused",
     "data.crop_area": "refused", "data.scaled_decoding": "refused", "data.resize": "refused", "data.mixup": "refused",
     "data.exclude": "refused", "data.window_bytes": "refused",
     "data": "free",  # data sets may move: the loader checks their digests, drop lists and weights
-    "init": "free", "log_every": "free", "checkpoint": "free", "evaluate": "free",
+    "init": "free", "log_every": "free", "checkpoint": "free", "evaluate": "free", "probe": "free",
+    "watchdog": "free", "track": "free", "profile": "free", "guard": "allowed",
     "duration": "allowed", "global_batch": "allowed", "micro_batch": "allowed", "optim": "allowed",
     "schedule": "allowed", "engine": "allowed",
 }  # fmt: skip
@@ -26,7 +28,8 @@ def check_resume(settings: TrainSettings, loaded: Checkpoint) -> None:
     Raises:
         UserError: A refused setting changed: with it, the run would silently be another one.
     """
-    before = flat(loaded.state["settings"])
+    # Settings that a checkpoint is older than have their defaults.
+    before = flat(TrainSettings.model_validate(loaded.state["settings"]).model_dump(mode="json"))
     now = flat(settings.model_dump(mode="json"))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) == now.get(key):

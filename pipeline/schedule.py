@@ -15,7 +15,7 @@ class Schedule:
         total: Where it ends: a whole number of steps.
         warmup: Where the learning rate's warm-up ends.
         milestones: After which a learning rate that goes down in steps goes down.
-        periods: Of ``log``, ``save`` and ``evaluate``.
+        periods: Of ``log``, ``save``, ``evaluate`` and, where there is one, ``probe``.
     """
 
     settings: TrainSettings
@@ -36,6 +36,7 @@ class Schedule:
         """
         batch, schedule = settings.global_batch, settings.schedule
         periods = {"log": settings.log_every, "save": settings.checkpoint.every, "evaluate": settings.evaluate.every}
+        periods |= {"probe": settings.probe.every} if settings.probe else {}
         return cls(
             settings,
             total=max(1, round(settings.duration.samples(epoch, first_batch) / first_batch)) * first_batch,
@@ -46,6 +47,8 @@ class Schedule:
 
     def due(self, what: str, seen: int) -> bool:
         """Tell whether the step that ended at ``seen`` samples crossed a point of this kind, or ended the run."""
+        if what not in self.periods:
+            return False
         before = seen - self.settings.global_batch
         return seen >= self.total or seen // self.periods[what] > before // self.periods[what]
 

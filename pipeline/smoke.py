@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import time
 from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ PATCHES = 2  # along a side of the image
 PATCHES_OF = {
     "finetune": 3,  # so that it stretches position embeddings
     "masked_patch": 4,  # so that of 8 corrupted patches one becomes another and one stays
+    "mae": 4,  # so that of 16 patches 4 are seen
 }
 HEAD_WIDTH = 8
 CHANNELS = 32  # of a ResNet's first stage: as many as its norms have groups
@@ -49,10 +51,11 @@ def smoke_run(table: dict[str, Any], about: About | None, where: str, out: Path 
         out: Folder to keep what it makes; by default nothing is kept.
 
     Returns:
-        What ``train`` returns of what is kept, and ``seconds`` that everything took.
+        What ``train`` returns of what is kept, and ``seconds`` that everything took but the imports.
     """
+    stage = check(TrainSettings, merge(PLACES, table), where)  # before anything is made
+    import_module(f"pipeline.engines.{stage.engine.kind}")  # DeepSpeed takes seconds, which are no part of the run
     began = time.monotonic()
-    check(TrainSettings, merge(PLACES, table), where)  # before anything is made
     rank, ranks = distributed.rank(), distributed.world_size()
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
@@ -107,6 +110,11 @@ def shrink(settings: TrainSettings, ranks: int = 1, weights: dict[str, Any] | No
         "data": {"resolution": resolution, "resize": _scaled(settings.data, resolution)},
         "model": {} if settings.model.name is None else model,
     }  # fmt: skip
+    if settings.probe is not None:
+        small["probe"] = {"every": whole}
+    if settings.kind == "mae":
+        heads = settings.mae.decoder_heads
+        small["mae"] = {"decoder_depth": min(settings.mae.decoder_depth, 2), "decoder_dim": HEAD_WIDTH * heads}
     return TrainSettings.model_validate(merge(settings.model_dump(exclude_unset=True), small))
 
 

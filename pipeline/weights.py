@@ -3,7 +3,9 @@
 import inspect
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,17 @@ from torch import Tensor, nn
 from pipeline.config import TrainSettings
 from pipeline.models import MODELS, create_model
 from pipeline.models.initial import initial_value
+from pipeline.models.positions import FIXED
 from shards.atomic import whole_file
 from shards.errors import UserError
 
 NOTE = "patchmill"  # the key of our note in the file's metadata
 # What a stage may set anew over the weights that it starts from. Every other setting of a model is an attribute of it.
-MAY_CHANGE = {"image_size", "num_classes", "representation", "dropout", "drop_path", "head_bias", "patch_target"}
+OF_MASKING = {"patch_target", "decoder_depth", "decoder_dim", "decoder_heads"}
+MAY_CHANGE = {"image_size", "num_classes", "representation", "dropout", "drop_path", "head_bias", *OF_MASKING}
 
 OF_THE_OBJECTIVE = ("head.", "pre_logits.", "patch_head.", "mask_token")  # that other objectives do not train
+DECODER = "decoder."  # of no use once its stage is over
 
 
 class Weights:
@@ -74,64 +79,84 @@ def write_weights(path: Path, tensors: dict[str, Tensor], note: dict[str, Any]) 
 def resolve_model(settings: TrainSettings, init: Weights | None, num_classes: int) -> dict[str, Any]:
     """Return what ``create_model`` takes for a stage: the settings, over the weights it starts from.
 
-    Fine-tuning drops the whole pre-training head, pre-logits included (vit-paper 1.5).
+    Fine-tuning drops the whole pre-training head, pre-logits included (vit-paper 1.5), and of the weights' dropout and
+    stochastic depth nothing is left: it has what its own settings say.
     """
     wanted = settings.model.overrides()
     if settings.model.name is not None:
         wanted["name"] = settings.model.name
-    base = (init.model if init else {}) | wanted
+    noted = init.model if init else {}
+    if settings.kind == "finetune":
+        noted = noted | {rate: 0.0 for rate in ("dropout", "drop_path") if rate in noted}  # BiT takes neither
+    base = noted | wanted
     if init is not None:
         _refuse_another_model(settings, init, wanted if "name" in wanted else base)
     base |= {"image_size": settings.data.resolution, "num_classes": num_classes}
-    base.pop("patch_target", None)
+    base = {key: value for key, value in base.items() if key not in OF_MASKING}
     if settings.kind == "finetune":
         base |= {"head_bias": 0.0} | ({"representation": False} if "representation" in base else {})
-    if settings.kind == "masked_patch":
-        base |= {"representation": False, "num_classes": 0} | _patch_target(settings, base["name"])
+    if told := _told_of_patches(settings, base["name"]):
+        base |= {"representation": False, "num_classes": 0} | told
     return base
 
 
-def _patch_target(settings: TrainSettings, name: str) -> dict[str, str]:
-    if name in MODELS and "patch_target" not in inspect.signature(MODELS[name][0]).parameters:
-        raise UserError(
-            f"masked patch prediction wants a head on every patch, and {name!r} has no such head; take a ViT or hybrid"
-        )
-    return {"patch_target": settings.masked_patch.target}
+def _told_of_patches(settings: TrainSettings, name: str) -> dict[str, Any]:
+    """Return the settings of a model that tells something of patches; none of one for another kind of stage."""
+    known = inspect.signature(MODELS[name][0]).parameters if name in MODELS else OF_MASKING
+    if settings.kind == "masked_patch":
+        if "patch_target" not in known:
+            raise UserError(
+                f"masked patch prediction wants a head on every patch, and {name!r} has no such head; take a ViT or "
+                "hybrid"
+            )
+        return {"patch_target": settings.masked_patch.target}
+    if settings.kind == "mae":
+        if "decoder_depth" not in known:
+            raise UserError(f"masked autoencoding wants a decoder of patches, and {name!r} has none; take a ViT")
+        return settings.mae.decoder()
+    return {}
 
 
 def check_model(settings: TrainSettings, where: str) -> None:
     """Raise a UserError where a stage's model cannot be built; weights that a stage has yet to make are not asked."""
     if settings.model.name is not None:
-        try:
-            with torch.device("meta"):
-                wanted = settings.model.overrides() | {"image_size": settings.data.resolution}
-                if settings.kind == "masked_patch":
-                    wanted |= _patch_target(settings, settings.model.name)
-                create_model(settings.model.name, **wanted, seed=None)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
+        with _in_words_of_settings(where), torch.device("meta"):
+            wanted = settings.model.overrides() | {"image_size": settings.data.resolution}
+            wanted |= _told_of_patches(settings, settings.model.name)
+            create_model(settings.model.name, **wanted, seed=None)
+
+
+@contextmanager
+def _in_words_of_settings(where: str | Path) -> Iterator[None]:
+    """Let what is said of a model begin with ``where`` it is told, and call its image_size as a stage does."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {str(error).replace('image_size', 'data.resolution')}") from None
 
 
 def first_values(template: nn.Module, init: Weights | None, settings: TrainSettings) -> Callable[[str, tuple], Tensor]:
     """Return ``value_of(name, shape)``: the first value of each parameter, from converted weights or from scratch.
 
-    A new resolution stretches the position embeddings; fine-tuning starts its head at zero.
+    A new resolution stretches the position embeddings; fine-tuning starts its head at zero. Positions that were fixed
+    may be learned from there on.
     """
 
     def value_of(name: str, shape: tuple) -> Tensor:
         new_head = settings.kind == "finetune" and name.startswith("head.")
-        if init is None or new_head:
+        if init is None or new_head or name.startswith(DECODER):
             return initial_value(template, name, shape, settings.seed)
         if name not in init.names and name.startswith(OF_THE_OBJECTIVE):
             raise UserError(
                 f"{init.path} has no {name}, so no stage of kind {settings.kind!r} made it, and only kind 'finetune' "
                 "makes a new head; take that, or weights of the same kind"
             )
-        if name not in init.names:
+        fixed = _fixed_positions(template, init) if name == "pos_embed" else None
+        if name not in init.names and fixed is None:
             raise UserError(
                 f"{init.path} has no {name}: it is a checkpoint of another model; use the model settings that made it"
             )
-        value = init.tensor(name).float()
+        value = init.tensor(name).float() if name in init.names else fixed
         if name.rpartition(".")[2] == "pos_embed" and value.shape != shape:
             value = template.positions.resize(value)
         if value.shape != shape:
@@ -144,8 +169,17 @@ def first_values(template: nn.Module, init: Weights | None, settings: TrainSetti
     return value_of
 
 
+def _fixed_positions(template: nn.Module, init: Weights) -> Tensor | None:
+    """Return the position embeddings of weights whose positions are fixed, as ones that are learned; else None."""
+    kind = init.model.get("position")
+    if kind not in FIXED:
+        return None
+    grid = template.grid * init.model["image_size"] // template.image_size
+    return replace(template.positions, kind=kind, grid=grid, registers=0).sincos()
+
+
 def _refuse_another_model(settings: TrainSettings, init: Weights, named: dict[str, Any]) -> None:
-    with torch.device("meta"):
+    with _in_words_of_settings(init.path), torch.device("meta"):
         here = create_model(**(named | {"image_size": settings.data.resolution}), seed=None)
         there = create_model(**init.model, seed=None)
 
@@ -157,6 +191,8 @@ def _refuse_another_model(settings: TrainSettings, init: Weights, named: dict[st
 
     if type(here) is not type(there):
         refuse("name", init.model["name"], named["name"])
+    if getattr(there, "position", None) in FIXED and here.position == "learned":
+        there.position = here.position  # ``first_values`` makes them so
     for key in inspect.signature(type(there)).parameters:
         if key not in MAY_CHANGE and getattr(here, key) != getattr(there, key):
             refuse(key, getattr(there, key), getattr(here, key))

@@ -2,18 +2,39 @@
 
 import time
 from collections.abc import Iterator
-from typing import TypeVar
+from contextlib import contextmanager
+from typing import NamedTuple, TypeVar
 
-from torch import Tensor
+import numpy as np
+import torch
 
 from pipeline import distributed
 from pipeline.config import TrainSettings
+from pipeline.engines.fragments import Step
+from pipeline.stopwatch import Mark, mark, seconds_between
 from shards.loader import Loader
 from shards.meter import Counts
 from shards.processloader import ProcessLoader
 from shards.stream import StreamLoader
 
 T = TypeVar("T")
+PERCENTILES = {"median": 50, "p95": 95, "max": 100}
+
+
+class Taken(NamedTuple):
+    """A step on the host.
+
+    Attributes:
+        samples: Consumed at its end.
+        loss: Mean over the global batch.
+        grad_norm: Before clipping.
+        applied: It was not held back.
+    """
+
+    samples: int
+    loss: float
+    grad_norm: float
+    applied: bool
 
 
 class Window:
@@ -22,20 +43,23 @@ class Window:
     Args:
         settings: Of the stage.
         loader: Whose counts are read.
+        sample_seconds: What training on a sample takes at the least, were all of it matrix products on all ranks.
 
     Attributes:
         images: Trained on in all windows that were measured, over all ranks.
         seconds: That those windows took.
     """
 
-    def __init__(self, settings: TrainSettings, loader: Loader | ProcessLoader | StreamLoader):
+    def __init__(self, settings: TrainSettings, loader: Loader | ProcessLoader | StreamLoader, sample_seconds: float):
         self.images, self.seconds = 0, 0.0
-        self._settings, self._loader = settings, loader
+        self._settings, self._loader, self._sample_seconds = settings, loader, sample_seconds
         self.open()
 
     def open(self) -> None:
         """Begin a window."""
-        self._loss, self._steps, self._waited = 0.0, 0, 0.0
+        self._steps: list[tuple[int, Step]] = []
+        self._waited, self._passes = 0.0, []
+        self._marks: list[Mark] = [mark()]
         self._before, self._began = self._loader.counts(), time.monotonic()
 
     def next(self, batches: Iterator[T]) -> T | None:
@@ -45,34 +69,71 @@ class Window:
         self._waited += time.monotonic() - began
         return batch
 
-    def add(self, loss: float | Tensor) -> None:
-        """Count a step with its mean loss over all ranks; a tensor stays on its device."""
-        self._loss, self._steps = self._loss + loss, self._steps + 1
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Time a forward pass: what a rank does before it waits for others."""
+        began = mark()
+        yield
+        self._passes.append((began, mark()))
 
-    def measure(self, asked: bool) -> tuple[dict[str, float], bool]:
+    def add(self, samples: int, step: Step) -> None:
+        """Count the step that ended at so many samples; its tensors stay on their device."""
+        self._steps.append((samples, step))
+        self._marks.append(mark())
+
+    def measure(self, asked: bool) -> tuple[list[Taken], dict[str, float | int | None], bool]:
         """Measure the window; collective over all ranks.
 
         Args:
-            asked: This rank was asked to stop; here, so that one sum over the ranks does for all.
+            asked: This rank was asked to stop; here, so that one exchange between the ranks does for all.
 
         Returns:
-            The values of a log line, and whether any rank was asked to stop. Shares are of the time of all ranks, those
-            of reading and decoding of the time of all their decode threads; the last counts are since the run started.
+            The steps; the values of a log line; and whether any rank was asked to stop. Shares are of the time of all
+            ranks, those of reading and decoding of the time of all their decode threads; the last counts are since the
+            run started. Loss and gradient norm are of the steps that were not held back, None if all were.
         """
-        loss = float(self._loss)  # waits for the device: whatever is decoded meanwhile belongs to the window
-        mine = [self._waited, float(asked), *self._loader.counts(), *self._before]
-        waited, stopping, *counts = distributed.sum_over_ranks(mine)
+        taken = self._on_host()  # waits for the device: whatever is decoded meanwhile belongs to the window
+        own = self._waited + sum(seconds_between(*each) for each in self._passes)
+        ranks = distributed.world_size()
+        mine = [own, distributed.memory_bytes(), self._waited, float(asked), *self._loader.counts(), *self._before]
+        everyones = distributed.gather_floats(mine)  # [ranks, values]
+        own, memory = everyones[:, 0], everyones[:, 1]
+        waited, stopping, *counts = everyones[:, 2:].sum(axis=0).tolist()
         now, before = Counts(*counts[: len(counts) // 2]), Counts(*counts[len(counts) // 2 :])
         here = Counts(*(after - earlier for after, earlier in zip(now, before, strict=True)))
-        seconds, ranks = time.monotonic() - self._began, distributed.world_size()
+        seconds = time.monotonic() - self._began
         threads, asked_for = ranks * self._settings.data.threads, here.cache_hits + here.cache_misses
-        images = self._steps * self._settings.global_batch
+        images = len(taken) * self._settings.global_batch
         self.images, self.seconds = self.images + images, self.seconds + seconds
-        return {
-            "loss": loss / self._steps,
-            "images_per_second": images / seconds, "mb_per_second": here.bytes / 1e6 / seconds,
+        applied = [step for step in taken if step.applied]
+        times = [1e3 * seconds_between(*pair) for pair in zip(self._marks, self._marks[1:], strict=False)]
+        behind = float(own.max() - np.median(own)) / seconds
+        return taken, {
+            "loss": sum(step.loss for step in applied) / len(applied) if applied else None,
+            "grad_norm": applied[-1].grad_norm if applied else None,
+            "images_per_second": images / seconds, "images_per_second_per_rank": images / seconds / ranks,
+            "utilisation": images / seconds * self._sample_seconds,
+            "mb_per_second": here.bytes / 1e6 / seconds,
             "data_wait": waited / ranks / seconds, "read_share": here.read_seconds / threads / seconds,
             "decode_share": here.decode_seconds / threads / seconds,
+            **{f"step_ms_{name}": float(np.percentile(times, at)) for name, at in PERCENTILES.items() if times},
+            **({"slowest_rank": int(own.argmax()), "slowest_rank_behind": behind} if ranks > 1 else {}),
+            "memory_gb": float(memory.max()) / 1e9,
             **({"cache_hit_share": here.cache_hits / asked_for} if asked_for else {}),
             "retries": int(now.retries), "replaced": int(now.replaced), "quarantined": int(now.quarantined),
         }, stopping > 0  # fmt: skip
+
+    def _on_host(self) -> list[Taken]:
+        if not self._steps:
+            return []
+        steps = [step for _, step in self._steps]
+        numbers = [
+            torch.stack(
+                [torch.as_tensor(getattr(step, name)).to(steps[0].loss.device, torch.float64) for step in steps]
+            )
+            for name in ("loss", "grad_norm", "applied")
+        ]
+        return [
+            Taken(samples, loss, norm, bool(applied))
+            for (samples, _), (loss, norm, applied) in zip(self._steps, torch.stack(numbers, 1).tolist(), strict=True)
+        ]

@@ -11,6 +11,7 @@ from shards.augment import Key, Transform, transform_encoded
 from shards.dataset import Sample
 from shards.decode import DecodeError
 from shards.errors import UserError
+from shards.manylabels import NONE, Accepts, refusal, stacked
 from shards.meter import Meter
 
 _ROWS_A_TASK = 8  # few enough to share out a batch evenly, enough to make the pool's own cost small
@@ -43,7 +44,8 @@ class Batch(NamedTuple):
 
     Attributes:
         images: uint8 [n, size, size, 3], RGB.
-        labels: int64 [n], class indices.
+        labels: int64 [n], class indices; of a loader that accepts more or fewer than one, [n, m] of fields ``label``,
+            int64, and ``weight``, float32, with -1 and 0 past a sample's last.
         positions: int64 [n], global positions in the order.
     """
 
@@ -79,6 +81,7 @@ class Work:
         epoch: int64 [n].
         shard: int64 [rows], where the samples are; rows past these are zeros.
         index: int64 [rows].
+        accepts: How many labels a sample may have.
     """
 
     def __init__(
@@ -93,12 +96,13 @@ class Work:
         epoch: np.ndarray,
         shard: np.ndarray,
         index: np.ndarray,
+        accepts: Accepts = "one",
     ):
         self.read, self.transform, self.positions, self._meter = read, transform, positions, meter
         size = side_of(transform)
         self.images = allocate((len(positions), size, size, 3))
         self.images[len(shard) :] = 0
-        self.labels = np.zeros(len(positions), dtype=np.int64)
+        self._accepts, self._labels = accepts, [NONE] * len(positions)
         self.shards, self.indices = np.full((2, len(positions)), -1, dtype=np.int32)
         self.replaced: dict[int, Sample] = {}
         self.keys = [(seed, e, p) for e, p in zip(epoch.tolist(), positions.tolist(), strict=True)]
@@ -127,18 +131,24 @@ class Work:
 
     def put(self, row: int, sample: Sample) -> None:
         """Decode a sample into a row; raises DecodeError, and UserError if the transform makes something else."""
-        if len(sample.labels) != 1:
-            raise UserError(
-                f"sample {sample.key} has {len(sample.labels)} labels, one is needed; "
-                "use a data set with a class for each image"
-            )
+        if wrong := refusal(len(sample.labels), self._accepts):
+            raise UserError(f"sample {sample.key} has {wrong}; use a data set with a class for each image")
         self.images[row] = square(self.transform, sample.image, sample.key, self.keys[row])
-        self.labels[row] = sample.labels[0]
+        self._labels[row] = sample.labels, sample.weights
         self.shards[row], self.indices[row] = sample.shard, sample.index
+
+    def missing(self) -> list[int]:
+        """Return the shards of the samples that are not there yet; from any thread."""
+        return sorted({shard for (shard, _), came in zip(self._where, self.shards.tolist(), strict=False) if came < 0})
 
     def wait(self) -> list[Broken]:
         """Wait for the batch; returns the samples that did not decode."""
         return [each for task in self._tasks for each in task.result()]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Labels as ``Batch`` has them; 0 is the one label of rows that are not filled."""
+        return stacked(self._labels, self._accepts)
 
     def cancel(self) -> None:
         """Leave undone what no thread has begun."""

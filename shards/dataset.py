@@ -252,7 +252,7 @@ class Dataset:
         """Read one sample by its place among the kept samples of a shard.
 
         Raises:
-            UserError: The tar is not the one that was built or indexed.
+            UserError: The tar is not the one that was built or indexed, or the sample's label is of no class.
         """
         rows = self.rows(shard)
         start, length = int(rows.offset[index]) - BLOCK, int(rows.size[index]) + BLOCK
@@ -270,7 +270,7 @@ class Dataset:
             through: A cache that is asked first. It is given the right bytes only; images may be views of what it has.
 
         Raises:
-            UserError: The tar is not the one that was built or indexed.
+            UserError: The tar is not the one that was built or indexed, or a sample's label is of no class.
         """
         rows = self.rows(shard)
         here = range(*slice(start, stop).indices(len(rows)))
@@ -305,9 +305,16 @@ class Dataset:
 
     def _sample(self, rows: Rows, shard: int, index: int, data: bytes) -> Sample:
         """Return a sample of its bytes in the tar, which begin with the tar header."""
+        key, labels = rows.keys[index].as_py(), rows.labels[index]
+        if any(not 0 <= label < len(self.classes) for label in labels):  # before a device finds it, and says nothing
+            raise UserError(
+                f"sample {key} in {self.paths[shard]} of {self.url} has the label "
+                f"{', '.join(map(str, labels))}, and there are {len(self.classes)} classes, counted from 0; "
+                f"{self._remedy} again with the right list of classes"
+            )
         weights = rows.weights[index] if rows.weights else ()
         place = shard, int(rows.index[index]), int(rows.offset[index])
-        return Sample(rows.keys[index].as_py(), data[BLOCK:], rows.format[index], rows.labels[index], weights, *place)
+        return Sample(key, data[BLOCK:], rows.format[index], labels, weights, *place)
 
     def __getitem__(self, index: int) -> Sample:
         """Read one sample by its place among all kept samples; for looking around, not for training."""

@@ -13,6 +13,7 @@ import numpy as np
 from shards.augment import Transform
 from shards.batch import Work, host_array
 from shards.dataset import Dataset, Sample
+from shards.manylabels import Accepts
 from shards.meter import Meter
 
 
@@ -29,13 +30,14 @@ class EvaluationLoader:
     """Every sample exactly once over all ranks, in as many batches on each; iterate it as often as you like.
 
     Args:
-        dataset: Single-label samples.
+        dataset: Of the samples.
         batch: Samples a batch of each rank.
         transform: Makes squares of images.
         rank: Of this process.
         world_size: Number of ranks.
         threads: That decode.
         prefetch: Batches made ahead.
+        labels: How many a sample may have, as for ``Loader``.
     """
 
     def __init__(
@@ -48,7 +50,9 @@ class EvaluationLoader:
         world_size: int = 1,
         threads: int = 2,
         prefetch: int = 2,
+        labels: Accepts = "one",
     ):
+        self._accepts = labels
         self.dataset, self.batch, self.transform = dataset, batch, transform
         self.rank, self.world_size, self.threads, self.prefetch = rank, world_size, threads, prefetch
 
@@ -89,7 +93,7 @@ class EvaluationLoader:
         index = real - (ends - self.dataset.shard_sizes)[shard]
         read = self.dataset.read if self.dataset.local.all() else self._fetched(fetching, shard, index)
         epoch = np.zeros_like(positions)
-        return Work(pool, Meter(), host_array, read, self.transform, 0, positions, epoch, shard, index)
+        return Work(pool, Meter(), host_array, read, self.transform, 0, positions, epoch, shard, index, self._accepts)
 
     def _fetched(
         self, fetching: ThreadPoolExecutor, shard: np.ndarray, index: np.ndarray

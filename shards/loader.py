@@ -18,8 +18,10 @@ from shards.decode import DECODER, DecodeError
 from shards.errors import PatchmillError
 from shards.identity import check_identity
 from shards.ledger import Ledger
+from shards.manylabels import Accepts
 from shards.meter import Counts, Meter
 from shards.mixture import Mixture
+from shards.names import tar_name
 from shards.order import DEFAULT_WINDOW_BYTES, STAND_INS, check_batch, rank_positions
 from shards.quarantine import Quarantine
 
@@ -34,7 +36,7 @@ class Loader:
     where the stream stands; its threads end when the iterator is closed or let go.
 
     Args:
-        dataset: Single-label samples, of one data set or of a mixture.
+        dataset: Samples of one data set or of a mixture.
         global_batch: Samples a step over all ranks.
         transform: Makes squares of images; one of yours will do, see ``Transform`` in shards/augment.py.
         rank: Of this process.
@@ -53,6 +55,8 @@ class Loader:
         allocate: Makes the uint8 array of a batch from its shape, uninitialised; for pinned memory.
         cache: For the chunks of remote data, on this machine.
         cache_ranks: Those of the ranks that share the cache: the ones of this machine; None: all.
+        labels: How many a sample may have: "one", exactly; "some", one at least; or "any" number. ``Batch`` says how
+            each comes.
 
     Attributes:
         order: The order it follows.
@@ -85,6 +89,7 @@ class Loader:
         allocate: Callable[[tuple[int, ...]], np.ndarray] = host_array,
         cache: ChunkCache | None = None,
         cache_ranks: Sequence[int] | None = None,
+        labels: Accepts = "one",
     ):
         self.dataset, self.transform, self.seed = dataset, transform, seed
         self.rank, self.world_size, self.threads, self.prefetch = rank, world_size, threads, prefetch
@@ -93,10 +98,11 @@ class Loader:
         self.samples = 0
         self.stop = stop
         self.replaced = 0
-        self.cache, self._cache_ranks = cache, cache_ranks
+        self.cache, self._cache_ranks, self._accepts = cache, cache_ranks, labels
         self._quarantine = Quarantine(quarantine, dataset)
         self._ledger = Ledger(ledger, dataset, self.order, rank, world_size) if ledger else None
         self._meter, self._allocate = Meter(), allocate
+        self._awaited: Work | None = None
         self._handing_out = threading.Lock()  # a thread that fetches ahead may iterate while another asks for the state
 
     def counts(self) -> Counts:
@@ -105,6 +111,11 @@ class Loader:
         return self._meter.counts(
             replaced=self.replaced, quarantined=len(self._quarantine.met), retries=self.dataset.retries, **cache
         )
+
+    def awaited(self) -> list[str]:
+        """Return the tars of the samples that the next batch waits for, if somebody waits for it; from any thread."""
+        work = self._awaited
+        return [tar_name(self.dataset, shard) for shard in work.missing()] if work else []
 
     @property
     def global_batch(self) -> int:
@@ -143,9 +154,10 @@ class Loader:
                     announced = max(announced, upto)
                 while len(ahead) < min(left, batches):
                     ahead.append(self._begin(pool, read, self.samples + len(ahead) * self.global_batch))
-                work = ahead.popleft()
+                self._awaited = work = ahead.popleft()
                 for broken in work.wait():
                     self._replace(work, broken)
+                self._awaited = None
                 with self._handing_out:
                     if self._ledger:
                         self._ledger.append(self.samples, work)
@@ -175,8 +187,9 @@ class Loader:
     def _begin(self, pool: ThreadPoolExecutor, read: Callable[[int, int], Sample], position: int) -> Work:
         positions = rank_positions(position, self.global_batch, self.rank, self.world_size)
         return Work(
-            pool, self._meter, self._allocate, read, self.transform, self.seed, positions, *self.order.locate(positions)
-        )
+            pool, self._meter, self._allocate, read, self.transform, self.seed, positions,
+            *self.order.locate(positions), self._accepts,
+        )  # fmt: skip
 
     def _replace(self, work: Work, broken: Broken) -> None:
         """Put the first stand-in that decodes into the row of a broken sample, under the row's own key."""

@@ -113,6 +113,10 @@ class ProcessLoader:
         """Return what was counted since the loader was made; what was decoded ahead counts already."""
         return self._call("counts")
 
+    def awaited(self) -> list[str]:
+        """Return the tars of the samples that the next batch waits for, if somebody waits for it; from any thread."""
+        return self._call("awaited")
+
     def state_dict(self) -> dict:
         """Return where the stream stands, as ``Loader.state_dict``; from any thread."""
         return self._call("state_dict")

@@ -21,6 +21,7 @@ from shards.decode import DecodeError
 from shards.errors import PatchmillError, UserError
 from shards.hashing import hash_int
 from shards.labels import ClassNames
+from shards.manylabels import Accepts, Labels, stacked
 from shards.meter import Counts, Meter
 from shards.order import check_batch, rank_positions
 from shards.storesettings import StoreSettings
@@ -32,7 +33,7 @@ _TARS, _BUFFER = 7, 8  # first word of the hashes that shuffle; shards/hashing.p
 
 class _Decoded(NamedTuple):
     image: np.ndarray  # uint8 [size, size, 3]
-    label: int
+    labels: Labels
 
 
 class StreamLoader:
@@ -59,6 +60,7 @@ class StreamLoader:
         store: Settings of the store of remote tars; by default those of the environment.
         quarantine: File that gets a JSON line for each sample that is left out.
         allocate: Makes the uint8 array of a batch from its shape, uninitialised; for pinned memory.
+        labels: How many a sample may have, as for ``Loader``; one with others cannot be used.
 
     Attributes:
         samples: Global positions delivered.
@@ -86,6 +88,7 @@ class StreamLoader:
         store: StoreSettings | None = None,
         quarantine: str | os.PathLike | None = None,
         allocate: Callable[[tuple[int, ...]], np.ndarray] = host_array,
+        labels: Accepts = "one",
     ):
         check_batch(global_batch, world_size)
         self._tars = find_streams(source, allow_pipe, store)
@@ -99,8 +102,8 @@ class StreamLoader:
         self._rank, self._world_size, self._seed, self._threads = rank, world_size, seed, threads
         self._prefetch, self._buffer, self._allocate = prefetch, buffer, allocate
         self._quarantine = Path(quarantine) if quarantine else None
-        self._size, self._classes = side_of(transform), ClassNames(classes)
-        self._meter, self._rejected = Meter(), 0
+        self._size, self._classes, self._accepts = side_of(transform), ClassNames(classes), labels
+        self._meter, self._rejected, self._reading = Meter(), 0, ""
         if rank == 0:
             _warn(f"{source} has no manifest: a run on it cannot be resumed where it stopped, nor be the same again on "
                   "other ranks; `patchmill shards index` makes a manifest for tars")  # fmt: skip
@@ -153,7 +156,7 @@ class StreamLoader:
     def _batch(self, found: list[_Decoded]) -> Batch:
         images = self._allocate((len(found), self._size, self._size, 3))
         np.stack([each.image for each in found], out=images)
-        labels = np.array([each.label for each in found], dtype=np.int64)
+        labels = stacked([each.labels for each in found], self._accepts)
         positions = rank_positions(self.samples, self.global_batch, self._rank, self._world_size)
         self.samples += self.global_batch
         return Batch(images, labels, positions)
@@ -178,7 +181,8 @@ class StreamLoader:
     def _usable(self, tars: list[Tar]) -> Iterator[StreamedSample]:
         usable = unusable = 0
         for tar in tars:
-            for sample in read_samples(tar, self._classes):
+            self._reading = tar.name
+            for sample in read_samples(tar, self._classes, self._accepts):
                 if isinstance(sample, Rejected):
                     unusable += 1
                     self._reject(sample, unusable)
@@ -192,7 +196,7 @@ class StreamLoader:
         began = perf_counter()
         key = (self._seed, 0, number * self._world_size + self._rank)
         try:
-            return _Decoded(square(self.transform, sample.image, sample.key, key), sample.label)
+            return _Decoded(square(self.transform, sample.image, sample.key, key), sample.labels)
         except DecodeError as error:
             return Rejected(sample.key, sample.tar, str(error))
         finally:
@@ -222,6 +226,10 @@ class StreamLoader:
     def counts(self) -> Counts:
         """Return what was counted since the loader was made; samples left out count as quarantined."""
         return self._meter.counts(quarantined=self._rejected, replaced=0)
+
+    def awaited(self) -> list[str]:
+        """Return the tar that is being read; from any thread."""
+        return [self._reading]
 
     def state_dict(self) -> dict:
         """Return how many samples were delivered; more cannot be known."""

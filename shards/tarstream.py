@@ -18,6 +18,7 @@ from braceexpand import UnbalancedBracesError, braceexpand
 from shards.errors import PatchmillError, UserError
 from shards.header import BrokenImageError
 from shards.labels import ClassNames, LabelError, LabelRule
+from shards.manylabels import Accepts, Labels, refusal
 from shards.storesettings import StoreSettings
 from shards.tarindex import Reading
 from shards.tarlist import find_tars
@@ -29,12 +30,12 @@ _GRACE = 5.0  # seconds that a command gets to end
 
 
 class StreamedSample(NamedTuple):
-    """An encoded image and its class, of the tar called ``tar``."""
+    """An encoded image and its classes, of the tar called ``tar``."""
 
     key: str
     tar: str
     image: bytes
-    label: int
+    labels: Labels
 
 
 class Rejected(NamedTuple):
@@ -84,8 +85,8 @@ def find_streams(source: str, allow_pipe: bool, settings: StoreSettings | None =
         raise UserError(f"{source}: a brace is not closed; put a backslash before one that means itself") from error
 
 
-def read_samples(tar: Tar, classes: ClassNames) -> Iterator[StreamedSample | Rejected]:
-    """Yield the samples of one tar, reading it once.
+def read_samples(tar: Tar, classes: ClassNames, accepts: Accepts) -> Iterator[StreamedSample | Rejected]:
+    """Yield the samples of one tar, reading it once; ``accepts`` says how many labels are right.
 
     Raises:
         PatchmillError: It cannot be read to its end, is damaged, or its command failed.
@@ -99,7 +100,7 @@ def read_samples(tar: Tar, classes: ClassNames) -> Iterator[StreamedSample | Rej
                 [{"url": tar.name, "stream": tape}], select_files=lambda name: reading.wants(_extension(name))
             )
             for found in group_by_keys(files, handler=lambda error: not twice.append(error)):
-                yield _sample(tar.name, found, bool(twice), reading, classes)
+                yield _sample(tar.name, found, bool(twice), reading, classes, accepts)
                 twice.clear()
             tape.finish()
     except Exception as error:
@@ -111,7 +112,7 @@ def read_samples(tar: Tar, classes: ClassNames) -> Iterator[StreamedSample | Rej
 
 
 def _sample(
-    tar: str, found: dict[str, Any], twice: bool, reading: Reading, classes: ClassNames
+    tar: str, found: dict[str, Any], twice: bool, reading: Reading, classes: ClassNames, accepts: Accepts
 ) -> StreamedSample | Rejected:
     key = found["__key__"]
     data = {name: value for name, value in found.items() if not name.startswith("__")}
@@ -120,12 +121,13 @@ def _sample(
         if twice:
             raise BrokenImageError("two files with one extension")
         image = reading.image_of(members).data
-        labels = [classes.index(label) for label in reading.label.find(members).labels]
-        if len(labels) != 1:
-            raise LabelError(f"{len(labels)} labels, one is needed")
+        said = reading.label.find(members)
+        labels = tuple(classes.index(label) for label in said.labels)
+        if wrong := refusal(len(labels), accepts):
+            raise LabelError(wrong)
     except (BrokenImageError, LabelError) as error:
         return Rejected(key, tar, str(error))
-    return StreamedSample(key, tar, image, labels[0])
+    return StreamedSample(key, tar, image, (labels, tuple(said.weights)))
 
 
 def _extension(name: str) -> str:

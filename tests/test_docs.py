@@ -76,6 +76,7 @@ def test_the_models_page_has_the_results_of_the_paper():
     found = {recipes_of(row)[0]: row for row in section("Table 2")[2:6]}
     assert {name: numbers(row[1:8]) for name, row in found.items()} == paper.TABLE_2
     assert {name: row[8] for name, row in found.items()} == paper.CORE_DAYS
+    assert {recipes_of(row)[0]: numbers(row[2:8]) for row in section("Table 5")[2:]} == paper.TABLE_5
     found = {recipes_of(row)[0]: row for row in section("Table 6")[2:]}
     printed = {name: (int(row[1]), numbers(row[2:8]), int(row[8])) for name, row in found.items()}
     assert printed == paper.TABLE_6
@@ -124,7 +125,7 @@ def test_the_models_page_names_every_recipe_and_no_other():
     named = {word for word in re.findall(r"`([a-z0-9_]+)`", MODELS_PAGE) if "_" in word}
     named |= set(re.findall(r"`patchmill (?:train|recipes) ([a-z0-9_]+)[ `]", MODELS_PAGE))
     named -= MODELS.keys() | ModelSettings.model_fields.keys()
-    others = {"learned_2d", "sincos_2d", "weight_decay", "create_model", "image_size"}
+    others = {"learned_2d", "sincos_2d", "sincos_2d_moco", "weight_decay", "create_model", "image_size"}
     assert named - others == {name for name in recipe_names() if not name.startswith("small_")}
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pipeline import checkpoint
 from pipeline.models import create_model
-from pipeline.weights import Weights, write_weights
+from pipeline.weights import DECODER, Weights, write_weights
 from shards.errors import UserError
 
 
@@ -45,7 +45,7 @@ def find_checkpoint(source: str | Path, which: str = "latest") -> checkpoint.Che
 
 
 def to_safetensors(source: str | Path, destination: str | Path, which: str = "latest", ema: bool = False) -> dict:
-    """Convert a checkpoint, whatever engine, ZeRO stage and number of ranks wrote it.
+    """Convert a checkpoint, whatever engine, ZeRO stage and number of ranks wrote it; a decoder stays behind.
 
     Args:
         source: As in ``find_checkpoint``.
@@ -57,9 +57,9 @@ def to_safetensors(source: str | Path, destination: str | Path, which: str = "la
         ``weights`` (path), ``samples``, ``parameters`` (their number).
     """
     found = find_checkpoint(source, which)
-    tensors = dict(_weights(found, ema))
+    tensors = {name: tensor for name, tensor in _weights(found, ema) if not name.startswith(DECODER)}
     note = {
-        "model": found.state["model"],
+        "model": {key: value for key, value in found.state["model"].items() if not key.startswith("decoder_")},
         "classes": found.state["classes"],
         "samples": found.samples,
         "ema": ema,

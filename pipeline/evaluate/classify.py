@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from pipeline import distributed
 from pipeline.evaluate.held_out import mean_over
 from pipeline.images import to_model_input
+from pipeline.losses import class_losses, class_targets
 from shards.augment import TRANSFORMS
 from shards.dataset import Dataset
 from shards.errors import UserError
@@ -22,33 +23,37 @@ def classify(
     batch: int,
     threads: int = 2,
     view: str = "resize",
+    loss: str = "softmax",
 ) -> dict:
     """Evaluate ``model(images [n,3,H,W]) -> logits [n,K]`` on every image of ``dataset``; collective over all ranks.
 
     Args:
         model: In evaluation mode.
-        dataset: Single-label images.
+        dataset: Images with one label or several; of several, each is right.
         resolution: Side of what the model sees.
         batch: Images a rank takes at once; the padding of the last batch is left out of all sums.
         threads: Decode threads.
         view: ``"resize"``: all of the image, straight to the square (vit-paper 8); ``"center_crop"``: its middle.
+        loss: ``"softmax"`` or ``"sigmoid"`` cross-entropy.
 
     Returns:
-        ``loss`` (softmax cross-entropy), ``top1``, ``top5`` in [0, 1], ``images`` counted over all ranks.
+        ``loss``, ``top1``, ``top5`` in [0, 1], ``images`` counted over all ranks.
     """
     device = distributed.device()
 
-    def prepare(part: EvaluationBatch) -> tuple[Tensor, Tensor]:
-        return to_model_input(part.images, device), torch.from_numpy(part.labels).to(device)
+    def prepare(part: EvaluationBatch) -> tuple[Tensor, ...]:
+        labels = torch.from_numpy(np.ascontiguousarray(part.labels["label"])).to(device)  # [n, m], -1 past the last
+        return to_model_input(part.images, device), labels, class_targets(part, len(dataset.classes), loss, device)
 
-    def measure(images: Tensor, labels: Tensor) -> Tensor:
+    def measure(images: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
         logits = model(images).float()  # [n, K]
-        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # [n, 5]
-        losses = F.cross_entropy(logits, labels, reduction="none")
-        return torch.stack([losses, ranked[:, 0], ranked.any(dim=1)], dim=1)
+        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [n, 5]
+        right = (ranked[:, :, None] == labels[:, None]).any(dim=2)
+        return torch.stack([class_losses(logits, targets, loss), right[:, 0], right.any(dim=1)], dim=1)
 
-    (loss, top1, top5), images = mean_over(dataset, TRANSFORMS[view](resolution), batch, threads, prepare, measure)
-    return {"loss": loss, "top1": top1, "top5": top5, "images": images}
+    transform = TRANSFORMS[view](resolution)
+    (mean, top1, top5), images = mean_over(dataset, transform, batch, threads, prepare, measure, labels="some")
+    return {"loss": mean, "top1": top1, "top5": top5, "images": images}
 
 
 def check_classes(classes: list[str], dataset: Dataset) -> None:

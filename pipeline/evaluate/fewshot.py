@@ -97,18 +97,28 @@ def fewshot_accuracy(
         UserError: a class has fewer training samples than ``shots``.
     """
     num_classes = _num_classes(train_labels, test_labels)
-    by_class = [np.flatnonzero(np.asarray(train_labels) == c) for c in range(num_classes)]
-    for c, members in enumerate(by_class):
-        if len(members) < shots:
-            name = class_names[c] if class_names else c
-            raise UserError(f"class {name} has {len(members)} training images for {shots} shots; ask for fewer")
+    check_shots(train_labels, num_classes, shots, class_names)
     accuracies = []
     for seed in seeds:
-        rng = np.random.default_rng(seed)
-        chosen = np.concatenate([rng.permutation(members)[:shots] for members in by_class])
+        chosen = draw_shots(train_labels, num_classes, shots, seed)
         classifier = fit(np.asarray(train_features)[chosen], np.asarray(train_labels)[chosen], num_classes, l2)
         accuracies.append(classifier.accuracy(test_features, test_labels))
     return np.array(accuracies)
+
+
+def check_shots(labels: np.ndarray, num_classes: int, shots: int, class_names: Sequence[str] | None = None) -> None:
+    """Raise a UserError where a class of int labels [n] has fewer samples than ``shots``."""
+    for c, members in enumerate(np.bincount(labels, minlength=num_classes)):
+        if members < shots:
+            name = class_names[c] if class_names else c
+            raise UserError(f"class {name} has {members} training images for {shots} shots; ask for fewer")
+
+
+def draw_shots(labels: np.ndarray, num_classes: int, shots: int, seed: int) -> np.ndarray:
+    """Return the places of ``shots`` samples of each class, int64 [num_classes * shots], class by class."""
+    rng = np.random.default_rng(seed)
+    by_class = (np.flatnonzero(np.asarray(labels) == c) for c in range(num_classes))
+    return np.concatenate([rng.permutation(members)[:shots] for members in by_class])
 
 
 def least_squares_accuracy(

@@ -10,6 +10,7 @@ from pipeline.prefetch import prefetched
 from shards.augment import Transform
 from shards.dataset import Dataset
 from shards.evaluation import EvaluationBatch, EvaluationLoader
+from shards.manylabels import Accepts
 
 
 @torch.no_grad()
@@ -20,21 +21,23 @@ def mean_over(
     threads: int,
     prepare: Callable[[EvaluationBatch], tuple[Tensor, ...]],
     measure: Callable[..., Tensor],
+    labels: Accepts = "any",
 ) -> tuple[list[float], int]:
     """Return the mean of each thing that is measured, and the number of images; collective over all ranks.
 
     Args:
-        dataset: Single-label images.
+        dataset: Images.
         transform: Makes squares of images.
         batch: Images a rank takes at once; the padding of the last batch is left out of the means.
         threads: Decode threads.
         prepare: Brings a batch to the device.
         measure: ``measure(*prepare(batch)) -> [n, things]``.
+        labels: How many an image may have.
     """
     device = distributed.device()
     parts = EvaluationLoader(
         dataset, batch, transform=transform, rank=distributed.rank(), world_size=distributed.world_size(),
-        threads=threads,
+        threads=threads, labels=labels,
     )  # fmt: skip
     sums: Tensor | float = 0.0
 

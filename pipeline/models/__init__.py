@@ -1,7 +1,9 @@
 """Models by name, with the parameter names of timm."""
 
 import inspect
+from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from pipeline.config import nearest
@@ -30,20 +32,28 @@ def create_model(name: str, *, seed: int | None = 0, **settings) -> nn.Module:
         **settings: override any argument of the model's class, such as ``num_classes=10`` or ``depth=6``.
 
     Raises:
-        UserError: an unknown model or setting, or settings that do not fit each other.
+        UserError: an unknown model or setting, a value of another type, or settings that do not fit each other.
     """
     if name not in MODELS:
-        raise UserError(f"unknown model: {name!r}{_hint(name, model_names())}")
+        families = "; known: ViTs such as vit_b16, hybrids such as r50_vit_b16, axial_vit_b16 and the like, and BiT's "
+        families += "ResNets such as bit_r50x1; docs/models.md has all of them"
+        raise UserError(f"unknown model: {name!r}{nearest(name, model_names(), most=3) or families}")
     model_class, defaults = MODELS[name]
-    known = list(inspect.signature(model_class).parameters)
-    for key in settings:
+    known = inspect.signature(model_class).parameters
+    for key, value in settings.items():
         if key not in known:
-            raise UserError(f"unknown setting of {name}: {key!r}{_hint(key, known)}")
+            hint = nearest(key, list(known), most=3) or f"; known: {', '.join(known)}"
+            raise UserError(f"unknown setting of {name}: {key!r}{hint}")
+        _check_type(name, key, value, known[key].annotation)
     model = model_class(**(defaults | settings))
     if seed is not None:
         init_parameters(model, seed)
     return model
 
 
-def _hint(word: str, known: list[str]) -> str:
-    return nearest(word, known, most=3) or "; known: " + ", ".join(known)
+def _check_type(name: str, key: str, value: Any, wanted: Any) -> None:
+    try:
+        TypeAdapter(wanted).validate_python(value, strict=True)
+    except ValidationError:
+        take = inspect.formatannotation(wanted)
+        raise UserError(f"{key} of {name} is {value!r}, of another type than it takes; give {take}") from None

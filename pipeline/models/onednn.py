@@ -20,6 +20,7 @@ def pays(x: Tensor, weight: Tensor) -> bool:
         and torch.backends.mkldnn.is_available()
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()  # the compiler chooses for itself
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # not every build of PyTorch has it
     )
 
 

@@ -1,8 +1,9 @@
-"""Position embeddings: the kinds of appendix D.4 and the fixed one of MoCo v3, and how they go to another resolution.
+"""Position embeddings: the kinds of appendix D.4 and the fixed ones of MoCo v3, and how they go to another resolution.
 
 * ``learned``: one vector for each token in raster order, the class token first (equation 1).
 * ``learned_2d``: half a vector for each column and half a one for each row, put together.
-* ``sincos_2d``: the same with sines and cosines in the place of what is learned.
+* ``sincos_2d``: the same with sines and cosines in the place of what is learned, as big_vision makes them.
+* ``sincos_2d_moco``: the same with the wavelengths of MoCo v3 and MAE, which end before 10,000.
 * ``relative``: one key for each offset between two patches in raster order. A query's product with the key of the
   offset is added to its product with the other patch's own key, under the same 1 / sqrt(d).
 * ``none``.
@@ -23,7 +24,8 @@ from torch import Tensor
 
 from shards.errors import UserError
 
-KINDS = ("learned", "learned_2d", "relative", "sincos_2d", "none")
+FIXED = ("sincos_2d", "sincos_2d_moco")
+KINDS = ("learned", "learned_2d", "relative", *FIXED, "none")
 # At the first block's input, at every block's with values of its own, or at every block's with the same.
 PLACES = ("stem", "every", "shared")
 
@@ -59,12 +61,12 @@ class Positions:
             raise UserError("position 'relative' works in attention; set position_at to 'every' or 'shared'")
         if self.kind == "none" and self.place != "stem":
             raise UserError(f"position 'none' has nothing to put at position_at {self.place!r}; leave position_at out")
-        if self.kind == "sincos_2d" and self.place == "every":
-            raise UserError("position 'sincos_2d' is fixed, so no block has its own; set position_at to 'shared'")
+        if self.kind in FIXED and self.place == "every":
+            raise UserError(f"position {self.kind!r} is fixed, so no block has its own; set position_at to 'shared'")
         if self.kind == "learned_2d" and self.embed_dim % 2:
             raise UserError(f"embed_dim {self.embed_dim} is odd, and position 'learned_2d' halves it; take an even one")
-        if self.kind == "sincos_2d" and (self.embed_dim % 4 or self.embed_dim < 8):
-            raise UserError(f"embed_dim {self.embed_dim} does not suit 'sincos_2d'; take a multiple of 4, at least 8")
+        if self.kind in FIXED and (self.embed_dim % 4 or self.embed_dim < 8):
+            raise UserError(f"width {self.embed_dim} does not suit {self.kind!r}; take a multiple of 4, at least 8")
 
     def empty(self) -> Tensor | None:
         """Return the memory of the parameter behind learned position embeddings; None where nothing is learned."""
@@ -76,8 +78,9 @@ class Positions:
         return torch.empty(1, *shapes[self.kind]) if self.kind in shapes else None
 
     def sincos(self) -> Tensor:
-        """Return the fixed position embeddings of MoCo v3 as big_vision makes them, [1, T, D]."""
-        omega = 10_000.0 ** -(np.arange(self.embed_dim // 4) / (self.embed_dim // 4 - 1))  # [D/4]
+        """Return fixed position embeddings, [1, T, D]."""
+        steps = self.embed_dim // 4 - (self.kind == "sincos_2d")
+        omega = 10_000.0 ** -(np.arange(self.embed_dim // 4) / steps)  # [D/4]
         rows, columns = np.divmod(np.arange(self.grid**2), self.grid)
         x, y = columns[:, None] * omega, rows[:, None] * omega  # each [N, D/4]
         table = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)
@@ -85,7 +88,7 @@ class Positions:
 
     def table(self, pos_embed: Tensor) -> Tensor:
         """Return what is added to the tokens, [1, T, D], from the parameter of a kind that is added."""
-        if self.kind == "sincos_2d":
+        if self.kind in FIXED:
             return pos_embed
         if self.kind == "learned":
             return F.pad(pos_embed, (0, 0, 0, self.registers)) if self.registers else pos_embed

@@ -134,13 +134,13 @@ class ResNet(nn.Module):
             fc = Conv2d(self.embed_dim, num_classes, 1, weight=zeros, bias=head_fill(head_bias, num_classes))
             self.head = nn.Sequential(OrderedDict(fc=fc, flatten=nn.Flatten(1)))
 
-    def forward(self, images: Tensor, draws: Tensor | None = None) -> Tensor:
-        """Return the logits [n, K] of images, float [n, 3, H, W]; without a head the features.
+    def forward(self, images: Tensor, draws: Tensor | None = None, features: bool = False) -> Tensor:
+        """Return the logits [n, K] of images, float [n, 3, H, W]; without a head, or on request, the features.
 
         ``draws`` is there for the models that have stochastic depth, and is not used.
         """
-        features = self.features(images)
-        return self.head(features[:, :, None, None]) if self.num_classes else features
+        x = self.features(images)
+        return x if features or not self.num_classes else self.head(x[:, :, None, None])
 
     def features(self, images: Tensor, draws: Tensor | None = None) -> Tensor:
         """Return what the head sees, [n, embed_dim]: the mean over the image of the last norm's output."""

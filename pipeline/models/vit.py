@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from pipeline.corruption import MASK, UNTOLD
 from pipeline.models.hybrid import HybridPatchEmbed, downsampling
 from pipeline.models.layers import (
     Conv2d,
@@ -28,7 +29,8 @@ from pipeline.models.layers import (
     xavier_uniform,
     zeros,
 )
-from pipeline.models.positions import Positions
+from pipeline.models.mae import Decoder
+from pipeline.models.positions import FIXED, Positions
 from shards.errors import UserError
 
 SIZES = {
@@ -195,20 +197,25 @@ class VisionTransformer(nn.Module):
         pooling: what the head sees of the normed tokens: "cls", the class token; "mean" of the patches; or "map", what
             one more layer of attention makes of the patches. Only "cls" has a class token, as in the official code.
         representation: put a hidden tanh layer of width D before the head (``pre_logits``), to pre-train.
-        position: kind of position embeddings: "learned", "learned_2d", "relative", "sincos_2d" or "none".
+        position: kind of position embeddings: "learned", "learned_2d", "relative", "sincos_2d", "sincos_2d_moco" or
+            "none".
         position_at: "stem", the first block's input; "every" block's, with values of its own; or "shared", every
             block's, with the same values.
         registers: number R of learned tokens beside the patches, which have no position, and which no head sees.
         qkv_bias: whether q, k and v have biases.
         gelu: "tanh" (the approximation of the official JAX code) or "exact" (what timm and transformers run).
         dropout: rate after the position embeddings of the stem and every dense layer but q, k, v and those of the head.
-        drop_path: stochastic depth: the rate at the last block, growing linearly from 0 at the first.
+        drop_path: stochastic depth: the rate at the last block, growing linearly from 0 at the first; so that a model
+            of one block has none.
         head_bias: first value of the head's bias, for a sigmoid loss: -10 in the official ImageNet-21k runs, or
             "log_prior", -ln K.
         backbone: makes a hybrid: units of each stage of the ResNet that the patches are cut from; [] is its root alone.
         backbone_width: channels of that ResNet's root.
         patch_target: for masked patch prediction: what a head on every patch tells of it, "mean_color",
             "mean_colors_4x4" or "pixels".
+        decoder_depth: blocks of a decoder for masked autoencoding; 0 means no decoder.
+        decoder_dim: its width.
+        decoder_heads: its attention heads; it divides ``decoder_dim``.
 
     Raises:
         UserError: numbers that do not fit each other.
@@ -237,31 +244,34 @@ class VisionTransformer(nn.Module):
         backbone: list[int] | None = None,
         backbone_width: int = 64,
         patch_target: str | None = None,
+        decoder_depth: int = 0,
+        decoder_dim: int = 512,
+        decoder_heads: int = 16,
     ):
         super().__init__()
         mlp_dim = 4 * embed_dim if mlp_dim is None else mlp_dim
         sizes = {"image_size": image_size, "patch_size": patch_size, "embed_dim": embed_dim}
         sizes |= {"depth": depth, "num_heads": num_heads, "mlp_dim": mlp_dim}
+        sizes |= {"decoder_dim": decoder_dim, "decoder_heads": decoder_heads}
         for name, size in sizes.items():
             if size < 1:
                 raise UserError(f"{name} is too small: {size}; give at least 1")
         for name, rate in (("dropout", dropout), ("drop_path", drop_path)):
             if not 0 <= rate < 1:
                 raise UserError(f"{name} is no rate: {rate}; give 0 or more and less than 1")
-        for name, number in (("num_classes", num_classes), ("registers", registers)):
+        for name, number in (("num_classes", num_classes), ("registers", registers), ("decoder_depth", decoder_depth)):
             if number < 0:
                 raise UserError(f"{name} is negative: {number}; give 0 for none")
         # Pixels of the image that a token stands for, along a side.
         span = patch_size if backbone is None else patch_size * downsampling(backbone)
         if image_size % span:
             by = f"patch_size {span}" if backbone is None else f"{span}, the side of this hybrid's tokens in pixels"
-            near = max(image_size // span, 1) * span
-            raise UserError(f"image_size {image_size} is not divisible by {by}; take {near}")
-        if embed_dim % num_heads:
-            divisors = [heads for heads in range(1, embed_dim + 1) if embed_dim % heads == 0]
-            near = [max(d for d in divisors if d < num_heads), *(d for d in divisors if d > num_heads)][:2]
-            take = " or ".join(map(str, near))
-            raise UserError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}; take {take}")
+            below = image_size // span * span
+            take = f"{below} or {below + span}" if below else f"{span}"
+            if backbone and patch_size > 1:
+                take += ", or set patch_size to 1 as hybrids such as r50_vit_b16 have it"
+            raise UserError(f"image_size {image_size} is not divisible by {by}; take {take}")
+        _check_heads("embed_dim", embed_dim, "num_heads", num_heads)
         choices = [("gelu", gelu, ("tanh", "exact")), ("pooling", pooling, POOLINGS)]
         choices += [("patch_target", patch_target, PATCH_TARGETS)] if patch_target is not None else []
         for name, value, known in choices:
@@ -271,6 +281,17 @@ class VisionTransformer(nn.Module):
         if patch_target is not None and pooling == "map":
             raise UserError("pooling 'map' has nothing to do in masked patch prediction; set it to 'cls' or 'mean'")
 
+        if decoder_depth:
+            _check_heads("decoder_dim", decoder_dim, "decoder_heads", decoder_heads)
+            for name, value, fits in (
+                ("backbone", backbone, backbone is None),  # sees into the masked patches
+                ("pooling", pooling, pooling != "map"),
+                ("position", position, position != "relative"),  # is of a whole grid
+                ("position_at", position_at, position_at == "stem"),
+            ):
+                if not fits:
+                    raise UserError(f"masked autoencoding does not go with {name} {value!r}; leave it out")
+
         self.image_size, self.patch_size, self.embed_dim = image_size, patch_size, embed_dim
         self.depth, self.num_heads, self.mlp_dim = depth, num_heads, mlp_dim
         self.num_classes, self.pooling, self.representation = num_classes, pooling, representation
@@ -278,6 +299,7 @@ class VisionTransformer(nn.Module):
         self.qkv_bias, self.gelu = qkv_bias, gelu
         self.drop_path, self.head_bias = drop_path, head_bias
         self.backbone, self.backbone_width, self.patch_target = backbone, backbone_width, patch_target
+        self.decoder_depth, self.decoder_dim, self.decoder_heads = decoder_depth, decoder_dim, decoder_heads
         self.grid = image_size // span
         self.positions = Positions(position, position_at, self.grid, embed_dim, pooling == "cls", registers)
 
@@ -291,7 +313,7 @@ class VisionTransformer(nn.Module):
         self.reg_token = nn.Parameter(torch.empty(1, registers, embed_dim)) if registers else None
         # The table of the first block's input is the model's, as in timm; relative positions are inside the blocks.
         blocks_own = [position_at == "every" and (position == "relative" or i > 0) for i in range(depth)]
-        if position == "sincos_2d":
+        if position in FIXED:
             self.register_buffer("pos_embed", self.positions.sincos(), persistent=False)
         elif position == "none" or blocks_own[0]:
             self.pos_embed = None
@@ -332,12 +354,25 @@ class VisionTransformer(nn.Module):
             outputs = PATCH_TARGETS[patch_target](3 * span**2)
             self.patch_head = Linear(embed_dim, outputs, weight=lecun_normal)
 
+        # ---- masked autoencoding
+        if decoder_depth:
+            positions = Positions("sincos_2d_moco", "stem", self.grid, decoder_dim, pooling == "cls", 0)
+            block = (decoder_dim, decoder_heads, 4 * decoder_dim, gelu, 0.0, 0.0, qkv_bias, positions, False)
+            self.decoder = Decoder(embed_dim, positions, [Block(*block) for _ in range(decoder_depth)], 3 * span**2)
+
     def new_block(self, i: int, *arguments) -> Block:
         """Return block ``i``."""
         return Block(*arguments)
 
-    def forward(self, images: Tensor, draws: Tensor | None = None, corruption: Tensor | None = None) -> Tensor:
-        """Return the logits, or with ``corruption`` what the model tells of the corrupted patches.
+    def forward(
+        self,
+        images: Tensor,
+        draws: Tensor | None = None,
+        corruption: Tensor | None = None,
+        visible: Tensor | None = None,
+        features: bool = False,
+    ) -> Tensor:
+        """Return the logits, or with ``features`` these; with ``corruption`` or ``visible`` what is told of patches.
 
         Args:
             images: float [n, 3, image_size, image_size].
@@ -345,13 +380,19 @@ class VisionTransformer(nn.Module):
                 attention and MLP branches, so that a sample's draws need not depend on its rank or batch.
                 Left out, a model in training mode draws its own.
             corruption: int64 [n, m, 2]: the corrupted patches of each image, and the patch whose embedding each gets,
-                or -1 for the mask's. Of a model with a ``patch_target``.
+                ``MASK``, or ``UNTOLD`` as of pipeline/corruption.py. Of a model with a ``patch_target``.
+            visible: int64 [n, v]: the patches of each image that are seen. Of a model with a decoder.
+            features: return what the head sees. Under ZeRO-3 ``forward`` alone gathers the weights that this needs.
 
         Returns:
-            [n, K]; without a head the features, [n, D]; with ``corruption`` [n, m, outputs].
+            [n, K]; with ``features`` or without a head [n, D]; with ``corruption`` [n, m, outputs]; with ``visible``
+            the pixels of all patches, [n, N, 3 P P].
         """
+        if visible is not None:
+            return self.decoder(self.tokens(images, draws, visible=visible), visible)
         if corruption is None:
-            return self.head(self.features(images, draws))
+            x = self.features(images, draws)
+            return x if features else self.head(x)
         x = self.tokens(images, draws, corruption)[:, self.positions.class_token :]  # [n, N, D]
         where = corruption[:, :, :1].expand(-1, -1, x.shape[2])
         return self.patch_head(x.gather(1, where))
@@ -366,8 +407,14 @@ class VisionTransformer(nn.Module):
             return self.pre_logits(self.attn_pool(x))
         return self.pre_logits(x.mean(dim=1) if self.pooling == "mean" else x[:, 0])
 
-    def tokens(self, images: Tensor, draws: Tensor | None = None, corruption: Tensor | None = None) -> Tensor:
-        """Return the normed tokens, [n, T - R, D]: a class token if there is one, then the patches.
+    def tokens(
+        self,
+        images: Tensor,
+        draws: Tensor | None = None,
+        corruption: Tensor | None = None,
+        visible: Tensor | None = None,
+    ) -> Tensor:
+        """Return the normed tokens, [n, T - R, D]: a class token if there is one, then the patches that are seen.
 
         Arguments as in ``forward``.
         """
@@ -381,6 +428,8 @@ class VisionTransformer(nn.Module):
         if positions is not None and self.position != "relative":
             positions = self.positions.table(positions)
             x = x + positions
+        if visible is not None:
+            x = self._seen(x, visible)
         x = self.dropout(x)
         if not self.training or self.drop_path == 0:
             draws = None
@@ -392,8 +441,21 @@ class VisionTransformer(nn.Module):
             x = block(x, None if draws is None else draws[:, i], shared)
         return self.norm(x[:, : x.shape[1] - self.registers])
 
+    def _seen(self, x: Tensor, visible: Tensor) -> Tensor:
+        """Return the tokens [n, T, D] without the patches that are not ``visible`` [n, v]."""
+        cls, x, registers = x.split([int(self.positions.class_token), self.grid**2, self.registers], dim=1)
+        x = x.gather(1, visible[:, :, None].expand(-1, -1, x.shape[2]))
+        return torch.cat([cls, x, registers], dim=1)
+
     def _corrupted(self, x: Tensor, where: Tensor, source: Tensor) -> Tensor:
         """Return patch embeddings [n, N, D], those at ``where`` [n, m] replaced by those at ``source`` or the mask."""
         where, source = (each[:, :, None].expand(-1, -1, x.shape[2]) for each in (where, source))
-        instead = torch.where(source < 0, self.mask_token.to(x.dtype), x.gather(1, source.clamp(min=0)))
-        return x.scatter(1, where, instead)
+        instead = torch.where(source == MASK, self.mask_token.to(x.dtype), x.gather(1, source.clamp(min=0)))
+        return x.scatter(1, where, torch.where(source == UNTOLD, x.gather(1, where), instead))
+
+
+def _check_heads(of: str, width: int, name: str, heads: int) -> None:
+    if width % heads:
+        divisors = [each for each in range(1, width + 1) if width % each == 0]
+        near = [max(d for d in divisors if d < heads), *(d for d in divisors if d > heads)][:2]
+        raise UserError(f"{of} {width} is not divisible by {name} {heads}; take {' or '.join(map(str, near))}")

@@ -2,8 +2,8 @@
 
 Half of the patch embeddings are corrupted before the position embeddings are added: 80 % become a learned mask
 embedding, 10 % that of a random other patch, 10 % stay as they are. Each corrupted patch's own token then tells its
-target. What the paper leaves open is decided here and in corruption.py: exact counts in every image, others of the same
-image, bins that split 0 to 255 evenly, red the highest digit, means over all that is told.
+target. What the paper leaves open is decided here and in corruption.py: exact counts in every image, if nothing else is
+set, others of the same image, bins that split 0 to 255 evenly, red the highest digit, means over all that is told.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline import distributed
 from pipeline.config import TrainSettings
-from pipeline.corruption import corruption
+from pipeline.corruption import UNTOLD, corruption
 from pipeline.evaluate.held_out import mean_over
 from pipeline.images import to_model_input
 from pipeline.models.vit import BINS, VisionTransformer
@@ -41,13 +41,14 @@ class MaskedPatch:
         """Return images, float32 [n, 3, H, W] in [-1, 1], and their corruption, int64 [n, m, 2], on the device."""
         device, masked = distributed.device(), self._settings.masked_patch
         drawn = corruption(
-            batch.positions, self._epoch, self._settings.seed, self._grid**2, masked.share, masked.mask, masked.other
-        )
+            batch.positions, self._epoch, self._settings.seed, self._grid**2, masked.share, masked.mask, masked.other,
+            masked.counts == "exact",
+        )  # fmt: skip
         return to_model_input(batch.images, device), torch.from_numpy(drawn).to(device)
 
     def loss(self, model: Callable[..., Tensor], images: Tensor, drawn: Tensor) -> Tensor:
         """Return the mean loss of what ``model(images, corruption=drawn)`` tells of the corrupted patches."""
-        return self._losses(*self._told(model, images, drawn)).mean()
+        return self._mean(self._losses(*self._told(model, images, drawn)), drawn).mean()
 
     def evaluate(self, model: Callable[..., Tensor], dataset: Dataset) -> dict[str, float]:
         """Return ``loss``, ``images``, and of colours ``top1``, the share told right; collective over all ranks.
@@ -58,9 +59,9 @@ class MaskedPatch:
 
         def measure(images: Tensor, drawn: Tensor) -> Tensor:
             told, target = self._told(model, images, drawn)
-            values = [self._losses(told, target).flatten(1).mean(dim=1)]
+            values = [self._mean(self._losses(told, target), drawn)]
             if self._target != "pixels":
-                values.append((told.argmax(dim=3) == target).float().flatten(1).mean(dim=1))
+                values.append(self._mean((told.argmax(dim=3) == target).float(), drawn))
             return torch.stack(values, dim=1)
 
         transform = TRANSFORMS[evaluate.view](data.resolution)
@@ -78,6 +79,17 @@ class MaskedPatch:
         target = target.gather(1, drawn[:, :, :1].expand(-1, -1, target.shape[2]))  # [n, m, ...]
         told = model(images, corruption=drawn).float()
         return (told if self._target == "pixels" else told.unflatten(2, (-1, BINS**3))), target
+
+    def _mean(self, values: Tensor, drawn: Tensor) -> Tensor:
+        """Return the mean of each image, [n], of values [n, m, ...] of its corrupted patches.
+
+        Where each patch is drawn for itself, of so many as are expected: else its loss would count by how many others
+        are told on its rank.
+        """
+        if self._settings.masked_patch.counts == "exact":
+            return values.flatten(1).mean(dim=1)
+        told = drawn[:, :, 1] != UNTOLD  # [n, N]
+        return (values.mean(dim=2) * told).sum(dim=1) / (self._settings.masked_patch.share * self._grid**2)
 
     def _losses(self, told: Tensor, target: Tensor) -> Tensor:
         if self._target == "pixels":
@@ -102,7 +114,8 @@ def patch_targets(images: Tensor, grid: int, target: str) -> Tensor:
         return patches.permute(0, 2, 3, 1, 4, 5).reshape(n, grid**2, -1)
     parts = 1 if target == "mean_color" else 4
     means = F.adaptive_avg_pool2d(images.float(), grid * parts)  # [n, 3, g*parts, g*parts]
-    bins = ((means + 1) * (BINS / 2)).floor().clamp_(0, BINS - 1).long()
+    # Of the 256 values of a pixel each bin has 32; what is added lets a mean of exactly 32 come out as no less.
+    bins = ((means + 1) * (127.5 * BINS / 256) + 1e-5).floor().clamp_(0, BINS - 1).long()
     colors = (bins[:, 0] * BINS + bins[:, 1]) * BINS + bins[:, 2]  # [n, g*parts, g*parts]
     colors = colors.view(n, grid, parts, grid, parts).transpose(2, 3)
     return colors.reshape(n, grid**2, parts**2)

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 
-import torch.nn.functional as F  # noqa: N812 (the name everyone knows)
 from torch import Tensor
 
 from pipeline import distributed
 from pipeline.config import TrainSettings
 from pipeline.evaluate.classify import classify
 from pipeline.images import training_input
+from pipeline.losses import class_losses
 from shards.batch import Batch
 from shards.dataset import Dataset
 
@@ -34,18 +34,12 @@ class Supervised:
 
         Images are float [n, 3, H, W]; labels are class indices, int64 [n], or shares of the classes, float32 [n, K].
         """
-        smoothing = self._settings.label_smoothing
-        logits = model(images).float()  # [n, K]
-        if self._settings.loss == "softmax":
-            return F.cross_entropy(logits, labels, label_smoothing=smoothing)
-        targets = labels if labels.is_floating_point() else F.one_hot(labels, self._num_classes).float()
-        targets = targets * (1 - smoothing) + smoothing / self._num_classes
-        return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(dim=1).mean()
+        return class_losses(model(images), labels, self._settings.loss, self._settings.label_smoothing).mean()
 
     def evaluate(self, model: Callable[[Tensor], Tensor], dataset: Dataset) -> dict[str, float]:
-        """Return what ``classify`` says of a held-out set; collective over all ranks."""
-        data, evaluate = self._settings.data, self._settings.evaluate
-        return classify(model, dataset, data.resolution, evaluate.batch, data.threads, evaluate.view)
+        """Return what ``classify`` says of a held-out set, by the stage's own loss; collective over all ranks."""
+        data, evaluate, loss = self._settings.data, self._settings.evaluate, self._settings.loss
+        return classify(model, dataset, data.resolution, evaluate.batch, data.threads, evaluate.view, loss)
 
     @staticmethod
     def better(val: dict[str, float], best: dict[str, float]) -> bool:

@@ -47,3 +47,15 @@ def test_quick_form_writes_the_contract(name, rows, peers, tmp_path):
     for row in result["rows"]:
         assert row["min"] <= row["value"] <= row["max"]
         assert row["unit"]
+
+
+def test_rounds_of_the_training_step_end(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    from train_step import LIMITS
+
+    cpu, gpu = LIMITS["cpu"], LIMITS["cuda"]
+    assert [cpu.want_more(done, 59.0, late=False) for done in (0, 14, 15)] == [True, True, False]
+    assert [cpu.want_more(done, 61.0, late=False) for done in (4, 5)] == [True, False]
+    assert [gpu.want_more(done, 21.0, late=False) for done in (2, 3)] == [True, False]
+    assert [gpu.want_more(done, 0.0, late=True) for done in (0, 1)] == [True, False]
+    assert 6 * gpu.enough < gpu.all < 8 * 60

@@ -44,6 +44,13 @@ def test_what_a_user_says_goes_before_what_a_recipe_says():
     assert found["model"] == "vit_l32"
 
 
+def test_a_resolution_that_does_not_fit_is_called_what_the_settings_call_it():
+    said = "vit_h14_jft300m: data.resolution 384 is not divisible by patch_size 14; take 378 or 392"
+    with pytest.raises(UserError, match=f"^{said}$"):
+        of("vit_h14_jft300m", "data.resolution=384")
+    assert of("vit_h14_jft300m", "data.resolution=378", "model.depth=1")[0]["parameters"] > 0
+
+
 def test_a_recipe_for_several_data_sets_asks_how_many_classes():
     with pytest.raises(UserError, match=r"bit_hyperrule_500 is for Pets or Flowers, .* give --classes"):
         of("bit_hyperrule_500")

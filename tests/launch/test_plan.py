@@ -147,7 +147,7 @@ def test_every_source_of_a_mixture_is_an_input(write, tmp_path):
         (HEAD + SHARDS.replace("set =", 'after = ["shards"]\nset ='), "wait for each other: shards -> shards"),
         (HEAD + SHARDS + PRETRAIN.replace("{shards}/train", "{shards}/trian"), "makes no {shards}/trian; it makes"),
         (HEAD + SHARDS + PRETRAIN + "resolution = 20\n", "unknown setting resolution"),
-        (HEAD + SHARDS + PRETRAIN.replace("/val", "/val\", resolution = 20, augment = \"resize"), "image_size 20 is"),
+        (HEAD + SHARDS + PRETRAIN.replace("/val", "/val\", resolution = 20, augment = \"resize"), "resolution 20 is"),
         (HEAD + SHARDS.replace("kind", "recpie = 'a'\nkind"), "unknown setting stage.0.recpie .*did you mean 'recipe'"),
         (HEAD + SHARDS + PRETRAIN.replace("small_pretrain", "big"), "there is no recipe 'big'"),
         (HEAD + SHARDS + CONVERT.replace("pretrain", "shards").replace("set", 'init = "shards"\nset'), "no init"),

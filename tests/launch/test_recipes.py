@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from launch.cli import app
-from launch.recipes import in_order, print_recipe, print_table
+from launch.recipes import COLUMNS, in_order, print_recipe, print_table
 from pipeline.recipe import read_recipe, recipe_names
 from tests.command import patchmill, refused
 
@@ -31,6 +31,9 @@ def test_the_table_fits_the_terminal(width):
     for recipe in ALL:
         [line] = [line for line in lines if line.startswith(f"{recipe.name} ")]
         assert f"{recipe.about.exaflops:g}" in line.split()
+        number, _, unit = COLUMNS["length"](recipe, recipe.checked).partition(" ")
+        assert number in line.split()
+        assert unit in text
     assert ("not shown for want of room: model" in text) == (width < 200)
 
 

@@ -18,8 +18,7 @@ IMAGES = ROOT / "examples/clipart/images"
 
 
 def in_peers(program: str, *arguments: str | Path) -> subprocess.CompletedProcess:
-    if not (PEERS / program).exists():
-        pytest.skip("there is no .venv-peers; make it with `make peers`")
+    assert (PEERS / program).exists(), f"there is no {program} in .venv-peers; make it with `make peers`"
     return subprocess.run([PEERS / program, *arguments], capture_output=True, text=True, timeout=250, check=False)
 
 

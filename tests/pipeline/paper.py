@@ -22,6 +22,8 @@ CORE_DAYS = {
     "bit_l_r152x4_jft300m": "9.9k",
 }  # fmt: skip
 
+HARDWARE = {name: f"TPUv3, {days} core-days" for name, days in CORE_DAYS.items()}  # of others nothing is printed
+
 # Table 5: fine-tuned at 384 px.
 TABLE_5 = {
     "vit_b16_imagenet": (77.91, 83.57, 98.13, 87.13, 93.81, 89.49),
@@ -93,7 +95,14 @@ TABLE_3 = {
     "bit_r152x2_jft300m_14ep": (14, 6e-4, "linear", 0.1, 0.0), "bit_r200x3_jft300m": (14, 6e-4, "linear", 0.1, 0.0),
     "vit_h14_imagenet21k": (90, 1e-3, "linear", 0.03, 0.1),
 }  # fmt: skip
+ADAM = {"optim.name": "adamw", "optim.betas": (0.9, 0.999), "optim.decay": "all"}  # flax.optim.Adam 0.3.4 decays all
 IMAGES = {"jft300m": 303_000_000, "imagenet21k": 14_200_000, "imagenet": 1_281_167}
+
+NAMES = {"jft300m": "JFT-300M", "imagenet21k": "ImageNet-21k", "imagenet": "ImageNet"}
+CLASSES = {
+    "JFT-300M": 18_291, "ImageNet-21k": 21_843, "ImageNet": 1000, "CIFAR-10": 10, "CIFAR-100": 100, "Pets": 37,
+    "Flowers": 102,
+}  # fmt: skip
 
 # The head's first bias, and the loss, by what a run trains on: accounts of the authors, and their later code.
 HEAD_BIAS = {"jft300m": -10.0, "imagenet21k": -10.0, "imagenet": -6.9}
@@ -124,11 +133,13 @@ OFFICIAL_CODE = {
     "vit_l16_imagenet21k": (99.13, 92.91, 84.47), "vit_l32_imagenet21k": (99.06, 93.29, 81.89),
 }  # fmt: skip
 
-# Appendix B.1.2 and 4.6; of the corrupted half 10 % more are left as they are.
-MASKED_PATCH = {
+# Appendix B.1.2 and 4.6; of the corrupted half 10 % more are left as they are. Decay and dropout are those of Table 3.
+MASKED_PATCH = ADAM | {
+    "kind": "masked_patch", "optim.weight_decay": 0.1, "optim.clip": None, "model.dropout": 0.0,
     "duration": "1_000_000 steps", "global_batch": 4096, "optim.lr": 2e-4, "schedule.warmup": "10_000 steps",
     "schedule.shape": "cosine", "masked_patch.share": 0.5, "masked_patch.mask": 0.8, "masked_patch.other": 0.1,
-    "masked_patch.target": "mean_color", "data.resolution": 224, "model.name": "vit_b16",
+    "masked_patch.target": "mean_color", "model.name": "vit_b16", "schedule.end_lr": 0.0, "data.augment": "inception",
+    "loss": "softmax",
 }  # fmt: skip
 MASKED_PATCH_IMAGENET = 79.9
 
@@ -136,14 +147,17 @@ MASKED_PATCH_IMAGENET = 79.9
 BIT = {
     "optim.name": "sgd", "optim.momentum": 0.9, "optim.lr": 0.03 * 4096 / 256, "global_batch": 4096,
     "schedule.warmup": "5_000 steps", "schedule.factor": 0.1, "optim.weight_decay": 1e-4, "data.augment": "inception",
+    "schedule.shape": "steps", "optim.clip": None, "optim.decay": "all",
 }  # fmt: skip
 BIT_EPOCHS = {
     "bit_s_r50x1_imagenet": (90, [30, 60, 80]), "bit_m_r50x1_imagenet21k": (90, [30, 60, 80]),
     "bit_l_r152x4_jft300m": (40, [10, 23, 30, 37]),
 }  # fmt: skip
+BIT_LOSS = {"imagenet": ("softmax", 0.0), "imagenet21k": ("sigmoid", -10.0), "jft300m": ("sigmoid", -10.0)}
 # BiT-HyperRule: steps of the end of warm-up, of going down, of the end; larger side and crop; mixup.
 HYPERRULE = {
-    "optim.name": "sgd", "optim.momentum": 0.9, "optim.lr": 0.003, "global_batch": 512, "optim.weight_decay": 0.0,
+    "optim.lr": 0.003, "optim.clip": None, "data.augment": "resize_crop", "schedule.shape": "steps",
+    "schedule.factor": 0.1,
 }  # fmt: skip
 HYPERRULES = {
     "bit_hyperrule_500": ([100, 200, 300, 400, 500], (512, 480), 0.0),
@@ -155,7 +169,8 @@ BIT_RESNET50 = {"ImageNet": 76.0, "VTAB": 70.39}  # GroupNorm and weight standar
 # AugReg: what all runs share, and what its grid tries (augmentation as layers, magnitude, mixup).
 AUGREG = {
     "optim.name": "adamw", "optim.betas": (0.9, 0.999), "global_batch": 4096, "schedule.shape": "cosine",
-    "schedule.warmup": "10_000 steps", "optim.lr": 1e-3, "optim.clip": 1.0, "loss": "sigmoid", "optim.decay": "kernels",
+    "schedule.warmup": "10_000 steps", "schedule.end_lr": 0.0, "optim.lr": 1e-3, "optim.clip": 1.0, "loss": "sigmoid",
+    "optim.decay": "kernels",
 }  # fmt: skip
 AUGREG_MODELS = {
     "vit_l16": 85.59, "vit_b16": 85.49, "vit_s16": 83.73, "r50_vit_l32": 85.99, "r26_vit_s32": 83.85,
@@ -179,12 +194,39 @@ AUGREG_FINETUNE = {
 # Better plain ViT baselines: ViT-S/16.
 SIMPLE = {
     "global_batch": 1024, "model.name": "vit_s16", "model.pooling": "mean", "model.position": "sincos_2d",
-    "model.representation": True, "model.dropout": 0.0, "data.augment": "light2", "data.resolution": 224,
-    "loss": "softmax", "optim.name": "adamw", "optim.lr": 1e-3, "optim.weight_decay": 0.1, "optim.clip": 1.0,
-    "schedule.shape": "cosine", "schedule.warmup": "10_000 steps", "evaluate.view": "center_crop",
+    "model.representation": True, "model.dropout": 0.0, "model.drop_path": None, "model.head_bias": None,
+    "data.augment": "light2", "loss": "softmax", "optim.name": "adamw", "optim.betas": (0.9, 0.999), "optim.lr": 1e-3,
+    "optim.weight_decay": 0.1, "optim.decay": "kernels", "optim.clip": 1.0, "schedule.shape": "cosine",
+    "schedule.warmup": "10_000 steps", "schedule.end_lr": 0.0, "evaluate.view": "center_crop",
 }  # fmt: skip
 SIMPLE_IMAGES = round(0.99 * 1_281_167)
 # By epochs: top-1, ReaL, ImageNet v2.
 SIMPLE_RESULTS = {
     "90 epochs": (76.5, 83.1, 64.2), "150 epochs": (78.5, 84.5, 66.4), "300 epochs": (80.0, 85.4, 68.3),
 }  # fmt: skip
+
+# Masked autoencoders: Table 8, pre-training, and section 3 and 4 for mask and decoder. The rates are for 256 images.
+MAE = {
+    "kind": "mae", "global_batch": 4096, "optim.name": "adamw", "optim.lr": 1.5e-4 * 4096 / 256,
+    "optim.betas": (0.9, 0.95), "optim.weight_decay": 0.05, "schedule.shape": "cosine", "schedule.warmup": "40 epochs",
+    "data.augment": "inception", "data.resolution": 224, "mae.share": 0.75, "mae.norm_pixels": True,
+    "mae.decoder_depth": 8, "mae.decoder_dim": 512, "mae.decoder_heads": 16, "model.position": "sincos_2d_moco",
+    "model.gelu": "exact", "model.dropout": 0.0, "data.crop_area": (0.2, 1.0), "optim.clip": None,
+    "optim.decay": "kernels", "schedule.end_lr": 0.0,
+}  # fmt: skip
+MAE_EPOCHS = ["800 epochs", "1600 epochs"]
+# Table 9, fine-tuning: epochs and stochastic depth of B, L and H.
+MAE_FINETUNE = {
+    "kind": "finetune", "global_batch": 1024, "optim.name": "adamw", "optim.lr": 1e-3 * 1024 / 256,
+    "optim.betas": (0.9, 0.999), "optim.weight_decay": 0.05, "optim.layer_decay": 0.75, "schedule.shape": "cosine",
+    "schedule.warmup": "5 epochs", "label_smoothing": 0.1, "data.mixup": 0.8, "data.resolution": 224,
+    "data.augment": "light2", "data.crop_area": (0.08, 1.0), "loss": "softmax", "model.position": "learned",
+    "optim.clip": None, "optim.decay": "kernels", "evaluate.view": "center_crop",
+}  # fmt: skip
+MAE_FINETUNE_SIZES = [("100 epochs", 0.1), ("50 epochs", 0.1), ("50 epochs", 0.2)]
+MAE_IMAGENET = {"vit_b16": 83.6, "vit_l16": 85.9, "vit_h14": 86.9}  # Table 3
+HARDWARE |= {
+    "mae_imagenet": "64 V100 for 42 hours: ViT-L/16, 800 epochs",
+    "mae_finetune_imagenet": "32 V100 for 7 hours: ViT-B/16",
+}  # fmt: skip
+MAE_LINEAR = {"vit_b16": 68.0, "vit_l16": 75.8, "vit_h14": 76.6}

@@ -5,6 +5,7 @@ import pytest
 
 from pipeline.config import Duration, ModelSettings, TrainSettings, check, dump_toml, merge, override, read_toml
 from pipeline.models import MODELS, create_model
+from pipeline.weights import OF_MASKING
 from shards.errors import UserError
 
 MINIMAL = {"duration": "2 epochs", "global_batch": 8, "data": {"train": "somewhere"}, "model": {"name": "vit_b16"}}
@@ -182,7 +183,7 @@ def test_how_stores_are_reached_is_a_table_of_its_own(monkeypatch):
 def test_every_setting_of_a_model_is_one_of_a_run():
     models = {model for model, _ in MODELS.values()}
     theirs = {key for model in models for key in inspect.signature(model).parameters}
-    assert set(ModelSettings.model_fields) - {"name"} == theirs - {"image_size", "num_classes", "patch_target"}
+    assert set(ModelSettings.model_fields) - {"name"} == theirs - {"image_size", "num_classes"} - OF_MASKING
 
 
 def test_settings_of_a_model_come_from_toml():

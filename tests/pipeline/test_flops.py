@@ -77,7 +77,7 @@ def test_masked_patch_prediction_has_its_head_on_every_corrupted_patch(target, o
     model = {"image_size": 60, "patch_size": 12, "embed_dim": 66, "depth": 3, "num_heads": 3, "mlp_dim": 100}
     features = by_hand(size=60, patch=12, width=66, depth=3, mlp=100, classes=0)
     for share, corrupted in ((0.5, 12), (0.001, 1), (1.0, 25)):
-        found = cost_of("vit_ti16", **model, num_classes=0, patch_target=target, corrupted=share)
+        found = cost_of("vit_ti16", **model, num_classes=0, patch_target=target, hidden=share)
         assert found.macs == features + corrupted * 66 * outputs
     stage = {"kind": "masked_patch", "duration": "10 samples", "global_batch": 1,
              "data": {"train": "a", "resolution": 60},

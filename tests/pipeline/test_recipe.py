@@ -7,7 +7,7 @@ from operator import attrgetter
 import numpy as np
 import pytest
 
-from pipeline.config import TrainSettings, check, override
+from pipeline.config import TrainSettings, check, flat, override
 from pipeline.flops import cost_of
 from pipeline.images import training_transform
 from pipeline.recipe import RECIPES, read_recipe, read_settings, recipe_names
@@ -19,34 +19,52 @@ from shards.errors import UserError
 from tests.pipeline import paper
 
 ALL = recipe_names()
+SGD = ("bit_r50x1_jft300m_sgd", "bit_r152x2_jft300m_sgd")
 NOTHING_EXPECTED = {  # no paper prints, and no author tells, what comes out of these
     "vit_l16_imagenet21k_30ep", "vit_l32_imagenet21k_30ep", "bit_m_r50x1_imagenet21k", "augreg_finetune_cifar100",
     "augreg_finetune_pets",
 }  # fmt: skip
 
 
+# What is not from any paper, and the same in all recipes of a kind; and what all leave as it is.
+ALIKE = {"label_smoothing": 0.0, "optim.layer_decay": 1.0, "data.crop_area": (0.05, 1.0)}
+PRE_TRAINING = ALIKE | {
+    "kind": "supervised", "data.resolution": 224, "engine.kind": "deepspeed", "engine.zero_stage": 1,
+    "engine.precision": "bfloat16",
+}  # fmt: skip
+FINE_TUNING = ALIKE | {
+    "kind": "finetune", "global_batch": 512, "loss": "softmax", "optim.name": "sgd", "optim.momentum": 0.9,
+    "optim.weight_decay": 0.0, "schedule.end_lr": 0.0, "engine.kind": "accelerate", "engine.precision": "float32",
+}  # fmt: skip
+OF_THE_RUN = {"checkpoint.every", "evaluate.every"}  # which change nothing of what is trained
+
+
 def has(name: str, settings: dict) -> None:
-    """Check what a recipe sets, by dotted key."""
-    checked = read_recipe(name).checked
+    """Check all that a recipe sets, by dotted key: these settings, those of its sweep, and no other."""
+    recipe = read_recipe(name)
+    checked = recipe.checked
     assert {key: attrgetter(key)(checked) for key in settings} == settings, name
+    assert flat(recipe.settings).keys() - recipe.swept.keys() - OF_THE_RUN <= settings.keys(), name
+
+
+def data_of(name: str) -> str:
+    return next(data for data in sorted(paper.IMAGES, key=len, reverse=True) if f"_{data}" in name)
 
 
 @pytest.mark.parametrize("name", paper.TABLE_3)
 def test_pre_training_is_as_table_3_has_it(name):
     epochs, rate, shape, decay, dropout = paper.TABLE_3[name]
-    recipe = read_recipe(name)
-    data = next(data for data in sorted(paper.IMAGES, key=len, reverse=True) if f"_{data}" in name)
-    has(name, {
-        "duration": f"{epochs} epochs", "global_batch": 4096, "data.resolution": 224, "data.augment": "inception",
-        "optim.name": "adamw", "optim.lr": rate, "optim.betas": (0.9, 0.999), "optim.weight_decay": decay,
-        "optim.clip": 1.0 if data == "imagenet" else None, "schedule.warmup": "10_000 steps", "schedule.shape": shape,
+    data = data_of(name)
+    bit = name.startswith("bit")  # which has neither dropout nor a hidden layer in its head
+    has(name, PRE_TRAINING | paper.ADAM | {
+        "duration": f"{epochs} epochs", "global_batch": 4096, "data.augment": "inception", "optim.lr": rate,
+        "optim.weight_decay": decay, "optim.clip": 1.0 if data == "imagenet" else None,
+        "schedule.warmup": "10_000 steps", "schedule.shape": shape,
         "schedule.end_lr": paper.END_OF_LINEAR if shape == "linear" else 0.0, "loss": paper.LOSS,
-        "label_smoothing": 0.0, "model.head_bias": paper.HEAD_BIAS[data],
+        "model.name": name.removesuffix("_14ep").removesuffix("_30ep").removesuffix(f"_{data}"),
+        "model.head_bias": paper.HEAD_BIAS[data], "model.dropout": None if bit else dropout,
+        "model.representation": None if bit else paper.REPRESENTATION,
     })  # fmt: skip
-    if not name.startswith("bit"):  # BiT has neither
-        has(name, {"model.dropout": dropout, "model.representation": paper.REPRESENTATION})
-    assert recipe.about.images == paper.IMAGES[data]
-    assert name.removesuffix("_14ep").removesuffix("_30ep") == f"{recipe.checked.model.name}_{data}"
 
 
 def test_the_lengths_are_the_steps_that_the_paper_implies():
@@ -64,16 +82,12 @@ def test_the_lengths_are_the_steps_that_the_paper_implies():
 @pytest.mark.parametrize("name", paper.TABLE_4)
 def test_fine_tuning_is_as_table_4_has_it(name):
     steps, grid, warmup = paper.TABLE_4[name]
-    recipe = read_recipe(name)
-    schedule = Schedule.of(recipe.checked, None, 512)
-    assert (schedule.total, schedule.warmup) == (steps * 512, warmup * 512)
-    has(name, {
-        "kind": "finetune", "global_batch": 512, "data.resolution": 384, "optim.name": "sgd", "optim.momentum": 0.9,
-        "optim.weight_decay": 0.0, "optim.clip": 1.0, "schedule.shape": "cosine", "schedule.end_lr": 0.0,
-        "loss": "softmax",
-    })  # fmt: skip
-    assert recipe.swept.get("optim.lr", [recipe.checked.optim.lr]) == grid
-    assert recipe.checked.optim.lr in grid
+    has(name, FINE_TUNING | {
+        "data.resolution": 384, "data.augment": "resize_crop", "optim.clip": 1.0, "schedule.shape": "cosine",
+        "duration": f"{steps:_} steps", "schedule.warmup": f"{warmup} steps",
+    } | ({"optim.lr": grid[0]} if len(grid) == 1 else {}))  # fmt: skip
+    assert read_recipe(name).swept.get("optim.lr", grid[:1]) == grid
+    assert name == "finetune_vtab" or any("BiT-HyperRule as well" in gap for gap in read_recipe(name).about.gaps)
 
 
 @pytest.mark.parametrize("name", paper.TABLE_4)
@@ -87,7 +101,8 @@ def test_fine_tuning_cuts_from_7_to_6_of_any_resolution(name):
 
 
 def test_bit_is_as_its_paper_has_it():
-    def milestones(name: str, batch: int) -> list[int]:
+    def rates_fall(name: str, batch: int) -> list[int]:
+        """Return the samples after which the rate goes down, the end of the warm-up first, the end of all last."""
         recipe = read_recipe(name)
         schedule = Schedule.of(recipe.checked, recipe.about.images, batch)
         rates = [schedule.rate(seen) for seen in (schedule.warmup, schedule.total)]
@@ -95,33 +110,51 @@ def test_bit_is_as_its_paper_has_it():
         return [schedule.warmup, *schedule.milestones, schedule.total]
 
     for name, (steps, (resize, resolution), mixup) in paper.HYPERRULES.items():
-        assert milestones(name, 512) == [512 * step for step in steps]
-        has(name, paper.HYPERRULE | {"data.resize": resize, "data.resolution": resolution, "data.mixup_alpha": mixup})
+        warmup, *down, end = (f"{step:_} steps" for step in steps)
+        has(name, FINE_TUNING | paper.HYPERRULE | {
+            "data.resize": resize, "data.resolution": resolution, "data.mixup": mixup, "duration": end,
+            "schedule.warmup": warmup, "schedule.milestones": tuple(down),
+        })  # fmt: skip
+        assert rates_fall(name, 512) == [512 * step for step in steps]
         assert read_recipe(name).about.model == "bit_r152x4"  # whose resolution and results these are
-    for name, (epochs, down) in paper.BIT_EPOCHS.items():
-        images = read_recipe(name).about.images
-        assert milestones(name, 4096)[:-1] == [5000 * 4096, *(n * images for n in down)]
-        has(name, paper.BIT | {"duration": f"{epochs} epochs"})
-    for name in ("bit_r50x1_jft300m_sgd", "bit_r152x2_jft300m_sgd"):  # BiT-L's steps, brought from 40 epochs to 7
-        down = [round(n * 7 / 40 * 303e6) for n in (10, 23, 30, 37)]
-        assert milestones(name, 4096)[:-1] == [5000 * 4096, *down]
-        has(name, paper.BIT | {"duration": "7 epochs", "loss": paper.LOSS, "model.head_bias": -10.0})
+    sgd = {name: (7, [n * 7 / 40 for n in (10, 23, 30, 37)]) for name in SGD}  # BiT-L's steps, brought from 40 epochs
+    for name, (epochs, down) in (paper.BIT_EPOCHS | sgd).items():
+        data = data_of(name)
+        loss, bias = paper.BIT_LOSS[data]
+        has(name, PRE_TRAINING | paper.BIT | {
+            "duration": f"{epochs} epochs", "schedule.milestones": tuple(f"{n:g} epochs" for n in down), "loss": loss,
+            "model.head_bias": bias, "model.name": f"bit_{name.split('_')[1 if name in sgd else 2]}",
+        })  # fmt: skip
+        assert rates_fall(name, 4096)[:-1] == [5000 * 4096, *(round(n * paper.IMAGES[data]) for n in down)]
     [small] = read_recipe("bit_s_r50x1_imagenet").about.expected
     assert small.values == paper.BIT_RESNET50
 
 
 def test_masked_patch_prediction_is_as_the_appendix_has_it():
-    has("masked_patch_vit_b16_jft300m", {"kind": "masked_patch"} | paper.MASKED_PATCH)
+    has("masked_patch_vit_b16_jft300m", PRE_TRAINING | paper.MASKED_PATCH)
     [expected] = read_recipe("masked_patch_vit_b16_jft300m").about.expected
     assert expected.values == {"ImageNet": paper.MASKED_PATCH_IMAGENET}
+
+
+def test_masked_autoencoding_is_as_its_paper_has_it():
+    has("mae_imagenet", PRE_TRAINING | paper.MAE)
+    recipe = read_recipe("mae_imagenet")
+    assert recipe.swept == {"model.name": list(paper.MAE_IMAGENET), "duration": paper.MAE_EPOCHS}
+    assert [each.values for each in recipe.about.expected] == [paper.MAE_IMAGENET, paper.MAE_LINEAR]
+    has("mae_finetune_imagenet", FINE_TUNING | paper.MAE_FINETUNE)
+    recipe = read_recipe("mae_finetune_imagenet")
+    assert [(each["duration"], each["model.drop_path"]) for each in recipe.sweep] == paper.MAE_FINETUNE_SIZES
+    assert recipe.about.expected[0].values == paper.MAE_IMAGENET
 
 
 def test_augreg_is_as_its_paper_has_it():
     for name, epochs in paper.AUGREG_EPOCHS.items():
         bias = paper.HEAD_BIAS[name.removeprefix("augreg_")]
-        has(name, paper.AUGREG | {"model.head_bias": bias, "model.representation": name == "augreg_imagenet"})
+        longest = f"{epochs[-1]} epochs"
+        of_data = {"model.head_bias": bias, "model.representation": name == "augreg_imagenet", "duration": longest}
+        has(name, PRE_TRAINING | paper.AUGREG | of_data)
         recipe = read_recipe(name)
-        assert recipe.swept.get("duration", [recipe.checked.duration]) == [f"{n} epochs" for n in epochs]
+        assert recipe.swept.get("duration", [longest]) == [f"{n} epochs" for n in epochs]
         assert set(recipe.swept["model.name"]) == paper.AUGREG_MODELS.keys()
         assert recipe.swept["data.augment"] == list(paper.AUGREG_AUGMENTS)
         assert recipe.swept["optim.weight_decay"] == paper.AUGREG_DECAYS
@@ -134,7 +167,11 @@ def test_augreg_is_as_its_paper_has_it():
         preset = PRESETS.get(name)
         assert augment == ((preset.layers, preset.magnitude, preset.mixup) if preset else (0, 0, 0.0))
     for name, (rates, lengths) in paper.AUGREG_FINETUNE.items():
-        has(name, {"optim.name": "sgd", "optim.momentum": 0.9, "global_batch": 512, "optim.clip": 1.0})
+        steps, warmup = max(lengths)
+        has(name, FINE_TUNING | {
+            "data.resolution": 384, "data.augment": "inception", "optim.clip": 1.0, "schedule.shape": "cosine",
+            "duration": f"{steps:_} steps", "schedule.warmup": f"{warmup} steps",
+        })  # fmt: skip
         recipe, found = read_recipe(name), set()
         for changed in recipe.sweep:
             over = [f"{key}={value}" for key, value in changed.items()]
@@ -146,13 +183,29 @@ def test_augreg_is_as_its_paper_has_it():
 
 def test_the_simple_baseline_is_as_its_paper_has_it():
     recipe = read_recipe("simple_vit_s16_imagenet")
-    has(
-        recipe.name, paper.SIMPLE | {"model.head_bias": None, "model.drop_path": None, "optim.decay": "kernels"}
-    )  # unset: none
-    assert recipe.about.images == paper.SIMPLE_IMAGES
+    has(recipe.name, PRE_TRAINING | paper.SIMPLE)
     assert recipe.swept["duration"] == list(paper.SIMPLE_RESULTS)
     printed = zip(*(each.values.items() for each in recipe.about.expected), strict=True)
     assert {row[0][0]: tuple(value for _, value in row) for row in printed} == paper.SIMPLE_RESULTS
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if not name.startswith("small_")])
+def test_what_recipes_say_of_data_and_hardware_is_what_is_printed(name):
+    about, settings = read_recipe(name).about, read_recipe(name).checked
+    assert settings.model.name in (None, about.model)
+    if not (tuning := settings.kind == "finetune"):
+        assert about.data == paper.NAMES[data_of(name)]
+    simple = name == "simple_vit_s16_imagenet"  # holds some of the images out
+    in_steps = tuning and "step" in settings.duration
+    assert about.images == (None if in_steps else paper.SIMPLE_IMAGES if simple else paper.IMAGES[data_of(name)])
+    assert about.classes == paper.CLASSES.get(about.data)
+    assert about.hardware.split(" (")[0] == paper.HARDWARE.get(name, "not printed")
+
+
+def test_a_swept_setting_has_a_value_of_its_sweep():
+    for recipe in map(read_recipe, ALL):
+        keys = recipe.sweep[0]
+        assert {key: attrgetter(key)(recipe.checked) for key in keys} in recipe.sweep, recipe.name
 
 
 def expected_by(source: str) -> dict[str, dict[str, set[float]]]:
@@ -224,6 +277,8 @@ def test_exaflops_are_those_printed_or_follow_the_rule_behind_them(name):
     settings, about = recipe.checked, recipe.about
     sizes = {} if settings.model.name is None else settings.model.overrides()
     sizes = {key: value for key, value in sizes.items() if key in ("embed_dim", "depth", "num_heads", "pooling")}
+    if settings.kind == "mae":
+        sizes |= settings.mae.decoder() | {"num_classes": 0, "hidden": settings.mae.share}
     samples = Schedule.of(settings, about.images, settings.global_batch).total
     macs = forward_macs(about.model, settings.data.resolution, tuple(sizes.items()))
     rule = 3 * 2 * macs * samples / 1e18
@@ -262,7 +317,12 @@ def test_a_copy_of_a_recipe_is_a_file_of_settings(tmp_path, monkeypatch):
 
 
 def test_an_unknown_recipe_names_the_nearest():
-    with pytest.raises(
-        UserError, match=r"no recipe 'vit_b16_jft' \(did you mean 'vit_b16_jft300m'\?\); `patchmill rec"
-    ):
-        read_recipe("vit_b16_jft")
+    for name, near in {
+        "vit_b16": "'vit_b16_jft300m' or 'vit_b16_imagenet' or 'vit_b16_imagenet21k'",
+        "vit_b16_jft": "'vit_b16_jft300m' or .*",
+        "simple": "'simple_vit_s16_imagenet'",
+    }.items():
+        with pytest.raises(
+            UserError, match=rf"no recipe '{name}' \(did you mean {near}\?\); `patchmill recipes` lists"
+        ):
+            read_recipe(name)

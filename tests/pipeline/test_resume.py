@@ -52,3 +52,10 @@ def test_what_is_free_is_silent(over, capsys):
 def test_the_table_covers_every_setting():
     for key in flat(settings().model_dump(mode="json")):
         assert [rule for rule in RULES if key == rule or key.startswith(f"{rule}.")], key
+
+
+def test_settings_that_a_checkpoint_is_older_than_have_their_defaults(capsys):
+    old = settings().model_dump(mode="json")
+    del old["masked_patch"], old["guard"]
+    check_resume(settings(), SimpleNamespace(path=LOADED.path, state={"settings": old}))
+    assert capsys.readouterr().err == ""

@@ -1,6 +1,7 @@
 import json
 
-from pipeline.telemetry import Telemetry, _folded, read_metrics
+from pipeline.telemetry import Telemetry, _folded, _in_words, read_metrics
+from pipeline.tracking import TensorBoard
 
 
 def test_a_resumed_run_has_every_line_once(tmp_path):
@@ -23,8 +24,8 @@ def test_a_resumed_run_has_every_line_once(tmp_path):
 def test_tensorboard_mirrors_the_lines(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    telemetry = Telemetry(tmp_path, "x", total=10, start=0)
-    telemetry.log(5, {"loss": 0.25})
+    telemetry = Telemetry(tmp_path, "x", total=10, start=0, mirrors=[TensorBoard(tmp_path / "tensorboard", 0)])
+    telemetry.log(5, {"loss": 0.25, "grad_norm": None})
     telemetry.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(5, 0.25)]
@@ -32,7 +33,7 @@ def test_tensorboard_mirrors_the_lines(tmp_path):
 
 VALUES = {
     "loss": 2.3456, "images_per_second": 12345.6, "mb_per_second": 1060.0, "data_wait": 0.123, "decode_share": 0.44,
-    "quarantined": 3, "retries": 0, "val_top1": 0.5512,
+    "quarantined": 3, "retries": 0, "skipped": 0, "val_top1": 0.5512,
 }  # fmt: skip
 
 
@@ -51,9 +52,18 @@ def test_without_a_terminal_the_progress_is_a_plain_line(tmp_path, capsys):
 
 def test_what_not_every_run_has_is_said_where_it_is(tmp_path, capsys):
     telemetry = Telemetry(tmp_path, "x", total=10, start=0)
-    telemetry.show(10, {**VALUES, "quarantined": 0, "cache_hit_share": 0.931, "retries": 12})
+    telemetry.show(10, {**VALUES, "quarantined": 0, "cache_hit_share": 0.931, "retries": 12, "skipped": 2})
     telemetry.close()
-    assert capsys.readouterr().err.endswith("decoding 44%  1,060 MB/s  cache 93%  retried 12\n")
+    assert capsys.readouterr().err.endswith("decoding 44%  1,060 MB/s  cache 93%  skipped 2  retried 12\n")
+    probed = _in_words({**VALUES, "probe_5shot": 0.25, "probe_linear": 0.5}, 10.0)
+    assert probed[1:4] == ["top-1 55.1%", "5shot 25.0%", "linear 50.0%"]
+
+
+def test_where_no_step_was_taken(tmp_path, capsys):
+    telemetry = Telemetry(tmp_path, "x", total=10, start=0)
+    telemetry.show(10, {**VALUES, "loss": None, "images_per_second": 0.0})
+    telemetry.close()
+    assert capsys.readouterr().err.startswith("x: 100% no step taken  top-1 55.1%  0 images/s  0:00:00 left")
 
 
 def test_on_a_terminal_every_piece_stays_whole():

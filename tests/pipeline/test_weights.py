@@ -4,6 +4,7 @@ import torch
 from pipeline.config import TrainSettings, check, merge
 from pipeline.models import create_model
 from pipeline.models.positions import interpolate_pos_embed
+from pipeline.recipe import read_recipe, recipe_names
 from pipeline.weights import Weights, check_model, first_values, resolve_model, write_weights
 from shards.errors import UserError
 
@@ -91,6 +92,7 @@ def test_relative_positions_stay_at_their_resolution(tmp_path):
 
 
 HYBRID = MODEL | {"name": "r50_vit_b16", "patch_size": 1, "backbone": [1, 1], "backbone_width": 32}
+HYBRID_SETTINGS = {key: HYBRID[key] for key in ("name", "patch_size", "backbone", "backbone_width")}
 BIT = {"name": "bit_r50x1", "units": [1, 1], "width": 32, "image_size": 16, "num_classes": 5}
 
 
@@ -115,6 +117,28 @@ def test_fine_tuning_takes_every_kind_of_model_to_another_resolution(tmp_path, s
             assert value.equal(state[name])
 
 
+@pytest.mark.parametrize(
+    "name", [name for name in recipe_names() if read_recipe(name).settings.get("kind") == "finetune"]
+)
+def test_fine_tuning_recipes_have_no_dropout_of_the_weights(tmp_path, name):
+    table = merge(read_recipe(name).settings, {"data": {"train": "-"}, "init": "-"})
+    drops = {"dropout": 0.1, "drop_path": 0.1}
+    of_its_own = {"dropout": 0.2, "drop_path": 0.3}
+    asked = table.get("model", {})
+    vit = asked if "name" in asked else MODEL | {"name": "vit_ti16"}
+    own = (asked.get("dropout", 0.0), asked.get("drop_path", 0.0))
+    for model, over, expected in ((vit | drops, {}, own), (vit, of_its_own, (0.2, 0.3)), (BIT, {}, None)):
+        if model is BIT and asked:  # settings of ViTs
+            continue
+        write_weights(tmp_path / "w.safetensors", {"x": torch.zeros(1)}, {"model": model, "classes": []})
+        stage = check(TrainSettings, merge(table, {"model": over}), name)
+        resolved = resolve_model(stage, Weights(tmp_path / "w.safetensors"), 3)
+        with torch.device("meta"):
+            made = create_model(**resolved, seed=None)
+        if expected:
+            assert (made.dropout.p, made.drop_path) == expected
+
+
 def test_models_of_two_kinds_and_of_two_shapes_are_refused(tmp_path):
     def weights(model):
         write_weights(
@@ -128,8 +152,11 @@ def test_models_of_two_kinds_and_of_two_shapes_are_refused(tmp_path):
         resolve_model(settings(model={"name": "bit_r50x1", "width": 32}), weights(BIT), 5)
     with pytest.raises(UserError, match=r"its backbone is \[1, 1\], the settings say \[1, 2\]"):
         resolve_model(settings(model={"backbone": [1, 2]}), weights(HYBRID), 5)
-    with pytest.raises(UserError, match="image_size 36 is not divisible by 8, the side of this hybrid's tokens"):
+    said = "data.resolution 36 is not divisible by 8, the side of this hybrid's tokens in pixels; take 32 or 40$"
+    with pytest.raises(UserError, match=rf"w\.safetensors: {said}"):
         resolve_model(settings(data={"train": "-", "resolution": 36}), weights(HYBRID), 5)
+    with pytest.raises(UserError, match=rf"^here\.toml: {said}"):
+        check_model(settings(data={"resolution": 36}, model=HYBRID_SETTINGS), "here.toml")
 
 
 def test_another_model_is_refused_by_name_of_what_differs(weights):
@@ -229,3 +256,34 @@ def test_fine_tuning_goes_on_from_masked_patch_prediction(tmp_path):
     assert all(values[name].equal(trained[name]) for name in values if not name.startswith("head."))
     features = init.create_model().features(torch.zeros(2, 3, 16, 16))  # few-shot needs no head
     assert features.shape == (2, 24)
+
+
+def test_fine_tuning_goes_on_from_masked_autoencoding_and_may_learn_its_positions(tmp_path):
+    small = {"name": "vit_ti8", "embed_dim": 24, "num_heads": 3, "depth": 1, "position": "sincos_2d_moco"}
+    decoder = {"decoder_depth": 1, "decoder_dim": 16, "decoder_heads": 2}
+    stage = settings(kind="mae", init=None, model=small, mae=decoder, data={"resolution": 16})
+    model = resolve_model(stage, None, 3)
+    assert model == small | decoder | {"image_size": 16, "num_classes": 0, "representation": False}
+    template = create_model(**model)
+    trained = {name: value for name, value in template.state_dict().items() if not name.startswith("decoder.")}
+    encoder = {key: value for key, value in model.items() if key not in decoder}  # as convert leaves it
+    write_weights(tmp_path / "w.safetensors", trained, {"model": encoder, "classes": ["a", "b", "c"]})
+
+    def begin(stage: TrainSettings) -> dict[str, torch.Tensor]:
+        init = Weights(stage.init)
+        template = create_model(**resolve_model(stage, init, 5), seed=None)
+        value_of = first_values(template, init, stage)
+        return {name: value_of(name, tuple(p.shape)) for name, p in template.named_parameters()}
+
+    init = str(tmp_path / "w.safetensors")
+    values = begin(settings(init=init))
+    assert "pos_embed" not in values
+    assert values.keys() - {"head.weight", "head.bias"} == trained.keys()
+    assert all(values[name].equal(trained[name]) for name in trained)
+    learned = begin(settings(init=init, model={"position": "learned"}))
+    assert learned["pos_embed"].equal(interpolate_pos_embed(template.pos_embed, 4))
+    again = begin(settings(kind="mae", init=init, mae=decoder, seed=3))
+    assert again["blocks.0.mlp.fc1.weight"].equal(trained["blocks.0.mlp.fc1.weight"])
+    assert not again["decoder.embed.weight"].equal(template.decoder.embed.weight)  # a decoder is always new
+    with pytest.raises(UserError, match=r"its position is sincos_2d_moco, the settings say learned_2d"):
+        begin(settings(init=init, model={"position": "learned_2d"}))

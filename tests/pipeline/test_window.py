@@ -2,9 +2,11 @@ import time
 from itertools import islice
 
 import pytest
+import torch
 
 from pipeline.config import TrainSettings, check
-from pipeline.window import Window
+from pipeline.engines.fragments import Step
+from pipeline.window import Taken, Window
 from shards.augment import InceptionCrop
 from shards.build import build
 from shards.cache import ChunkCache
@@ -31,17 +33,22 @@ def test_a_window_measures_what_happened_in_it_alone(folder, settings, alone):
     loader = Loader(Dataset.open(folder), global_batch=12, transform=InceptionCrop(8), threads=3)
     batches = iter(loader)
     list(islice(batches, 3))
-    window, before = Window(settings, loader), loader.counts()
+    window, before = Window(settings, loader, 0.001), loader.counts()
     for loss in (1.0, 2.0):
         window.next(batches)
         time.sleep(0.05)  # the step
-        window.add(loss)
-    values, stopping = window.measure(False)
+        window.add(12 * loss, Step(torch.tensor(loss), 3 * loss, torch.tensor(True)))
+    taken, values, stopping = window.measure(False)
     now, seconds = loader.counts(), window.seconds
     assert not stopping
     assert window.images == 24
     assert seconds >= 0.1
-    assert values["loss"] == 1.5
+    assert taken == [Taken(12, 1.0, 3.0, True), Taken(24, 2.0, 6.0, True)]
+    assert (values["loss"], values["grad_norm"]) == (1.5, 6.0)
+    assert values["utilisation"] == pytest.approx(0.001 * 24 / seconds)
+    assert 50 <= values["step_ms_median"] <= values["step_ms_p95"] <= values["step_ms_max"] <= 1e3 * seconds
+    assert 0.01 < values["memory_gb"] < 20
+    assert "slowest_rank" not in values
     assert values["images_per_second"] == pytest.approx(24 / seconds)
     assert 0 < values["mb_per_second"] <= (now.bytes - before.bytes) / 1e6 / seconds
     assert 0 <= values["data_wait"] <= 1 - 0.1 / seconds
@@ -51,12 +58,20 @@ def test_a_window_measures_what_happened_in_it_alone(folder, settings, alone):
     assert "cache_hit_share" not in values
 
     window.open()
-    window.add(4.0)
-    values, stopping = window.measure(True)
+    window.add(36, Step(torch.tensor(4.0), 5.0, torch.tensor(True)))
+    window.add(48, Step(torch.tensor(float("nan")), 5.0, torch.tensor(False)))
+    taken, values, stopping = window.measure(True)
     assert stopping
     assert values["loss"] == 4.0
     assert values["data_wait"] == 0
-    assert window.images == 36
+    assert taken[0] == Taken(36, 4.0, 5.0, True)
+    assert taken[1][0::3] == (48, False)
+    assert window.images == 48
+
+    window.open()
+    taken, values, _ = window.measure(False)
+    assert taken == []
+    assert (values["loss"], values["grad_norm"], values["images_per_second"]) == (None, None, 0)
     batches.close()
 
 
@@ -69,9 +84,9 @@ def test_the_share_of_a_cache_is_that_of_the_window(folder, settings, tmp_path, 
             loader = Loader(
                 Dataset.open(server.url), global_batch=12, transform=InceptionCrop(8), threads=3, stop=36, **cached
             )
-            window = Window(settings, loader)
+            window = Window(settings, loader, 0.001)
             for _ in loader:
-                window.add(0.0)
-            values, _ = window.measure(False)
+                pass
+            _, values, _ = window.measure(False)
             assert values["cache_hit_share"] == found
             assert values["retries"] == faults

@@ -15,8 +15,9 @@ from shards.decode import DecodeError, decode
 from shards.errors import PatchmillError, UserError
 from shards.evaluation import EvaluationLoader
 from shards.loader import Loader
+from shards.mixture import Mixture
 from shards.store import open_store
-from tests.shards.datasets import damage
+from tests.shards.datasets import Made, damage, plain, write_dataset
 
 SAMPLES = 53  # prime: nothing divides an epoch
 CROP = InceptionCrop(16)
@@ -411,3 +412,38 @@ def test_evaluation_stops_at_a_broken_sample(own):
     damage(own, [(1, 2)])
     with pytest.raises(DecodeError):
         list(EvaluationLoader(Dataset.open(own), 8, transform=Resize(8)))
+
+
+def labelled(folder, labels, weights=None):
+    """Return a data set of one shard, an image for each tuple of labels, of the classes a, b and c."""
+    weights = weights or [None] * len(labels)
+    made = [Made(f"k{i}", plain("red"), *each) for i, each in enumerate(zip(labels, weights, strict=True))]
+    return Dataset.open(write_dataset(folder, ["a", "b", "c"], [made]))
+
+
+def test_several_labels_and_none_come_filled_up_with_their_weights(tmp_path):
+    dataset = labelled(tmp_path / "set", [(2,), (0, 1), ()], [None, (0.5, 1.5), None])
+    for batch in (
+        next(iter(loader(dataset, global_batch=3, labels="any"))),
+        next(iter(EvaluationLoader(dataset, 3, transform=CROP, labels="any"))),
+    ):
+        rows = sorted(zip(batch.labels["label"].tolist(), batch.labels["weight"].tolist(), strict=True))
+        assert rows == [([-1, -1], [0, 0]), ([0, 1], [0.5, 1.5]), ([2, -1], [1, 0])]
+        assert (batch.labels["label"].dtype, batch.labels["weight"].dtype) == (np.int64, np.float32)
+    with pytest.raises(UserError, match="sample k2 has no label, at least one is needed"):
+        next(iter(loader(dataset, global_batch=3, labels="some")))
+
+
+@pytest.mark.parametrize("labels", [(3,), (1, 7), (-1,)])
+def test_a_label_of_no_class_names_sample_shard_value_and_classes(tmp_path, labels):
+    dataset = labelled(tmp_path / "set", [(0,), labels, (2,)])
+    value = ", ".join(map(str, labels))
+    words = rf"sample k1 in shards/000000\.tar of .*set has the label {value}, and there are 3 classes"
+    other = labelled(tmp_path / "other", [(1,)])
+    for broken in (
+        loader(dataset, global_batch=3, labels="any"),
+        loader(Mixture([(other, 1), (dataset, 1)]), global_batch=8, labels="any"),
+        EvaluationLoader(dataset, 3, transform=CROP, labels="any"),
+    ):
+        with pytest.raises(UserError, match=words):
+            list(islice(broken, 3))

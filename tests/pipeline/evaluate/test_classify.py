@@ -12,6 +12,7 @@ from shards.dataset import Dataset
 from shards.decode import decode
 from tests.images import build_image_set
 from tests.ranks import run_on_ranks
+from tests.shards.datasets import Made, plain, write_dataset
 
 WORKER = Path(__file__).parent / "worker_classify.py"
 
@@ -60,3 +61,21 @@ def test_a_model_sees_the_view_that_is_named(folder, alone):
         assert classify(model, dataset, 16, 27, view=view)["images"] == 27
         pixels = np.stack([transform(image, (0, 0, 0)) for image in images]).astype(np.float32) / 127.5 - 1
         assert np.abs(torch.cat(seen).numpy() - pixels.transpose(0, 3, 1, 2)).max() < 1e-6
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_of_several_labels_each_is_right(tmp_path, alone, loss):
+    labels = [(0,), (1, 2), (2, 0), (1,)]
+    made = [Made(f"k{i}", plain("red"), each) for i, each in enumerate(labels)]
+    dataset = Dataset.open(write_dataset(tmp_path / "set", ["a", "b", "c"], [made]))
+    logits = np.array([[3.0, 1, 2], [0, 1, 4], [0, 4, 1], [0.5, 1.5, 1]])
+    found = classify(lambda images: torch.from_numpy(logits), dataset, 8, 4, loss=loss)
+    assert (found["top1"], found["top5"], found["images"]) == (0.75, 1.0, 4)
+    losses = []
+    for row, each in zip(logits, labels, strict=True):
+        target = np.isin(np.arange(3), each).astype(float)
+        if loss == "softmax":
+            losses.append(-(target / target.sum() * (row - np.log(np.exp(row).sum()))).sum())
+        else:
+            losses.append((target * np.log1p(np.exp(-row)) + (1 - target) * np.log1p(np.exp(row))).sum())
+    assert found["loss"] == pytest.approx(np.mean(losses), rel=1e-6)

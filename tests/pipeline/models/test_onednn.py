@@ -1,6 +1,7 @@
 """oneDNN's linear layer beside PyTorch's: the same results and gradients, and only where it is to be taken."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def test_gradients_of_what_wants_them_alone():
     assert weight.grad is None
 
 
-def test_where_it_is_taken():
+def test_where_it_is_taken(monkeypatch):
     layer = Linear(256, 256, weight=lecun_normal, bias=zeros)
 
     def taken(x):
@@ -46,6 +47,9 @@ def test_where_it_is_taken():
     assert taken(torch.randn(256, 256))
     assert taken(torch.randn(2, 128, 256))
     assert not taken(torch.randn(255, 256))  # too small
+    with monkeypatch.context() as another_build:
+        another_build.setattr(torch.ops, "mkldnn", SimpleNamespace())  # without the operator
+        assert not taken(torch.randn(256, 256))
     with torch.autocast("cpu", torch.bfloat16):
         assert not taken(torch.randn(256, 256))
     layer.to("meta")

@@ -132,7 +132,7 @@ def test_forward_equals_the_equations(images, settings):
     reads = {key: value for key, value in settings.items() if key in ("gelu", "pooling", "position", "position_at")}
     expected = vit_logits(parameters, images.double().numpy(), TINY["num_heads"], **reads)
     with torch.no_grad():
-        np.testing.assert_allclose(model(images).numpy(), expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(model(images).numpy(), expected, rtol=0, atol=1e-5)
         if settings.get("position") != "sincos_2d":  # whose table is float32
             np.testing.assert_allclose(model.double()(images.double()).numpy(), expected, rtol=0, atol=1e-10)
 
@@ -405,9 +405,9 @@ def test_shared_positions_are_laid_out_once(monkeypatch):
         ("Axial-ViT-B/32", {}, r"\(did you mean 'axial_vit_b32'\?\)$"),
         ("BiT-R152x4", {}, r"\(did you mean 'bit_r152x4'\?\)$"),
         ("R50+B/16", {}, r"\(did you mean 'r50_vit_b16'"),
-        ("zzz", {}, "known: vit_ti8, "),
+        ("resnet50", {}, r"unknown model: 'resnet50'; known: ViTs such as vit_b16, .* docs/models.md has all of them$"),
         ("vit_ti16", {"dpeth": 3}, "unknown setting of vit_ti16: 'dpeth' .did you mean 'depth'"),
-        ("vit_ti16", {"image_size": 225}, "image_size 225 is not divisible by patch_size 16; take 224"),
+        ("vit_ti16", {"image_size": 225}, "image_size 225 is not divisible by patch_size 16; take 224 or 240$"),
         ("vit_ti16", {"num_heads": 5}, "embed_dim 192 is not divisible by num_heads 5; take 4 or 6$"),
         ("vit_ti16", {"num_heads": 200}, "not divisible by num_heads 200; take 192$"),
         ("vit_ti16", {"gelu": "relu"}, "unknown gelu: 'relu'"),
@@ -416,8 +416,8 @@ def test_shared_positions_are_laid_out_once(monkeypatch):
         ("vit_ti16", {"num_classes": -1}, "num_classes is negative: -1"),
         ("vit_ti16", {"registers": -1}, "registers is negative: -1; give 0 for none"),
         ("vit_ti16", {"num_heads": 0}, "num_heads is too small: 0"),
-        ("vit_h14", {"image_size": 384}, "image_size 384 is not divisible by patch_size 14; take 378"),
-        ("vit_b16", {"image_size": 8}, "image_size 8 is not divisible by patch_size 16; take 16"),
+        ("vit_h14", {"image_size": 384}, "image_size 384 is not divisible by patch_size 14; take 378 or 392$"),
+        ("vit_b16", {"image_size": 8}, "image_size 8 is not divisible by patch_size 16; take 16$"),
         ("vit_ti16", {"pooling": "gap"}, "unknown pooling: 'gap'; take one of cls, mean, map"),
         ("vit_ti16", {"position": "1d"}, "unknown position: '1d'; take one of learned, learned_2d, relative"),
         ("vit_ti16", {"position_at": "all"}, "unknown position_at: 'all'; take one of stem, every, shared"),
@@ -427,13 +427,32 @@ def test_shared_positions_are_laid_out_once(monkeypatch):
         (
             "vit_ti16",
             {"position": "sincos_2d", "embed_dim": 6},
-            "embed_dim 6 does not suit 'sincos_2d'; take a mult",
+            "width 6 does not suit 'sincos_2d'; take a mult",
         ),
         (
             "vit_ti16",
             {"position": "learned_2d", "embed_dim": 9},
             "embed_dim 9 is odd, and position 'learned_2d'",
         ),
+        (
+            "vit_b16",
+            {"backbone": [3, 4, 9]},
+            "by 256, .* take 256, or set patch_size to 1 as hybrids such as r50_vit_b16",
+        ),
+        ("r_vit_ti16", {"image_size": 240}, "by 32, the side of this hybrid's tokens in pixels; take 224 or 256$"),
+        ("vit_b16", {"image_size": "224"}, "image_size of vit_b16 is '224', of another type than it takes; give int$"),
+        ("vit_b16", {"image_size": (224, 224)}, r"image_size of vit_b16 is \(224, 224\), .*; give int$"),
+        ("vit_b16", {"image_size": 224.0}, r"image_size of vit_b16 is 224\.0, .*; give int$"),
+        ("vit_b16", {"num_classes": "x"}, "num_classes of vit_b16 is 'x', .*; give int$"),
+        ("vit_b16", {"dropout": "a"}, "dropout of vit_b16 is 'a', .*; give float$"),
+        ("vit_b16", {"depth": None}, "depth of vit_b16 is None, .*; give int$"),
+        ("vit_b16", {"backbone": 3}, r"backbone of vit_b16 is 3, .*; give list\[int\] \| None$"),
+        ("bit_r50x1", {"units": 3}, r"units of bit_r50x1 is 3, .*; give list\[int\]$"),
+        ("bit_r50x1", {"units": [1, 2.5]}, r"units of bit_r50x1 is \[1, 2\.5\], .*; give list\[int\]$"),
+        ("vit_b16", {"registers": 1.5}, r"registers of vit_b16 is 1\.5, .*; give int$"),
+        ("vit_b16", {"num_heads": 12.0}, r"num_heads of vit_b16 is 12\.0, .*; give int$"),
+        ("vit_b16", {"head_bias": None}, r"head_bias of vit_b16 is None, .*; give float \| str$"),
+        ("axial_vit_b16", {"representation": 1}, "representation of axial_vit_b16 is 1, .*; give bool$"),
         ("vit_ti16", {"head_bias": "prior"}, "unknown head_bias: 'prior'; give a number or 'log_prior'"),
     ],
 )

@@ -13,7 +13,7 @@ def mean_colors(image: np.ndarray, grid: int, parts: int) -> np.ndarray:
                 for x in range(parts):
                     top, left = (row * parts + y) * side, (column * parts + x) * side
                     mean = image[top : top + side, left : left + side].reshape(-1, 3).astype(float).mean(axis=0)
-                    red, green, blue = np.minimum(mean / 255 * 8, 7).astype(int)
+                    red, green, blue = np.floor(mean * 8 / 256).astype(int)
                     found.append(64 * red + 8 * green + blue)
     return np.array(found).reshape(grid**2, parts**2)
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from pipeline.config import TrainSettings, check
-from pipeline.corruption import MASK, corruption
+from pipeline.corruption import MASK, UNTOLD, corruption
 from pipeline.models import create_model
 from pipeline.objectives.masked_patch import MaskedPatch, patch_targets
 from pipeline.weights import resolve_model
@@ -74,6 +74,33 @@ def test_every_patch_is_corrupted_in_every_way_as_often_as_any_other():
     assert np.abs(counts[1:] - 20_000 / 15).max() < 6 * np.sqrt(20_000 / 15)
 
 
+def test_patches_may_be_drawn_each_for_itself(batch):
+    found = corruption(np.arange(4000), 10_000, 0, 196, 0.15, 0.8, 0.1, exact=False)
+    where, source = found[..., 0], found[..., 1]
+    assert (where == np.arange(196)).all()
+    shares = {"mask": source == MASK, "self": source == where, "untold": source == UNTOLD}
+    shares["other"] = ~sum(shares.values()).astype(bool)
+    for kind, share in {"mask": 0.12, "self": 0.015, "untold": 0.85, "other": 0.015}.items():
+        assert shares[kind].mean() == pytest.approx(share, abs=6 * (share * (1 - share) / source.size) ** 0.5), kind
+    assert source[shares["other"]].min() >= 0
+    counts = (~shares["untold"]).sum(axis=1)
+    assert counts.std() == pytest.approx((196 * 0.15 * 0.85) ** 0.5, rel=0.1)
+
+    chosen = settings(masked_patch={"counts": "drawn", "share": 0.3})
+    model = model_of(chosen)
+    objective = MaskedPatch(chosen, model, epoch=1000)
+    images, drawn = objective.prepare(batch)
+    losses = []
+    with torch.no_grad():
+        for n, image in enumerate(batch.images):  # one image and its corrupted patches alone
+            told = [pair for pair in drawn[n].tolist() if pair[1] != UNTOLD]
+            logits = model(images[n : n + 1], corruption=torch.tensor([told]))[0].double().numpy()
+            colors = mean_colors(image, GRID, 1)
+            losses += [cross_entropy(row, colors[patch, 0]) for row, (patch, _) in zip(logits, told, strict=True)]
+        loss = objective.loss(model, images, drawn).item()
+    assert loss == pytest.approx(sum(losses) / (5 * 0.3 * 16), rel=1e-5)
+
+
 def test_draws_depend_on_seed_epoch_and_position_alone():
     first = drawn(samples=40)
     assert (corruption(np.array([7, 3, 39]), 1000, 0, 196, 0.5, 0.8, 0.1) == first[[7, 3, 39]]).all()
@@ -106,6 +133,9 @@ def test_bins_split_0_to_255_evenly():
     assert torch.equal(red, blue)
     assert torch.equal(torch.bincount(red), torch.full((8,), 32))
     assert torch.equal(red, red.sort().values)
+    below_32 = torch.full((1, 3, 10, 10), 32.0)
+    below_32[:, :, 0] = 31
+    assert patch_targets(below_32 / 127.5 - 1, 1, "mean_color").item() == 0  # 31.9
     assert patch_targets(levels[:1] * torch.tensor([-1.0, 1, 1]).view(1, 3, 1, 1), 1, "mean_color").item() == 7 * 64
 
 

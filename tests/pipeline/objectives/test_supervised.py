@@ -4,6 +4,8 @@ import torch
 
 from pipeline.config import TrainSettings, check
 from pipeline.objectives.supervised import Supervised
+from shards.batch import Batch
+from shards.manylabels import stacked
 
 
 def settings(**over) -> TrainSettings:
@@ -44,3 +46,33 @@ def test_shares_of_classes_give_shares_of_their_losses(loss, smoothing):
             shares[0, b] += 1 - keep
             mixed = objective.loss(lambda x: x, logits, shares).item()
             assert mixed == pytest.approx(keep * whole[a] + (1 - keep) * whole[b], rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_several_labels_of_an_image_are_targets_by_their_weights(loss):
+    found = [((2,), ()), ((0, 3), ()), ((1, 2, 3), (0.5, 1.0, 0.5)), ((), ())][: 4 if loss == "sigmoid" else 3]
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(len(found), 4))
+    losses = []
+    for row, (labels, weights) in zip(logits, found, strict=True):
+        target = np.zeros(4)
+        target[list(labels)] = weights or 1.0
+        if loss == "softmax":
+            losses.append(-(target / target.sum() * (row - np.log(np.exp(row).sum()))).sum())
+        else:
+            losses.append((target * np.log1p(np.exp(-row)) + (1 - target) * np.log1p(np.exp(row))).sum())
+    images = rng.integers(0, 256, (len(found), 2, 2, 3), dtype=np.uint8)
+    objective = Supervised(settings(loss=loss, global_batch=len(found)), None, 4)
+    batch = Batch(images, stacked(found, "any"), np.arange(len(found)))
+    _, targets = objective.prepare(batch)
+    told = objective.loss(lambda x: torch.from_numpy(logits), None, targets).item()
+    assert told == pytest.approx(np.mean(losses), rel=1e-5)
+
+    one_each = Batch(images[:2], stacked([((3,), ()), ((1,), (1.0,))], "any"), np.arange(2))
+    assert objective.prepare(one_each)[1].tolist() == [3, 1]
+
+
+def test_an_image_without_labels_adds_nothing_to_a_softmax_loss():
+    batch = Batch(np.zeros((2, 2, 2, 3), np.uint8), stacked([((1,), ()), ((), ())], "any"), np.arange(2))
+    _, targets = Supervised(settings(global_batch=2), None, 4).prepare(batch)
+    assert targets.tolist() == [[0, 1, 0, 0], [0, 0, 0, 0]]
