@@ -27,6 +27,8 @@ from shards.atomic import commit_folder, partial_folder, write_text
 from shards.errors import PatchmillError, UserError
 
 FORMAT_VERSION = 1
+AT_ONCE = 2**28
+"""Bytes to read of mapped files before they are let go: until then they count as this process's memory."""
 
 
 class BrokenCheckpointError(PatchmillError):
@@ -170,7 +172,7 @@ class Checkpoint:
         self.state: dict[str, Any] = index["state"]
         self.shapes: dict[str, tuple] = {name: tuple(shape) for name, shape in index["shapes"].items()}
         self._where: dict[tuple[str, str], list[tuple[int, str]]] = {}
-        self._open: dict[str, Any] = {}
+        self.close()
 
     def verify(self, files: list[dict] | None = None) -> None:
         """Check sizes and checksums of all files, or of the given ones; raise BrokenCheckpointError."""
@@ -194,11 +196,12 @@ class Checkpoint:
             self._index()
         parts, at = [], start
         for piece_start, file in self._where.get((kind, parameter), []):
-            piece = self._open[file].get_slice(f"{kind}/{parameter}@{piece_start}")
+            piece = self._opened(file).get_slice(f"{kind}/{parameter}@{piece_start}")
             stop = piece_start + piece.get_shape()[0]
             if piece_start <= at < stop and at < start + count:
                 until = min(stop, start + count)
                 parts.append(piece[at - piece_start : until - piece_start])
+                self._mapped += parts[-1].nbytes
                 at = until
         if at < start + count:
             raise MissingPieceError(
@@ -216,14 +219,19 @@ class Checkpoint:
             yield name, self.read("ema" if ema else "weight", name, 0, numel).reshape(shape)
 
     def close(self) -> None:
-        """Let go of the files: what was read of them counts as this process's memory."""
-        self._open, self._where = {}, {}
+        """Let go of the files; another read opens them again."""
+        self._open, self._mapped = {}, 0
+
+    def _opened(self, name: str) -> Any:
+        if self._mapped > AT_ONCE:
+            self.close()
+        if name not in self._open:
+            self._open[name] = safe_open(self.path / name, framework="pt")
+        return self._open[name]
 
     def _index(self) -> None:
         for file in self.files:
-            opened = safe_open(self.path / file["name"], framework="pt")
-            self._open[file["name"]] = opened
-            for key in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
+            for key in self._opened(file["name"]).keys():  # noqa: SIM118 (safe_open is no mapping)
                 kind, _, rest = key.partition("/")
                 parameter, _, start = rest.rpartition("@")
                 self._where.setdefault((kind, parameter), []).append((int(start), file["name"]))

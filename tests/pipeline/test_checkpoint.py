@@ -1,5 +1,6 @@
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,6 +42,22 @@ class TestOneRank:
             found.read("weight", "c", 0, 1)
         with pytest.raises(UserError, match=re.escape("no weight of a at [6, 8)")):
             found.read("weight", "a", 4, 4)
+
+    @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux how much of files is in memory")
+    def test_what_was_read_of_files_leaves_memory(self, tmp_path, monkeypatch):
+        def mapped() -> int:
+            return int(re.search(r"RssFile:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+        monkeypatch.setattr(checkpoint, "AT_ONCE", 2**23)
+        numbers = torch.arange(2**24, dtype=torch.float32)  # 64 MiB
+        found = Checkpoint(checkpoint.save(tmp_path, 64, [("weight", "a", 0, numbers)], {"a": (2**24,)}, {}))
+        before, most = mapped(), 0
+        for start in range(0, 2**24, 2**20):
+            assert torch.equal(found.read("weight", "a", start, 2**20), numbers[start : start + 2**20])
+            most = max(most, mapped() - before)
+        assert most < 2**25
+        found.close()
+        assert found.read("weight", "a", 3, 2).tolist() == [3, 4]
 
     def test_keeps_the_newest_and_the_best(self, tmp_path):
         for samples in (10, 20, 30, 40, 50):
