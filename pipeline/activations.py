@@ -1,4 +1,4 @@
-"""What the passes of a micro-batch keep and need, counted on tensors that are shapes alone: for any model and objective.
+"""What the passes of a micro-batch keep and need, counted on tensors that are shapes alone, for any model and loss.
 
 Forward, loss and backward run under torch's FakeTensorMode as on a CPU, and every storage is counted from the operation
 that makes it until nothing refers to it. Attention is counted as its fused kernels keep it.
@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pipeline.config import EngineSettings, TrainSettings
+from pipeline.config import TrainSettings
 from pipeline.corruption import corrupted_patches
 from pipeline.engines.blocks import prepare_blocks
 from pipeline.masking import visible_count
@@ -136,7 +136,7 @@ class Storages(TorchDispatchMode):
         """Run an operation and count what it made."""
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
                 self._count(tensor.untyped_storage())
         return made
 

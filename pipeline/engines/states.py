@@ -1,4 +1,7 @@
-"""What a rank holds of a model between two steps, byte by byte, under each engine and ZeRO stage."""
+"""What a rank holds of a model, the passes aside, under each engine and ZeRO stage: in what bytes, and where.
+
+``states`` is exact. Gradients and buffers are as DeepSpeed 0.19 makes them with the sizes that our configuration sets.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,6 +14,9 @@ from pipeline.optim import parameter_groups
 
 FLOAT = 4  # bytes of float32, which all of it is
 STEP = 4  # bytes of AdamW's count of steps, one for each tensor that it steps
+PERSISTENT = 100_000  # values: DeepSpeed's stage3_param_persistence_threshold; smaller parameters stay gathered
+SWAPPED = 4  # DeepSpeed's buffer_count: of each tensor that is stepped, when states are on NVMe
+BLOCK = 2**25  # values that ZeRO 3 gathers beyond its limit at most, since a block's weights come together
 ALIGNED = 2  # values that DeepSpeed aligns each rank's share of a flat buffer to
 
 
@@ -88,3 +94,59 @@ def _sub_groups(groups: list[list[int]], ranks: int, most: int) -> Iterator[int]
                 values = 0
         if values:
             yield values
+
+
+def add_gradients(held: Held, engine: EngineSettings, sizes: list[int], share: int, accumulated: bool) -> None:
+    """Add the gradients that are there from the first backward pass to the step.
+
+    Args:
+        held: Of the rank.
+        engine: Its settings.
+        sizes: Values of each parameter.
+        share: Values that this rank's optimizer steps.
+        accumulated: Over several micro-batches.
+    """
+    held.device["gradients"] = FLOAT * (sum(sizes) if engine.zero_stage < 2 else share)
+    if engine.offload_optimizer:
+        held.device["gradients"] *= engine.zero_stage == 1
+        held.host["gradients"] = FLOAT * share * (2 if engine.zero_stage == 3 or accumulated else 1)
+
+
+def add_buffers(
+    held: Held, engine: EngineSettings, sizes: list[int], tensors: list[int], ranks: int, zero: dict[str, Any]
+) -> None:
+    """Add what gradients are reduced in, parameters gathered in, and what is offloaded moves through.
+
+    Args:
+        held: Of the rank.
+        engine: Its settings.
+        sizes: Values of each parameter.
+        tensors: As ``shares`` returns them.
+        ranks: Their number.
+        zero: DeepSpeed's ``zero_optimization``.
+    """
+    device = host = 0
+    if engine.kind == "accelerate":
+        device = sum(sizes) if ranks > 1 else 0
+    elif engine.zero_stage in (1, 2):
+        # What is in the bucket is copied together once more; of stage 1 after the passes.
+        device = zero["reduce_bucket_size"] * engine.zero_stage
+        if engine.offload_optimizer:
+            device, host = device + max(sizes), sum(tensors) + max(sizes)
+    elif engine.zero_stage == 3:
+        staying = sum(size for size in sizes if size <= persistent(zero))
+        live = min(sum(sizes) - staying, zero["stage3_max_live_parameters"] + BLOCK)
+        # What comes together is gathered in one piece and then copied into parameters.
+        device = zero["reduce_bucket_size"] + staying + live + min(sum(sizes), zero["stage3_prefetch_bucket_size"])
+        if engine.offload_optimizer not in (None, "cpu"):
+            host += SWAPPED * max(tensors)
+        if engine.offload_parameters not in (None, "cpu"):
+            host += zero["offload_param"]["buffer_count"] * zero["offload_param"]["buffer_size"]
+    held.device["buffers"] = FLOAT * device
+    if host:
+        held.host["buffers"] = FLOAT * host
+
+
+def persistent(zero: dict[str, Any]) -> int:
+    """Return the most values of a parameter that ZeRO 3 keeps whole on every rank."""
+    return zero.get("stage3_param_persistence_threshold", PERSISTENT)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline import distributed
+from pipeline.activations import Storages
 from pipeline.config import TrainSettings, check
 from pipeline.corruption import corruption
 from pipeline.droppath import drop_path_draws
@@ -30,7 +31,12 @@ def main(cases: str) -> None:
 
 
 def measure(settings: dict, model: dict, steps: int = 2) -> dict:
-    settings = check(TrainSettings, settings, "test")
+    with Storages([]) as counted:
+        found = run(check(TrainSettings, settings, "test"), model, steps)
+    return found | {"tensors": counted.peak}
+
+
+def run(settings: TrainSettings, model: dict, steps: int) -> dict:
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
     with torch.device("meta"):
