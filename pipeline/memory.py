@@ -87,8 +87,8 @@ class MemoryEstimate:
         gradients = held.device["gradients"]
         kept = sum(held.device.values()) - gradients
         passes = self._count(micro_batch, whole and not accumulated)
-        while_passing = passes.peak + gradients * (accumulated or not whole)
-        peak = max(while_passing, gradients + self._reducing(), gradients + self._step())
+        there = gradients if accumulated or engine.zero_stage == 3 else 0  # when activations are the most
+        peak = max(there + passes.peak, self._reducing(gradients, there, passes.saved), gradients + self._step())
         held.device |= {
             "activations": passes.saved, "working": max(0, peak - passes.saved - gradients),
         }  # fmt: skip
@@ -116,14 +116,18 @@ class MemoryEstimate:
             self._passes[key] = count_passes(self._settings, self._model, *key, gathered)
         return self._passes[key]
 
-    def _reducing(self) -> int:
-        """Bytes that reducing the gradients of all parameters needs beside them, after the passes."""
-        engine = self._settings.engine
-        if engine.kind == "accelerate" or engine.zero_stage > 1 or self._ranks == 1:
-            return 0
-        return FLOAT * (
-            self._zero["reduce_bucket_size"] if engine.zero_stage else min(sum(self._sizes), LARGEST_REDUCTION)
-        )
+    def _reducing(self, gradients: int, there: int, saved: int) -> int:
+        """Bytes of gradients, activations and copies while gradients are reduced."""
+        stage, parameters = self._settings.engine.zero_stage, FLOAT * sum(self._sizes)
+        if stage == 0 and self._settings.engine.kind == "deepspeed" and self._ranks > 1:
+            return gradients + min(parameters, FLOAT * LARGEST_REDUCTION)
+        if stage != 2:
+            return gradients  # of stage 1 they move into the bucket, and are copied there
+        # In the backward pass, whenever a bucket is full: what is in it is copied, and activations behind it are gone.
+        bucket = FLOAT * self._zero["reduce_bucket_size"]
+        if bucket < parameters:
+            return gradients + bucket + round(saved * (1 - bucket / parameters))
+        return there + bucket
 
     def _step(self) -> int:
         """Bytes that the optimizer's step needs beside gradients and states."""

@@ -25,11 +25,10 @@ def check_room(settings: TrainSettings, groups: list[list[int]], zero: dict[str,
     sizes = [size for group in groups for size in group]
     add_gradients(held, engine, sizes, sum(tensors), settings.accumulation(ranks) > 1)
     add_buffers(held, engine, sizes, tensors, ranks, zero)
-    memory, disk = here * sum(held.host.values()), {}
-    places = {"masters": engine.offload_optimizer, "optimizer": engine.offload_optimizer}
-    places["weights"] = engine.offload_parameters
+    memory, disk = here * sum(held.host.values()), dict[str, int]()
     for kind, size in held.disk.items():
-        disk[places[kind]] = disk.get(places[kind], 0) + here * size
+        where = engine.offload_parameters if kind == "weights" else engine.offload_optimizer
+        disk[where] = disk.get(where, 0) + here * size
     for where in disk:
         check_nvme(where)
     error = None

@@ -109,7 +109,10 @@ def add_gradients(held: Held, engine: EngineSettings, sizes: list[int], share: i
     held.device["gradients"] = FLOAT * (sum(sizes) if engine.zero_stage < 2 else share)
     if engine.offload_optimizer:
         held.device["gradients"] *= engine.zero_stage == 1
-        held.host["gradients"] = FLOAT * share * (2 if engine.zero_stage == 3 or accumulated else 1)
+        held.host["gradients"] = FLOAT * share  # what adds up, and what is stepped
+        if engine.zero_stage == 3 or (engine.zero_stage == 2 and accumulated):
+            place = held.at(engine.offload_optimizer)
+            place["gradients"] = place.get("gradients", 0) + FLOAT * share
 
 
 def add_buffers(
@@ -129,8 +132,7 @@ def add_buffers(
     if engine.kind == "accelerate":
         device = sum(sizes) if ranks > 1 else 0
     elif engine.zero_stage in (1, 2):
-        # What is in the bucket is copied together once more; of stage 1 after the passes.
-        device = zero["reduce_bucket_size"] * engine.zero_stage
+        device = zero["reduce_bucket_size"]
         if engine.offload_optimizer:
             device, host = device + max(sizes), sum(tensors) + max(sizes)
     elif engine.zero_stage == 3:

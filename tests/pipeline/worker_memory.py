@@ -3,7 +3,6 @@
 worker_memory.py CASES   a JSON list of {"settings": ..., "model": ..., "steps": ...}; tells a list of what was found
 """
 
-import gc
 import json
 import re
 import sys
@@ -18,7 +17,7 @@ from pipeline.activations import Storages
 from pipeline.config import TrainSettings, check
 from pipeline.corruption import corruption
 from pipeline.droppath import drop_path_draws
-from pipeline.engines import create_engine
+from pipeline.engines import accelerate, create_engine, deepspeed  # noqa: F401 (what imports take is there before)
 from pipeline.masking import visible_patches
 from pipeline.microbatch import micro_batches
 from pipeline.models import create_model
@@ -61,17 +60,14 @@ def run(settings: TrainSettings, model: dict, steps: int) -> dict:
             return objective.loss(partial(model, draws=batch.draws), *batch.inputs)
 
     local = settings.global_batch // distributed.world_size()
-    peaks = []
     for step in range(steps):
         batch = inputs(settings, template, model, local, step)
         engine.step(list(micro_batches(batch, settings.micro_batch or local, 0, 0, 0)), loss_fn, 1e-3)
-        peaks.append(status("VmHWM") - before)
-    del batch
-    found = {"saved": sum(saved.values()), "states": states_of(engine, settings), "grown": status("VmRSS") - before}
-    return found | {"peaks": peaks, "before": before, "other": others(engine)}
+    states = states_of(engine)
+    return {"saved": sum(saved.values()), "states": states, "before": before, "most": status("VmHWM")}
 
 
-def states_of(engine, settings: TrainSettings) -> dict[str, int]:
+def states_of(engine) -> dict[str, int]:
     """Return the bytes of what an engine keeps from step to step, by what it is for."""
     parameters = list(engine.model.parameters())
     weights = [getattr(parameter, "ds_tensor", parameter) for parameter in parameters]
@@ -84,14 +80,6 @@ def states_of(engine, settings: TrainSettings) -> dict[str, int]:
         found[kind] = sum(size for key, size in storages.items() if key not in seen)
         seen |= storages.keys()
     return {kind: size for kind, size in found.items() if size}
-
-
-def others(engine) -> int:
-    """Return the bytes of all storages of tensors that Python knows."""
-    gc.collect()
-    tensors = [each for each in gc.get_objects() if isinstance(each, Tensor) and each.device.type != "meta"]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
 
 
 def value_of(template, name: str, shape: tuple) -> Tensor:
