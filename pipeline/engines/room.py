@@ -3,31 +3,34 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from pipeline import distributed
 from pipeline.config import TrainSettings
+from pipeline.engines.states import add_buffers, add_gradients, shares, states
 from shards.errors import UserError
 
 
-def check_room(settings: TrainSettings, parameters: int) -> None:
+def check_room(settings: TrainSettings, groups: list[list[int]], zero: dict[str, Any]) -> None:
     """Raise a UserError where what is offloaded does not fit; collective over all ranks.
 
     Args:
         settings: Of the stage.
-        parameters: Values of the model's parameters.
+        groups: Values of the model's parameters, as ``group_sizes`` returns them.
+        zero: DeepSpeed's ``zero_optimization``.
     """
     check_alone(settings)
-    engine = settings.engine
-    share = parameters / distributed.world_size() * len(distributed.ranks_here())
-    memory, disk = 0.0, {}
-    for where, values in ((engine.offload_optimizer, optimizer_values(settings)), (engine.offload_parameters, 1)):
-        if where == "cpu":
-            memory += 4 * values * share
-        elif where is not None:
-            check_nvme(where)
-            disk[where] = disk.get(where, 0.0) + 4 * values * share
-    if engine.offload_optimizer and settings.optim.ema is not None:
-        memory += 4 * share
+    engine, ranks, here = settings.engine, distributed.world_size(), len(distributed.ranks_here())
+    held, tensors = states(settings, groups, ranks, zero), shares(engine, groups, ranks, zero)
+    sizes = [size for group in groups for size in group]
+    add_gradients(held, engine, sizes, sum(tensors), settings.accumulation(ranks) > 1)
+    add_buffers(held, engine, sizes, tensors, ranks, zero)
+    memory, disk = here * sum(held.host.values()), dict[str, int]()
+    for kind, size in held.disk.items():
+        where = engine.offload_parameters if kind == "weights" else engine.offload_optimizer
+        disk[where] = disk.get(where, 0) + here * size
+    for where in disk:
+        check_nvme(where)
     error = None
     if memory > (free := free_memory()):
         error = UserError(
@@ -41,12 +44,6 @@ def check_room(settings: TrainSettings, parameters: int) -> None:
                 "give a folder on another disk"
             )
     distributed.raise_together(error)
-
-
-def optimizer_values(settings: TrainSettings) -> int:
-    """Return how many float32 values are kept of a parameter's each: weight, gradient, states, and a copy to move."""
-    states = 2 if settings.optim.name == "adamw" else int(settings.optim.momentum > 0)
-    return 1 + 1 + states + 1
 
 
 def free_memory() -> float:
