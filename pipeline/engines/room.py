@@ -16,10 +16,18 @@ def check_room(settings: TrainSettings, parameters: int) -> None:
         settings: Of the stage.
         parameters: Values of the model's parameters.
     """
-    check_alone(settings)
-    engine = settings.engine
     share = parameters / distributed.world_size() * len(distributed.ranks_here())
-    memory, disk = 0.0, {}
+    error = None
+    try:
+        _check_here(settings, share)
+    except UserError as problem:
+        error = problem
+    distributed.raise_together(error)
+
+
+def _check_here(settings: TrainSettings, share: float) -> None:
+    check_alone(settings)
+    engine, memory, disk = settings.engine, 0.0, {}
     for where, values in ((engine.offload_optimizer, optimizer_values(settings)), (engine.offload_parameters, 1)):
         if where == "cpu":
             memory += 4 * values * share
@@ -28,19 +36,17 @@ def check_room(settings: TrainSettings, parameters: int) -> None:
             disk[where] = disk.get(where, 0.0) + 4 * values * share
     if engine.offload_optimizer and settings.optim.ema is not None:
         memory += 4 * share
-    error = None
     if memory > (free := free_memory()):
-        error = UserError(
+        raise UserError(
             f"offloading wants {memory / 1e9:.1f} GB of this machine's memory, and {free / 1e9:.1f} GB are free; "
             "offload to a folder on NVMe (zero_stage 3), take more machines, or a smaller model"
         )
     for where, wanted in disk.items():
         if wanted > (free := shutil.disk_usage(where).free):
-            error = UserError(
+            raise UserError(
                 f"offloading wants {wanted / 1e9:.1f} GB in {where}, and {free / 1e9:.1f} GB are free; make room, or "
                 "give a folder on another disk"
             )
-    distributed.raise_together(error)
 
 
 def optimizer_values(settings: TrainSettings) -> int:
