@@ -19,8 +19,18 @@ def check_room(settings: TrainSettings, groups: list[list[int]], zero: dict[str,
         groups: Values of the model's parameters, as ``group_sizes`` returns them.
         zero: DeepSpeed's ``zero_optimization``.
     """
+    here, error = len(distributed.ranks_here()), None
+    try:
+        _check_here(settings, groups, zero, here)
+    except UserError as problem:
+        error = problem
+    distributed.raise_together(error)
+
+
+def _check_here(settings: TrainSettings, groups: list[list[int]], zero: dict[str, Any], here: int) -> None:
+    """Check the room on this machine, for so many ranks on it."""
     check_alone(settings)
-    engine, ranks, here = settings.engine, distributed.world_size(), len(distributed.ranks_here())
+    engine, ranks = settings.engine, distributed.world_size()
     held, tensors = states(settings, groups, ranks, zero), shares(engine, groups, ranks, zero)
     sizes = [size for group in groups for size in group]
     add_gradients(held, engine, sizes, sum(tensors), settings.accumulation(ranks) > 1)
@@ -31,19 +41,17 @@ def check_room(settings: TrainSettings, groups: list[list[int]], zero: dict[str,
         disk[where] = disk.get(where, 0) + here * size
     for where in disk:
         check_nvme(where)
-    error = None
     if memory > (free := free_memory()):
-        error = UserError(
+        raise UserError(
             f"offloading wants {memory / 1e9:.1f} GB of this machine's memory, and {free / 1e9:.1f} GB are free; "
             "offload to a folder on NVMe (zero_stage 3), take more machines, or a smaller model"
         )
     for where, wanted in disk.items():
         if wanted > (free := shutil.disk_usage(where).free):
-            error = UserError(
+            raise UserError(
                 f"offloading wants {wanted / 1e9:.1f} GB in {where}, and {free / 1e9:.1f} GB are free; make room, or "
                 "give a folder on another disk"
             )
-    distributed.raise_together(error)
 
 
 def free_memory() -> float:
