@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from contextlib import redirect_stdout
 
 import pytest
@@ -39,7 +40,7 @@ def test_what_a_user_says_goes_before_what_a_recipe_says():
     [found] = of("vit_b16_jft300m", "model.depth=2", "model.representation=false", classes=10, epoch=8192)
     assert found["samples"] == 7 * 8192
     [same] = of("num_classes=10", "depth=2", model="vit_b16", samples=7 * 8192)
-    assert {**same, "name": "vit_b16_jft300m"} == found
+    assert {**same, "name": "vit_b16_jft300m"}.items() <= found.items()
     [found] = of("finetune_imagenet", "model.name=vit_l32")
     assert found["model"] == "vit_l32"
 
@@ -126,7 +127,7 @@ def test_memory_disk_and_time_on_gpus(tmp_path):
     assert "small_pretrain on 8 x H100: ZeRO 1, float32, micro-batch 8 x 1" in done.stdout
     [told] = json.loads(patchmill("estimate", *arguments, "--json", cwd=tmp_path).stdout)
     memory = told["memory"]
-    assert f"most at once        {memory['device_peak'] / 1e9:.2f}" in done.stdout
+    assert re.search(rf"^most at once +{memory['device_peak'] / 1e9:.2f} ", done.stdout, re.MULTILINE)
     assert told["fits"]
     assert told["largest_micro_batch"] == 8
     assert told["checkpoint_bytes"] == 3 * 4 * told["parameters"]
@@ -139,7 +140,7 @@ def test_memory_disk_and_time_on_gpus(tmp_path):
 
 
 def test_a_card_that_is_too_small_says_what_would_fit():
-    over = ["model.name=vit_l16", "model.depth=2", "data.resolution=224", "global_batch=4096"]
+    over = ["model.name=vit_l16", "model.depth=2", "model.embed_dim=1024", "data.resolution=224", "global_batch=4096"]
     [told] = estimates([*STAGE, *over], None, None, 10, 1000, gpus=1, gpu="l4")
     assert not told["fits"]
     assert 1 < told["largest_micro_batch"] < 4096

@@ -128,7 +128,7 @@ def test_a_process_takes_what_is_estimated(name):
 
 
 def of(ranks: int = 8, cuda: bool = True, **over) -> MemoryEstimate:
-    stage = check(TrainSettings, merge(BASE, {"global_batch": 64 * ranks, **over}), "test")
+    stage = check(TrainSettings, merge(BASE, {"global_batch": 64 * ranks, "micro_batch": 64, **over}), "test")
     return MemoryEstimate(stage, TINY, ranks, cuda)
 
 
