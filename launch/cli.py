@@ -160,12 +160,25 @@ def estimate(
     epoch: Annotated[
         int | None, typer.Option(min=1, help="Samples an epoch, instead of asking data set or recipe.")
     ] = None,
+    image_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Mean size of an image in the shards, instead of asking the data set.")
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Ranks, one a GPU: tells memory too. A plan's stages have their own.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="Kind of GPU, as h100: tells what fits, images a second and days too.")
+    ] = None,
+    utilisation: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Share of the GPUs' peak arithmetic that is assumed.")
+    ] = 0.4,
     as_json: Json = False,
 ) -> None:
-    """Tell what a model, a training stage or a plan's training stages will cost: parameters and arithmetic."""
+    """Tell what a model or training stages will cost: parameters, arithmetic, memory, disk and time."""
     from launch.estimate import estimates, print_estimates
 
-    found = estimates(arguments or [], model, samples, classes, epoch)
+    size = {"classes": classes, "epoch": epoch, "image_bytes": image_bytes}
+    found = estimates(arguments or [], model, samples, gpus=gpus, gpu=gpu, utilisation=utilisation, **size)
     print(json.dumps(found)) if as_json else print_estimates(found, Console().width if sys.stdout.isatty() else None)
 
 

@@ -12,6 +12,7 @@ from pipeline.config import DataSettings, TrainSettings
 from pipeline.images import training_transform
 from pipeline.prefetch import pin, pinned_array
 from pipeline.schedule import Schedule
+from pipeline.shuffleroom import check_window
 from shards.dataset import Dataset
 from shards.errors import UserError
 from shards.ledger import new_segment
@@ -76,6 +77,7 @@ def open_data(settings: TrainSettings, out: Path, first_batch: int) -> TrainingD
     dataset = training_set(data)
     if held_out is not None and held_out.classes != dataset.classes:
         raise UserError(f"{data.val} has other classes than {dataset.url}; build both with one list of classes")
+    check_window(dataset, data, settings.seed)
     schedule = Schedule.of(settings, len(dataset), first_batch)
     in_process = data.decode == "process"
     kind = partial(ProcessLoader, register=pin) if in_process else partial(Loader, allocate=pinned_array)

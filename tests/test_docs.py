@@ -11,10 +11,12 @@ import torch
 
 from pipeline.config import ModelSettings, TrainSettings, check, override
 from pipeline.flops import cost_of
+from pipeline.hardware import CARDS
 from pipeline.models import MODELS, create_model
 from pipeline.recipe import read_recipe, read_settings, recipe_names
 from pipeline.schedule import Schedule
 from pipeline.weights import check_model
+from tests.command import patchmill
 from tests.pipeline import paper
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -136,3 +138,20 @@ def test_the_models_page_sets_what_can_be_set():
         table, _ = read_settings("vit_b16_jft300m")
         settings = check(TrainSettings, override(table, [*row.split(), "data.train=a"]), row)
         check_model(settings, row)
+
+
+SCALE_PAGE = (DOCS / "scale.md").read_text()
+
+
+def test_the_page_on_scale_names_every_card():
+    assert f"Cards by name: {', '.join(f'`{name}`' for name in CARDS)}." in " ".join(SCALE_PAGE.split())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_page_on_scale_shows_what_estimate_prints(tmp_path):
+    shown = re.findall(r"^\$ (patchmill estimate .*)\n((?:.*\n)*?)```$", SCALE_PAGE, re.MULTILINE)
+    assert len(shown) >= 4
+    for command, output in shown:
+        done = patchmill(*shlex.split(command)[1:], cwd=tmp_path, COLUMNS="200")
+        assert [line.rstrip() for line in done.stdout.splitlines()] == output.splitlines(), command

@@ -15,6 +15,7 @@ from pipeline.config import TrainSettings
 from pipeline.engines.blocks import prepare_blocks
 from pipeline.engines.gate import Guard
 from pipeline.engines.room import check_room
+from pipeline.engines.states import group_sizes
 from shards.errors import UserError
 
 
@@ -44,8 +45,8 @@ def create_engine(
         from pipeline.engines.configuration import deepspeed_config
         from pipeline.engines.deepspeed import DeepSpeedEngine
 
-        check_room(settings, sum(sizes))
         config = deepspeed_config(settings, distributed.world_size(), sizes, torch.cuda.is_available())
+        check_room(settings, group_sizes(template, settings.optim), config["zero_optimization"])
         return DeepSpeedEngine(build, value_of, settings, config, guard)
     from pipeline.engines.accelerate import AccelerateEngine
 

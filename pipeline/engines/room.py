@@ -3,56 +3,47 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from pipeline import distributed
 from pipeline.config import TrainSettings
+from pipeline.engines.states import add_buffers, add_gradients, shares, states
 from shards.errors import UserError
 
 
-def check_room(settings: TrainSettings, parameters: int) -> None:
+def check_room(settings: TrainSettings, groups: list[list[int]], zero: dict[str, Any]) -> None:
     """Raise a UserError where what is offloaded does not fit; collective over all ranks.
 
     Args:
         settings: Of the stage.
-        parameters: Values of the model's parameters.
+        groups: Values of the model's parameters, as ``group_sizes`` returns them.
+        zero: DeepSpeed's ``zero_optimization``.
     """
-    share = parameters / distributed.world_size() * len(distributed.ranks_here())
-    error = None
-    try:
-        _check_here(settings, share)
-    except UserError as problem:
-        error = problem
-    distributed.raise_together(error)
-
-
-def _check_here(settings: TrainSettings, share: float) -> None:
     check_alone(settings)
-    engine, memory, disk = settings.engine, 0.0, {}
-    for where, values in ((engine.offload_optimizer, optimizer_values(settings)), (engine.offload_parameters, 1)):
-        if where == "cpu":
-            memory += 4 * values * share
-        elif where is not None:
-            check_nvme(where)
-            disk[where] = disk.get(where, 0.0) + 4 * values * share
-    if engine.offload_optimizer and settings.optim.ema is not None:
-        memory += 4 * share
+    engine, ranks, here = settings.engine, distributed.world_size(), len(distributed.ranks_here())
+    held, tensors = states(settings, groups, ranks, zero), shares(engine, groups, ranks, zero)
+    sizes = [size for group in groups for size in group]
+    add_gradients(held, engine, sizes, sum(tensors), settings.accumulation(ranks) > 1)
+    add_buffers(held, engine, sizes, tensors, ranks, zero)
+    memory, disk = here * sum(held.host.values()), dict[str, int]()
+    for kind, size in held.disk.items():
+        where = engine.offload_parameters if kind == "weights" else engine.offload_optimizer
+        disk[where] = disk.get(where, 0) + here * size
+    for where in disk:
+        check_nvme(where)
+    error = None
     if memory > (free := free_memory()):
-        raise UserError(
+        error = UserError(
             f"offloading wants {memory / 1e9:.1f} GB of this machine's memory, and {free / 1e9:.1f} GB are free; "
             "offload to a folder on NVMe (zero_stage 3), take more machines, or a smaller model"
         )
     for where, wanted in disk.items():
         if wanted > (free := shutil.disk_usage(where).free):
-            raise UserError(
+            error = UserError(
                 f"offloading wants {wanted / 1e9:.1f} GB in {where}, and {free / 1e9:.1f} GB are free; make room, or "
                 "give a folder on another disk"
             )
-
-
-def optimizer_values(settings: TrainSettings) -> int:
-    """Return how many float32 values are kept of a parameter's each: weight, gradient, states, and a copy to move."""
-    states = 2 if settings.optim.name == "adamw" else int(settings.optim.momentum > 0)
-    return 1 + 1 + states + 1
+    distributed.raise_together(error)
 
 
 def free_memory() -> float:

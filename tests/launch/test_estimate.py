@@ -113,3 +113,50 @@ def test_a_model_alone_is_named_once():
     assert head.split() == ["model", "parameters", "GMAC", "GFLOPs"]
     assert row.split() == ["vit_ti16", "5,717,416", "1.254", "2.51"]
     assert json.dumps(of(model="vit_ti16")).startswith('[{"name": "vit_ti16", "model": "vit_ti16"')
+
+
+STAGE = ("small_pretrain", "model.depth=2", "data.train=x", "engine.kind=deepspeed")
+
+
+def test_memory_disk_and_time_on_gpus(tmp_path):
+    arguments = [*STAGE, "global_batch=64", "--classes", 10, "--epoch", 1000, "--gpus", 8, "--gpu", "H100"]
+    done = patchmill("estimate", *arguments, cwd=tmp_path, COLUMNS="80")
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines()[3:])) <= 80
+    assert "small_pretrain on 8 x H100: ZeRO 1, float32, micro-batch 8 x 1" in done.stdout
+    [told] = json.loads(patchmill("estimate", *arguments, "--json", cwd=tmp_path).stdout)
+    memory = told["memory"]
+    assert f"most at once        {memory['device_peak'] / 1e9:.2f}" in done.stdout
+    assert told["fits"]
+    assert told["largest_micro_batch"] == 8
+    assert told["checkpoint_bytes"] == 3 * 4 * told["parameters"]
+    assert told["shard_bytes"] == 1000 * 110_000
+    assert told["image_bytes_assumed"]
+    speed = 8 * 0.4 * 66.9e12 / (3 * told["forward_flops"])
+    assert told["images_per_second"] == pytest.approx(speed)
+    assert told["days"] == pytest.approx(told["samples"] / speed / 86400)
+    assert told["shuffle_window_bytes"] <= told["shard_bytes"]
+
+
+def test_a_card_that_is_too_small_says_what_would_fit():
+    over = ["model.name=vit_l16", "model.depth=2", "data.resolution=224", "global_batch=4096"]
+    [told] = estimates([*STAGE, *over], None, None, 10, 1000, gpus=1, gpu="l4")
+    assert not told["fits"]
+    assert 1 < told["largest_micro_batch"] < 4096
+    [fits] = estimates([*STAGE, *over, f"micro_batch={told['largest_micro_batch']}"], None, None, 10, 1000, gpu="l4")
+    assert fits["fits"]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"gpu": "h1000"}, r"unknown GPU 'h1000' \(did you mean 'h100'\?\); those known are a10, "),
+        ({"gpus": 7}, "global_batch .* does not divide over 7 ranks"),
+        ({"gpus": 2, "model": "vit_b16", "arguments": []}, "--gpus and --gpu are of a training stage"),
+    ],
+)
+def test_mistakes_in_the_hardware_are_one_line(more, words):
+    asked = {"arguments": list(STAGE), "model": None, "samples": None, "classes": 10, "epoch": 100, **more}
+    with pytest.raises(UserError, match=words) as error:
+        estimates(**asked)
+    assert "\n" not in str(error.value)

@@ -182,9 +182,9 @@ def test_no_more_requests_than_asked_for_are_in_flight(tmp_path, monkeypatch):
 
 def test_silence_is_an_error_after_the_time_set(server, tmp_path):
     server.fault, server.bad = "silence", 99
-    settings = StoreSettings(endpoint=server.url, timeout_seconds=0.2, retry_seconds=0)
+    settings = StoreSettings(endpoint=server.url, timeout_seconds=1, retry_seconds=0)
     began = time.monotonic()
     with pytest.raises(PatchmillError, match=r"cannot read s3://bucket/x, bytes 0 to 5"):
         open_store("s3://bucket", settings=settings).read_range("x", 0, 5)
-    assert 0.2 <= time.monotonic() - began < 3
+    assert 1 <= time.monotonic() - began < 5
     assert server.requests == 1

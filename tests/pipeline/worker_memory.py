@@ -1,0 +1,114 @@
+"""One rank: what an engine really holds, saves and takes of memory.
+
+worker_memory.py CASES   a JSON list of {"settings": ..., "model": ..., "steps": ...}; tells a list of what was found
+"""
+
+import json
+import re
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline import distributed
+from pipeline.activations import Storages
+from pipeline.config import TrainSettings, check
+from pipeline.corruption import corruption
+from pipeline.droppath import drop_path_draws
+from pipeline.engines import accelerate, create_engine, deepspeed  # noqa: F401 (what imports take is there before)
+from pipeline.masking import visible_patches
+from pipeline.microbatch import micro_batches
+from pipeline.models import create_model
+from pipeline.models.initial import initial_value
+from pipeline.objectives import create_objective
+
+
+def main(cases: str) -> None:
+    print(json.dumps([measure(**case) for case in json.loads(cases)]))
+
+
+def measure(settings: dict, model: dict, steps: int = 2) -> dict:
+    with Storages([]) as counted:
+        found = run(check(TrainSettings, settings, "test"), model, steps)
+    return found | {"tensors": counted.peak}
+
+
+def run(settings: TrainSettings, model: dict, steps: int) -> dict:
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    with torch.device("meta"):
+        template = create_model(**model, seed=None)
+    build = partial(create_model, **model, seed=None)
+    engine = create_engine(build, lambda name, shape: value_of(template, name, shape), settings)
+    objective = create_objective(settings, template, None, model["num_classes"])
+    saved, own = {}, set()
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def loss_fn(model, batch):
+        saved.clear()
+        own.clear()
+        own.update(p.untyped_storage().data_ptr() for p in engine.model.parameters() if p.numel())
+        own.update(t.untyped_storage().data_ptr() for t in [*engine.model.buffers(), *batch.inputs, batch.draws])
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            return objective.loss(partial(model, draws=batch.draws), *batch.inputs)
+
+    local = settings.global_batch // distributed.world_size()
+    for step in range(steps):
+        batch = inputs(settings, template, model, local, step)
+        engine.step(list(micro_batches(batch, settings.micro_batch or local, 0, 0, 0)), loss_fn, 1e-3)
+    states = states_of(engine)
+    return {"saved": sum(saved.values()), "states": states, "before": before, "most": status("VmHWM")}
+
+
+def states_of(engine) -> dict[str, int]:
+    """Return the bytes of what an engine keeps from step to step, by what it is for."""
+    parameters = list(engine.model.parameters())
+    weights = [getattr(parameter, "ds_tensor", parameter) for parameter in parameters]
+    masters = list(engine._masters()) if hasattr(engine, "_masters") else parameters
+    optimizer = [t for master in masters for t in engine.optimizer.state[master].values() if isinstance(t, Tensor)]
+    kinds = {"weights": weights, "masters": masters, "optimizer": optimizer, "ema": list(engine.ema.averages.values())}
+    found, seen = {}, set()
+    for kind, tensors in kinds.items():
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
+        found[kind] = sum(size for key, size in storages.items() if key not in seen)
+        seen |= storages.keys()
+    return {kind: size for kind, size in found.items() if size}
+
+
+def value_of(template, name: str, shape: tuple) -> Tensor:
+    return initial_value(template, name, shape, seed=0)
+
+
+def inputs(settings: TrainSettings, template, model: dict, n: int, step: int) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randn(n, 3, template.image_size, template.image_size, generator=generator)
+    positions = torch.arange(n).numpy()
+    draws = torch.from_numpy(drop_path_draws(positions, None, 0, len(template.blocks) if template.drop_path else 0))
+    if settings.kind == "masked_patch":
+        drawn = corruption(positions, None, 0, template.grid**2, settings.masked_patch.share, 0.8, 0.1, True)
+        return images, torch.from_numpy(drawn), draws
+    if settings.kind == "mae":
+        visible = visible_patches(positions, None, 0, template.grid**2, settings.mae.share)
+        return images, torch.from_numpy(visible), draws
+    if settings.data.mixup_alpha:
+        return images, torch.rand(n, model["num_classes"], generator=generator), draws
+    return images, torch.randint(0, model["num_classes"], (n,), generator=generator), draws
+
+
+def status(field: str) -> int:
+    """Return a line of this process's memory in bytes."""
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+if __name__ == "__main__":
+    distributed.start()
+    main(*sys.argv[1:])
+    distributed.finish()
+    distributed.end_process(0)
