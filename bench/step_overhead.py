@@ -139,10 +139,10 @@ def bare(case: dict) -> float:
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     model = create_model(**settings.model.overrides(), name=case["name"], image_size=case["image_size"],
                          num_classes=CLASSES).to(distributed.device())  # fmt: skip
-    count = sum(parameter.numel() for parameter in model.parameters())
+    sizes = [parameter.numel() for parameter in model.parameters()]
     optimizer = create_optimizer(parameter_groups(model.named_parameters(), settings.optim), settings.optim)
     set_rate(optimizer, 1e-3)
-    config = deepspeed_config(settings, 1, count, torch.cuda.is_available())
+    config = deepspeed_config(settings, 1, sizes, torch.cuda.is_available())
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     images = torch.from_numpy(memory.images).to(engine.device).permute(0, 3, 1, 2).float().div(127.5).sub(1)
     labels = torch.from_numpy(memory.labels).to(engine.device)
