@@ -31,6 +31,24 @@ def test_same_as_pytorch(shape, with_bias):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_under_autocast_as_pytorch(with_bias):
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(*size, generator=generator) for size in ((2, 5, 48), (32, 48), (32,))][: 3 if with_bias else 2]
+    grad = torch.randn(2, 5, 32, generator=generator)
+
+    def results(linear):
+        inputs = [each.clone().requires_grad_() for each in values]
+        with torch.autocast("cpu", torch.bfloat16):
+            y = linear(*inputs, *([] if with_bias else [None]))
+        return [y, *torch.autograd.grad(y, inputs, grad.to(y.dtype))]
+
+    for ours, theirs in zip(results(onednn.linear), results(F.linear), strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=2**-7)  # one rounding in eight bits apart
+    assert results(onednn.linear)[0].dtype == torch.bfloat16
+
+
 def test_gradients_of_what_wants_them_alone():
     weight, bias = torch.randn(4, 3), torch.randn(4, requires_grad=True)
     onednn.linear(torch.randn(2, 3), weight, bias).sum().backward()
@@ -51,6 +69,9 @@ def test_where_it_is_taken(monkeypatch):
         another_build.setattr(torch.ops, "mkldnn", SimpleNamespace())  # without the operator
         assert not taken(torch.randn(256, 256))
     with torch.autocast("cpu", torch.bfloat16):
+        assert taken(torch.randn(256, 256)) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        assert not taken(torch.randn(255, 256))
+    with torch.autocast("cpu", torch.float16):
         assert not taken(torch.randn(256, 256))
     layer.to("meta")
     assert not taken(torch.empty(256, 256, device="meta"))
