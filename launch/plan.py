@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 
 from launch.stages import KINDS
 from pipeline.config import Settings, TrainSettings, check, merge, nearest, read_toml
-from pipeline.recipe import read_recipe
+from pipeline.recipe import read_settings
 from pipeline.weights import check_model
 from shards.errors import UserError
 from shards.manifest import EXCLUDE
@@ -30,7 +30,7 @@ class StageTable(Settings):
 
     name: str = Field(pattern=NAME)
     kind: str
-    recipe: str | None = None
+    recipe: str | None = Field(None, description="by name, or a TOML file of settings beside the plan")
     init: str | None = Field(None, description="stage, or safetensors file, whose weights this one starts from")
     after: list[str] = []
     ranks: int = Field(1, gt=0)
@@ -145,7 +145,7 @@ def _prepare(
 ) -> Stage:
     kind, folder = KINDS[stage.kind], run / "stages" / stage.name
     where = f"stage {stage.name} of {path}"
-    table = merge(read_recipe(stage.recipe).settings if stage.recipe else {}, stage.set)
+    table = merge(_recipe(stage.recipe, path.parent) if stage.recipe else {}, stage.set)
     if kind.settings is TrainSettings:
         table = {"kind": stage.kind, **table}
         if stage.init is not None:
@@ -167,6 +167,11 @@ def _prepare(
         check_model(settings, where)
         command += ["--smoke"] if smoke else []
     return Stage(stage, settings, needs, _hash([stage.kind, table, inputs]), _hash(inputs), folder, command)
+
+
+def _recipe(name: str, base: Path) -> dict[str, Any]:
+    settings, _ = read_settings(base / name if name.endswith(".toml") else name)
+    return settings
 
 
 def _with_path(
