@@ -9,7 +9,7 @@ from pipeline import distributed
 
 
 class Profiler:
-    """Records steps; ``step`` is called before the first step and after every one.
+    """Records steps; ``step`` is called before every one.
 
     Args:
         folder: Gets ``rank-R.json.gz``.
@@ -22,7 +22,7 @@ class Profiler:
         self._profile: profile | None = None
 
     def step(self) -> None:
-        """Note that a step begins, or that all have ended."""
+        """Note that a step begins."""
         if self._taken == self._first < self._last:
             gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
             self._profile = profile(activities=[ProfilerActivity.CPU, *gpu], record_shapes=True)

@@ -172,3 +172,14 @@ def test_a_smoke_run_is_in_a_folder_of_its_own_and_shrinks_every_training_stage(
 def test_a_recipe_of_another_kind_is_refused(write, tmp_path):
     with pytest.raises(UserError, match=r"stage pretrain of .* is of kind supervised, its settings of kind finetune"):
         read_plan(write(HEAD + SHARDS + PRETRAIN.replace("small_pretrain", "small_finetune")), tmp_path / "runs")
+
+
+def test_a_recipe_may_be_a_file_beside_the_plan(write, tmp_path):
+    (tmp_path / "mine.toml").write_text(
+        'kind = "supervised"\nglobal_batch = 24\nduration = "3 epochs"\nmodel.name = "vit_s16"\n'
+    )
+    by_file = PRETRAIN.replace("small_pretrain", "mine.toml").replace("val = ", "resolution = 64, val = ")
+    settings = read_plan(write(HEAD + SHARDS + by_file), tmp_path / "runs").stages[1].settings
+    assert (settings.global_batch, settings.model.name, settings.data.resolution) == (24, "vit_s16", 64)
+    with pytest.raises(UserError, match=r"there is no settings file .*/its.toml"):
+        read_plan(write(HEAD + SHARDS + PRETRAIN.replace("small_pretrain", "its.toml")), tmp_path / "runs")

@@ -34,7 +34,9 @@ def test_same_as_pytorch(shape, with_bias):
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_under_autocast_as_pytorch(with_bias):
     generator = torch.Generator().manual_seed(0)
-    values = [torch.randn(*size, generator=generator) for size in ((2, 5, 48), (32, 48), (32,))][: 3 if with_bias else 2]
+    values = [torch.randn(*size, generator=generator) for size in ((2, 5, 48), (32, 48), (32,))][
+        : 3 if with_bias else 2
+    ]
     grad = torch.randn(2, 5, 32, generator=generator)
 
     def results(linear):

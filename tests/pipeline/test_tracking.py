@@ -1,0 +1,71 @@
+"""Weights & Biases for real, in its offline mode: one run however often it starts, and our numbers in its file."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.command import environment
+
+SETTINGS = {
+    "duration": "10 steps", "global_batch": 8, "data": {"train": "x"}, "model": {"name": "vit_b16"},
+    "track": {"tensorboard": False, "wandb": "patchmill-test"},
+}  # fmt: skip
+START = """
+import json, sys
+from pathlib import Path
+from pipeline.config import TrainSettings
+from pipeline.tracking import mirrors
+mirror, = mirrors(TrainSettings(**json.loads(sys.argv[1])), Path(sys.argv[2]), int(sys.argv[3]))
+mirror.log(int(sys.argv[3]) + 8, {"loss": float(sys.argv[4])})
+mirror.close()
+"""
+
+
+def records(path):
+    """Yield what a run's file holds: 7 bytes of header, then blocks of 32 KiB, as LevelDB writes its log."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, record = path.read_bytes(), 7, b""
+    while at < len(data):
+        if (left := 2**15 - at % 2**15) < 7:
+            at += left  # too little for another piece's head
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last piece of one
+            yield Record.FromString(record)
+            record = b""
+
+
+def start(out, samples, loss):
+    """Start a run there, as a process of its own, log a loss, and end it."""
+    command = [sys.executable, "-c", START, json.dumps(SETTINGS), str(out), str(samples), str(loss)]
+    ran = subprocess.run(
+        command, env=environment(WANDB_MODE="offline"), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == ""  # of results alone
+
+
+@pytest.mark.timeout(300)
+def test_the_same_run_after_a_restart(tmp_path):
+    pytest.importorskip("wandb")
+    out = tmp_path / "pretrain"
+    out.mkdir()
+    start(out, 0, 2.5)
+    start(out, 8, 1.25)
+    files = sorted(out.glob("wandb/offline-run-*/*.wandb"))
+    assert len(files) == 2
+    runs, logged = [], []
+    for path in files:
+        for record in records(path):
+            if record.HasField("run"):
+                runs.append((record.run.run_id, record.run.project, record.run.display_name))
+            if record.HasField("history"):
+                items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+                logged.append((items["samples"], items["loss"]))
+    assert set(runs) == {((out / "wandb_id").read_text(), "patchmill-test", "pretrain")}
+    assert logged == [(8, 2.5), (16, 1.25)]
