@@ -18,7 +18,7 @@ BLOCK = re.compile(r"(stages\.\d+\.|decoder\.)?blocks\.\d+")
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """Return a model's blocks in their order: of a ViT or hybrid the encoder's, then those of MAE's decoder; of a ResNet its units."""
+    """Return a model's blocks in their order: an encoder's, then those of MAE's decoder; of a ResNet its units."""
     return [module for name, module in model.named_modules() if BLOCK.fullmatch(name)]
 
 

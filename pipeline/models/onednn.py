@@ -1,8 +1,8 @@
 """Linear layers on the CPU by oneDNN, called so that it adds the bias itself, in float32 and under bfloat16's autocast.
 
-PyTorch takes MKL for float32; and for bfloat16 oneDNN, but writes the bias to the result first, to add the product to it.
-On an AMD EPYC with AVX-512 the forward product takes a tenth to a third less time in either precision, and in float32 so
-does the gradient of the inputs; all other gradients stay as they are. (bench/train_step.py has the whole step.)
+PyTorch takes MKL for float32; and for bfloat16 oneDNN, but writes the bias to the result first, and adds the product.
+On an AMD EPYC with AVX-512 the forward product takes a tenth to a third less time in either precision, and in float32
+so does the gradient of the inputs; other gradients stay as they are. (bench/train_step.py has the whole step.)
 """
 
 import torch

@@ -29,6 +29,16 @@ PEERS = ("webdataset,", "dali,", "streaming,", "timm,", "transformers,")  # whos
             {f"{peer}, noise, batch 2, bfloat16" for peer in ("timm", "transformers")},
             marks=pytest.mark.slow,
         ),
+        pytest.param("step_overhead", 3, {"bare DeepSpeed, tiny"}, marks=pytest.mark.slow),
+        pytest.param(
+            "scale",
+            17,
+            {
+                f"as many times 1 rank, 2 ranks{what}"
+                for what in (", ZeRO 0", ", ZeRO 1", ", ZeRO 2", ", ZeRO 3", " apart, ZeRO 0")
+            },
+            marks=pytest.mark.slow,
+        ),
         ("manifest", 16, set()),
         ("ledger", 6, set()),
         ("dedupe", 21, set()),

@@ -1,4 +1,4 @@
-"""The shuffle window of remote shards, checked before a run starts: over HTTP, beside what memory is said to be free."""
+"""The shuffle window of remote shards, checked before a run starts: over HTTP, beside what memory seems to be free."""
 
 import pytest
 
