@@ -17,6 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from pipeline.corruption import MASK, UNTOLD
+from pipeline.models import cpuattention
 from pipeline.models.hybrid import HybridPatchEmbed, downsampling
 from pipeline.models.layers import (
     Conv2d,
@@ -99,6 +100,8 @@ class Attention(nn.Module):
         """
         n, t, width = x.shape
         qkv = self.qkv(x).view(n, t, 3, self.num_heads, width // self.num_heads)
+        if bias is None and cpuattention.pays(qkv):
+            return self.dropout(self.proj(cpuattention.attention(qkv)))
         # Each [n, h, T, d]. Unbound where they lie: their gradients are put together once, in the order qkv wants.
         q, k, v = (each.transpose(1, 2) for each in qkv.unbind(2))
         x = F.scaled_dot_product_attention(q, k, v, None if bias is None else bias(q))  # [n, h, T, d]
