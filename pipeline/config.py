@@ -292,8 +292,12 @@ OWNED = {
     "train_batch_size": "global_batch", "train_micro_batch_size_per_gpu": "micro_batch",
     "gradient_accumulation_steps": "micro_batch", "gradient_clipping": "optim.clip", "optimizer": "optim",
     "scheduler": "schedule", "fp16": "engine.precision", "bf16": "engine.precision",
-    "torch_autocast": "engine.precision", "data_types": "engine.precision",
+    "bfloat16": "engine.precision", "torch_autocast": "engine.precision", "data_types": "engine.precision",
     "zero_optimization.stage": "engine.zero_stage",
+    "zero_optimization.offload_optimizer": "engine.offload_optimizer",
+    "zero_optimization.offload_param": "engine.offload_parameters",
+    "zero_optimization.cpu_offload": "engine.offload_optimizer",
+    "zero_optimization.cpu_offload_param": "engine.offload_parameters",
 }  # fmt: skip
 """Keys of DeepSpeed's configuration whose place is another of our settings."""
 

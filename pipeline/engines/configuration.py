@@ -1,8 +1,12 @@
 """DeepSpeed's configuration for our settings: what every key of it is, and why."""
 
+import copy
 from typing import Any
 
-from pipeline.config import EngineSettings, TrainSettings, merge
+from pydantic import ValidationError
+
+from pipeline.config import EngineSettings, TrainSettings, flat, merge, nearest
+from shards.errors import UserError
 
 BUCKET = 2**25
 """Most values that are reduced or gathered at once: 134 MB of float32, enough to fill a network's bandwidth.
@@ -21,6 +25,9 @@ def deepspeed_config(settings: TrainSettings, world_size: int, sizes: list[int],
         world_size: Number of ranks.
         sizes: Number of values of each of the model's parameters.
         cuda: Whether the model is on a GPU, where memory of the host that it copies from should be pinned.
+
+    Raises:
+        UserError: DeepSpeed does not take what ``engine.deepspeed`` says.
     """
     engine, accumulation = settings.engine, settings.accumulation(world_size)
     config = {
@@ -40,7 +47,66 @@ def deepspeed_config(settings: TrainSettings, world_size: int, sizes: list[int],
     if engine.precision != "float32":
         # No lower-precision-safe modules: they would also be reduced in low precision.
         config["torch_autocast"] = {"enabled": True, "dtype": engine.precision, "lower_precision_safe_modules": []}
-    return merge(config, engine.deepspeed)
+    if not engine.deepspeed:
+        return config
+    config = merge(config, engine.deepspeed)
+    check_laid_over(config, engine.deepspeed)
+    return config
+
+
+class Asked(dict):
+    """A configuration that notes which of its keys are asked for, in ``asked``; DeepSpeed ignores all others."""
+
+    def __init__(self, config: dict[str, Any]):
+        super().__init__(config)
+        self.asked = set[str]()
+
+    def __contains__(self, key: str) -> bool:
+        """Return whether a key is there."""
+        self.asked.add(key)
+        return super().__contains__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return a key's value, if it is there."""
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def keys(self) -> "Asked":
+        """Return what DeepSpeed looks for keys in."""
+        return self
+
+
+def check_laid_over(config: dict[str, Any], over: dict[str, Any]) -> None:
+    """Raise a UserError unless DeepSpeed takes a configuration, and knows every key that was laid over ours."""
+    # Imported here, as our engine sets it up: what is ours alone needs no check, and an estimate no DeepSpeed.
+    from pipeline.engines.deepspeed import deepspeed
+
+    zero = deepspeed.runtime.zero.config.DeepSpeedZeroConfig
+    given = flat(over, "engine.deepspeed.")
+    if key := next((key for key, value in given.items() if value == "auto"), None):
+        raise UserError(f'{key} = "auto" is for a trainer to fill in, and there is none; give a value, or leave it out')
+    asked = Asked(copy.deepcopy(config))
+    try:
+        deepspeed.DeepSpeedConfig(asked)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        key = next((key for key in given if key.endswith(f".{place}")), f"engine.deepspeed: {place}")
+        hint = ""
+        if first["type"] == "extra_forbidden" and error.title == zero.__name__:
+            hint = nearest(place, list(zero.model_fields))
+        raise UserError(
+            f"{key} = {first['input']!r} is not DeepSpeed's: {first['msg']}{hint}; mend it, or leave it out"
+        ) from None
+    except (deepspeed.DeepSpeedConfigError, AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"DeepSpeed does not take engine.deepspeed: {reason}; mend it, or leave it out") from None
+    for key in over:
+        if key not in asked.asked:
+            raise UserError(
+                f"engine.deepspeed.{key} = {over[key]!r} is not DeepSpeed's{nearest(key, sorted(asked.asked))}; mend "
+                "it, or leave it out"
+            )
 
 
 def zero_config(engine: EngineSettings, world_size: int, sizes: list[int], cuda: bool) -> dict[str, Any]:

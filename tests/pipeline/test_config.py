@@ -226,6 +226,18 @@ def test_settings_of_a_model_come_from_toml():
             {"deepspeed": {"zero_optimization": {"stage": 2}}},
             "stage of DeepSpeed follows our setting engine.zero_stage",
         ),
+        (
+            {"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}},
+            r"\.offload_optimizer of DeepSpeed follows our setting engine\.offload_optimizer; set that",
+        ),
+        (
+            {"zero_stage": 3, "deepspeed": {"zero_optimization": {"offload_param": {"device": "cpu"}}}},
+            r"\.offload_param of DeepSpeed follows our setting engine\.offload_parameters; set that",
+        ),
+        (
+            {"deepspeed": {"zero_optimization": {"cpu_offload": True}}},
+            r"cpu_offload of DeepSpeed follows our setting engine\.offload_optimizer",
+        ),
         ({"recompute_every": -1}, r"engine\.recompute_every = -1 .* does not fit"),
     ],
 )

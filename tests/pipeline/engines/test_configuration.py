@@ -35,6 +35,37 @@ def test_any_key_is_laid_over_what_is_made():
     assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (2, 3)
 
 
+@pytest.mark.parametrize(
+    ("over", "words"),
+    [
+        (
+            {"zero_optimization": {"reduce_bucket_sise": 5}},
+            r"engine\.deepspeed\.zero_optimization\.reduce_bucket_sise = 5 .*did you mean 'reduce_bucket_size'",
+        ),
+        (
+            {"zero_optimization": {"reduce_bucket_size": "abc"}},
+            r"engine\.deepspeed\.zero_optimization\.reduce_bucket_size = 'abc' .*should be a valid integer",
+        ),
+        ({"zero_optimization": {"reduce_bucket_size": "auto"}}, r"reduce_bucket_size = \"auto\" is for a trainer"),
+        ({"bogus": 1}, r"engine\.deepspeed\.bogus = 1 is not DeepSpeed's; mend it"),
+        ({"wall_clock_brakedown": True}, r"wall_clock_brakedown = True .*did you mean 'wall_clock_breakdown'"),
+        ({"wall_clock_breakdown": "often"}, "DeepSpeed does not take engine.deepspeed: TypeError"),
+        ({"amp": {"enabled": True}}, "DeepSpeed does not take engine.deepspeed: .*removed"),
+    ],
+)
+def test_what_deepspeed_would_die_of_or_ignore_is_refused(over, words):
+    with pytest.raises(UserError, match=words) as raised:
+        deepspeed_config(settings(engine={"deepspeed": over}), 4, [10**6], False)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_check_changes_nothing():
+    over = {"compile": {"deepcompile": False}, "flops_profiler": {"enabled": True}, "tensorboard": {"enabled": False}}
+    config = deepspeed_config(settings(engine={"deepspeed": over}), 4, [10**6], False)
+    assert type(config) is dict
+    assert {key: config[key] for key in over} == over
+
+
 def test_gradients_add_up_in_float32_under_every_precision():
     for precision in ("float32", "bfloat16", "float16"):
         config = deepspeed_config(settings(engine={"precision": precision}), 1, [10], False)
