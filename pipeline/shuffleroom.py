@@ -4,7 +4,7 @@ from math import gcd
 
 from pipeline import distributed
 from pipeline.config import DataSettings
-from pipeline.engines.room import free_memory
+from pipeline.hostmemory import free_memory
 from shards.dataset import Dataset
 from shards.errors import UserError
 from shards.mixture import Mixture

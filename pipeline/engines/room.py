@@ -8,6 +8,7 @@ from typing import Any
 from pipeline import distributed
 from pipeline.config import TrainSettings
 from pipeline.engines.states import add_buffers, add_gradients, shares, states
+from pipeline.hostmemory import free_memory
 from shards.errors import UserError
 
 
@@ -52,21 +53,6 @@ def _check_here(settings: TrainSettings, groups: list[list[int]], zero: dict[str
                 f"offloading wants {wanted / 1e9:.1f} GB in {where}, and {free / 1e9:.1f} GB are free; make room, or "
                 "give a folder on another disk"
             )
-
-
-def free_memory() -> float:
-    """Return the bytes of host memory that are free, in a container those left of its limit."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    free = next(int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable"))
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-    except (OSError, ValueError):  # no container, or "max"
-        return free
-    return min(free, float(limit - used))
 
 
 def check_alone(settings: TrainSettings) -> None:
