@@ -29,7 +29,7 @@ def mirrors(settings: TrainSettings, out: Path, start: int) -> list[Mirror]:
         start: Samples consumed where the run goes on; what was shown after that is replaced, as far as a mirror can.
 
     Raises:
-        UserError: Weights & Biases is set and not installed.
+        UserError: Weights & Biases is set and not installed, or does not let this run in.
     """
     found: list[Mirror] = []
     if settings.track.tensorboard:
@@ -70,10 +70,16 @@ class WeightsAndBiases:
         kept = out / "wandb_id"
         if not kept.exists():
             write_text(kept, uuid.uuid4().hex[:8])
-        self._run = wandb.init(
-            project=settings.track.wandb, id=kept.read_text(), resume="allow", name=out.name, dir=out,
-            config=settings.model_dump(mode="json"), settings=wandb.Settings(console="off", silent=True),
-        )  # fmt: skip
+        try:
+            self._run = wandb.init(
+                project=settings.track.wandb, id=kept.read_text(), resume="allow", name=out.name, dir=out,
+                config=settings.model_dump(mode="json"), settings=wandb.Settings(console="off", silent=True),
+            )  # fmt: skip
+        except wandb.errors.Error as error:  # of keys and connections
+            raise UserError(
+                f"track.wandb = {settings.track.wandb!r} cannot be opened: {' '.join(str(error).split())}; run `wandb "
+                "login`, set WANDB_API_KEY, set WANDB_MODE=offline to keep it here, or unset track.wandb"
+            ) from None
         self._run.define_metric("*", step_metric="samples")  # its own steps never go back
 
     def log(self, samples: int, numbers: dict[str, float]) -> None:

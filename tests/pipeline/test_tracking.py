@@ -21,6 +21,17 @@ mirror, = mirrors(TrainSettings(**json.loads(sys.argv[1])), Path(sys.argv[2]), i
 mirror.log(int(sys.argv[3]) + 8, {"loss": float(sys.argv[4])})
 mirror.close()
 """
+REFUSED = """
+import json, sys
+from pathlib import Path
+from pipeline.config import TrainSettings
+from pipeline.tracking import mirrors
+from shards.errors import UserError
+try:
+    mirrors(TrainSettings(**json.loads(sys.argv[1])), Path(sys.argv[2]), 0)
+except UserError as error:
+    print(error)
+"""
 
 
 def records(path):
@@ -69,3 +80,20 @@ def test_the_same_run_after_a_restart(tmp_path):
                 logged.append((items["samples"], items["loss"]))
     assert set(runs) == {((out / "wandb_id").read_text(), "patchmill-test", "pretrain")}
     assert logged == [(8, 2.5), (16, 1.25)]
+
+
+@pytest.mark.parametrize(("key", "reason"), [("", "No API key configured"), ("short", "WANDB_API_KEY invalid")])
+def test_without_a_key_it_is_told_what_to_do(tmp_path, key, reason):
+    pytest.importorskip("wandb")
+    (tmp_path / "home").mkdir()
+    own = environment(HOME=str(tmp_path / "home"), WANDB_API_KEY=key, WANDB_BASE_URL="http://127.0.0.1:1")
+    for name in ("WANDB_MODE", "NETRC"):
+        own.pop(name, None)
+    command = [sys.executable, "-c", REFUSED, json.dumps(SETTINGS), str(tmp_path)]
+    ran = subprocess.run(
+        command, cwd=tmp_path, env=own, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=True
+    )
+    refused = ran.stdout.removesuffix("\n")
+    assert refused.startswith(f"track.wandb = 'patchmill-test' cannot be opened: {reason}")
+    assert "run `wandb login`, set WANDB_API_KEY, set WANDB_MODE=offline" in refused
+    assert "\n" not in refused
