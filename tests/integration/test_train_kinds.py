@@ -1,8 +1,11 @@
-"""Masked autoencoding on two ranks under ZeRO, its encoder fine-tuned; probes and patience on the way."""
+"""Every kind of pre-training on two ranks under ZeRO, its encoder fine-tuned; probes and patience on the way."""
 
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from tests.command import LAUNCH, done, environment, losses, patchmill
 from tests.images import build_image_set
 
 CONFIG = """
-kind = "mae"
+kind = "{kind}"
 duration = "30 steps"
 global_batch = 12
 log_every = "1 step"
@@ -26,10 +29,6 @@ embed_dim = 24
 num_heads = 3
 depth = 2
 position = "sincos_2d_moco"
-[mae]
-decoder_depth = 1
-decoder_dim = 16
-decoder_heads = 2
 [optim]
 lr = 1e-3
 betas = [0.9, 0.95]
@@ -38,7 +37,6 @@ clip = 1.0
 zero_stage = {stage}
 [evaluate]
 every = "3 steps"
-patience = 2
 [probe]
 train = "set/train"
 test = "set/val"
@@ -46,6 +44,15 @@ every = "6 steps"
 shots = [1, 5]
 linear = true
 """
+TABLES = {"mae": "[mae]\ndecoder_depth = 1\ndecoder_dim = 16\ndecoder_heads = 2\n"}
+
+
+def kinds_and_stages(*fast: tuple[str, int]) -> pytest.MarkDecorator:
+    """Parametrise with every kind and ZeRO stage; all but those that are ``fast`` are slow."""
+    every = product(("supervised", "masked_patch", "mae"), range(4))
+    return pytest.mark.parametrize(
+        ("kind", "stage"), [pytest.param(*each, marks=() if each in fast else pytest.mark.slow) for each in every]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +62,12 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def train(folder: Path, ranks: int, run: str, *over: str, stage: int = 3) -> None:
-    (folder / f"{run}.toml").write_text(CONFIG.format(stage=stage))
+def write_settings(folder: Path, run: str, kind: str, stage: int = 0) -> None:
+    (folder / f"{run}.toml").write_text(CONFIG.format(kind=kind, stage=stage) + TABLES.get(kind, ""))
+
+
+def train(folder: Path, ranks: int, run: str, *over: str, kind: str = "mae", stage: int = 0) -> None:
+    write_settings(folder, run, kind, stage)
     command = ["train", f"{run}.toml", *over, "--out", run, "--json"]
     process = subprocess.Popen(
         [sys.executable, "-c", LAUNCH, str(ranks), f"{run}/logs", *command],
@@ -67,38 +78,49 @@ def train(folder: Path, ranks: int, run: str, *over: str, stage: int = 3) -> Non
 
 
 @pytest.fixture(scope="module")
-def alone(folder) -> list[tuple[int, float]]:
-    train(folder, 1, "alone", "duration='12 steps'", stage=0)
-    return losses(folder / "alone")
+def run(folder) -> Callable[..., Path]:
+    """A run of a kind of training, on one rank without ZeRO or on two under a stage; made when it is asked for."""
+
+    @cache
+    def made(kind: str, ranks: int = 1, stage: int = 0) -> Path:
+        out = folder / f"{kind}-{ranks}-zero-{stage}"
+        train(folder, ranks, out.name, "duration='12 steps'", kind=kind, stage=stage)
+        return out
+
+    return made
 
 
 def lines(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 2)), 3])
-def test_losses_are_those_of_one_rank_and_the_encoder_is_fine_tuned(folder, alone, stage):
-    run = folder / f"zero-{stage}"
-    train(folder, 2, run.name, "duration='12 steps'", stage=stage)
-    after = losses(run)
-    assert [samples for samples, _ in after] == [samples for samples, _ in alone]
-    assert [loss for _, loss in after] == pytest.approx([loss for _, loss in alone], abs=2e-4)
+@kinds_and_stages(("masked_patch", 3), ("mae", 3))
+def test_losses_and_probes_are_those_of_one_rank(run, kind, stage):
+    one, two = run(kind), run(kind, 2, stage)
+    before, after = losses(one), losses(two)
+    assert [samples for samples, _ in after] == [samples for samples, _ in before]
+    assert [loss for _, loss in after] == pytest.approx([loss for _, loss in before], abs=2e-4)
     assert after[-1][1] < after[0][1]
-    probed = [(line["samples"], *line.values()) for line in lines(run) if "probe_linear" in line]
+    probed = [(line["samples"], *line.values()) for line in lines(two) if "probe_linear" in line]
     assert [each[0] for each in probed] == [72, 144]
-    by_one = [(line["samples"], *line.values()) for line in lines(folder / "alone") if "probe_linear" in line]
+    by_one = [(line["samples"], *line.values()) for line in lines(one) if "probe_linear" in line]
     assert probed == [pytest.approx(each, abs=0.1) for each in by_one]  # of these few images one may go either way
     assert {line.keys() - {"samples"} == {"probe_1shot", "probe_5shot", "probe_linear"}
-            for line in lines(run) if "probe_linear" in line} == {True}  # fmt: skip
+            for line in lines(two) if "probe_linear" in line} == {True}  # fmt: skip
 
-    converted = patchmill("convert", run.name, f"{run.name}.safetensors", cwd=folder)
+
+@kinds_and_stages(("mae", 3))
+def test_the_encoder_is_fine_tuned(folder, run, kind, stage):
+    name = run(kind, 2, stage).name
+    converted = patchmill("convert", name, f"{name}.safetensors", cwd=folder)
     assert converted.returncode == 0, converted.stderr
-    with safe_open(folder / f"{run.name}.safetensors", framework="pt") as file:
+    with safe_open(folder / f"{name}.safetensors", framework="pt") as file:
         names = set(file.keys())
-    assert not [name for name in names if "decoder" in name or "mask" in name]
+    assert not [each for each in names if "decoder" in each or (kind == "mae" and "mask" in each)]
+    write_settings(folder, f"{name}-tuned", "finetune")
     tuned = patchmill(
-        "train", f"{run.name}.toml", "kind=finetune", f"init={run.name}.safetensors", "model.position=learned",
-        "duration='1 epoch'", "engine.kind=accelerate", "engine.zero_stage=0", "--out", f"{run.name}-tuned", "--json",
+        "train", f"{name}-tuned.toml", f"init={name}.safetensors", "model.position=learned",
+        "duration='1 epoch'", "engine.kind=accelerate", "--out", f"{name}-tuned", "--json",
         cwd=folder,
     )  # fmt: skip
     assert tuned.returncode == 0, tuned.stderr
@@ -108,8 +130,8 @@ def test_losses_are_those_of_one_rank_and_the_encoder_is_fine_tuned(folder, alon
 
 def test_patience_ends_a_stage_as_finished_and_a_resume_goes_no_further(folder):
     """At a learning rate of almost nothing, no evaluation after the first is better by more than rounding."""
-    over = ("optim.lr=1e-30", "engine.kind=accelerate", "engine.zero_stage=0", "checkpoint.every='100 epochs'")
-    train(folder, 2, "patient", *over, stage=0)
+    over = ("optim.lr=1e-30", "engine.kind=accelerate", "checkpoint.every='100 epochs'", "evaluate.patience=2")
+    train(folder, 2, "patient", *over)
     run = folder / "patient"
     evaluated = [line["samples"] for line in lines(run) if "val_loss" in line]
     assert evaluated == [36, 72, 108]
