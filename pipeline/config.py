@@ -503,6 +503,21 @@ class TrainSettings(Settings):
         return self
 
     @model_validator(mode="after")
+    def _of_this_kind(self) -> "TrainSettings":
+        for kind in ("masked_patch", "mae"):
+            # By their values: settings that are read again have every table.
+            changed = getattr(self, kind).model_dump(exclude_defaults=True)
+            if changed and self.kind != kind:
+                set_so = ", ".join(f"{kind}.{key} = {value!r}" for key, value in changed.items())
+                raise ValueError(f"{set_so}, and kind {self.kind!r} would ignore it; unset it, or set kind = {kind!r}")
+        if self.model.head_bias is not None and self.kind in ("masked_patch", "mae"):
+            raise ValueError(
+                f"model.head_bias = {self.model.head_bias!r} is of a head of classes, and kind {self.kind!r} has none; "
+                "unset it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _something_to_lose_patience_with(self) -> "TrainSettings":
         if self.evaluate.patience is not None and self.data.val is None:
             raise ValueError("evaluate.patience counts evaluations, and there is no data.val; set it, or no patience")
@@ -520,6 +535,8 @@ class TrainSettings(Settings):
     def _average_to_evaluate(self) -> "TrainSettings":
         if self.evaluate.ema and self.optim.ema is None:
             raise ValueError("evaluate.ema wants an average to evaluate; set optim.ema, e.g. 0.9999, or unset it")
+        if self.evaluate.ema and self.data.val is None:
+            raise ValueError("evaluate.ema is of evaluations, and there is no data.val; set it, or unset evaluate.ema")
         return self
 
     @property

@@ -4,7 +4,7 @@ import sys
 
 from pipeline import distributed
 from pipeline.checkpoint import Checkpoint
-from pipeline.config import TrainSettings, flat
+from pipeline.config import TrainSettings, check, flat
 from shards.errors import UserError
 
 RULES = {
@@ -29,7 +29,7 @@ def check_resume(settings: TrainSettings, loaded: Checkpoint) -> None:
         UserError: A refused setting changed: with it, the run would silently be another one.
     """
     # Settings that a checkpoint is older than have their defaults.
-    before = flat(TrainSettings.model_validate(loaded.state["settings"]).model_dump(mode="json"))
+    before = flat(check(TrainSettings, loaded.state["settings"], str(loaded.path)).model_dump(mode="json"))
     now = flat(settings.model_dump(mode="json"))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) == now.get(key):

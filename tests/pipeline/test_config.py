@@ -259,6 +259,42 @@ def test_a_key_of_deepspeed_is_set_from_the_command_line():
 
 
 def test_an_average_that_is_not_kept_cannot_be_evaluated():
-    assert settings(optim={"ema": 0.9999}, evaluate={"ema": True}).evaluate.ema
+    averaged = {"optim": {"ema": 0.9999}, "evaluate": {"ema": True}}
+    assert settings(**averaged, data={"val": "a"}).evaluate.ema
+    with pytest.raises(UserError, match=r"evaluate\.ema is of evaluations, and there is no data\.val; set it, or"):
+        settings(**averaged)
     with pytest.raises(UserError, match=r"evaluate\.ema wants an average .* set optim\.ema"):
         settings(evaluate={"ema": True})
+
+
+@pytest.mark.parametrize(
+    ("over", "words"),
+    [
+        (
+            {"kind": "supervised", "masked_patch": {"share": 0.15}},
+            r"masked_patch\.share = 0\.15, and kind 'supervised' would ignore it; unset it, or set kind = 'masked_p",
+        ),
+        ({"kind": "mae", "masked_patch": {"counts": "drawn"}}, "masked_patch.counts = 'drawn', and kind 'mae' would"),
+        ({"kind": "finetune", "init": "a", "mae": {"decoder_depth": 1}}, "mae.decoder_depth = 1, and kind 'finetune'"),
+        ({"kind": "masked_patch", "mae": {"share": 0.5}}, "mae.share = 0.5, and kind 'masked_patch' would ignore it"),
+        (
+            {"kind": "masked_patch", "model": {"head_bias": -10}},
+            r"model\.head_bias = -10.* kind 'masked_patch' has none",
+        ),
+        (
+            {"kind": "mae", "model": {"head_bias": "log_prior"}},
+            r"model\.head_bias = 'log_prior' .* kind 'mae' has none",
+        ),
+    ],
+)
+def test_what_a_kind_would_ignore_is_refused(over, words):
+    with pytest.raises(UserError, match=words) as raised:
+        settings(**over)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", ["supervised", "masked_patch", "mae", "finetune"])
+def test_settings_of_every_kind_are_read_again(kind):
+    own = {kind: {"share": 0.25}} if kind in ("masked_patch", "mae") else {}
+    found = settings(kind=kind, init="a", **own)
+    assert check(TrainSettings, tomllib.loads(dump_toml(found.model_dump(mode="json"))), "again") == found
