@@ -1,0 +1,49 @@
+"""The pace of matrix products that the utilisation of a run is measured against."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import ceiling, distributed
+from pipeline.ceiling import product_flops
+
+SIDE = 128
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch, alone):
+    monkeypatch.setattr(ceiling, "SIDES", dict.fromkeys(ceiling.SIDES, SIDE))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_it_is_of_this_machine_and_in_the_precision(monkeypatch, precision):
+    multiply, seen = torch.mm, []
+    monkeypatch.setattr(torch, "mm", lambda a, b: seen.append((a.dtype, a.shape, b.shape)) or multiply(a, b))
+    assert 1e6 < product_flops(precision) < 1e16
+    assert set(seen) == {(getattr(torch, precision), (SIDE, SIDE), (SIDE, SIDE))}
+    assert len(seen) == 1 + ceiling.ROUNDS  # the first, which is not timed, warms up
+
+
+def test_it_is_of_the_fastest_product_and_the_first_is_not_timed(monkeypatch):
+    multiply, waits = torch.mm, iter([0.0, 0.3, 0.05, 0.3])
+
+    def slowly(a, b):
+        time.sleep(next(waits))
+        return multiply(a, b)
+
+    monkeypatch.setattr(torch, "mm", slowly)
+    took = 2 * SIDE**3 / product_flops("float32")
+    assert 0.05 <= took < 0.3
+
+
+def test_it_is_the_sum_over_ranks(monkeypatch):
+    gather, paces = distributed.gather_floats, []
+
+    def of_two(values):
+        paces.extend(values)
+        return np.repeat(gather(values), 2, axis=0)
+
+    monkeypatch.setattr(distributed, "gather_floats", of_two)
+    assert product_flops("float32") == pytest.approx(2 * paces[0])
