@@ -21,6 +21,7 @@ from shards.atomic import only_one
 from shards.errors import StoppedOnRequestError, UserError
 
 TIMEOUT = datetime.timedelta(minutes=10)
+alive: Liveness | None = None  # signs of life of the ranks, where there are several
 
 
 def rank() -> int:
@@ -76,7 +77,8 @@ def together() -> Iterator[None]:
     start()
     who = f"rank {rank()} on {socket.gethostname()}, process {os.getpid()},"
     store = dist.distributed_c10d._get_default_store()
-    with Liveness(store, rank(), world_size(), who) if world_size() > 1 else nullcontext():
+    global alive
+    with Liveness(store, rank(), world_size(), who) if world_size() > 1 else nullcontext() as alive:
         try:
             yield
         except StoppedOnRequestError:
