@@ -20,7 +20,8 @@ from pipeline.liveness import Liveness
 from shards.atomic import only_one
 from shards.errors import StoppedOnRequestError, UserError
 
-TIMEOUT = datetime.timedelta(minutes=10)
+TIMEOUT = datetime.timedelta(minutes=10)  # of joining, and of collectives where no watchdog watches
+WATCHED = datetime.timedelta(days=14)  # more than any watchdog's; in milliseconds still an int32
 alive: Liveness | None = None  # signs of life of the ranks, where there are several
 
 
@@ -60,6 +61,15 @@ def start() -> None:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
         return
     dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=TIMEOUT)
+
+
+def leave_hangs_to_the_watchdog() -> None:
+    """Let collectives of all groups there are (DeepSpeed makes some of its own) take as long as the watchdog lets them.
+
+    Else ``watchdog`` could not be longer than the shortest of their timeouts, 10 minutes. The store keeps its own.
+    """
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(WATCHED, group)
 
 
 def finish() -> None:

@@ -40,6 +40,8 @@ class Watchdog:
     def at(self, what: str, samples: int) -> None:
         """Note what begins now, at so many samples consumed."""
         longer = not self._trained or what in (SAVING, EVALUATING)
+        if not self._trained:  # at the start, and again when the engine has made groups
+            distributed.leave_hangs_to_the_watchdog()
         self._trained = self._trained or what == TRAINING
         self._now = what, samples, time.monotonic(), self._limit * (LONGER if longer else 1)
 
