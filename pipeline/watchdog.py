@@ -81,7 +81,7 @@ class Watchdog:
             f"error: no step for {of_first} s at {samples} samples (watchdog = {self._limit:g} seconds); the stacks "
             f"{'are in' if written else 'could not be written to'} {folder}; run again to go on",
             *sorted(lines, key=lambda each: WAITING not in each)[:SHOWN],  # the others wait for these
-            *([f"nothing of {silent} ranks"] if silent else ()),
+            *([f"nothing of {silent} ranks"] if silent > 0 else ()),
         )  # fmt: skip
         _attempt(lambda: print(*told, sep="\n  ", file=sys.stderr, flush=True), None)
         os._exit(1)
