@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from shards.hashing import hash_int
@@ -24,3 +25,13 @@ def micro_batches(batch: tuple[Tensor, ...], size: int, seed: int, samples: int,
     for i in range(0, len(batch[0]), size):
         *inputs, draws = (tensor[i : i + size] for tensor in batch)
         yield MicroBatch(tuple(inputs), draws, hash_int(seed, samples, rank, i))
+
+
+def seed_dropout(seed: int) -> None:
+    """Seed the generators of the CPU and of this rank's GPU, as ``torch.manual_seed`` does.
+
+    That one formats the Python stack for devices not yet in use, which takes longer than a small model's forward pass.
+    """
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed)

@@ -1,7 +1,13 @@
 """Stopping on request: a signal sets a flag, and all ranks agree on it between two steps."""
 
+import json
 import signal
+from pathlib import Path
 from types import FrameType
+
+from pipeline import distributed
+from shards.atomic import write_text
+from shards.errors import StoppedOnRequestError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
@@ -17,6 +23,15 @@ def listen() -> None:
 def asked() -> bool:
     """Return whether this rank was asked to stop."""
     return _asked
+
+
+def stopped(out: Path, samples: int, checkpoint: Path | None) -> StoppedOnRequestError:
+    """Return the error that ends a run between two steps, noted in ``out/stopped.json`` for the report."""
+    if distributed.rank() == 0:
+        note = {"samples": samples, "checkpoint": checkpoint and str(checkpoint)}
+        write_text(out / "stopped.json", json.dumps(note))
+    where = f"saved in {checkpoint}" if checkpoint else "before the first checkpoint"
+    return StoppedOnRequestError(f"stopped on request at {samples} samples, {where}; run again to go on")
 
 
 def _note(number: int, frame: FrameType | None) -> None:

@@ -5,7 +5,6 @@ Where it stands is one integer, the samples consumed; schedules, saves and evalu
 """
 
 import gc
-import json
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from pipeline.engines import create_engine
 from pipeline.flops import cost_of
 from pipeline.garbage import collected_between_steps
 from pipeline.guard import Guard
-from pipeline.microbatch import MicroBatch, micro_batches
+from pipeline.microbatch import MicroBatch, micro_batches, seed_dropout
 from pipeline.models import create_model
 from pipeline.objectives import create_objective
 from pipeline.prefetch import prefetched
@@ -31,14 +30,13 @@ from pipeline.profiler import Profiler
 from pipeline.resume import check_resume
 from pipeline.telemetry import Telemetry
 from pipeline.tracking import mirrors
-from pipeline.troubles import RollBack, Troubles
+from pipeline.troubles import RollBack, Troubles, forget
 from pipeline.validation import Validation
 from pipeline.watchdog import Watchdog
 from pipeline.weights import Weights, first_values, resolve_model
 from pipeline.window import Window
-from shards.atomic import write_text
 from shards.batch import Batch
-from shards.errors import StoppedOnRequestError, UserError
+from shards.errors import UserError
 
 
 def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
@@ -50,30 +48,32 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
 
     Returns:
         ``samples``, ``steps``, ``val`` and ``best`` metrics, ``checkpoint`` (path), ``images_per_second``, how many
-        steps were ``skipped`` since it last started, the intervals of samples ``passed_over``, what probes found last,
-        and ``early``: patience ended it before its duration.
+        steps of the run were ``skipped``, the intervals of samples ``passed_over``, what probes found last, and
+        ``early``: patience ended it before its duration.
 
     Raises:
         UserError: Anything wrong with settings, data or weights, before the first step.
         StoppedOnRequestError: A signal asked for a stop; everything is saved.
         PatchmillError: Too many steps in a row were skipped.
     """
+    stop.listen()
+    again = False
     while True:
         with ExitStack() as ending:
             try:
-                return _train(settings, out, ending)
+                return _train(settings, out, ending, again)
             except RollBack:  # as if it had been killed and started again
-                pass
+                again = True
         gc.collect()  # the engine, before there is another one
 
 
-def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, Any]:
+def _train(settings: TrainSettings, out: Path, ending: ExitStack, again: bool) -> dict[str, Any]:
     rank, world_size = distributed.rank(), distributed.world_size()
 
     # ---- data
     loaded = checkpoint.newest(out / "checkpoints")
-    if rank == 0 and loaded is None:
-        (out / "quarantine.jsonl").unlink(missing_ok=True)  # of a run that nothing is left of
+    if rank == 0 and loaded is None and not again:  # of a run that nothing is left of
+        forget(out)
     state: dict[str, Any] = {"steps": 0, "best": None, "val": None, "worse": 0, "probe": {}}
     state["first_batch"] = settings.global_batch
     if loaded is not None:
@@ -82,7 +82,6 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
     data = open_data(settings, out, state["first_batch"])
     loader, schedule = data.loader, data.schedule
     watch = ending.enter_context(Watchdog(out / "logs", settings.watchdog, rank, loader.awaited))
-    troubles = Troubles(settings, out, data.names)
     validation = Validation(settings, data.held_out, schedule, state)
 
     # ---- model, objective, engine
@@ -97,7 +96,7 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
     objective = create_objective(settings, template, data.epoch, len(data.classes))
 
     def loss_fn(model: Any, batch: MicroBatch) -> Tensor:
-        torch.manual_seed(batch.seed)  # dropout
+        seed_dropout(batch.seed)
         with window.forward():
             return objective.loss(partial(model, draws=batch.draws), *batch.inputs)
 
@@ -113,6 +112,7 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
         guard.load_state_dict(loaded.state.get("guard"))
         loaded.close()
     samples = loader.state_dict()["samples"]
+    troubles = Troubles(settings, out, data.names, samples)
     if rank == 0:
         provenance.note(out, settings, engine.configuration)
         checkpoint.clear_partial(out / "checkpoints")
@@ -125,7 +125,6 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
     flops = cost_of(**model_settings, hidden=settings.hidden_share).training_flops(1)
     window = Window(settings, loader, flops / product_flops(settings.engine.precision))
     ending.enter_context(collected_between_steps())
-    stop.listen()
 
     # ---- what happens between two steps
     notes = {
@@ -143,8 +142,10 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
 
     # ---- the loop
     micro_batch = settings.micro_batch or settings.global_batch // world_size
-    path = loaded.path if loaded else None
+    path, owed = loaded.path if loaded else None, False  # owed: a save that came due at a step held back
     batches = ending.enter_context(closing(prefetched(iter(loader), prepare, distributed.device())))
+    if any(distributed.everyone(stop.asked())):  # while all of this started
+        raise stop.stopped(out, samples, path)
     watch.at(watchdog.WAITING, samples)
     window.open()
     while samples < schedule.total and not patience.lost(settings, state):
@@ -163,7 +164,7 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
             state["steps"] += 1
         watch.at(watchdog.WAITING, samples)
 
-        saving, validating = schedule.due("save", samples), validation.due(samples)
+        saving, validating = schedule.due("save", samples) or owed, validation.due(samples)
         if not (saving or validating or schedule.due("log", samples)):
             continue  # nothing below touches the hot path
 
@@ -180,12 +181,11 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
         best = validating and validation.measure(engine, objective, samples, telemetry)
         if telemetry:
             telemetry.show(samples, {**values, **validation.shown()})
-        if (saving and not troubles.now) or best or stopping or patience.lost(settings, state):
+        owed = saving and troubles.now and samples < schedule.total
+        if (saving and not owed) or best or stopping or patience.lost(settings, state):
             path = save(best)
         if stopping and samples < schedule.total:
-            if telemetry:
-                write_text(out / "stopped.json", json.dumps({"samples": samples, "checkpoint": str(path)}))
-            raise StoppedOnRequestError(f"stopped on request at {samples} samples, saved in {path}; run again to go on")
+            raise stop.stopped(out, samples, path)
         gc.collect(1)
         watch.at(watchdog.WAITING, samples)
         window.open()

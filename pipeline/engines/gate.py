@@ -40,5 +40,7 @@ class Gate:
         return self._held
 
     def _tell(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        # DeepSpeed steps one optimizer several times, for one group of parameters each.
-        optimizer.found_inf = self.held().float()
+        # DeepSpeed steps one optimizer several times, for one group of parameters each. Where those are in host memory
+        # and the answer is on a GPU it is waited for here: torch's copy of it would not be.
+        where = [parameter.device for group in optimizer.param_groups for parameter in group["params"]]
+        optimizer.found_inf = self.held().float().to(where[0] if where else self._loss.device)

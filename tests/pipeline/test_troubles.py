@@ -1,20 +1,27 @@
 """Trouble in a real run: batches that give no finite loss are skipped, named, and passed over after a rollback."""
 
 import json
+import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from pipeline import stop
 from pipeline import train as train_module
 from pipeline.checkpoint import newest
 from pipeline.config import TrainSettings, check, merge
+from pipeline.microbatch import seed_dropout
 from pipeline.objectives.supervised import Supervised
 from pipeline.train import train
+from pipeline.troubles import Troubles
+from pipeline.window import Taken
 from shards.audit import audit
 from shards.build import build
 from shards.dataset import Dataset
-from shards.errors import PatchmillError
+from shards.errors import PatchmillError, StoppedOnRequestError
 from tests.shards.images import make_source
 
 TABLE = {
@@ -85,6 +92,8 @@ def test_several_in_a_row_go_back_and_are_passed_over(data, settings, poisoned, 
     assert json.loads((tmp_path / "run" / "passed_over.json").read_text()) == result["passed_over"]
     assert result["samples"] == 160
     assert result["steps"] == 9 + 7  # up to 72, and from 104
+    assert result["skipped"] == 3  # they were, before the rollback
+    assert [line["from"] for line in lines(tmp_path / "run" / "skipped.jsonl")] == [80, 88, 96]
     found = lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["samples"] for line in found] == list(range(8, 168, 8))  # each once
     assert [line["loss"] is None for line in found] == [72 < line["samples"] <= 104 for line in found]
@@ -92,7 +101,10 @@ def test_several_in_a_row_go_back_and_are_passed_over(data, settings, poisoned, 
 
     # Another run that never saw those batches ends with the same weights.
     poisoned()
-    (tmp_path / "other").mkdir()
+    train(settings(checkpoint={"keep": 9}), tmp_path / "other")
+    for path in (tmp_path / "other" / "checkpoints").glob("samples-*"):
+        if int(path.name[-4:]) > 72:
+            shutil.rmtree(path)
     (tmp_path / "other" / "passed_over.json").write_text(json.dumps([interval]))
     train(settings(), tmp_path / "other")
     for (name, one), (_, other) in zip(*(newest(tmp_path / run / "checkpoints").weights() for run in ("run", "other")),
@@ -113,3 +125,94 @@ def first(settings, tmp_path):
     """Return the folder of a run that has a checkpoint at 24 samples."""
     train(settings(duration="24 samples"), tmp_path / "run")
     return tmp_path / "run"
+
+
+def test_a_row_inside_a_window_counts_though_better_steps_follow(settings, poisoned, tmp_path):
+    poisoned(32, 40, 48)
+    over = {"log_every": "80 samples", "checkpoint": {"every": "80 samples"}, "guard": {"in_row": 3, "then": "stop"}}
+    with pytest.raises(PatchmillError, match=r"3 steps in a row were skipped up to 56 samples"):
+        train(settings(**over), tmp_path / "run")
+
+
+def test_the_start_is_gone_back_to_where_there_is_no_checkpoint(settings, poisoned, tmp_path):
+    poisoned(32, 40)
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "passed_over.json").write_text(json.dumps([{"from": 120, "to": 136, "checkpoint": "x", "reason": ""}]))
+    (out / "skipped.jsonl").write_text('{"from": 8, "to": 16}\n')  # of a run that nothing else is left of
+    result = train(settings(checkpoint={"every": "160 samples"}, guard={"in_row": 2}), out)
+    (interval,) = result["passed_over"]
+    assert (interval["from"], interval["to"], interval["checkpoint"]) == (16, 48, "the start")
+    assert (result["samples"], result["steps"], result["skipped"]) == (160, 16, 2)
+
+
+def test_the_end_is_saved_and_a_save_that_was_due_at_a_skipped_step_is_made_up_for(settings, poisoned, tmp_path):
+    poisoned(40, 152)
+    result = train(settings(checkpoint={"every": "48 samples", "keep": 9}), tmp_path / "run")
+    assert result["checkpoint"].endswith("samples-000000000160")
+    saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("samples-*"))
+    assert [int(name[-4:]) for name in saved] == [56, 96, 144, 160]  # 56 for 48, which was held back
+
+
+def test_a_batch_that_holds_some_of_an_interval_is_passed_over(settings, poisoned, tmp_path):
+    train(settings(duration="24 samples"), tmp_path / "run")
+    interval = {"from": 40, "to": 48, "checkpoint": "x", "reason": ""}
+    (tmp_path / "run" / "passed_over.json").write_text(json.dumps([interval]))
+    result = train(
+        settings(global_batch=24, duration="144 samples", checkpoint={"every": "48 samples"}), tmp_path / "run"
+    )
+    assert (result["samples"], result["steps"]) == (144, 3 + 4)  # 48 to 72 and on, not 24 to 48
+
+
+def test_what_was_skipped_after_the_checkpoint_is_in_the_ledger_once(settings, poisoned, tmp_path):
+    poisoned(16, 40)
+    train(settings(duration="48 samples"), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "samples-000000000048")  # as if killed before it was written
+    assert train(settings(duration="64 samples"), tmp_path / "run")["skipped"] == 2
+    assert [line["from"] for line in lines(tmp_path / "run" / "skipped.jsonl")] == [16, 40]
+
+
+def step(number, loss, norm, applied=False):
+    return Taken(8 * number, loss, norm, applied)
+
+
+def test_loss_scaling_is_no_trouble_and_all_else_is(settings, tmp_path):
+    def skipped(name, *steps, precision="float16"):
+        (tmp_path / name).mkdir()
+        low = settings(guard={"in_row": 99})
+        low = low.model_copy(update={"engine": low.engine.model_copy(update={"precision": precision})})
+        troubles = Troubles(low, tmp_path / name, lambda positions: iter(()), 0)
+        for each in steps:  # a window of each
+            troubles.note([each], None)
+        return troubles.skipped
+
+    inf, nan = math.inf, math.nan
+    overflows = [step(number, 2.0, inf) for number in range(1, 31)]
+    assert skipped("search", *overflows[:24], step(25, 2.0, 1.0, applied=True), *overflows[:24]) == 0
+    assert skipped("never ends", *overflows) == 6
+    assert skipped("leaps", step(1, 1e6, 1e4), step(2, nan, nan), step(3, 2.0, inf)) == 2
+    assert skipped("bfloat16", *overflows, precision="bfloat16") == 30
+
+
+def test_a_stream_cannot_go_back(settings, tmp_path):
+    troubles = Troubles(settings(guard={"in_row": 2}), tmp_path, None, 0)
+    with pytest.raises(PatchmillError, match=r"2 steps in a row .* it goes on from samples-000000000008"):
+        troubles.note([step(2, math.nan, 1.0), step(3, math.nan, 1.0)], Path("samples-000000000008"))
+
+
+def test_a_stop_that_was_asked_for_before_the_first_step(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(stop, "_asked", True)
+    with pytest.raises(
+        StoppedOnRequestError, match="stopped on request at 0 samples, before the first checkpoint; run"
+    ):
+        train(settings(), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "stopped.json").read_text()) == {"samples": 0, "checkpoint": None}
+    monkeypatch.setattr(stop, "_asked", False)
+    assert train(settings(duration="24 samples"), tmp_path / "run")["samples"] == 24
+
+
+def test_dropout_is_seeded_as_by_torch():
+    seed_dropout(7)
+    ours = torch.rand(3)
+    torch.manual_seed(7)
+    assert torch.equal(ours, torch.rand(3))
