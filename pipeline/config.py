@@ -488,8 +488,9 @@ class TrainSettings(Settings):
     track: TrackSettings = TrackSettings()
     profile: ProfileSettings = ProfileSettings()
     watchdog: float = Field(
-        600.0, gt=0, description="seconds that a step may take before the job is ended, each rank telling where it is"
-    )
+        600.0, gt=0, le=2 * 86400,
+        description="seconds that a step may take before the job is ended, each rank telling where it is",
+    )  # fmt: skip
     probe: ProbeSettings | None = None
 
     @model_validator(mode="after")

@@ -20,7 +20,9 @@ from pipeline.liveness import Liveness
 from shards.atomic import only_one
 from shards.errors import StoppedOnRequestError, UserError
 
-TIMEOUT = datetime.timedelta(minutes=10)
+TIMEOUT = datetime.timedelta(minutes=10)  # of joining, and of collectives where no watchdog watches
+WATCHED = datetime.timedelta(days=14)  # more than any watchdog's; in milliseconds still an int32
+alive: Liveness | None = None  # signs of life of the ranks, where there are several
 
 
 def rank() -> int:
@@ -61,6 +63,15 @@ def start() -> None:
     dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=TIMEOUT)
 
 
+def leave_hangs_to_the_watchdog() -> None:
+    """Let collectives of all groups there are (DeepSpeed makes some of its own) take as long as the watchdog lets them.
+
+    Else ``watchdog`` could not be longer than the shortest of their timeouts, 10 minutes. The store keeps its own.
+    """
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(WATCHED, group)
+
+
 def finish() -> None:
     """Leave the process group; call it when the engine is out of scope."""
     if dist.is_initialized():
@@ -76,7 +87,8 @@ def together() -> Iterator[None]:
     start()
     who = f"rank {rank()} on {socket.gethostname()}, process {os.getpid()},"
     store = dist.distributed_c10d._get_default_store()
-    with Liveness(store, rank(), world_size(), who) if world_size() > 1 else nullcontext():
+    global alive
+    with Liveness(store, rank(), world_size(), who) if world_size() > 1 else nullcontext() as alive:
         try:
             yield
         except StoppedOnRequestError:

@@ -1,7 +1,7 @@
 """If one rank dies, the others learn which and why, and end: no library tells them, and they would wait for ever.
 
 Every rank gives a sign of life through the process group's store; rank 0 sees who stopped giving it and says so there,
-as does a rank that ends by an error. All read it.
+as does a rank that ends by an error. All read it. A rank that hangs is told of in the same way (``pipeline.watchdog``).
 """
 
 import os
@@ -30,12 +30,15 @@ class Liveness:
         rank: Of this process.
         world_size: Number of ranks.
         who: This rank in words.
+
+    Attributes:
+        hang: What is told of a hang of any rank, if there is one.
     """
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, who: str):
         self._store, self._rank, self._who = dist.PrefixStore("alive", store.clone()), rank, who
         self._seen = {other: (b"", 0) for other in range(1, world_size)} if rank == 0 else {}
-        self._beats, self._ended, self._reason = 0, threading.Event(), ""
+        self._beats, self._ended, self._reason, self.hang = 0, threading.Event(), "", ""
         self._store.set(f"who/{rank}", who)
         self._beat()
         dist.barrier()  # everybody's first beat is there to be looked at
@@ -59,6 +62,10 @@ class Liveness:
             self._linger()
         if of_others:
             raise PatchmillError(f"{self._reason or 'the ranks lost each other'}; run again to go on") from error
+
+    def tell_hang(self, hang: str) -> str:
+        """Let all ranks know of a hang, and return what they know: the first to tell counts."""
+        return self._store.compare_set("hang", "", hang).decode()
 
     def _watch(self) -> None:
         silent = 0.0
@@ -85,6 +92,8 @@ class Liveness:
             if misses * BEAT >= GONE:
                 who = self._store.get(f"who/{other}").decode()
                 self._tell(f"{who} died: no sign of life for {misses * BEAT:.0f} s; its log may say why")
+        if self._store.check(["hang"]):
+            self.hang = self._store.get("hang").decode()
         if self._store.check(["end"]):
             self._reason = self._store.get("end").decode()
             self._done()

@@ -158,7 +158,7 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack, again: bool) -
         parts = list(micro_batches(batch, micro_batch, settings.seed, samples, rank))
         samples += settings.global_batch
         if not troubles.passes_over(samples):
-            watch.at(watchdog.TRAINING, samples)
+            watch.at(watchdog.TRAINING, samples - settings.global_batch)
             profiler.step()
             window.add(samples, engine.step(parts, loss_fn, schedule.rate(samples)))
             state["steps"] += 1

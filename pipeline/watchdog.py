@@ -7,17 +7,22 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import NoReturn, TypeVar
 
-STARTING, FIRST, WAITING, TRAINING = "starting", "in the first step", "waiting for data", "training"
-SAVING, EVALUATING = "saving", "evaluating"
-LONGER = {STARTING: 6, FIRST: 6, SAVING: 6, EVALUATING: 6}  # times as long as a step may these take
-GRACE = 5.0  # seconds for the other ranks, which hang as well, to write where they are
+from pipeline import distributed, liveness
+
+T = TypeVar("T")
+STARTING, WAITING, TRAINING, SAVING, EVALUATING = "starting", "waiting for data", "training", "saving", "evaluating"
+LONGER = 6  # times as long as a step may saving and evaluating take, and all until the first step, which may compile
+GRACE = 5.0  # seconds for whatever may hang as well
 SHOWN = 20  # ranks
 
 
 class Watchdog:
-    """Watches one rank's main thread, which says with ``at`` what it begins to do.
+    """Watches one rank's main thread, which says with ``at`` what it begins to do; ends all ranks together.
 
     Args:
         folder: Gets ``hang-samples-N/rank-R.txt``: what this rank was doing, what it reads, the stacks of its threads.
@@ -28,15 +33,17 @@ class Watchdog:
 
     def __init__(self, folder: Path, limit: float, rank: int, awaited: Callable[[], list[str]]):
         self._folder, self._limit, self._rank, self._awaited = folder, limit, rank, awaited
-        self._closed, self._trained = threading.Event(), False
+        self._alive, self._closed, self._trained = distributed.alive, threading.Event(), False
         self.at(STARTING, 0)
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def at(self, what: str, samples: int) -> None:
         """Note what begins now, at so many samples consumed."""
-        if what == TRAINING and not self._trained:
-            what, self._trained = FIRST, True  # it may compile
-        self._now = what, samples, time.monotonic()
+        longer = not self._trained or what in (SAVING, EVALUATING)
+        if not self._trained:  # at the start, and again when the engine has made groups
+            distributed.leave_hangs_to_the_watchdog()
+        self._trained = self._trained or what == TRAINING
+        self._now = what, samples, time.monotonic(), self._limit * (LONGER if longer else 1)
 
     def __enter__(self) -> "Watchdog":
         return self
@@ -48,35 +55,59 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self._limit / 4)):
             # No thread of Python's runs while C code keeps Python's lock; this one does, if it is not put off again.
-            faulthandler.dump_traceback_later(self._limit * 2 * max(LONGER.values()), exit=True, file=sys.__stderr__)
-            what, samples, since = self._now
+            faulthandler.dump_traceback_later(self._limit * 2 * LONGER, exit=True, file=sys.__stderr__)
+            what, samples, since, limit = self._now
             seconds = time.monotonic() - since
-            if seconds > self._limit * LONGER.get(what, 1):
-                self._end(what, samples, seconds)
+            hang = self._alive.hang if self._alive else ""
+            if seconds > limit and not hang:
+                hang = f"{samples} {seconds:.0f}"
+                hang = _attempt(partial(self._alive.tell_hang, hang), hang) if self._alive else hang
+            if hang:
+                self._end(what, seconds, *map(int, hang.split()))
 
-    def _end(self, what: str, samples: int, seconds: float) -> None:
+    def _end(self, what: str, seconds: float, samples: int, of_first: int) -> NoReturn:
+        """Write where this rank is, and end it; ``samples`` and ``of_first`` (seconds) are of who saw it first."""
+        mine = f"rank {self._rank} on {socket.gethostname()}, process {os.getpid()}: {what} for {seconds:.0f} s"
+        tars = _attempt(self._awaited, []) if what == WAITING else []
+        mine += f", of {', '.join(tars[:3])}{f' and {len(tars) - 3} more' if tars[3:] else ''}" if tars else ""
         folder = self._folder / f"hang-samples-{samples:012d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        line = f"rank {self._rank} on {socket.gethostname()}, process {os.getpid()}: {what} for {seconds:.0f} s"
-        with open(folder / f"rank-{self._rank:05d}.txt", "w", encoding="utf-8") as file:
-            if what == WAITING:
-                # Asked in a thread: whoever is asked may hang.
-                asked = threading.Thread(target=lambda: tars.extend(self._awaited()), daemon=True)
-                tars: list[str] = []
-                asked.start()
-                asked.join(GRACE)
-                line += f", of {', '.join(tars[:3])}{f' and {len(tars) - 3} more' if tars[3:] else ''}" if tars else ""
-            print(line, flush=True, file=file)
-            faulthandler.dump_traceback(file, all_threads=True)
-        time.sleep(GRACE)
-        if self._closed.is_set():
-            return
-        if self._rank == 0:
-            lines = [path.read_text(encoding="utf-8").split("\n")[0] for path in sorted(folder.iterdir())]
-            lines.sort(key=lambda each: WAITING not in each)  # the others wait for these
-            print(
-                f"error: no step for {seconds:.0f} s at {samples} samples (watchdog = {self._limit:g} seconds); the "
-                f"stacks of {len(lines)} ranks are in {folder}; run again to go on",
-                *lines[:SHOWN], sep="\n  ", file=sys.stderr, flush=True,
-            )  # fmt: skip
+        written = _attempt(partial(_write, folder / f"rank-{self._rank:05d}.txt", mine), False)
+        if self._alive:
+            # Until all have heard and written. Rank 0 ends first: a launcher may end all others when one ends.
+            time.sleep((liveness.BEAT + GRACE) * (1 if self._rank == 0 else 2))
+        lines = _attempt(partial(_first_lines, folder), [mine]) if self._rank == 0 and written else [mine]
+        silent = distributed.world_size() - len(lines) if self._rank == 0 else 0
+        told = (
+            f"error: no step for {of_first} s at {samples} samples (watchdog = {self._limit:g} seconds); the stacks "
+            f"{'are in' if written else 'could not be written to'} {folder}; run again to go on",
+            *sorted(lines, key=lambda each: WAITING not in each)[:SHOWN],  # the others wait for these
+            *([f"nothing of {silent} ranks"] if silent > 0 else ()),
+        )  # fmt: skip
+        _attempt(lambda: print(*told, sep="\n  ", file=sys.stderr, flush=True), None)
         os._exit(1)
+
+
+def _attempt(action: Callable[[], T], otherwise: T) -> T:
+    """Return what an action returns; or something else, where it fails or takes longer than GRACE seconds."""
+    found = []
+
+    def act() -> None:
+        with suppress(Exception):
+            found.append(action())
+
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    thread.join(GRACE)
+    return found[0] if found else otherwise
+
+
+def _write(path: Path, line: str) -> bool:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        print(line, flush=True, file=file)
+        faulthandler.dump_traceback(file, all_threads=True)
+    return True
+
+
+def _first_lines(folder: Path) -> list[str]:
+    return [path.read_text(encoding="utf-8").split("\n")[0] for path in sorted(folder.iterdir())]

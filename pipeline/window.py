@@ -71,7 +71,7 @@ class Window:
 
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """Time a forward pass: what a rank does before it waits for others."""
+        """Time a forward pass: what a rank does before it waits for others, but under ZeRO 3."""
         began = mark()
         yield
         self._passes.append((began, mark()))
@@ -93,7 +93,9 @@ class Window:
             run started. Loss and gradient norm are of the steps that were not held back, None if all were.
         """
         taken = self._on_host()  # waits for the device: whatever is decoded meanwhile belongs to the window
-        own = self._waited + sum(seconds_between(*each) for each in self._passes)
+        # Under ZeRO 3 a forward pass waits for others, for the weights that they hold.
+        passes = [] if self._settings.engine.zero_stage == 3 else self._passes
+        own = self._waited + sum(seconds_between(*each) for each in passes)
         ranks = distributed.world_size()
         mine = [own, distributed.memory_bytes(), self._waited, float(asked), *self._loader.counts(), *self._before]
         everyones = distributed.gather_floats(mine)  # [ranks, values]

@@ -97,10 +97,8 @@ class AccelerateEngine:
     def averaged(self) -> Iterator[None]:
         """Let the model run with the moving average of its weights, for as long as this is open."""
         self._exchange()
-        try:
-            yield
-        finally:
-            self._exchange()
+        yield
+        self._exchange()  # an error ends the run, under any engine
 
     def _exchange(self) -> None:
         for parameter in self.module.parameters():

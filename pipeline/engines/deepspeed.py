@@ -145,10 +145,8 @@ class DeepSpeedEngine:
     def averaged(self) -> Iterator[None]:
         """Let the model run with the moving average of its weights, for as long as this is open; collective."""
         self._exchange()
-        try:
-            yield
-        finally:
-            self._exchange()
+        yield
+        self._exchange()  # not after an error: it may be of this rank alone, and the others would not come
 
     def _exchange(self) -> None:
         for master in self._masters():

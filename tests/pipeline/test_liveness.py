@@ -84,3 +84,8 @@ def test_an_end_on_request_and_an_early_end_are_no_deaths():
     assert reasons(told) == ["error: saved"] * 3
     codes, told, _ = run("early", 1)
     assert codes == [0, 0, 0]
+
+
+def test_a_watchdog_alone_says_how_long_a_collective_may_take():
+    codes, told, _ = run("late", 1, ranks=2)
+    assert codes == [0, 0], told

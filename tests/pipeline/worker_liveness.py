@@ -1,22 +1,37 @@
 """One rank, whose signs of life come fast: worker_liveness.py HOW RANK, where HOW is what that rank does."""
 
+import datetime
 import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from pipeline import distributed, liveness
+from pipeline.watchdog import Watchdog
 from shards.errors import PatchmillError, StoppedOnRequestError, UserError
 
 liveness.BEAT, liveness.GONE, liveness.GRACE = 0.1, 1.5, 1.0
 
 
+def late(rank: int) -> None:
+    """Come to a collective later than the timeout that its group was made with."""
+    group = dist.new_group(timeout=datetime.timedelta(seconds=1.5))
+    with Watchdog(Path(), 600, distributed.rank(), list):
+        if distributed.rank() == rank:
+            time.sleep(4)
+        dist.all_reduce(torch.ones(1), group=group)
+
+
 def main(how: str, rank: int) -> None:
     with distributed.together():
         dist.all_reduce(torch.ones(1))
+        if how == "late":
+            late(rank)
+            return
         if distributed.rank() == rank:
             if how in ("killed", "alone"):
                 os.kill(os.getpid(), signal.SIGKILL)
