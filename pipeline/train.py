@@ -93,6 +93,7 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack, again: bool) -
     value_of = first_values(template, init, settings)
     guard = Guard(settings.guard.sigmas, distributed.device())
     engine = create_engine(lambda: create_model(**model_settings, seed=None), value_of, settings, guard)
+    ending.push(lambda error, *_: engine.close() if error is RollBack else None)  # there will be another one
     objective = create_objective(settings, template, data.epoch, len(data.classes))
 
     def loss_fn(model: Any, batch: MicroBatch) -> Tensor:

@@ -1,8 +1,8 @@
-"""Engines own backward, step, clipping, precision and sharding. The rest of the pipeline knows four calls of them.
+"""Engines own backward, step, clipping, precision and sharding. The rest of the pipeline knows five calls of them.
 
-``step(micro_batches, loss_fn, lr) -> Step``, ``pieces()``, ``load(read)`` and ``weights()``; plus ``model``, the
-callable that runs the forward pass, and ``averaged()``, as long as which it does so with the weights' moving average.
-Checkpoints, conversion and evaluation know no more of an engine than this.
+``step(micro_batches, loss_fn, lr) -> Step``, ``pieces()``, ``load(read)``, ``weights()`` and ``close()``; plus
+``model``, the callable that runs the forward pass, and ``averaged()``, as long as which it does so with the weights'
+moving average. Checkpoints, conversion and evaluation know no more of an engine than this.
 """
 
 from collections.abc import Callable

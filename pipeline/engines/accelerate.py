@@ -72,6 +72,9 @@ class AccelerateEngine:
             self.scale.update(not norm.isfinite())
         return Step(loss, norm, ~self.gate.held())
 
+    def close(self) -> None:
+        """Do nothing: all memory goes with the engine."""
+
     def pieces(self) -> Iterator[Piece]:
         """Yield this rank's share of weights, optimizer states and averages."""
         rank, world_size = distributed.rank(), distributed.world_size()

@@ -141,6 +141,19 @@ class DeepSpeedEngine:
                 with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
                     yield name, parameter.detach().float().cpu().clone()
 
+    def close(self) -> None:
+        """Let go of all memory, which references of DeepSpeed's own would keep; nothing works afterwards."""
+        self.model.destroy()
+        for parameter in self.names:
+            parameter.grad = None
+            for tensor in (parameter, getattr(parameter, "ds_tensor", None)):
+                if tensor is not None:
+                    tensor.data = tensor.new_empty(0)
+        self.optimizer.state.clear()
+        self.ema.averages.clear()
+        if self.stage > 0:
+            vars(self.zero).clear()
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Let the model run with the moving average of its weights, for as long as this is open; collective."""

@@ -11,6 +11,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
+LEAST = 2**14
+"""Multiply-adds of a product: with fewer, what Python does around it costs more than is saved."""
+
 MOST = 640
 """Tokens: with more, PyTorch's own is as fast, and the weights of attention outgrow the activations."""
 
@@ -21,6 +24,7 @@ def pays(qkv: Tensor) -> bool:
         qkv.device.type == "cpu"
         and qkv.dtype == torch.bfloat16
         and qkv.shape[1] <= MOST
+        and qkv.numel() // 3 * qkv.shape[1] >= LEAST
         and torch.is_grad_enabled()
         and qkv.requires_grad
         and not torch.compiler.is_compiling()  # the compiler cannot look into it

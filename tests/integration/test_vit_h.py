@@ -32,4 +32,5 @@ def test_vit_h_is_never_whole_on_a_rank_trains_and_goes_on_within_20_gb(tmp_path
     assert [line["samples"] for line in lines] == [2, 4, 6, 8]
     assert all(math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]) for line in lines)
     assert lines[0]["loss"] == pytest.approx(math.log(1000), abs=1e-3)  # a head of zeros
-    assert lines[-1]["loss"] != lines[0]["loss"]
+    for line in lines[1:]:  # nor was it one again when it went on
+        assert line["loss"] != pytest.approx(math.log(1000), abs=1e-4)

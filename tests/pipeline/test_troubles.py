@@ -112,6 +112,17 @@ def test_several_in_a_row_go_back_and_are_passed_over(data, settings, poisoned, 
         assert torch.equal(one, other), name
 
 
+def test_a_rollback_under_zero_3_ends_as_without_it(settings, poisoned, tmp_path):
+    poisoned(80, 88, 96)
+    over = {"engine": {"kind": "deepspeed", "zero_stage": 3}, "guard": {"in_row": 3}}
+    ends = [train(settings(**over), tmp_path / "sharded"), train(settings(guard=over["guard"]), tmp_path / "whole")]
+    assert ends[0]["passed_over"] == ends[1]["passed_over"]
+    assert len(ends[0]["passed_over"]) == 1
+    runs = [newest(tmp_path / run / "checkpoints").weights() for run in ("sharded", "whole")]
+    for (name, one), (_, other) in zip(*runs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4, msg=name)
+
+
 def test_it_stops_if_told_to_and_when_nothing_helps(settings, poisoned, tmp_path):
     poisoned(*range(40, 240, 8))
     with pytest.raises(PatchmillError, match=r"2 steps in a row were skipped up to 56 samples: the loss is nan; lower"):

@@ -43,6 +43,8 @@ def test_where_it_is_taken():
     assert not taken(197, torch.float32)
     assert not taken(197, device="meta")
     assert taken(640)
+    assert taken(32)
+    assert not taken(31)  # 31 * 31 * 2 * 8 < 2**14
     assert not taken(641)
     with torch.no_grad():
         assert not taken(197)
