@@ -57,22 +57,21 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
         PatchmillError: Too many steps in a row were skipped.
     """
     stop.listen()
-    again = False
     while True:
         with ExitStack() as ending:
             try:
-                return _train(settings, out, ending, again)
+                return _train(settings, out, ending)
             except RollBack:  # as if it had been killed and started again
-                again = True
+                pass
         gc.collect()  # the engine, before there is another one
 
 
-def _train(settings: TrainSettings, out: Path, ending: ExitStack, again: bool) -> dict[str, Any]:
+def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, Any]:
     rank, world_size = distributed.rank(), distributed.world_size()
 
     # ---- data
     loaded = checkpoint.newest(out / "checkpoints")
-    if rank == 0 and loaded is None and not again:  # of a run that nothing is left of
+    if rank == 0 and loaded is None:  # of a run that nothing is left of
         forget(out)
     state: dict[str, Any] = {"steps": 0, "best": None, "val": None, "worse": 0, "probe": {}}
     state["first_batch"] = settings.global_batch

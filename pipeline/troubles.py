@@ -107,20 +107,22 @@ class Troubles:
         guard, last = self._settings.guard, self._row[-1]
         told = f"{len(self._row)} steps in a row were skipped up to {last.samples} samples: {_reason(last)}"
         remedy = "lower optim.lr, set optim.clip, or look at the samples in skipped.jsonl, then run again"
-        where = checkpoint.name if checkpoint else "the start"
-        if guard.then == "stop" or self._names is None:  # a stream cannot go back
-            raise PatchmillError(f"{told}; {remedy}: it goes on from {where}")
-        tries = sum(each["checkpoint"] == where for each in self.passed_over)
+        # A stream cannot go back; and what fails before the first checkpoint is no fault of a few batches.
+        if guard.then == "stop" or self._names is None or checkpoint is None:
+            raise PatchmillError(f"{told}; {remedy}: it goes on from {checkpoint or 'the start'}")
+        tries = sum(each["checkpoint"] == checkpoint.name for each in self.passed_over)
         if tries == TRIES:
-            raise PatchmillError(f"{told}, after {tries} rollbacks to {where}; {remedy}")
+            raise PatchmillError(f"{told}, after {tries} rollbacks to {checkpoint}; {remedy}")
         # What was wrong began before it showed, and the same batches from the same checkpoint would end the same: so as
         # many batches before are passed over as well, and more at every further try.
         first = self._row[0].samples - self._settings.global_batch
-        first = max(samples_of(checkpoint) if checkpoint else 0, first - (tries + 1) * (last.samples - first))
-        self.passed_over.append({"from": first, "to": last.samples, "checkpoint": where, "reason": _reason(last)})
+        first = max(samples_of(checkpoint), first - (tries + 1) * (last.samples - first))
+        self.passed_over.append(
+            {"from": first, "to": last.samples, "checkpoint": checkpoint.name, "reason": _reason(last)}
+        )
         if distributed.rank() == 0:
             write_text(self._out / INTERVALS, json.dumps(self.passed_over, indent=1) + "\n")
-            print(f"warning: {told}; going back to {where}, and passing over samples {first} to "
+            print(f"warning: {told}; going back to {checkpoint.name}, and passing over samples {first} to "
                   f"{last.samples}", file=sys.stderr, flush=True)  # fmt: skip
         raise RollBack(told)
 

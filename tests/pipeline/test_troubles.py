@@ -145,16 +145,16 @@ def test_a_row_inside_a_window_counts_though_better_steps_follow(settings, poiso
         train(settings(**over), tmp_path / "run")
 
 
-def test_the_start_is_gone_back_to_where_there_is_no_checkpoint(settings, poisoned, tmp_path):
+def test_before_the_first_checkpoint_it_stops_and_what_an_older_run_left_is_forgotten(settings, poisoned, tmp_path):
     poisoned(32, 40)
     out = tmp_path / "run"
     out.mkdir()
-    (out / "passed_over.json").write_text(json.dumps([{"from": 120, "to": 136, "checkpoint": "x", "reason": ""}]))
-    (out / "skipped.jsonl").write_text('{"from": 8, "to": 16}\n')  # of a run that nothing else is left of
-    result = train(settings(checkpoint={"every": "160 samples"}, guard={"in_row": 2}), out)
-    (interval,) = result["passed_over"]
-    assert (interval["from"], interval["to"], interval["checkpoint"]) == (16, 48, "the start")
-    assert (result["samples"], result["steps"], result["skipped"]) == (160, 16, 2)
+    (out / "passed_over.json").write_text(json.dumps([{"from": 8, "to": 48, "checkpoint": "x", "reason": ""}]))
+    (out / "skipped.jsonl").write_text('{"from": 8, "to": 16}\n')
+    with pytest.raises(PatchmillError, match=r"2 steps in a row were skipped up to 48 .* it goes on from the start"):
+        train(settings(checkpoint={"every": "160 samples"}, guard={"in_row": 2}), out)
+    assert not (out / "passed_over.json").exists()
+    assert [line["from"] for line in lines(out / "skipped.jsonl")] == [32, 40]
 
 
 def test_the_end_is_saved_and_a_save_that_was_due_at_a_skipped_step_is_made_up_for(settings, poisoned, tmp_path):
