@@ -26,7 +26,7 @@ def asked() -> bool:
 
 
 def stopped(out: Path, samples: int, checkpoint: Path | None) -> StoppedOnRequestError:
-    """Return the error that ends a run between two steps, noted in ``out/stopped.json`` for the report."""
+    """Return the error that ends a run between two steps, noted in ``out/stopped.json``: launchers lose exit codes."""
     if distributed.rank() == 0:
         note = {"samples": samples, "checkpoint": checkpoint and str(checkpoint)}
         write_text(out / "stopped.json", json.dumps(note))

@@ -71,7 +71,7 @@ class Troubles:
 
         Raises:
             RollBack: There were too many in a row.
-            PatchmillError: The same, and going back is not wanted, did not help before, or cannot be: of a stream.
+            PatchmillError: The same, and going back is not wanted, did not help before, or there is no place for it.
         """
         for step in taken:
             if self._scales_losses(step) or step.applied:

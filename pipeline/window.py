@@ -71,7 +71,7 @@ class Window:
 
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """Time a forward pass: what a rank does before it waits for others, but under ZeRO 3."""
+        """Time a forward pass: except under ZeRO 3, what a rank does before it waits for others."""
         began = mark()
         yield
         self._passes.append((began, mark()))

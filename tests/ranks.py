@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from launch.local import free_port
 from tests.command import environment
@@ -11,6 +12,23 @@ from tests.command import environment
 
 def run_on_ranks(script: Path, ranks: int, *arguments: object, timeout: float = 120) -> list:
     """Start ``ranks`` processes of ``script ARGUMENTS``; return each rank's last stdout line, read as JSON."""
+    ended = ends_of_ranks(script, ranks, *arguments, timeout=timeout)
+    for rank, each in enumerate(ended):
+        assert each.code == 0, f"rank {rank} ended with {each.code}:\n{each.stderr[-3000:]}"
+    return [json.loads(each.stdout.strip().splitlines()[-1]) for each in ended]
+
+
+class End(NamedTuple):
+    """How a rank's process ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+    pid: int
+
+
+def ends_of_ranks(script: Path, ranks: int, *arguments: object, timeout: float = 120) -> list[End]:
+    """Start ``ranks`` processes of ``script ARGUMENTS``; return how each ended."""
     shared = environment(WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     processes = [
         subprocess.Popen(
@@ -25,6 +43,4 @@ def run_on_ranks(script: Path, ranks: int, *arguments: object, timeout: float = 
     finally:
         for process in processes:
             process.kill()
-    for rank, (process, (_, stderr)) in enumerate(zip(processes, outputs, strict=True)):
-        assert process.returncode == 0, f"rank {rank} ended with {process.returncode}:\n{stderr[-3000:]}"
-    return [json.loads(stdout.strip().splitlines()[-1]) for stdout, _ in outputs]
+    return [End(process.returncode, *output, process.pid) for process, output in zip(processes, outputs, strict=True)]

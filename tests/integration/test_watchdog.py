@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.local import free_port
 from tests.command import TRAIN, environment
 from tests.images import build_image_set
+from tests.ranks import ends_of_ranks
 
 WORKER = Path(__file__).parents[1] / "pipeline" / "worker_hang.py"
 LENGTHS = ["duration=30 steps", "checkpoint.every=30 steps", "evaluate.every=30 steps"]
@@ -47,20 +47,9 @@ def test_data_that_never_comes(tmp_path):
 @pytest.mark.parametrize("number", [5, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_that_hangs_is_named_by_all_with_the_stacks_of_all(tmp_path, number):
     build_image_set(tmp_path, per_class=8)
-    shared = environment(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(tmp_path), str(number)], stderr=subprocess.PIPE, text=True,
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        told = [each.communicate(timeout=100)[1] for each in ranks]
-    finally:
-        for each in ranks:
-            each.kill()
-    assert [each.returncode for each in ranks] == [1, 1], told
+    ranks = ends_of_ranks(WORKER, 2, tmp_path, number, timeout=100)
+    told = [rank.stderr for rank in ranks]
+    assert [rank.code for rank in ranks] == [1, 1], told
     samples = 12 * (number - 1)
     folder = tmp_path / "run" / "logs" / f"hang-samples-{samples:012d}"
     expected = rf"error: no step for \d+ s at {samples} samples \(watchdog = 3 seconds\); the stacks are in {folder}; "
