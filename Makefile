@@ -36,7 +36,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 
 bench: setup
-	for name in order seek memory beside manifest ledger build step_overhead scale; do $(BIN)/python bench/$$name.py || exit 1; done
+	for name in order seek memory beside manifest ledger build step_overhead scale features checkpoint; do $(BIN)/python bench/$$name.py || exit 1; done
 
 bench-peers: setup peers bench
 	for name in loader shuffle train_step; do $(BIN)/python bench/$$name.py || exit 1; done

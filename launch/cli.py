@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from launch.cli_checkpoint import checkpoint_app
 from launch.cli_shards import Json, shards_app
 from shards.errors import PatchmillError, UserError
 
@@ -21,6 +22,7 @@ from shards.errors import PatchmillError, UserError
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Mill images into patches, and patches into pre-trained Vision Transformers.")  # fmt: skip
 app.add_typer(shards_app, name="shards")
+app.add_typer(checkpoint_app, name="checkpoint")
 
 Smoke = Annotated[
     bool, typer.Option("--smoke", help="Shrink depth, width, resolution, batch and steps to a run of seconds.")
@@ -85,65 +87,90 @@ def train(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="Checkpoint, or folder of a training stage.")],
-    destination: Annotated[Path, typer.Argument(help="File to write.")],
-    to: Annotated[str, typer.Option(help="Format: safetensors (timm's parameter names).")] = "safetensors",
+    source: Annotated[Path, typer.Argument(help="Checkpoint, training stage, or weights of any known format.")],
+    destination: Annotated[Path, typer.Argument(help="File to write; of transformers a folder.")],
+    to: Annotated[str, typer.Option(help="Format: safetensors (timm's names), transformers, or npz.")] = "safetensors",
     checkpoint: Annotated[str, typer.Option(help="Of a stage's folder: latest or best.")] = "latest",
     ema: Average = False,
+    image_size: Annotated[int | None, typer.Option(min=1, help="For images of this side, in pixels.")] = None,
+    resize: Annotated[str, typer.Option(help="How positions get there: official zoom or bicubic.")] = "official",
+    classes: Annotated[
+        str | None, typer.Option(help="Classes: a number (0: no head; another: a new one), or a file of names.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the values: float32, bfloat16 or float16.")] = "float32",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="What SOURCE does not tell of its model, as num_heads=6."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Convert a checkpoint of any engine, ZeRO stage and number of ranks to one file of weights."""
-    if to != "safetensors":
-        raise UserError(f"there is no format {to!r}; the formats are: safetensors")
+    """Convert a model to another format, size, head or dtype, with a proof that it stays the same and a card."""
     if checkpoint not in ("latest", "best"):
         raise UserError(f"there is no checkpoint pointer {checkpoint!r}; give latest or best")
-    from pipeline.convert.safetensors import to_safetensors
+    from pipeline.convert.convert import convert as run_conversion
 
-    _print(to_safetensors(source, destination, checkpoint, ema), as_json)
+    _print(
+        run_conversion(source, destination, to, checkpoint, ema, image_size, resize, classes, dtype, settings), as_json
+    )
 
 
 @app.command()
 def evaluate(
-    weights: Annotated[Path, typer.Argument(help="Weights, checkpoint, or folder of a training stage.")],
+    weights: Annotated[Path, typer.Argument(help="Weights in any format, checkpoint, or a training stage's folder.")],
     data: Annotated[str, typer.Argument(help="Data set.")],
     batch: Annotated[int, typer.Option(min=1, help="Images a rank takes at once.")] = 64,
     view: Annotated[
         Literal["resize", "center_crop"], typer.Option(help="The whole image, squeezed; or its middle.")
     ] = "resize",
     ema: Average = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for predictions.parquet and tables of classes, confusion, calibration.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Evaluate every image of a data set exactly once, on any number of ranks."""
     from pipeline import distributed
-    from pipeline.convert.safetensors import load_model
-    from pipeline.evaluate.classify import check_classes, classify
+    from pipeline.convert.recognise import load_model
+    from pipeline.evaluate.classify import check_classes
+    from pipeline.evaluate.predict import predict
+    from pipeline.evaluate.scores import Scores
     from shards.dataset import Dataset
 
     dataset = Dataset.open(data)
     model, classes = load_model(weights, ema)
     check_classes(classes, dataset)
     with distributed.together():
-        _print(classify(model.to(distributed.device()), dataset, model.image_size, batch, view=view), as_json)
+        found = predict(model.to(distributed.device()), dataset, model.image_size, batch, view=view)
+        scores = Scores(found, dataset)
+        if out and distributed.rank() == 0:
+            scores.write(out)
+        _print(scores.summary(), as_json)
 
 
 @app.command()
 def fewshot(
-    weights: Annotated[Path, typer.Argument(help="Weights, checkpoint, or folder of a training stage.")],
+    weights: Annotated[Path, typer.Argument(help="Weights in any format, checkpoint, or a training stage's folder.")],
     train: Annotated[str, typer.Argument(help="Data set to take the shots from.")],
     test: Annotated[str, typer.Argument(help="Data set to test on.")],
     shots: Annotated[str, typer.Option(help="Images a class, comma-separated.")] = "1,5,10,25",
+    knn: Annotated[
+        int | None, typer.Option(min=1, help="Ask so many nearest training images, too; 20 is usual.")
+    ] = None,
+    ema: Average = False,
     as_json: Json = False,
 ) -> None:
-    """Closed-form linear accuracy of frozen features, next to the same on raw pixels."""
+    """Closed-form linear accuracy of frozen features, next to the same on raw pixels; on any number of ranks."""
     numbers = [int(text) for text in shots.split(",") if text.strip().isdigit()]
     if len(numbers) < len(shots.split(",")) or min(numbers) < 1:
         raise UserError(f"--shots {shots!r} are no numbers of images; write them like 1,5,10")
-    from pipeline.convert.safetensors import load_model
+    from pipeline import distributed
+    from pipeline.convert.recognise import load_model
     from pipeline.evaluate.frozen import frozen_features_accuracy
     from shards.dataset import Dataset
 
-    model, _ = load_model(weights)
-    _print(frozen_features_accuracy(model, Dataset.open(train), Dataset.open(test), numbers), as_json)
+    model, _ = load_model(weights, ema)
+    with distributed.together():
+        _print(frozen_features_accuracy(model, Dataset.open(train), Dataset.open(test), numbers, knn), as_json)
 
 
 @app.command()
@@ -180,6 +207,22 @@ def estimate(
     size = {"classes": classes, "epoch": epoch, "image_bytes": image_bytes}
     found = estimates(arguments or [], model, samples, gpus=gpus, gpu=gpu, utilisation=utilisation, **size)
     print(json.dumps(found)) if as_json else print_estimates(found, Console().width if sys.stdout.isatty() else None)
+
+
+@app.command()
+def figures(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint, folder of a training stage, or weights.")],
+    images: Annotated[
+        str | None, typer.Option(help="Data set, folder of images, or an image: attention is of what is seen.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder to write NAME.png into.")] = Path("figures"),
+    ema: Average = False,
+    as_json: Json = False,
+) -> None:
+    """Draw what a model learned: filters, positions, attention distance, attention rollout, hidden patches."""
+    from pipeline.figures.write import write_figures
+
+    _print(write_figures(checkpoint, out, images, ema), as_json)
 
 
 @app.command()

@@ -32,7 +32,7 @@ def shards_build(
     out: Annotated[str, typer.Argument(help="Folder or URL of the new data set.")],
     kind: Annotated[
         str | None,
-        typer.Option(help="Of the source, if it cannot be told: folder, table, parquet, cifar, imagenet, tars."),
+        typer.Option(help="Of the source, if it cannot be told; docs/sharding.md lists the kinds."),
     ] = None,
     image: Annotated[str | None, typer.Option(help="Column of images; of tars, the image's extension.")] = None,
     label: Annotated[str | None, typer.Option(help="Column of labels; of tars, cls, txt, json:FIELD ...")] = None,

@@ -142,7 +142,7 @@ def print_estimates(found: list[dict[str, Any]], width: int | None) -> None:
 KINDS = {
     "weights": "weights", "masters": "masters", "optimizer": "optimizer states", "ema": "moving average",
     "gradients": "gradients", "buffers": "buffers", "batch": "batch", "activations": "activations",
-    "working": "working memory", "loader": "batches ahead",
+    "working": "working memory", "loader": "batches ahead", "checkpoint": "copy to save",
 }  # fmt: skip
 
 

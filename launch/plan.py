@@ -157,7 +157,9 @@ def _prepare(
     filled = table
     for key in kind.paths:
         filled, inputs[key] = _with_path(filled, key, path.parent, by_name, where)
-    outputs = {name: str(run / "stages" / name / KINDS[by_name[name].kind].output) for name in needs}
+    outputs = {
+        name: str(ready[name].folder / KINDS[ready[name].table.kind].output(ready[name].settings)) for name in needs
+    }
     settings = check(kind.settings, _filled(filled, outputs), where)
     command = kind.command(settings, folder, run)
     if isinstance(settings, TrainSettings):

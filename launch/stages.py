@@ -1,9 +1,10 @@
 """The kinds of stage a plan may hold. A stage is a ``patchmill`` command line: what it runs, anyone can run by hand."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -31,16 +32,21 @@ class ShardsStage(Settings):
 
 
 class ConvertStage(Settings):
-    """A checkpoint into weights: ``patchmill convert``."""
+    """A checkpoint, or weights in any format, into weights: ``patchmill convert``."""
 
     source: str
     checkpoint: Literal["latest", "best"] = "latest"
-    to: Literal["safetensors"] = "safetensors"
+    to: Literal["safetensors", "transformers", "npz"] = "safetensors"
     ema: bool = False
+    image_size: int | None = Field(None, gt=0)
+    resize: Literal["official", "bicubic"] = "official"
+    classes: int | str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    set: dict[str, bool | int | float | str] = {}
 
 
 class EvaluateStage(Settings):
-    """Top-1 and top-5 on a data set: ``patchmill evaluate``."""
+    """Top-1 and top-5 on a data set, and every prediction: ``patchmill evaluate``."""
 
     weights: str
     data: str
@@ -56,6 +62,8 @@ class FewshotStage(Settings):
     train: str
     test: str
     shots: list[int] = [1, 5, 10, 25]
+    knn: int | None = Field(None, gt=0)
+    ema: bool = False
 
 
 class ReportStage(Settings):
@@ -69,13 +77,13 @@ class Kind:
     Attributes:
         settings: What ``set`` may hold.
         paths: Keys of ``set`` that are paths: relative ones count from the plan's folder; what they hold is an input.
-        output: What ``{stage}`` stands for in other stages: this path inside the stage's folder.
+        output: ``output(settings)``, what ``{stage}`` stands for in other stages: this path inside the stage's folder.
         command: ``command(settings, folder, run) -> arguments`` of ``patchmill``, without ``--json``.
     """
 
     settings: type[Settings]
     paths: tuple[str, ...]
-    output: str
+    output: Callable[[Any], str]
     command: Callable[[Settings, Path, Path], list[str]]
 
 
@@ -107,32 +115,39 @@ def _train(s: TrainSettings, folder: Path, run: Path) -> list[str]:
 
 
 def _convert(s: ConvertStage, folder: Path, run: Path) -> list[str]:
-    arguments = ["convert", s.source, str(folder / "model.safetensors"), "--checkpoint", s.checkpoint, "--to", s.to]
-    return arguments + (["--ema"] if s.ema else [])
+    arguments = ["convert", s.source, str(folder / CONVERTED[s.to]), "--checkpoint", s.checkpoint, "--to", s.to]
+    arguments += ["--ema"] if s.ema else []
+    arguments += ["--resize", s.resize, "--dtype", s.dtype]
+    arguments += ["--image-size", str(s.image_size)] if s.image_size is not None else []
+    arguments += ["--classes", str(s.classes)] if s.classes is not None else []
+    return arguments + [each for key, value in s.set.items() for each in ("--set", f"{key}={json.dumps(value)}")]
 
 
 def _evaluate(s: EvaluateStage, folder: Path, run: Path) -> list[str]:
     options = ["--batch", str(s.batch), "--view", s.view] + (["--ema"] if s.ema else [])
-    return ["evaluate", s.weights, s.data, *options]
+    return ["evaluate", s.weights, s.data, *options, "--out", str(folder)]
 
 
 def _fewshot(s: FewshotStage, folder: Path, run: Path) -> list[str]:
-    return ["fewshot", s.weights, s.train, s.test, "--shots", ",".join(map(str, s.shots))]
+    options = (["--knn", str(s.knn)] if s.knn else []) + (["--ema"] if s.ema else [])
+    return ["fewshot", s.weights, s.train, s.test, "--shots", ",".join(map(str, s.shots)), *options]
 
 
 def _report(s: ReportStage, folder: Path, run: Path) -> list[str]:
     return ["report", str(run)]
 
 
-TRAINING_PATHS = ("init", "data.train", "data.val", "probe.train", "probe.test")
+CONVERTED = {"safetensors": "model.safetensors", "transformers": "model", "npz": "model.npz"}
+"""What a conversion makes in its stage's folder, by format."""
+TRAINING_PATHS = ("init", "resume", "data.train", "data.val", "probe.train", "probe.test")
 KINDS = {
-    "shards": Kind(ShardsStage, ("source",), "data", _shards),
-    "supervised": Kind(TrainSettings, TRAINING_PATHS, "", _train),
-    "masked_patch": Kind(TrainSettings, TRAINING_PATHS, "", _train),
-    "mae": Kind(TrainSettings, TRAINING_PATHS, "", _train),
-    "finetune": Kind(TrainSettings, TRAINING_PATHS, "", _train),
-    "convert": Kind(ConvertStage, ("source",), "model.safetensors", _convert),
-    "evaluate": Kind(EvaluateStage, ("weights", "data"), "result.json", _evaluate),
-    "fewshot": Kind(FewshotStage, ("weights", "train", "test"), "result.json", _fewshot),
-    "report": Kind(ReportStage, (), "result.json", _report),
+    "shards": Kind(ShardsStage, ("source",), lambda s: "data", _shards),
+    "supervised": Kind(TrainSettings, TRAINING_PATHS, lambda s: "", _train),
+    "masked_patch": Kind(TrainSettings, TRAINING_PATHS, lambda s: "", _train),
+    "mae": Kind(TrainSettings, TRAINING_PATHS, lambda s: "", _train),
+    "finetune": Kind(TrainSettings, TRAINING_PATHS, lambda s: "", _train),
+    "convert": Kind(ConvertStage, ("source", "classes"), lambda s: CONVERTED[s.to], _convert),
+    "evaluate": Kind(EvaluateStage, ("weights", "data"), lambda s: "result.json", _evaluate),
+    "fewshot": Kind(FewshotStage, ("weights", "train", "test"), lambda s: "result.json", _fewshot),
+    "report": Kind(ReportStage, (), lambda s: "result.json", _report),
 }

@@ -221,6 +221,7 @@ class ModelSettings(Settings):
     position_at: Literal["stem", "every", "shared"] | None = None
     registers: int | None = None
     qkv_bias: bool | None = None
+    norm_eps: float | None = Field(None, gt=0)
     gelu: Literal["tanh", "exact"] | None = None
     dropout: float | None = None
     drop_path: float | None = None
@@ -424,10 +425,18 @@ class MaeSettings(Settings):
 
 
 class CheckpointSettings(Settings):
-    """When a checkpoint is written, and how many are kept (the best and the newest always are)."""
+    """When a checkpoint is written and how, and which are kept (the best and the newest always are)."""
 
     every: Period = Duration("1 epoch")
+    minutes: float | None = Field(None, gt=0, description="besides, when so many have gone since the last one")
     keep: int = Field(2, ge=2, description="at least 2, so that a broken newest one never ends a run")
+    keep_every: Period | None = Field(None, description="the first one after each such period is kept for good")
+    mirror: Url | None = Field(
+        None, description="bucket or folder that gets a copy; a run on an empty disk goes on from there"
+    )
+    asynchronous: bool = Field(
+        True, description="training goes on once states are copied to host memory, where there is room for the copy"
+    )
 
 
 class EvaluateSettings(Settings):
@@ -472,6 +481,10 @@ class TrainSettings(Settings):
         None, gt=0, description="samples a rank takes through the model at once; unset: all"
     )
     init: str | None = Field(None, description="safetensors file to start from; the run's own checkpoint goes first")
+    resume: str | None = Field(
+        None,
+        description="checkpoint, or folder of a training stage, of another run to go on from, if there is none here",
+    )
     loss: Literal["softmax", "sigmoid"] = "softmax"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     masked_patch: MaskedPatchSettings = MaskedPatchSettings()

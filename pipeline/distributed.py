@@ -23,6 +23,7 @@ from shards.errors import StoppedOnRequestError, UserError
 TIMEOUT = datetime.timedelta(minutes=10)  # of joining, and of collectives where no watchdog watches
 WATCHED = datetime.timedelta(days=14)  # more than any watchdog's; in milliseconds still an int32
 alive: Liveness | None = None  # signs of life of the ranks, where there are several
+_beside: dist.ProcessGroup | None = None
 
 
 def rank() -> int:
@@ -63,6 +64,14 @@ def start() -> None:
     dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=TIMEOUT)
 
 
+def group_beside() -> dist.ProcessGroup:
+    """Return the group (gloo) over which threads beside the loop agree; collective at the first call."""
+    global _beside
+    if _beside is None:
+        _beside = dist.new_group(backend="gloo")
+    return _beside
+
+
 def leave_hangs_to_the_watchdog() -> None:
     """Let collectives of all groups there are (DeepSpeed makes some of its own) take as long as the watchdog lets them.
 
@@ -74,6 +83,8 @@ def leave_hangs_to_the_watchdog() -> None:
 
 def finish() -> None:
     """Leave the process group; call it when the engine is out of scope."""
+    global _beside
+    _beside = None
     if dist.is_initialized():
         # A DistributedDataParallel that outlives its group keeps gloo's threads running, and a joinable thread at
         # interpreter exit aborts the process (seen in 1 of 9 runs).
@@ -145,10 +156,10 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     return value
 
 
-def everyone(obj: Any) -> list[Any]:
-    """Return every rank's ``obj``, in rank order, on every rank."""
+def everyone(obj: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Return every rank's ``obj``, in rank order, on every rank; ``group`` is another of the same ranks."""
     gathered: list[Any] = [None] * world_size()
-    dist.all_gather_object(gathered, obj)
+    dist.all_gather_object(gathered, obj, group)
     return gathered
 
 

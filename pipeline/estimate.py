@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from pipeline.config import TrainSettings
 from pipeline.data import training_set
-from pipeline.engines.states import FLOAT, kinds
+from pipeline.engines.states import checkpoint_bytes
 from pipeline.flops import BACKWARD, cost_of
 from pipeline.hardware import card
 from pipeline.memory import MemoryEstimate
@@ -92,9 +92,8 @@ def estimate_stage(
     # No other length than the duration changes what a stage costs.
     total = Schedule.of(settings, epoch if in_epochs else 1, settings.global_batch).total
     found = estimate_model(model, total, settings.hidden_share)
-    values = 1 + kinds(settings.optim) + (settings.optim.ema is not None)
     found |= {
-        "checkpoint_bytes": FLOAT * values * found["parameters"],
+        "checkpoint_bytes": checkpoint_bytes(settings.optim, found["parameters"]),
         "image_bytes": image_bytes or IMAGE_BYTES, "image_bytes_assumed": image_bytes is None,
         "shard_bytes": round(epoch * (image_bytes or IMAGE_BYTES)) if epoch else None,
     }  # fmt: skip

@@ -1,6 +1,5 @@
 """Losses of class logits, image by image (vit-paper 2.3), and the targets that labels are to them."""
 
-import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name everyone knows)
 from torch import Tensor
@@ -45,7 +44,8 @@ def class_targets(batch: Batch | EvaluationBatch, classes: int, kind: str, devic
     labels = batch.labels
     if labels.dtype != LABEL:
         return torch.from_numpy(labels).to(device)
-    labels, weights = (np.ascontiguousarray(labels[field]) for field in ("label", "weight"))
+    # Copied, since of a single label NumPy calls the field's stride contiguous, and torch takes none of that kind.
+    labels, weights = (labels[field].copy() for field in ("label", "weight"))
     if labels.shape[1] == 1 and (weights == 1).all():
         return torch.from_numpy(labels[:, 0]).to(device)
     if kind == "softmax":

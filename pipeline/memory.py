@@ -15,7 +15,16 @@ from pipeline.activations import Passes, count_passes
 from pipeline.config import TrainSettings
 from pipeline.engines.blocks import blocks_of
 from pipeline.engines.configuration import deepspeed_config
-from pipeline.engines.states import FLOAT, add_buffers, add_gradients, group_sizes, persistent, shares, states
+from pipeline.engines.states import (
+    FLOAT,
+    add_buffers,
+    add_gradients,
+    checkpoint_bytes,
+    group_sizes,
+    persistent,
+    shares,
+    states,
+)
 from pipeline.models import create_model
 
 LARGEST_REDUCTION = 500_000_000  # values that DeepSpeed's stage 0 copies together to reduce them
@@ -82,6 +91,8 @@ class MemoryEstimate:
         whole = engine.zero_stage < 2  # gradients of all parameters are there until the step
         add_gradients(held, engine, self._sizes, sum(self._shares), accumulated)
         add_buffers(held, engine, self._sizes, self._shares, self._ranks, self._zero)
+        if self._settings.checkpoint.asynchronous:
+            held.host["checkpoint"] = checkpoint_bytes(self._settings.optim, sum(self._sizes)) // self._ranks
         held.host["loader"] = AHEAD * self.local * 3 * self._image_size**2
         held.device["batch"] = self.local * 3 * self._image_size**2 * FLOAT * (2 if self._cuda else 1)
         gradients = held.device["gradients"]

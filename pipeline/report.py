@@ -97,13 +97,17 @@ def accuracies(run: Run) -> list[Row]:
         rows.append(Row("most frequent class", counts.max() / len(val), f"always saying {most}"))
     for name in run.stages("fewshot"):
         result = run.results[name]["result"]
-        rows.append(Row("raw pixels, least squares", result["pixels"]["all"], "closed form, every training image"))
-        rows.append(
-            Row("frozen features, least squares", result["features"]["all"], "closed form, every training image")
-        )
-        for shots, top1 in result["features"]["shots"].items():
-            pixels = 100 * result["pixels"]["shots"][shots]
-            rows.append(Row(f"frozen features, {shots}-shot", top1, f"mean of 3 seeds; raw pixels {pixels:.1f} %"))
+        features, pixels = result["features"], result.get("pixels")  # which a large set has not
+        if pixels:
+            rows.append(Row("raw pixels, least squares", pixels["all"], "closed form, every training image"))
+        rows.append(Row("frozen features, least squares", features["all"], "closed form, every training image"))
+        for shots, top1 in features["shots"].items():
+            beside = f"; raw pixels {100 * pixels['shots'][shots]:.1f} %" if pixels else ""
+            rows.append(Row(f"frozen features, {shots}-shot", top1, f"mean of 3 seeds{beside}"))
+        if "knn" in features:
+            rows.append(
+                Row("frozen features, nearest neighbours", features["knn"], "weighted vote, every training image")
+            )
     for kind in ("supervised", "finetune"):
         for name in run.stages(kind):
             result = run.results[name]["result"]
@@ -230,7 +234,7 @@ def _samples(run: Run) -> str:
         return ""
     import torch
 
-    from pipeline.convert.safetensors import load_model
+    from pipeline.convert.recognise import load_model
     from pipeline.images import to_model_input
     from shards.augment import Resize
 

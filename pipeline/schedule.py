@@ -15,7 +15,7 @@ class Schedule:
         total: Where it ends: a whole number of steps.
         warmup: Where the learning rate's warm-up ends.
         milestones: After which a learning rate that goes down in steps goes down.
-        periods: Of ``log``, ``save``, ``evaluate`` and, where there is one, ``probe``.
+        periods: Of ``log``, ``save``, ``evaluate`` and, where there is one, ``probe`` and ``keep``.
     """
 
     settings: TrainSettings
@@ -37,6 +37,7 @@ class Schedule:
         batch, schedule = settings.global_batch, settings.schedule
         periods = {"log": settings.log_every, "save": settings.checkpoint.every, "evaluate": settings.evaluate.every}
         periods |= {"probe": settings.probe.every} if settings.probe else {}
+        periods |= {"keep": settings.checkpoint.keep_every} if settings.checkpoint.keep_every else {}
         return cls(
             settings,
             total=max(1, round(settings.duration.samples(epoch, first_batch) / first_batch)) * first_batch,

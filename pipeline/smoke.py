@@ -106,7 +106,8 @@ def shrink(settings: TrainSettings, ranks: int = 1, weights: dict[str, Any] | No
         schedule["milestones"] = [f"{round(place * local * ranks)} samples" for place in places]
     small = {
         "duration": whole, "global_batch": local * ranks, "micro_batch": local // 2 if accumulates else None,
-        "log_every": "1 step", "checkpoint": {"every": whole}, "evaluate": {"every": whole}, "schedule": schedule,
+        "log_every": "1 step", "evaluate": {"every": whole}, "schedule": schedule,
+        "checkpoint": {"every": whole, "mirror": None}, "resume": None,  # of the real run, and its place
         "data": {"resolution": resolution, "resize": _scaled(settings.data, resolution)},
         "model": {} if settings.model.name is None else model,
     }  # fmt: skip

@@ -1,6 +1,6 @@
 """One loop for every kind of training stage, read from top to bottom.
 
-Where a run starts, in this order: its own newest checkpoint > converted weights (``init``) > scratch.
+Where a run starts: its own newest checkpoint > another run's (``resume``) > converted weights (``init``) > scratch.
 Where it stands is one integer, the samples consumed; schedules, saves and evaluations are functions of it.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline import checkpoint, distributed, patience, provenance, stop, watchdog
+from pipeline import distributed, patience, provenance, stop, watchdog
 from pipeline.ceiling import product_flops
 from pipeline.config import TrainSettings
 from pipeline.data import open_data
@@ -22,15 +22,17 @@ from pipeline.engines import create_engine
 from pipeline.flops import cost_of
 from pipeline.garbage import collected_between_steps
 from pipeline.guard import Guard
+from pipeline.lookout import Lookout
 from pipeline.microbatch import MicroBatch, micro_batches, seed_dropout
 from pipeline.models import create_model
 from pipeline.objectives import create_objective
 from pipeline.prefetch import prefetched
 from pipeline.profiler import Profiler
-from pipeline.resume import check_resume
+from pipeline.resume import last_checkpoint
+from pipeline.saver import Saver
 from pipeline.telemetry import Telemetry
 from pipeline.tracking import mirrors
-from pipeline.troubles import RollBack, Troubles, forget
+from pipeline.troubles import RollBack, Troubles
 from pipeline.validation import Validation
 from pipeline.watchdog import Watchdog
 from pipeline.weights import Weights, first_values, resolve_model
@@ -70,13 +72,10 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
     rank, world_size = distributed.rank(), distributed.world_size()
 
     # ---- data
-    loaded = checkpoint.newest(out / "checkpoints")
-    if rank == 0 and loaded is None:  # of a run that nothing is left of
-        forget(out)
+    loaded = last_checkpoint(settings, out)
     state: dict[str, Any] = {"steps": 0, "best": None, "val": None, "worse": 0, "probe": {}}
     state["first_batch"] = settings.global_batch
     if loaded is not None:
-        check_resume(settings, loaded)
         state |= {key: loaded.state[key] for key in state if key in loaded.state}
     data = open_data(settings, out, state["first_batch"])
     loader, schedule = data.loader, data.schedule
@@ -106,24 +105,26 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
         return *objective.prepare(batch), torch.from_numpy(draws).to(distributed.device())
 
     # ---- start
+    flops = cost_of(**model_settings, hidden=settings.hidden_share).training_flops(1)
+    window = Window(settings, loader, flops / product_flops(settings.engine.precision))
     if loaded is not None:
         loader.load_state_dict(loaded.state["loader"], settings.data.allow_decoder_change)
         engine.load(loaded.read)
         guard.load_state_dict(loaded.state.get("guard"))
+        window.load_state_dict(loaded.state.get("window"))
         loaded.close()
     samples = loader.state_dict()["samples"]
     troubles = Troubles(settings, out, data.names, samples)
     if rank == 0:
         provenance.note(out, settings, engine.configuration)
-        checkpoint.clear_partial(out / "checkpoints")
         (out / "stopped.json").unlink(missing_ok=True)
     telemetry = None
     if rank == 0:
         telemetry = Telemetry(out, out.name, schedule.total, samples, mirrors(settings, out, samples))
         ending.callback(telemetry.close)
+    saver = ending.enter_context(Saver(out / "checkpoints", shapes, settings, schedule.periods.get("keep")))
     profiler = ending.enter_context(Profiler(out / "profile", settings.profile.first, settings.profile.steps))
-    flops = cost_of(**model_settings, hidden=settings.hidden_share).training_flops(1)
-    window = Window(settings, loader, flops / product_flops(settings.engine.precision))
+    lookout = Lookout(settings.checkpoint.minutes, saver=saver)
     ending.enter_context(collected_between_steps())
 
     # ---- what happens between two steps
@@ -134,17 +135,19 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
 
     def save(best: bool) -> Path:
         watch.at(watchdog.SAVING, samples)
-        noted = {**notes, **state, "guard": guard.state_dict(), "loader": {**loader.state_dict(), "samples": samples}}
-        path = checkpoint.save(out / "checkpoints", samples, engine.pieces(), shapes, noted, best)
-        if rank == 0:
-            checkpoint.prune(out / "checkpoints", settings.checkpoint.keep)
+        noted = {
+            **notes, **state, "guard": guard.state_dict(), "window": window.state_dict(),
+            "loader": {**loader.state_dict(), "samples": samples},
+        }  # fmt: skip
+        path = saver.save(samples, engine.pieces(), noted, best)
+        lookout.saved()
         return path
 
     # ---- the loop
     micro_batch = settings.micro_batch or settings.global_batch // world_size
     path, owed = loaded.path if loaded else None, False  # owed: a save that came due at a step held back
     batches = ending.enter_context(closing(prefetched(iter(loader), prepare, distributed.device())))
-    if any(distributed.everyone(stop.asked())):  # while all of this started
+    if lookout.look(now=True).stop:  # while all of this started
         raise stop.stopped(out, samples, path)
     watch.at(watchdog.WAITING, samples)
     window.open()
@@ -164,32 +167,40 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
             state["steps"] += 1
         watch.at(watchdog.WAITING, samples)
 
-        saving, validating = schedule.due("save", samples) or owed, validation.due(samples)
-        if not (saving or validating or schedule.due("log", samples)):
+        # A line ends the window, which is why a save or an evaluation by samples always has one, and what comes when
+        # it comes has none: so a run that was stopped and went on logs the same lines.
+        saving, validating = schedule.due("save", samples), validation.due(samples)
+        logging = saving or validating or schedule.due("log", samples)
+        seen = lookout.look(now=logging)
+        saving = saving or seen.save or owed
+        if not (logging or saving or seen.stop):
             continue  # nothing below touches the hot path
 
-        # A save or an evaluation ends the logging window too, so a resumed run logs the same lines.
-        taken, measured, stopping = window.measure(stop.asked())
-        troubles.note(taken, path)
-        values = {
-            "step": state["steps"], "epoch": data.epoch and samples / data.epoch, "lr": schedule.rate(samples),
-            **measured, "skipped": troubles.skipped,
-        }  # fmt: skip
-        if telemetry:
-            telemetry.log(samples, values)
+        troubles.note(window.settle(), path)
+        if logging:
+            values = {
+                "step": state["steps"], "epoch": data.epoch and samples / data.epoch, "lr": schedule.rate(samples),
+                **window.measure(), "skipped": troubles.skipped,
+            }  # fmt: skip
+            window.clear()
+            if telemetry:
+                telemetry.log(samples, values)
         watch.at(watchdog.EVALUATING, samples)
         best = validating and validation.measure(engine, objective, samples, telemetry)
-        if telemetry:
+        if telemetry and logging:
             telemetry.show(samples, {**values, **validation.shown()})
         owed = saving and troubles.now and samples < schedule.total
-        if (saving and not owed) or best or stopping or patience.lost(settings, state):
+        if (saving and not owed) or best or seen.stop or patience.lost(settings, state):
             path = save(best)
-        if stopping and samples < schedule.total:
+        if seen.stop and samples < schedule.total:
+            saver.wait()
             raise stop.stopped(out, samples, path)
         gc.collect(1)
         watch.at(watchdog.WAITING, samples)
         window.open()
 
+    watch.at(watchdog.SAVING, samples)
+    saver.finish()
     return {
         "samples": samples, "steps": state["steps"], "val": state["val"], "best": state["best"], **state["probe"],
         "checkpoint": str(path), "images_per_second": window.images / window.seconds if window.images else None,

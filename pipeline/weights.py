@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,23 +10,23 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.config import TrainSettings
+from pipeline.convert import safetensors
+from pipeline.convert.tensors import NOTE
 from pipeline.models import MODELS, create_model
 from pipeline.models.initial import initial_value
 from pipeline.models.positions import FIXED
 from shards.atomic import whole_file
 from shards.errors import UserError
 
-NOTE = "patchmill"  # the key of our note in the file's metadata
 # What a stage may set anew over the weights that it starts from. Every other setting of a model is an attribute of it.
 OF_MASKING = {"patch_target", "decoder_depth", "decoder_dim", "decoder_heads"}
 MAY_CHANGE = {"image_size", "num_classes", "representation", "dropout", "drop_path", "head_bias", *OF_MASKING}
 
-OF_THE_OBJECTIVE = ("head.", "pre_logits.", "patch_head.", "mask_token")  # that other objectives do not train
 DECODER = "decoder."  # of no use once its stage is over
+OF_THE_OBJECTIVE = ("head.", "pre_logits.", "patch_head.", "mask_token")  # that other objectives do not train
 
 
 class Weights:
@@ -71,9 +70,7 @@ class Weights:
 def write_weights(path: Path, tensors: dict[str, Tensor], note: dict[str, Any]) -> None:
     """Write a weights file that ``Weights`` reads; ``note`` needs the keys ``model`` and ``classes``."""
     with whole_file(path) as partial:
-        # One key only: safetensors writes several in any order, and the same weights should be the same bytes.
-        save_file(tensors, partial, metadata={NOTE: json.dumps(note)})
-        os.chmod(partial, 0o644)
+        safetensors.write(partial, tensors, tensors.__getitem__, {NOTE: json.dumps(note)})
 
 
 def resolve_model(settings: TrainSettings, init: Weights | None, num_classes: int) -> dict[str, Any]:

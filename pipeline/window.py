@@ -38,7 +38,7 @@ class Taken(NamedTuple):
 
 
 class Window:
-    """The steps since the last log line.
+    """The steps since the last log line. A pause in it, for a save between two lines, is left out of its speed.
 
     Args:
         settings: Of the stage.
@@ -46,17 +46,31 @@ class Window:
         sample_seconds: What training on a sample takes at the least, were all of it matrix products on all ranks.
 
     Attributes:
-        images: Trained on in all windows that were measured, over all ranks.
+        images: Trained on in all windows that were settled, over all ranks.
         seconds: That those windows took.
     """
 
     def __init__(self, settings: TrainSettings, loader: Loader | ProcessLoader | StreamLoader, sample_seconds: float):
         self.images, self.seconds = 0, 0.0
         self._settings, self._loader, self._sample_seconds = settings, loader, sample_seconds
+        self.clear()
         self.open()
 
+    def clear(self) -> None:
+        """Forget the steps: they have their line."""
+        self._losses, self._applied, self._grad_norm = 0.0, 0, None
+
+    def state_dict(self) -> dict[str, float | int | None]:
+        """Return what a line needs of the settled steps; a run that goes on from a save logs the same lines."""
+        return {"losses": self._losses, "applied": self._applied, "grad_norm": self._grad_norm}
+
+    def load_state_dict(self, state: dict[str, float | int | None] | None) -> None:
+        """Go on from a checkpoint; one from before there were saves between two lines has none."""
+        if state is not None:
+            self._losses, self._applied, self._grad_norm = state["losses"], state["applied"], state["grad_norm"]
+
     def open(self) -> None:
-        """Begin a window."""
+        """Begin to measure; steps from here on are on their device."""
         self._steps: list[tuple[int, Step]] = []
         self._waited, self._passes = 0.0, []
         self._marks: list[Mark] = [mark()]
@@ -81,38 +95,44 @@ class Window:
         self._steps.append((samples, step))
         self._marks.append(mark())
 
-    def measure(self, asked: bool) -> tuple[list[Taken], dict[str, float | int | None], bool]:
-        """Measure the window; collective over all ranks.
+    def settle(self) -> list[Taken]:
+        """Return the steps since ``open``, on the host; waits for the device."""
+        taken = self._on_host()
+        self._lasted = time.monotonic() - self._began
+        self.images, self.seconds = self.images + len(taken) * self._settings.global_batch, self.seconds + self._lasted
+        for step in taken:
+            if step.applied:
+                self._losses, self._applied, self._grad_norm = (
+                    self._losses + step.loss,
+                    self._applied + 1,
+                    step.grad_norm,
+                )
+        return taken
 
-        Args:
-            asked: This rank was asked to stop; here, so that one exchange between the ranks does for all.
+    def measure(self) -> dict[str, float | int | None]:
+        """Return the values of a log line, of settled steps; collective over all ranks.
 
-        Returns:
-            The steps; the values of a log line; and whether any rank was asked to stop. Shares are of the time of all
-            ranks, those of reading and decoding of the time of all their decode threads; the last counts are since the
-            run started. Loss and gradient norm are of the steps that were not held back, None if all were.
+        Shares are of the time of all ranks, those of reading and decoding of the time of all their decode threads; the
+        last counts are since the run started. Loss and gradient norm are of the steps that were not held back, None if
+        all were.
         """
-        taken = self._on_host()  # waits for the device: whatever is decoded meanwhile belongs to the window
         # Under ZeRO 3 a forward pass waits for others, for the weights that they hold.
         passes = [] if self._settings.engine.zero_stage == 3 else self._passes
         own = self._waited + sum(seconds_between(*each) for each in passes)
-        ranks = distributed.world_size()
-        mine = [own, distributed.memory_bytes(), self._waited, float(asked), *self._loader.counts(), *self._before]
+        ranks, seconds = distributed.world_size(), self._lasted
+        mine = [own, distributed.memory_bytes(), self._waited, *self._loader.counts(), *self._before]
         everyones = distributed.gather_floats(mine)  # [ranks, values]
         own, memory = everyones[:, 0], everyones[:, 1]
-        waited, stopping, *counts = everyones[:, 2:].sum(axis=0).tolist()
+        waited, *counts = everyones[:, 2:].sum(axis=0).tolist()
         now, before = Counts(*counts[: len(counts) // 2]), Counts(*counts[len(counts) // 2 :])
         here = Counts(*(after - earlier for after, earlier in zip(now, before, strict=True)))
-        seconds = time.monotonic() - self._began
         threads, asked_for = ranks * self._settings.data.threads, here.cache_hits + here.cache_misses
-        images = len(taken) * self._settings.global_batch
-        self.images, self.seconds = self.images + images, self.seconds + seconds
-        applied = [step for step in taken if step.applied]
+        images = len(self._steps) * self._settings.global_batch
         times = [1e3 * seconds_between(*pair) for pair in zip(self._marks, self._marks[1:], strict=False)]
         behind = float(own.max() - np.median(own)) / seconds
-        return taken, {
-            "loss": sum(step.loss for step in applied) / len(applied) if applied else None,
-            "grad_norm": applied[-1].grad_norm if applied else None,
+        return {
+            "loss": self._losses / self._applied if self._applied else None,
+            "grad_norm": self._grad_norm,
             "images_per_second": images / seconds, "images_per_second_per_rank": images / seconds / ranks,
             "utilisation": images / seconds * self._sample_seconds,
             "mb_per_second": here.bytes / 1e6 / seconds,
@@ -123,7 +143,7 @@ class Window:
             "memory_gb": float(memory.max()) / 1e9,
             **({"cache_hit_share": here.cache_hits / asked_for} if asked_for else {}),
             "retries": int(now.retries), "replaced": int(now.replaced), "quarantined": int(now.quarantined),
-        }, stopping > 0  # fmt: skip
+        }  # fmt: skip
 
     def _on_host(self) -> list[Taken]:
         if not self._steps:

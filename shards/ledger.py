@@ -80,6 +80,12 @@ def new_segment(folder: str | os.PathLike) -> Path:
         return folder / f"{number:06d}"
 
 
+def keep_number(folder: str | os.PathLike, segment: str | None) -> None:
+    """Leave its number to a segment that a run goes on from and that lies elsewhere: no new one gets it."""
+    if segment is not None:
+        (Path(folder) / segment).mkdir(parents=True, exist_ok=True)
+
+
 class Ledger:
     """Writes one rank's file of a segment; of another one each time the stream is set to another place.
 

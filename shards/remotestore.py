@@ -174,10 +174,14 @@ class RemoteStore:
         with temporary_folder() as folder:
             file = folder / "object"
             yield file
-            try:
-                obstore.put(self._store, path, file)
-            except ERRORS as error:
-                raise PatchmillError(f"cannot write {self.url}/{path}: {reason(error)}") from error
+            self.upload(path, file)
+
+    def upload(self, path: str, file: Path) -> None:
+        """Write a whole object: what is in a local file."""
+        try:
+            obstore.put(self._store, path, file)
+        except ERRORS as error:
+            raise PatchmillError(f"cannot write {self.url}/{path}: {reason(error)}") from error
 
     def write(self, path: str, data: bytes) -> None:
         """Write a whole object."""

@@ -4,16 +4,19 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 
-from pipeline.config import ModelSettings, TrainSettings, check, override
+from launch.cli_checkpoint import checkpoint_app
+from pipeline.config import CheckpointSettings, ModelSettings, TrainSettings, check, override
 from pipeline.flops import cost_of
 from pipeline.hardware import CARDS
 from pipeline.models import MODELS, create_model
 from pipeline.recipe import read_recipe, read_settings, recipe_names
+from pipeline.resume import RULES
 from pipeline.schedule import Schedule
 from pipeline.weights import check_model
 from tests.command import patchmill
@@ -155,3 +158,16 @@ def test_the_page_on_scale_shows_what_estimate_prints(tmp_path):
     for command, output in shown:
         done = patchmill(*shlex.split(command)[1:], cwd=tmp_path, COLUMNS="200")
         assert [line.rstrip() for line in done.stdout.splitlines()] == output.splitlines(), command
+
+
+def test_the_page_on_checkpoints_shows_every_setting_command_and_kind_of_row():
+    page = (DOCS / "checkpoints.md").read_text()
+    table = tomllib.loads(re.search(r"```toml\n(.*?)```", page, re.DOTALL)[1])
+    assert table["checkpoint"].keys() == CheckpointSettings.model_fields.keys()
+    stage = {"duration": "1 epoch", "global_batch": 8, "data": {"train": "a"}, "model": {"name": "vit_b16"}}
+    check(TrainSettings, stage | table, "the page")
+    commands = set(re.findall(r"patchmill checkpoint (\w+)", page))
+    assert commands == {command.name for command in checkpoint_app.registered_commands}
+    rows = dict(re.findall(r"^\| (free|allowed|refused)[^|]*\| (.*) \|$", page, re.MULTILINE))
+    for row, rule in RULES.items():
+        assert "." in row or rule != "allowed" or f"`{row}`" in rows[rule], row

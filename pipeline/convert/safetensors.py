@@ -1,99 +1,61 @@
-"""Any checkpoint of ours -> one safetensors file with timm's names, ready for fine-tuning."""
+"""Write safetensors files tensor by tensor, so that no model need be in memory.
 
-import sys
-from collections.abc import Iterable
+The format: 8 bytes that say how long the header is, the header in JSON, spaces up to a multiple of 8, and the values.
+"""
+
+import json
+import struct
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
-from pipeline import checkpoint
-from pipeline.models import create_model
-from pipeline.weights import DECODER, Weights, write_weights
-from shards.errors import UserError
-
-
-def find_checkpoint(source: str | Path, which: str = "latest") -> checkpoint.Checkpoint:
-    """Return the verified checkpoint at ``source``: a checkpoint folder, or a training stage's folder.
-
-    Args:
-        source: The folder.
-        which: For a stage's folder, the pointer to follow: ``"latest"`` or ``"best"``.
-
-    Raises:
-        UserError: There is none.
-        BrokenCheckpointError: It was named, and does not pass verification.
-    """
-    source = Path(source)
-    if (source / "checkpoint.json").is_file():
-        found = checkpoint.Checkpoint(source)
-        found.verify()
-        return found
-    folder = source / "checkpoints"
-    candidates = checkpoint.whole_checkpoints(folder) if which == "latest" else [checkpoint.pointer(folder, which)]
-    for path in filter(None, candidates):
-        try:
-            found = checkpoint.Checkpoint(path)
-            found.verify()
-        except checkpoint.BrokenCheckpointError as error:
-            print(f"warning: {error} (falling back to the one before)", file=sys.stderr)
-            continue
-        return found
-    raise UserError(
-        f"there is no whole {which} checkpoint in {source}; give a checkpoint folder, or the folder of a training "
-        "stage that saved one"
-    )
+CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+ROOM = 1024
+"""Bytes left in a header, so that what is noted there may still grow."""
 
 
-def to_safetensors(source: str | Path, destination: str | Path, which: str = "latest", ema: bool = False) -> dict:
-    """Convert a checkpoint, whatever engine, ZeRO stage and number of ranks wrote it; a decoder stays behind.
+def write(
+    path: Path, like: Mapping[str, Tensor], tensor: Callable[[str], Tensor], metadata: dict[str, str], room: int = 0
+) -> None:
+    """Write a file.
 
     Args:
-        source: As in ``find_checkpoint``.
-        destination: File to write.
-        which: As in ``find_checkpoint``.
-        ema: Take the moving average of the weights.
-
-    Returns:
-        ``weights`` (path), ``samples``, ``parameters`` (their number).
+        path: Of the file.
+        like: What each tensor is like, on any device, meta among them.
+        tensor: Gives each, once, in the order of their names.
+        metadata: Goes into the header.
+        room: Bytes by which ``metadata`` may still grow in ``change_metadata``.
     """
-    found = find_checkpoint(source, which)
-    tensors = {name: tensor for name, tensor in _weights(found, ema) if not name.startswith(DECODER)}
-    note = {
-        "model": {key: value for key, value in found.state["model"].items() if not key.startswith("decoder_")},
-        "classes": found.state["classes"],
-        "samples": found.samples,
-        "ema": ema,
-        "val": found.state["val"],
-        "commit": found.state["commit"],
-        "versions": found.state["versions"],
-    }
-    write_weights(Path(destination), tensors, note)
-    return {
-        "weights": str(destination),
-        "samples": found.samples,
-        "parameters": sum(tensor.numel() for tensor in tensors.values()),
-    }
+    header, at = {}, 0
+    for name in sorted(like):
+        size = like[name].numel() * like[name].element_size()
+        entry = {"dtype": CODES[like[name].dtype], "shape": list(like[name].shape), "data_offsets": [at, at + size]}
+        header[name], at = entry, at + size
+    with open(path, "wb") as file:
+        text = _text(header, metadata)
+        text = text.ljust(-(-(len(text) + room) // 8) * 8)
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in sorted(like):
+            value = tensor(name)
+            if (value.shape, value.dtype) != (like[name].shape, like[name].dtype):
+                raise ValueError(f"{name} is {value.dtype} {value.shape}, not what its header says")
+            file.write(value.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
-def load_model(source: str | Path, ema: bool = False) -> tuple[nn.Module, list[str]]:
-    """Return (model on the CPU in evaluation mode, class names) of a weights file, a checkpoint or a stage's folder.
-
-    With ``ema``, of a checkpoint or folder, the model of the moving average of the weights.
-    """
-    if not Path(source).is_dir():
-        weights = Weights(source)
-        if ema:
-            raise UserError(f"{source} holds one set of weights; give the checkpoint, or make it with `convert --ema`")
-        return weights.create_model(), weights.classes
-    found = find_checkpoint(source)
-    model = create_model(**found.state["model"], seed=None)
-    model.load_state_dict(dict(_weights(found, ema)))
-    return model.eval(), found.state["classes"]
+def change_metadata(path: Path, metadata: dict[str, str]) -> None:
+    """Put other metadata into a file whose header has room for it."""
+    with open(path, "rb+") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        del header["__metadata__"]
+        text = _text(header, metadata)
+        if len(text) > length:
+            raise ValueError(f"{len(text)} bytes do not go into a header of {length}")
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
-def _weights(found: checkpoint.Checkpoint, ema: bool) -> Iterable[tuple[str, Tensor]]:
-    if ema and found.state["settings"]["optim"].get("ema") is None:
-        raise UserError(
-            f"{found.path} has no moving average of the weights; train with optim.ema, or take the weights themselves"
-        )
-    return found.weights(ema)
+def _text(header: dict, metadata: dict[str, str]) -> bytes:
+    return json.dumps({"__metadata__": metadata} | header, separators=(",", ":")).encode()

@@ -30,7 +30,8 @@ from deepspeed.utils import set_z3_leaf_module
 
 deepspeed.utils.logger.setLevel(logging.WARNING)
 for handler in deepspeed.utils.logger.handlers:
-    handler.setStream(sys.stderr)  # stdout is for results
+    if type(handler) is logging.StreamHandler:  # its own, and none that another added to listen
+        handler.setStream(sys.stderr)  # stdout is for results
 # DeepSpeed's to mend.
 warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor)", category=FutureWarning)
 

@@ -44,6 +44,11 @@ def kinds(optim: OptimSettings) -> int:
     return 2 if optim.name == "adamw" else int(optim.momentum > 0)
 
 
+def checkpoint_bytes(optim: OptimSettings, parameters: int) -> int:
+    """Return the size of a checkpoint's files, over all ranks: weights, optimizer states and moving average."""
+    return FLOAT * parameters * (1 + kinds(optim) + (optim.ema is not None))
+
+
 def group_sizes(model: nn.Module, optim: OptimSettings) -> list[list[int]]:
     """Return the number of values of each parameter, by the optimizer's groups; the model may be on any device."""
     return [[each.numel() for each in group["params"]] for group in parameter_groups(model.named_parameters(), optim)]

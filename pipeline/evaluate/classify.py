@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,7 +41,7 @@ def classify(
     device = distributed.device()
 
     def prepare(part: EvaluationBatch) -> tuple[Tensor, ...]:
-        labels = torch.from_numpy(np.ascontiguousarray(part.labels["label"])).to(device)  # [n, m], -1 past the last
+        labels = torch.from_numpy(part.labels["label"].copy()).to(device)  # [n, m], -1 past the last
         return to_model_input(part.images, device), labels, class_targets(part, len(dataset.classes), loss, device)
 
     def measure(images: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
@@ -58,6 +57,11 @@ def classify(
 
 def check_classes(classes: list[str], dataset: Dataset) -> None:
     """Raise a UserError when a model's classes are not those of a data set."""
+    if not classes:
+        raise UserError(
+            "the model does not know the names of its classes; write them into a file, a line each in the order of its "
+            "head's outputs, and give it to `patchmill convert` with --classes FILE"
+        )
     if classes != dataset.classes:
         raise UserError(
             f"the model knows {len(classes)} classes ({', '.join(classes[:3])} ...), {dataset.url} has "

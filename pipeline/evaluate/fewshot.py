@@ -1,12 +1,13 @@
 """What frozen features are worth: least squares from features to classes, in closed form.
 
 Source: section 4.1 of "An Image is Worth 16x16 Words" (regularised least squares to {-1, 1}^K), with the
-details of its authors' big_vision, ``evaluators/fewshot_lsr.py``. Everything is float64 on the CPU.
+details of its authors' big_vision, ``evaluators/fewshot_lsr.py``. Everything is float64 on the CPU, some samples at a
+time, so features may be in a file that is larger than memory.
 
 Legend of the shape comments: n samples, D features, K classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ L2 = 1024.0
 BIAS = 100.0  # the constant feature: so large that the penalty hardly touches its weight
 STD_FLOOR = 1e-5
 L2_GRID = (1e1, 1e2, 1e3, 1e4, 1e5, 1e6)
+AT_ONCE = 4096  # samples that are float64 at a time
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,13 @@ class LinearClassifier:
     std: np.ndarray
     weights: np.ndarray
 
-    def accuracy(self, features: np.ndarray, labels: np.ndarray) -> float:
-        """Return the share of samples, features [n, D] and int labels [n], that it gets right."""
-        scores = _standardised(_finite(features), self.mean, self.std) @ self.weights  # [n, K]
-        return float((scores.argmax(1) == np.asarray(labels)).mean())
+    def accuracy(self, features: np.ndarray, labels: np.ndarray, rows: np.ndarray | None = None) -> float:
+        """Return the share of samples, features [n, D] and int labels [n], that it gets right; of ``rows`` alone."""
+        labels, right, count = np.asarray(labels), 0, 0
+        for part, x in _parts(features, rows):
+            scores = _standardised(x, self.mean, self.std) @ self.weights  # [part, K]
+            right, count = right + int((scores.argmax(1) == labels[part]).sum()), count + len(part)
+        return right / count
 
 
 def fit(features: np.ndarray, labels: np.ndarray, num_classes: int, l2: float = L2) -> LinearClassifier:
@@ -51,21 +56,36 @@ def fit(features: np.ndarray, labels: np.ndarray, num_classes: int, l2: float = 
     Raises:
         UserError: a feature is not finite.
     """
-    features = _finite(features)
-    mean, std = features.mean(0), features.std(0) + STD_FLOOR
-    targets = 2.0 * np.eye(num_classes)[np.asarray(labels)] - 1.0  # [n, K]
-    return LinearClassifier(mean, std, ridge(_standardised(features, mean, std), targets, l2))
+    return fits(features, labels, num_classes, (l2,))[0]
 
 
-def ridge(x: np.ndarray, y: np.ndarray, l2: float) -> np.ndarray:
-    """Return the w [D, K] that minimises |x w - y|^2 + l2 |w|^2, for float64 x [n, D] and y [n, K].
+def fits(
+    features: np.ndarray,
+    labels: np.ndarray,
+    num_classes: int,
+    penalties: Sequence[float],
+    rows: np.ndarray | None = None,
+) -> list[LinearClassifier]:
+    """Fit once with each of several penalties, as ``fit`` does; to the samples at ``rows`` alone.
 
-    Solves the smaller of the two equal systems: D x D if n >= D, else n x n.
+    Solves the smaller of two equal systems: (D + 1) x (D + 1), summed up part by part, or n x n.
     """
-    n, d = x.shape
-    if n >= d:
-        return np.linalg.solve(x.T @ x + l2 * np.eye(d), x.T @ y)
-    return x.T @ np.linalg.solve(x @ x.T + l2 * np.eye(n), y)
+    labels, n, d = np.asarray(labels), len(features if rows is None else rows), features.shape[1] + 1
+    mean = sum(x.sum(0) for _, x in _parts(features, rows)) / n
+    std = np.sqrt(sum(np.square(x - mean).sum(0) for _, x in _parts(features, rows)) / n) + STD_FLOOR
+    eye = np.eye(num_classes)
+    pairs = ((_standardised(x, mean, std), 2.0 * eye[labels[part]] - 1.0) for part, x in _parts(features, rows))
+    if n < d:
+        x, y = (np.concatenate(each) for each in zip(*pairs, strict=True))  # [n, D + 1], [n, K]
+        gram = x @ x.T
+        solutions = [x.T @ np.linalg.solve(gram + l2 * np.eye(n), y) for l2 in penalties]
+    else:
+        gram, products = np.zeros((d, d)), np.zeros((d, num_classes))
+        for x, y in pairs:
+            gram += x.T @ x
+            products += x.T @ y
+        solutions = [np.linalg.solve(gram + l2 * np.eye(d), products) for l2 in penalties]
+    return [LinearClassifier(mean, std, weights) for weights in solutions]
 
 
 def fewshot_accuracy(
@@ -101,7 +121,7 @@ def fewshot_accuracy(
     accuracies = []
     for seed in seeds:
         chosen = draw_shots(train_labels, num_classes, shots, seed)
-        classifier = fit(np.asarray(train_features)[chosen], np.asarray(train_labels)[chosen], num_classes, l2)
+        classifier = fits(train_features, train_labels, num_classes, (l2,), chosen)[0]
         accuracies.append(classifier.accuracy(test_features, test_labels))
     return np.array(accuracies)
 
@@ -142,16 +162,13 @@ def least_squares_accuracy(
         l2_grid: penalties to try, as in ``fit``.
         seed: of the held-out fifth.
     """
-    train_features, train_labels = np.asarray(train_features), np.asarray(train_labels)
     num_classes = _num_classes(train_labels, test_labels)
     order = np.random.default_rng(seed).permutation(len(train_labels))
-    held_out, kept = np.split(order, [len(order) // 5])
-
-    def held_out_accuracy(l2: float) -> float:
-        classifier = fit(train_features[kept], train_labels[kept], num_classes, l2)
-        return classifier.accuracy(train_features[held_out], train_labels[held_out])
-
-    l2 = max(sorted(l2_grid, reverse=True), key=held_out_accuracy)
+    held_out, kept = (np.sort(part) for part in np.split(order, [len(order) // 5]))
+    penalties = sorted(l2_grid, reverse=True)
+    tried = fits(train_features, train_labels, num_classes, penalties, kept)
+    scores = [classifier.accuracy(train_features, train_labels, held_out) for classifier in tried]
+    l2 = penalties[int(np.argmax(scores))]
     return fit(train_features, train_labels, num_classes, l2).accuracy(test_features, test_labels), l2
 
 
@@ -159,11 +176,17 @@ def _standardised(features: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np
     return np.pad((features - mean) / std, ((0, 0), (0, 1)), constant_values=BIAS)  # [n, D + 1]
 
 
-def _finite(features: np.ndarray) -> np.ndarray:
-    features = np.asarray(features, dtype=np.float64)
-    if bad := int((~np.isfinite(features)).any(1).sum()):
-        raise UserError(f"features of {bad} of {len(features)} images are not finite; has the training diverged?")
-    return features
+def _parts(features: np.ndarray, rows: np.ndarray | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield places and float64 features of some samples after another; a UserError if any is not finite."""
+    rows, bad = np.arange(len(features)) if rows is None else rows, 0
+    for start in range(0, len(rows), AT_ONCE):
+        part = rows[start : start + AT_ONCE]
+        x = np.asarray(features[part], dtype=np.float64)
+        bad += int((~np.isfinite(x)).any(1).sum())
+        if not bad:
+            yield part, x
+    if bad:
+        raise UserError(f"features of {bad} of {len(rows)} images are not finite; has the training diverged?")
 
 
 def _num_classes(train_labels: np.ndarray, test_labels: np.ndarray) -> int:

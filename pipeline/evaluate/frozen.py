@@ -1,49 +1,135 @@
-"""What frozen features are worth: closed-form accuracy on few and on all training images, next to raw pixels."""
+"""What frozen features are worth: closed-form accuracy on few and on all training images, nearest neighbours.
 
+Features are kept in files, and read some at a time: those of a million images need no more memory than of a thousand.
+"""
+
+import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline import distributed
-from pipeline.evaluate.fewshot import fewshot_accuracy, least_squares_accuracy
+from pipeline.evaluate.fewshot import check_shots, fewshot_accuracy, least_squares_accuracy
+from pipeline.evaluate.knn import knn_accuracy
 from pipeline.images import to_model_input
+from pipeline.prefetch import prefetched
 from shards.augment import Resize
 from shards.dataset import Dataset
 from shards.errors import UserError
-from shards.evaluation import EvaluationLoader
+from shards.evaluation import EvaluationBatch, EvaluationLoader
 
 BATCH = 64
+PIXELS = 2**30  # bytes of raw pixels, the training images' as float32, up to which they are a baseline
+SEEDS = (0, 1, 2)  # of the few shots
 
 
-def frozen_features_accuracy(model: nn.Module, train: Dataset, test: Dataset, shots: Sequence[int]) -> dict[str, dict]:
-    """Fit linear classifiers on training images, score them on test images (vit-paper 4).
+class Frozen(NamedTuple):
+    """Of the n images of a data set: features float32 [n, D], raw pixels float32 [n, 3*H*W] or None, labels [n]."""
+
+    features: np.ndarray
+    pixels: np.ndarray | None
+    labels: np.ndarray
+
+
+def frozen_features_accuracy(
+    model: nn.Module, train: Dataset, test: Dataset, shots: Sequence[int], neighbours: int | None = None
+) -> dict[str, dict]:
+    """Fit linear classifiers on training images, score them on test images (vit-paper 4); collective over all ranks.
+
+    Args:
+        model: In evaluation mode; ``model(images, features=True)`` are those before the head, [n, D].
+        train: Images with one label each.
+        test: The same, of the same classes.
+        shots: Numbers of images a class.
+        neighbours: Of the k nearest training images, k; None: they are not asked.
 
     Returns:
-        For ``features`` (before the head) and ``pixels`` (the same images, flattened): ``shots`` (mean top-1 over three
-        seeds, by number of shots), ``all`` (top-1 of least squares on every training image) and its ``l2``.
+        On rank 0, for ``features``, and for ``pixels`` (the same images, flattened) if the training set is small:
+        ``shots`` (mean top-1 over three seeds, by number of shots), ``seeds`` (each of them), ``all`` (top-1 of least
+        squares on every training image) and its ``l2``; of features ``knn`` too. On other ranks nothing.
     """
     if train.classes != test.classes:
         raise UserError(f"{test.url} has other classes than {train.url}; build both with one command")
+    labels = single_labels(train)
+    check_shots(labels, len(train.classes), max(shots), train.classes)
     model = model.to(distributed.device())
-    train_pixels, train_features, train_labels = _extract(model, train)
-    test_pixels, test_features, test_labels = _extract(model, test)
+    with_pixels = len(train) * 3 * model.image_size**2 * 4 <= PIXELS
+    with ExitStack() as stack:
+        # Of all ranks' images, on a disk that they share.
+        folder = stack.enter_context(tempfile.TemporaryDirectory()) if distributed.rank() == 0 else None
+        folder = Path(distributed.everyone(folder)[0])
+        found = [extract(model, each, folder / name, with_pixels) for each, name in ((train, "train"), (test, "test"))]
+        result = _scores(*found, shots, neighbours) if distributed.rank() == 0 else {}
+        distributed.everyone(None)  # before the files go
+    return result
+
+
+def _scores(train: Frozen, test: Frozen, shots: Sequence[int], neighbours: int | None) -> dict[str, dict]:
     result = {}
-    for name, x, y in (("features", train_features, test_features), ("pixels", train_pixels, test_pixels)):
-        few = {str(n): float(np.mean(fewshot_accuracy(x, train_labels, y, test_labels, n))) for n in shots}
-        accuracy, l2 = least_squares_accuracy(x, train_labels, y, test_labels)
-        result[name] = {"shots": few, "all": accuracy, "l2": l2}
+    for name in ("features", *(["pixels"] if train.pixels is not None else [])):
+        x, y = getattr(train, name), getattr(test, name)
+        few = {str(n): fewshot_accuracy(x, train.labels, y, test.labels, n, SEEDS).tolist() for n in shots}
+        accuracy, l2 = least_squares_accuracy(x, train.labels, y, test.labels)
+        means = {n: float(np.mean(each)) for n, each in few.items()}
+        result[name] = {"shots": means, "seeds": few, "all": accuracy, "l2": l2}
+    if neighbours:
+        result["features"]["knn"] = knn_accuracy(
+            train.features, train.labels, test.features, test.labels, neighbours, distributed.device()
+        )
     return result
 
 
 @torch.no_grad()
-def _extract(model: nn.Module, dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return pixels [n, 3*H*W], features [n, D] (float32) and labels [n] of every image."""
-    pixels, features, labels = [], [], []
-    for batch in EvaluationLoader(dataset, BATCH, transform=Resize(model.image_size)):
-        images = to_model_input(batch.images[batch.valid], distributed.device())
-        pixels.append(images.flatten(1).cpu().numpy())
-        features.append(model.features(images).cpu().numpy())
-        labels.append(batch.labels[batch.valid])
-    return np.concatenate(pixels), np.concatenate(features), np.concatenate(labels)
+def extract(model: nn.Module, dataset: Dataset, folder: Path, with_pixels: bool) -> Frozen:
+    """Return the features of every image, in the data set's order, in files of a folder; collective over all ranks.
+
+    Args:
+        model: As in ``frozen_features_accuracy``, on its device.
+        dataset: Images with one label each.
+        folder: That all ranks see; made here.
+        with_pixels: Keep what the model sees, too.
+    """
+    device, side = distributed.device(), model.image_size
+    width = model(torch.zeros(1, 3, side, side, device=device), features=True).shape[1]
+    sizes = {"features": width, **({"pixels": 3 * side * side} if with_pixels else {})}
+    if distributed.rank() == 0:
+        folder.mkdir()
+        for name, size in sizes.items():
+            np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float32, (len(dataset), size))
+    distributed.everyone(None)
+    files = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in sizes}
+    parts = EvaluationLoader(
+        dataset, BATCH, transform=Resize(side), rank=distributed.rank(), world_size=distributed.world_size()
+    )
+
+    def prepare(part: EvaluationBatch) -> tuple[Tensor, Tensor]:
+        return to_model_input(part.images, device), torch.from_numpy(part.positions[part.valid])
+
+    for images, places in prefetched(iter(parts), prepare, device):
+        images, where = images[: len(places)], places.cpu().numpy()  # only the last rows of a batch are not valid
+        if not len(where):
+            continue  # of a small set, a rank may have none
+        rows = slice(int(where[0]), int(where[-1]) + 1)  # a batch is of images that lie together
+        files["features"][rows] = model(images, features=True).float().cpu().numpy()
+        if with_pixels:
+            files["pixels"][rows] = images.flatten(1).cpu().numpy()
+    for each in files.values():
+        each.flush()
+    distributed.everyone(None)
+    return Frozen(files["features"], files.get("pixels"), single_labels(dataset))
+
+
+def single_labels(dataset: Dataset) -> np.ndarray:
+    """Return the label of every image, int64 [n]; a UserError where one has none or several."""
+    found = list(chain.from_iterable(dataset.rows(shard).labels for shard in range(len(dataset.shard_sizes))))
+    wrong = next((place for place, labels in enumerate(found) if len(labels) != 1), None)
+    if wrong is not None:
+        number = len(found[wrong])
+        raise UserError(f"image {wrong} of {dataset.url} has {number} labels; features want images with one each")
+    return np.array(found, dtype=np.int64)[:, 0]

@@ -3,7 +3,6 @@
 Each rank extracts the features of its share of the images and keeps them; what a fit needs of the others' is summed.
 """
 
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from pipeline import distributed
 from pipeline.config import TrainSettings
 from pipeline.evaluate.fewshot import check_shots, draw_shots, fit
+from pipeline.evaluate.frozen import SEEDS, single_labels
 from pipeline.evaluate.linear import linear_accuracy
 from pipeline.images import to_model_input
 from pipeline.prefetch import prefetched
@@ -21,8 +21,6 @@ from shards.augment import TRANSFORMS
 from shards.dataset import Dataset
 from shards.errors import UserError
 from shards.evaluation import EvaluationBatch, EvaluationLoader
-
-SEEDS = (0, 1, 2)  # of the few shots
 
 
 class Features(NamedTuple):
@@ -52,7 +50,7 @@ class Probe:
             raise UserError(
                 f"{self._test.url} has other classes than {self._train.url}; build both with one list of classes"
             )
-        self._labels, _ = (_labels(dataset) for dataset in (self._train, self._test))
+        self._labels, _ = (single_labels(dataset) for dataset in (self._train, self._test))
         if self._probe.fewshot:
             check_shots(self._labels, len(self._train.classes), max(self._probe.shots), self._train.classes)
 
@@ -101,16 +99,6 @@ class Probe:
             values = model(images, features=True).float()
             found.append(Features(*(each[valid].cpu() for each in (values, *rest))))
         return Features(*(torch.cat(each) for each in zip(*found, strict=True)))
-
-
-def _labels(dataset: Dataset) -> np.ndarray:
-    """Return the label of every image, int64 [N]."""
-    found = list(chain.from_iterable(dataset.rows(shard).labels for shard in range(len(dataset.shard_sizes))))
-    wrong = next((place for place, labels in enumerate(found) if len(labels) != 1), None)
-    if wrong is not None:
-        number = len(found[wrong])
-        raise UserError(f"image {wrong} of {dataset.url} has {number} labels; a probe wants images with one each")
-    return np.array(found, dtype=np.int64)[:, 0]
 
 
 def _rows(features: Features, places: np.ndarray) -> np.ndarray:

@@ -95,10 +95,10 @@ class Conv2d(nn.Conv2d):
 
 
 class LayerNorm(nn.LayerNorm):
-    """A layer norm with flax's epsilon, which begins as the identity."""
+    """A layer norm, which begins as the identity; its epsilon is flax's unless another is given."""
 
-    def __init__(self, width: int):
-        super().__init__(width, eps=1e-6)
+    def __init__(self, width: int, eps: float = 1e-6):
+        super().__init__(width, eps)
         self.begin = {"weight": ones, "bias": zeros}
 
 

@@ -123,6 +123,7 @@ class Block(nn.Module):
         dropout: float,
         drop_path: float,
         qkv_bias: bool,
+        norm_eps: float,
         positions: Positions,
         own_positions: bool,
     ):
@@ -130,9 +131,9 @@ class Block(nn.Module):
         self.positions = positions
         self.pos_embed = nn.Parameter(positions.empty()) if own_positions else None
         self.begin = {"pos_embed": partial(normal, std=0.02)}
-        self.norm1 = LayerNorm(embed_dim)
+        self.norm1 = LayerNorm(embed_dim, norm_eps)
         self.attn = Attention(embed_dim, num_heads, dropout, qkv_bias)
-        self.norm2 = LayerNorm(embed_dim)
+        self.norm2 = LayerNorm(embed_dim, norm_eps)
         self.mlp = Mlp(embed_dim, mlp_dim, gelu, dropout)
         self.drop_path = drop_path
 
@@ -163,7 +164,7 @@ class Block(nn.Module):
 class AttentionPool(nn.Module):
     """The MAP head of big_vision: one learned token asks all others, then an MLP with a residual."""
 
-    def __init__(self, embed_dim: int, num_heads: int, mlp_dim: int, gelu: str):
+    def __init__(self, embed_dim: int, num_heads: int, mlp_dim: int, gelu: str, norm_eps: float):
         super().__init__()
         self.num_heads = num_heads
         self.latent = nn.Parameter(torch.empty(1, 1, embed_dim))
@@ -171,7 +172,7 @@ class AttentionPool(nn.Module):
         self.q = Linear(embed_dim, embed_dim, weight=xavier_uniform)
         self.kv = Linear(embed_dim, 2 * embed_dim, weight=partial(xavier_uniform, parts=2))
         self.proj = Linear(embed_dim, embed_dim, weight=xavier_uniform)
-        self.norm = LayerNorm(embed_dim)
+        self.norm = LayerNorm(embed_dim, norm_eps)
         self.mlp = Mlp(embed_dim, mlp_dim, gelu, dropout=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -206,6 +207,7 @@ class VisionTransformer(nn.Module):
             block's, with the same values.
         registers: number R of learned tokens beside the patches, which have no position, and which no head sees.
         qkv_bias: whether q, k and v have biases.
+        norm_eps: epsilon of the layer norms: 1e-6 in the official code; much that was made for transformers has 1e-12.
         gelu: "tanh" (the approximation of the official JAX code) or "exact" (what timm and transformers run).
         dropout: rate after the position embeddings of the stem and every dense layer but q, k, v and those of the head.
         drop_path: stochastic depth: the rate at the last block, growing linearly from 0 at the first; so that a model
@@ -240,6 +242,7 @@ class VisionTransformer(nn.Module):
         position_at: str = "stem",
         registers: int = 0,
         qkv_bias: bool = True,
+        norm_eps: float = 1e-6,
         gelu: str = "tanh",
         dropout: float = 0.0,
         drop_path: float = 0.0,
@@ -262,6 +265,8 @@ class VisionTransformer(nn.Module):
         for name, rate in (("dropout", dropout), ("drop_path", drop_path)):
             if not 0 <= rate < 1:
                 raise UserError(f"{name} is no rate: {rate}; give 0 or more and less than 1")
+        if norm_eps <= 0:
+            raise UserError(f"norm_eps is not above 0: {norm_eps}; take 1e-6")
         for name, number in (("num_classes", num_classes), ("registers", registers), ("decoder_depth", decoder_depth)):
             if number < 0:
                 raise UserError(f"{name} is negative: {number}; give 0 for none")
@@ -299,7 +304,7 @@ class VisionTransformer(nn.Module):
         self.depth, self.num_heads, self.mlp_dim = depth, num_heads, mlp_dim
         self.num_classes, self.pooling, self.representation = num_classes, pooling, representation
         self.position, self.position_at, self.registers = position, position_at, registers
-        self.qkv_bias, self.gelu = qkv_bias, gelu
+        self.qkv_bias, self.norm_eps, self.gelu = qkv_bias, norm_eps, gelu
         self.drop_path, self.head_bias = drop_path, head_bias
         self.backbone, self.backbone_width, self.patch_target = backbone, backbone_width, patch_target
         self.decoder_depth, self.decoder_dim, self.decoder_heads = decoder_depth, decoder_dim, decoder_heads
@@ -331,14 +336,14 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(
             self.new_block(
                 i, embed_dim, num_heads, mlp_dim, gelu, dropout, drop_path * i / max(depth - 1, 1), qkv_bias,
-                self.positions, blocks_own[i],
+                norm_eps, self.positions, blocks_own[i],
             )
             for i in range(depth)
         )  # fmt: skip
-        self.norm = LayerNorm(embed_dim)
+        self.norm = LayerNorm(embed_dim, norm_eps)
 
         # ---- head
-        self.attn_pool = AttentionPool(embed_dim, num_heads, mlp_dim, gelu) if pooling == "map" else None
+        self.attn_pool = AttentionPool(embed_dim, num_heads, mlp_dim, gelu, norm_eps) if pooling == "map" else None
         self.pre_logits = (
             nn.Sequential(OrderedDict(fc=Linear(embed_dim, embed_dim, weight=lecun_normal), act=nn.Tanh()))
             if representation
@@ -360,7 +365,7 @@ class VisionTransformer(nn.Module):
         # ---- masked autoencoding
         if decoder_depth:
             positions = Positions("sincos_2d_moco", "stem", self.grid, decoder_dim, pooling == "cls", 0)
-            block = (decoder_dim, decoder_heads, 4 * decoder_dim, gelu, 0.0, 0.0, qkv_bias, positions, False)
+            block = (decoder_dim, decoder_heads, 4 * decoder_dim, gelu, 0.0, 0.0, qkv_bias, norm_eps, positions, False)
             self.decoder = Decoder(embed_dim, positions, [Block(*block) for _ in range(decoder_depth)], 3 * span**2)
 
     def new_block(self, i: int, *arguments) -> Block:

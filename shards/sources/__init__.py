@@ -29,7 +29,7 @@ class Source(Protocol):
     """What a kind of source gives the build.
 
     Attributes:
-        kind: Its name: folder, table, parquet, cifar, imagenet, tars.
+        kind: Its name: folder, table, parquet, cifar, imagenet, pets, flowers, lists, tars.
         root: Folder or URL that relative files count from.
         classes: Names; labels index into them.
         multi_label: True if an image may have no, several or weighted labels.

@@ -10,11 +10,14 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from shards.errors import UserError
-from shards.sources import Source, cifar, place
+from shards.sources import Source, cifar, flowers, lists, pets, place
 from shards.sources.cifar import Cifar
+from shards.sources.flowers import Flowers
 from shards.sources.folder import EXTENSIONS, Folder
 from shards.sources.imagenet import CLASS_TAR, TRAIN, VAL, ImageNet, is_tar_of_tars, is_validation
+from shards.sources.lists import Lists
 from shards.sources.parquet import Parquet, image_columns, read_schema
+from shards.sources.pets import Pets
 from shards.sources.table import Table
 from shards.sources.tars import Tars
 from shards.store import Store, open_store
@@ -26,13 +29,20 @@ KINDS: dict[str, Callable[..., Source]] = {
     "parquet": Parquet,
     "cifar": Cifar,
     "imagenet": ImageNet,
+    "pets": Pets,
+    "flowers": Flowers,
+    "lists": Lists,
     "tars": Tars,
 }
+MARKS = {pets.MARK: "pets", flowers.MARK: "flowers", lists.MARK: "lists"}  # files that no other kind has
 ENDINGS = {  # of the files that a kind takes beside folders; a table tells its own
     "folder": (),
     "parquet": (".parquet",),
     "cifar": (".tar.gz", ".tgz", ".tar"),
     "imagenet": (".tar", ".tar.gz", ".tgz"),
+    "pets": (),
+    "flowers": (),
+    "lists": (),
     "tars": (".tar",),
 }
 LISTED = ("parquet", "cifar")  # kinds that can list images that they have not unpacked
@@ -147,7 +157,7 @@ def _kinds_of_folder(store: Store) -> set[str]:
             kinds.add("folder")
     if "imagenet" in kinds:  # with other tars beside
         kinds.discard("tars")
-    return kinds or {"folder"}
+    return {kind for mark, kind in MARKS.items() if store.exists(mark)} or kinds or {"folder"}
 
 
 def _plain(url: str) -> str:

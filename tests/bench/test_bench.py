@@ -29,6 +29,22 @@ PEERS = ("webdataset,", "dali,", "streaming,", "timm,", "transformers,")  # whos
             {f"{peer}, noise, batch 2, bfloat16" for peer in ("timm", "transformers")},
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            "checkpoint",
+            16,
+            {
+                f"{peer}, tiny"
+                for peer in (
+                    "memory copy",
+                    "torch.save",
+                    "DeepSpeed",
+                    "dd",
+                    "torch.save until durable",
+                    "DeepSpeed until durable",
+                )
+            },
+            marks=pytest.mark.slow,
+        ),
         pytest.param("step_overhead", 3, {"bare DeepSpeed, tiny"}, marks=pytest.mark.slow),
         pytest.param(
             "scale",
@@ -38,6 +54,9 @@ PEERS = ("webdataset,", "dali,", "streaming,", "timm,", "transformers,")  # whos
                 for what in (", ZeRO 0", ", ZeRO 1", ", ZeRO 2", ", ZeRO 3", " apart, ZeRO 0")
             },
             marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "features", 3, {"transformers, end to end", "transformers, preprocessing"}, marks=pytest.mark.slow
         ),
         ("manifest", 16, set()),
         ("ledger", 6, set()),

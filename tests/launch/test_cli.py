@@ -95,11 +95,12 @@ def test_a_checkpoint_of_another_model(data, tmp_path):
     done = patchmill("convert", "run", "w.safetensors", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     val = ("evaluate", "w.safetensors", data / "set" / "val", "--json")
-    evaluated = patchmill(*val, "--view", "center_crop", cwd=tmp_path)
+    evaluated = patchmill(*val, "--view", "center_crop", "--out", "e", cwd=tmp_path)
     assert json.loads(evaluated.stdout)["loss"] != json.loads(patchmill(*val, cwd=tmp_path).stdout)["loss"]
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    for key, value in json.loads(evaluated.stdout).items():
-        assert value == pytest.approx(last[f"val_{key}"])
+    for key in ("loss", "top1", "top5", "images"):
+        assert json.loads(evaluated.stdout)[key] == pytest.approx(last[f"val_{key}"])
+    assert (tmp_path / "e" / "predictions.parquet").exists()
 
     again = ("train", "c.toml", "kind=finetune", "init=w.safetensors", "--out", "tuned")
     assert "its depth is 1, the settings say 2" in refused(patchmill(*again, "model.depth=2", cwd=tmp_path))

@@ -45,6 +45,19 @@ def test_stages_come_in_the_order_of_their_needs(write, tmp_path):
     assert shards.arguments[:2] == ["shards", "build"]
 
 
+def test_a_conversion_to_another_format_is_what_the_next_stage_takes(write, tmp_path):
+    more = 'to = "transformers", image_size = 32, classes = 3, dtype = "bfloat16", '
+    more += 'set = { gelu = "exact", num_heads = 3 } }'
+    text = HEAD + SHARDS + PRETRAIN + CONVERT.replace(" }", ", " + more)
+    text += '[[stage]]\nname = "e"\nkind = "evaluate"\nset = { weights = "{convert}", data = "{shards}/train" }\n'
+    stages = {stage.table.name: stage for stage in read_plan(write(text), tmp_path / "runs").stages}
+    made = str(stages["convert"].folder / "model")
+    assert stages["e"].settings.weights == made
+    arguments = " ".join(stages["convert"].arguments)
+    assert f"{made} --checkpoint latest --to transformers --resize official --dtype bfloat16" in arguments
+    assert arguments.endswith('--image-size 32 --classes 3 --set gelu="exact" --set num_heads=3')
+
+
 def test_a_digest_follows_settings_inputs_and_images_but_not_ranks(write, tmp_path):
     def digests(text: str) -> list[str]:
         return [stage.digest for stage in read_plan(write(text), tmp_path / "runs").stages]

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from pipeline.config import TrainSettings, check, merge
-from pipeline.convert.safetensors import load_model, to_safetensors
+from pipeline.convert.convert import convert
+from pipeline.convert.recognise import load_model
 from pipeline.ema import CHUNK, Ema
 from pipeline.engines.gate import Gate
 from pipeline.evaluate.classify import classify
@@ -69,9 +70,9 @@ def test_the_average_is_evaluated_saved_converted_and_begun_in_a_run_without(tmp
     done = train(check(TrainSettings, merge(base, over), "test"), run)
     assert json.loads((run / "deepspeed.json").read_text())["zero_optimization"]["stage"] == 1
 
-    converted = to_safetensors(run, tmp_path / "average.safetensors", ema=True)
+    converted = convert(run, tmp_path / "average.safetensors", ema=True)
     assert converted["samples"] == 48
-    to_safetensors(run, tmp_path / "weights.safetensors")
+    convert(run, tmp_path / "weights.safetensors")
     average, weights = Weights(tmp_path / "average.safetensors"), Weights(tmp_path / "weights.safetensors")
     assert average.note["ema"]
     assert average.names == weights.names
@@ -86,7 +87,7 @@ def test_the_average_is_evaluated_saved_converted_and_begun_in_a_run_without(tmp
     run, without = tmp_path / "without", merge(base, {"evaluate": {"ema": False}, "engine": {"kind": "accelerate"}})
     train(check(TrainSettings, without, "test"), run)
     with pytest.raises(UserError, match=r"has no moving average of the weights; train with optim\.ema"):
-        to_safetensors(run, tmp_path / "none.safetensors", ema=True)
+        convert(run, tmp_path / "none.safetensors", ema=True)
     assert not (run / "deepspeed.json").exists()
     capsys.readouterr()
     train(check(TrainSettings, merge(without, {"duration": "5 steps", "optim": {"ema": 0.75}}), "test"), run)

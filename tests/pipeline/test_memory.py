@@ -90,7 +90,8 @@ def estimated(ranks: int, over: dict, model: dict):
     found = memory.at(stage.micro_batch or memory.local)
     everything = {**found.host, **found.device}
     states = {kind: everything[kind] for kind in ("weights", "masters", "optimizer", "ema") if kind in everything}
-    offloaded = sum(size for kind, size in found.host.items() if kind != "loader")  # the workers have none
+    unused = ("loader", "checkpoint")  # the workers have none
+    offloaded = sum(size for kind, size in found.host.items() if kind not in unused)
     return states, found.device["activations"], found.device_peak + offloaded
 
 

@@ -16,37 +16,66 @@ def settings(**over) -> TrainSettings:
 LOADED = SimpleNamespace(path=SimpleNamespace(name="samples-1"), state={"settings": settings().model_dump(mode="json")})
 
 
-@pytest.mark.parametrize(
-    "over",
-    [{"seed": 1}, {"kind": "finetune"}, {"loss": "sigmoid"}, {"model": {"depth": 3}}, {"optim": {"name": "sgd"}},
-     {"data": {"resolution": 32}}, {"data": {"augment": "resize"}}, {"data": {"augment": "light1"}},
-     {"data": {"scaled_decoding": True}}, {"data": {"exclude": "v1"}}, {"data": {"mixup": 0.5}},
-     {"label_smoothing": 0.1}],
-)  # fmt: skip
-def test_what_would_make_it_another_run_is_refused(over):
-    with pytest.raises(UserError, match=r"cannot go on .* changed from .* set it back"):
-        check_resume(settings(**over), LOADED)
+# Of each row of the table: what is changed, and what must be set before for that to mean something.
+ROWS = {
+    "kind": ({"kind": "finetune"}, {}),
+    "seed": ({"seed": 1}, {}),
+    "loss": ({"loss": "sigmoid"}, {}),
+    "label_smoothing": ({"label_smoothing": 0.1}, {}),
+    "masked_patch": ({"masked_patch": {"share": 0.4}}, {"kind": "masked_patch"}),
+    "mae": ({"mae": {"share": 0.5}}, {"kind": "mae"}),
+    "model": ({"model": {"depth": 3}}, {}),
+    "optim.name": ({"optim": {"name": "sgd"}}, {}),
+    "data.resolution": ({"data": {"resolution": 32}}, {}),
+    "data.augment": ({"data": {"augment": "light1"}}, {}),
+    "data.crop_area": ({"data": {"crop_area": [0.1, 1.0]}}, {}),
+    "data.scaled_decoding": ({"data": {"scaled_decoding": True}}, {}),
+    "data.resize": ({"data": {"resize": 300}}, {"data": {"augment": "resize_crop"}}),
+    "data.mixup": ({"data": {"mixup": 0.5}}, {}),
+    "data.exclude": ({"data": {"exclude": "v1"}}, {}),
+    "data.window_bytes": ({"data": {"window_bytes": 10**9}}, {}),
+    "data": (
+        {"data": {"train": "moved", "threads": 7, "cache": "here", "cache_bytes": "1 GB", "decode": "process"}},
+        {},
+    ),
+    "init": ({"init": "weights.safetensors"}, {}),
+    "resume": ({"resume": "another"}, {}),
+    "log_every": ({"log_every": "1 step"}, {}),
+    "checkpoint": ({"checkpoint": {"keep": 5, "minutes": 3, "mirror": "s3://x", "asynchronous": False}}, {}),
+    "evaluate": ({"evaluate": {"view": "center_crop"}}, {}),
+    "probe": ({"probe": {"train": "a", "test": "b"}}, {}),
+    "watchdog": ({"watchdog": 5.0}, {}),
+    "track": ({"track": {"wandb": "project"}}, {}),
+    "profile": ({"profile": {"steps": 3}}, {}),
+    "guard": ({"guard": {"sigmas": 5.0}}, {}),
+    "duration": ({"duration": "9 epochs"}, {}),
+    "global_batch": ({"global_batch": 16}, {}),
+    "micro_batch": ({"micro_batch": 2}, {}),
+    "optim": ({"optim": {"lr": 0.5}}, {}),
+    "schedule": ({"schedule": {"shape": "linear"}}, {}),
+    "engine": ({"engine": {"zero_stage": 3}}, {}),
+}
 
 
-@pytest.mark.parametrize(
-    "over",
-    [{"optim": {"lr": 0.5}}, {"duration": "9 epochs"}, {"global_batch": 16}, {"engine": {"zero_stage": 3}},
-     {"engine": {"precision": "bfloat16"}}, {"micro_batch": 2}, {"schedule": {"shape": "linear"}}],
-)  # fmt: skip
-def test_what_is_allowed_is_told(over, capsys):
-    check_resume(settings(**over), LOADED)
-    assert f"{next(iter(over))}" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "over",
-    [{"data": {"train": "moved"}}, {"data": {"threads": 7}}, {"data": {"cache": "here", "cache_bytes": "1 GB"}},
-     {"data": {"store": {"region": "eu-test-1"}}}, {"log_every": "1 step"}, {"checkpoint": {"keep": 5}},
-     {"evaluate": {"view": "center_crop"}}],
-)  # fmt: skip
-def test_what_is_free_is_silent(over, capsys):
-    check_resume(settings(**over), LOADED)
+@pytest.mark.parametrize("row", RULES)
+def test_each_row_of_the_table(row, capsys):
+    over, base = ROWS[row]
+    before, now = settings(**base), settings(**merge(base, over))
+    loaded = SimpleNamespace(path=LOADED.path, state={"settings": before.model_dump(mode="json")})
+    check_resume(before, loaded)
     assert capsys.readouterr().err == ""
+    changed = flat(over)
+    assert all(key == row or key.startswith(f"{row}.") for key in changed)
+    if RULES[row] == "refused":
+        with pytest.raises(UserError, match=rf"cannot go on .* {next(iter(changed))} changed from .* set it back"):
+            check_resume(now, loaded)
+        return
+    check_resume(now, loaded)
+    told = capsys.readouterr().err
+    if RULES[row] == "free":
+        assert told == ""
+    else:
+        assert all(f"going on from samples-1 with {key} changed from" in told for key in changed)
 
 
 def test_the_table_covers_every_setting():

@@ -57,6 +57,11 @@ def test_only_depth_width_resolution_batch_and_steps_shrink(name):
     assert len(set(rates)) == (1 + len(small.schedule.milestones) if small.schedule.shape == "steps" else 5)
 
 
+def test_it_stays_away_from_real_runs():
+    small = shrink(settings(resume="runs/real", checkpoint={"mirror": "s3://real/run", "minutes": 5}))
+    assert (small.resume, small.checkpoint.mirror) == (None, None)
+
+
 def test_it_runs_on_the_ranks_and_in_the_micro_batches_of_the_stage():
     assert shrink(settings(), ranks=4).global_batch == 32
     assert shrink(settings(global_batch=12), ranks=4).global_batch == 12

@@ -1,3 +1,4 @@
+import json
 import time
 from itertools import islice
 
@@ -38,9 +39,8 @@ def test_a_window_measures_what_happened_in_it_alone(folder, settings, alone):
         window.next(batches)
         time.sleep(0.05)  # the step
         window.add(12 * loss, Step(torch.tensor(loss), 3 * loss, torch.tensor(True)))
-    taken, values, stopping = window.measure(False)
+    taken, values = window.settle(), window.measure()
     now, seconds = loader.counts(), window.seconds
-    assert not stopping
     assert window.images == 24
     assert seconds >= 0.1
     assert taken == [Taken(12, 1.0, 3.0, True), Taken(24, 2.0, 6.0, True)]
@@ -57,19 +57,20 @@ def test_a_window_measures_what_happened_in_it_alone(folder, settings, alone):
     assert values["replaced"] == values["quarantined"] == 0
     assert "cache_hit_share" not in values
 
+    window.clear()
     window.open()
     window.add(36, Step(torch.tensor(4.0), 5.0, torch.tensor(True)))
     window.add(48, Step(torch.tensor(float("nan")), 5.0, torch.tensor(False)))
-    taken, values, stopping = window.measure(True)
-    assert stopping
+    taken, values = window.settle(), window.measure()
     assert values["loss"] == 4.0
     assert values["data_wait"] == 0
     assert taken[0] == Taken(36, 4.0, 5.0, True)
     assert taken[1][0::3] == (48, False)
     assert window.images == 48
 
+    window.clear()
     window.open()
-    taken, values, _ = window.measure(False)
+    taken, values = window.settle(), window.measure()
     assert taken == []
     assert (values["loss"], values["grad_norm"], values["images_per_second"]) == (None, None, 0)
     batches.close()
@@ -87,6 +88,29 @@ def test_the_share_of_a_cache_is_that_of_the_window(folder, settings, tmp_path, 
             window = Window(settings, loader, 0.001)
             for _ in loader:
                 pass
-            _, values, _ = window.measure(False)
+            window.settle()
+            values = window.measure()
             assert values["cache_hit_share"] == found
             assert values["retries"] == faults
+
+
+def test_a_pause_between_two_lines_is_in_the_loss_and_not_in_the_speed(settings, folder, alone):
+    loader = Loader(Dataset.open(folder), global_batch=12, transform=InceptionCrop(8), threads=1)
+    window = Window(settings, loader, 0.001)
+    window.add(12, Step(torch.tensor(1.0), 2.0, torch.tensor(True)))
+    window.add(24, Step(torch.tensor(9.0), 9.0, torch.tensor(False)))
+    window.settle()
+    window.open()
+    window.add(36, Step(torch.tensor(4.0), 5.0, torch.tensor(True)))
+    time.sleep(0.05)
+    assert [each.samples for each in window.settle()] == [36]
+    values = window.measure()
+    assert (values["loss"], values["grad_norm"]) == (2.5, 5.0)
+    assert 12 / 0.2 < values["images_per_second"] <= 12 / 0.05
+    assert window.images == 36
+
+    resumed = Window(settings, loader, 0.001)
+    resumed.load_state_dict(json.loads(json.dumps(window.state_dict())))
+    resumed.load_state_dict(None)  # of a checkpoint from before
+    resumed.settle()
+    assert resumed.measure()["loss"] == 2.5

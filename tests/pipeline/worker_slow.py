@@ -12,7 +12,7 @@ from shards.errors import PatchmillError
 liveness.BEAT, liveness.GRACE = 0.2, 1.0
 TABLE = {
     "duration": "9 steps", "global_batch": 12, "log_every": "3 steps", "checkpoint": {"every": "9 steps"},
-    "evaluate": {"every": "9 steps", "ema": True, "batch": 4}, "optim": {"ema": 0.9},
+    "optim": {"ema": 0.9},
     "model": {"name": "vit_ti8", "embed_dim": 24, "num_heads": 3, "depth": 1},
 }  # fmt: skip
 GATHERED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}  # for each pass, small as they are
@@ -32,7 +32,8 @@ def main(folder: Path) -> None:
         for stage, val in ((3, None), (1, "val")):
             data = {"train": str(folder / "set/train"), "val": val and str(folder / "set/val"), "resolution": 16}
             engine = {"zero_stage": stage, "deepspeed": GATHERED if stage == 3 else {}}
-            settings = check(TrainSettings, {**TABLE, "data": data, "engine": engine}, "test")
+            evaluate = {"every": "9 steps", "ema": val is not None, "batch": 4}
+            settings = check(TrainSettings, {**TABLE, "data": data, "engine": engine, "evaluate": evaluate}, "test")
             pipeline.train.train(settings, folder / f"run-{stage}")
 
 

@@ -1,5 +1,8 @@
 """The configuration that is made for DeepSpeed, and what is refused before an engine is."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -8,6 +11,7 @@ from pipeline.engines import create_engine, room
 from pipeline.engines.configuration import BUCKET, deepspeed_config
 from pipeline.models import create_model
 from shards.errors import UserError
+from tests.command import environment
 
 BASE = {"duration": "1 epoch", "global_batch": 24, "micro_batch": 2, "data": {"train": "-"}, "model": {"name": "a"}}
 
@@ -149,3 +153,22 @@ def test_a_folder_that_cannot_be_written_and_a_machine_without_libaio_are_refuse
 def test_one_rank_on_a_cpu_does_not_read_parameters_from_nvme(alone, tmp_path):
     engine = {"zero_stage": 3, "offload_parameters": str(tmp_path)}
     refused(settings(engine=engine), "is wrong in DeepSpeed for one rank on a CPU; take two ranks, or set it to")
+
+
+def test_deepspeed_logs_to_stderr_and_who_listens_besides_goes_on_listening():
+    code = """
+import deepspeed, io, logging, sys
+class Listener(logging.StreamHandler):
+    pass
+listener = Listener(heard := io.StringIO())
+deepspeed.utils.logger.addHandler(listener)
+import pipeline.engines.deepspeed
+deepspeed.utils.logger.warning("it says something")
+assert heard.getvalue() == "it says something\\n"
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, env=environment(), check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "it says something" in done.stderr
+    assert "it says something" not in done.stdout

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from pipeline.evaluate.fewshot import fewshot_accuracy, fit, least_squares_accuracy, ridge
+from pipeline.evaluate import fewshot
+from pipeline.evaluate.fewshot import fewshot_accuracy, fit, least_squares_accuracy
 from shards.errors import UserError
 
 
@@ -34,13 +35,25 @@ def test_fit_equals_lstsq(n, l2):
 
 
 def test_both_branches_agree():
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(30, 30)), rng.normal(size=(30, 3))
-    dual = x.T @ np.linalg.inv(x @ x.T + 7 * np.eye(30)) @ y
-    np.testing.assert_allclose(ridge(x, y, 7.0), dual, rtol=0, atol=1e-10)
-    # A column of zeros changes no other weight, and moves the same problem to the other branch.
-    wider = ridge(np.pad(x, ((0, 0), (0, 1))), y, 7.0)
-    np.testing.assert_allclose(wider, np.pad(dual, ((0, 1), (0, 0))), rtol=0, atol=1e-10)
+    """A feature that is always zero changes no other weight, and moves the same problem to the other branch."""
+    features, labels = clusters(21, 20, 4, noise=2.0)
+    wider = np.pad(features, ((0, 0), (0, 1)))
+    expected = np.insert(fit(features, labels, 4, 7.0).weights, 20, 0.0, axis=0)
+    np.testing.assert_allclose(fit(wider, labels, 4, 7.0).weights, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("d", [6, 90])  # fewer and more than there are samples
+def test_part_by_part_and_of_some_rows_it_is_the_same(monkeypatch, tmp_path, d):
+    features, labels = clusters(120, d, 3, noise=2.0)
+    rows = np.random.default_rng(1).permutation(120)[:80]
+    whole = [fit(features[rows], labels[rows], 3, l2) for l2 in (1.0, 1024.0)]
+    monkeypatch.setattr(fewshot, "AT_ONCE", 7)
+    np.save(tmp_path / "features.npy", features)
+    mapped = np.load(tmp_path / "features.npy", mmap_mode="r")
+    parts = fewshot.fits(mapped, labels, 3, (1.0, 1024.0), rows)
+    for one, other in zip(whole, parts, strict=True):
+        np.testing.assert_allclose(one.weights, other.weights, rtol=0, atol=1e-9)
+        assert one.accuracy(features[rows], labels[rows]) == other.accuracy(mapped, labels, rows)
 
 
 def test_fewshot_draws_per_class_in_class_order():

@@ -105,7 +105,7 @@ def test_what_cannot_be_probed_is_told_at_the_start(folder, tmp_path, alone):
         settings(folder / "train", folder / "test", fewshot=False, linear=False)
     made = [Made(f"k{i}", plain("red"), labels) for i, labels in enumerate([(0,), (1, 2), (2,)])]
     several = write_dataset(tmp_path / "several", Dataset.open(folder / "train").classes, [made])
-    with pytest.raises(UserError, match=r"image 1 of .*several has 2 labels; a probe wants images with one each"):
+    with pytest.raises(UserError, match=r"image 1 of .*several has 2 labels; features want images with one each"):
         Probe(settings(folder / "train", several))
     other = write_dataset(tmp_path / "other", ["a", "b"], [made[:1]])
     with pytest.raises(UserError, match=r"other has other classes than .*train; build both with one list"):

@@ -1,18 +1,22 @@
-"""One rank: evaluate a fixed random model. worker_classify.py DATASET BATCH"""
+"""One rank: evaluate a fixed random model in both ways. worker_classify.py DATASET BATCH"""
 
 import json
 import sys
 
 from pipeline import distributed
 from pipeline.evaluate.classify import classify
+from pipeline.evaluate.predict import predict
+from pipeline.evaluate.scores import Scores
 from pipeline.models import create_model
 from pipeline.models.initial import initial_value
 from shards.dataset import Dataset
 
 distributed.start()
-dataset = Dataset.open(sys.argv[1])
+dataset, batch = Dataset.open(sys.argv[1]), int(sys.argv[2])
 model = create_model("vit_ti8", embed_dim=24, num_heads=3, depth=1, image_size=16, num_classes=3, seed=3).eval()
 model.head.weight.data = initial_value(model, "blocks.0.mlp.fc1.weight", (3, 24), 5)
-print(json.dumps(classify(model, dataset, 16, int(sys.argv[2]))))
+predictions = predict(model, dataset, 16, batch)
+scored = {**Scores(predictions, dataset).summary(), "best": predictions.ranked[:, 0].tolist()}
+print(json.dumps([classify(model, dataset, 16, batch), scored]))
 distributed.finish()
 distributed.end_process(0)

@@ -1,0 +1,72 @@
+"""Checkpoints of ours, whatever engine, ZeRO stage and number of ranks wrote them."""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline import checkpoint
+from pipeline.convert.source import Source
+from shards.errors import UserError
+
+
+def is_ours(path: Path) -> bool:
+    """Tell whether a folder is a checkpoint, or a training stage's folder with some."""
+    return (path / "checkpoint.json").is_file() or (path / "checkpoints").is_dir()
+
+
+def find_checkpoint(source: str | Path, which: str = "latest") -> checkpoint.Checkpoint:
+    """Return the verified checkpoint at ``source``: a checkpoint folder, or a training stage's folder.
+
+    Args:
+        source: The folder.
+        which: For a stage's folder, the pointer to follow: ``"latest"`` or ``"best"``.
+
+    Raises:
+        UserError: There is none.
+        BrokenCheckpointError: It was named, and does not pass verification.
+    """
+    source = Path(source)
+    if (source / "checkpoint.json").is_file():
+        found = checkpoint.Checkpoint(source)
+        found.verify()
+        return found
+    folder = source / "checkpoints"
+    candidates = checkpoint.whole_checkpoints(folder) if which == "latest" else [checkpoint.pointer(folder, which)]
+    for path in filter(None, candidates):
+        try:
+            found = checkpoint.Checkpoint(path)
+            found.verify()
+        except checkpoint.BrokenCheckpointError as error:
+            print(f"warning: {error} (falling back to the one before)", file=sys.stderr)
+            continue
+        return found
+    raise UserError(
+        f"there is no whole {which} checkpoint in {source}; give a checkpoint folder, or the folder of a training "
+        "stage that saved one"
+    )
+
+
+def source(found: checkpoint.Checkpoint, ema: bool) -> Source:
+    """Return the model of a checkpoint, or of the moving average of its weights."""
+    state = found.state
+    if ema and state["settings"]["optim"].get("ema") is None:
+        raise UserError(
+            f"{found.path} has no moving average of the weights; train with optim.ema, or take the weights themselves"
+        )
+
+    def tensor(name: str) -> Tensor:
+        shape = torch.Size(found.shapes[name])
+        return found.read("ema" if ema else "weight", name, 0, shape.numel()).reshape(shape)
+
+    settings = state["settings"]
+    note = {
+        "samples": found.samples,
+        "ema": ema,
+        "val": state["val"],
+        "commit": state["commit"],
+        "versions": state["versions"],
+        "settings": settings,
+    }
+    return Source("checkpoint", state["model"], tensor, state["classes"], note)

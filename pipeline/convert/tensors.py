@@ -1,0 +1,198 @@
+"""Files of named tensors, of which one at a time is in memory: safetensors, what torch.save wrote, .npz archives.
+
+Nothing is unpickled but tensors: torch's files are loaded with ``weights_only``, archives without pickle.
+"""
+
+import argparse
+import json
+import pickle
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from shards.errors import UserError
+
+NOTE = "patchmill"  # the key of our note in the metadata of our own files
+EXPORT = "patchmill_export"  # and of those that are for others, and have their names
+AT_ONCE = 2**28
+"""Bytes to read of mapped files before they are let go: until then they count as this process's memory."""
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Named tensors.
+
+    Attributes:
+        where: The file or folder, for messages.
+        shapes: Of every tensor, by name.
+        read: Gives one by name.
+        row: Gives row ``i`` of one, without reading the others where the file allows that.
+        note: What Patchmill noted in it.
+    """
+
+    where: Path
+    shapes: dict[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+    row: Callable[[str, int], Tensor]
+    note: dict[str, Any]
+
+
+class Mapped:
+    """Loaded files that are mapped into memory, and let go when enough was read of them."""
+
+    def __init__(self, load: Callable[[Path], Any]):
+        self._load, self._open, self._bytes = load, {}, 0
+
+    def __call__(self, path: Path) -> Any:
+        """Return what ``load`` makes of the file."""
+        if self._bytes > AT_ONCE:
+            self._open, self._bytes = {}, 0
+        if path not in self._open:
+            self._open[path] = self._load(path)
+        return self._open[path]
+
+    def copied(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of a file in memory of its own."""
+        self._bytes += tensor.nbytes
+        return tensor.clone()
+
+
+def of_safetensors(files: Iterable[Path], where: Path) -> Tensors:
+    """Read a safetensors file, or several that are one model."""
+    found, shapes, note = {}, {}, {}
+
+    def opened(path: Path) -> Any:
+        try:
+            return safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is no readable safetensors file ({error}); get or make it again") from None
+
+    for path in files:
+        file = opened(path)
+        for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+            found[name], shapes[name] = path, tuple(file.get_slice(name).get_shape())
+        metadata = file.metadata() or {}
+        note |= json.loads(metadata.get(NOTE) or metadata.get(EXPORT, "{}"))
+    mapped = Mapped(opened)
+
+    def read(name: str) -> Tensor:
+        return mapped.copied(mapped(found[name]).get_tensor(name))
+
+    def row(name: str, i: int) -> Tensor:
+        return mapped.copied(mapped(found[name]).get_slice(name)[i])
+
+    return Tensors(where, shapes, read, row, note)
+
+
+def load_torch(path: Path, harmless: Iterable[Any] = (argparse.Namespace,)) -> Any:
+    """Load what torch.save wrote, on the CPU and mapped where its format allows it; nothing but tensors is unpickled.
+
+    Args:
+        path: The file.
+        harmless: Classes that may be in it too, or (class, the name of another in whose place it is taken).
+
+    Raises:
+        UserError: There is something else in it, or it is no such file.
+    """
+    options = {"map_location": "cpu", "weights_only": True, "mmap": zipfile.is_zipfile(path)}
+    try:
+        with torch.serialization.safe_globals(list(harmless)):
+            return torch.load(path, **options)
+    except pickle.UnpicklingError as error:
+        what = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), "")
+        raise UserError(
+            f"{path} holds more than tensors, and nothing else is unpickled ({what.strip()}); "
+            "save the model's state_dict() alone, best as safetensors"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}); get or make it again") from None
+
+
+# Where training programs put a model's state inside what they save, and where the average of its weights.
+STATES = ("state_dict", "model", "module", "model_state_dict", "params")
+AVERAGES = ("state_dict_ema", "model_ema", "ema")
+
+
+def of_torch(files: Iterable[Path], where: Path, ema: bool = False) -> Tensors:
+    """Read what torch.save wrote: a state, or a table with one in it, such as timm's checkpoints."""
+    mapped = Mapped(lambda path: _state(load_torch(path), path, ema))
+    found = {name: path for path in files for name in mapped(path)}
+    shapes = {name: tuple(mapped(path)[name].shape) for name, path in found.items()}
+
+    def read(name: str) -> Tensor:
+        return mapped.copied(mapped(found[name])[name])
+
+    return Tensors(where, shapes, read, lambda name, i: mapped.copied(mapped(found[name])[name][i]), {})
+
+
+def _state(loaded: Any, path: Path, ema: bool) -> dict[str, Tensor]:
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path} holds no table of tensors; save a model's state_dict()")
+    keys = AVERAGES if ema else STATES
+    state = next((loaded[key] for key in keys if isinstance(loaded.get(key), dict)), None if ema else loaded)
+    if state is None:
+        raise UserError(f"{path} has no moving average of the weights; take the weights themselves")
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise UserError(
+            f"{path} holds no tensors under {', '.join(map(str, state))[:200]}; save a model's state_dict()"
+        )
+    return tensors
+
+
+def of_npz(path: Path) -> Tensors:
+    """Read a .npz archive, never with pickle. NumPy keeps bfloat16 as 2 bytes of void, which is known."""
+    archive = zipfile.ZipFile(path)
+    note = json.loads(zlib.decompress(archive.comment)) if archive.comment[:1] == b"\x78" else {}
+    members = {each.filename.removesuffix(".npy"): each for each in archive.infolist()}
+    headers = {}
+    for name, member in members.items():
+        with archive.open(member) as stream:
+            headers[name] = _header(stream, f"{name} of {path}")
+
+    def read(name: str) -> Tensor:
+        with archive.open(members[name]) as stream:
+            return _as_tensor(np.lib.format.read_array(stream, allow_pickle=False))
+
+    def row(name: str, i: int) -> Tensor:
+        shape, transposed, dtype = headers[name]
+        member = members[name]
+        if transposed or member.compress_type != zipfile.ZIP_STORED:
+            return read(name)[i]
+        count = int(np.prod(shape[1:], dtype=int))
+        with open(path, "rb") as file:  # the archive itself would read all that comes before
+            file.seek(member.header_offset + 26)
+            file.seek(sum(struct.unpack("<HH", file.read(4))), 1)
+            _header(file, name)
+            file.seek(i * count * dtype.itemsize, 1)
+            return _as_tensor(np.fromfile(file, dtype, count).reshape(shape[1:]))
+
+    return Tensors(path, {name: header[0] for name, header in headers.items()}, read, row, note)
+
+
+def _header(stream: Any, what: str) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Return (shape, whether it is in the order of columns, dtype) of a .npy file, which is left at its values."""
+    try:
+        version = np.lib.format.read_magic(stream)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, transposed, dtype = read(stream)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{what} is no NumPy array ({error}); get or make the file again") from None
+    if dtype.hasobject:
+        raise UserError(f"{what} is pickled, and nothing is unpickled; save arrays of numbers alone")
+    return shape, transposed, dtype
+
+
+def _as_tensor(array: np.ndarray) -> Tensor:
+    if array.dtype.kind == "V" and array.dtype.itemsize == 2:
+        return torch.from_numpy(np.ascontiguousarray(array).view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(np.ascontiguousarray(array))

@@ -1,0 +1,125 @@
+"""Saving beside the loop, which waits only until what its rank owns is copied to host memory."""
+
+import copy
+import math
+import sys
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from pipeline import checkpoint, distributed
+from pipeline.config import TrainSettings
+from pipeline.engines.fragments import Piece
+from pipeline.engines.states import checkpoint_bytes
+from pipeline.hostcopy import HostCopy
+from pipeline.hostmemory import free_memory
+from pipeline.mirror import Mirror
+
+
+class Saver:
+    """Writes a run's checkpoints one at a time, in a thread of each rank; all ranks make the same calls.
+
+    What fails on one rank is raised on all of them: by the next ``save``, by ``wait``, and by ``Lookout.look`` before.
+
+    Args:
+        folder: The run's ``checkpoints`` folder.
+        shapes: Full shape of every parameter, by name.
+        settings: Of the stage.
+        keep_every: Samples; the first checkpoint at or after each multiple of it stays for good.
+
+    Raises:
+        PatchmillError: There is no room for a checkpoint on the disk.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        shapes: dict[str, tuple],
+        settings: TrainSettings,
+        keep_every: int | None = None,
+    ):
+        self._folder, self._shapes, self._settings = folder, shapes, settings.checkpoint
+        self._size = checkpoint_bytes(settings.optim, sum(math.prod(shape) for shape in shapes.values()))
+        self._keep_every = keep_every
+        self._group = distributed.group_beside()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._saving: Future[None] | None = None
+        self._copy: HostCopy | None = None
+        self._asynchronous: bool | None = None if self._settings.asynchronous else False  # None: not known yet
+        self._mirror: Mirror | None = None  # rank 0 has it
+        checkpoint.together(folder, self._prepare, distributed.rank() == 0)
+
+    def save(self, samples: int, pieces: Iterable[Piece], state: dict[str, Any], best: bool = False) -> Path:
+        """Begin to write a checkpoint, as ``checkpoint.save`` does, once the one before is whole; return its path."""
+        self.wait()
+        if self._asynchronous is None:
+            self._asynchronous = self._copy_fits()
+        if self._asynchronous:
+            self._copy = self._copy or HostCopy()
+            pieces = self._copy.take(pieces)
+        self._saving = self._thread.submit(self._write, samples, pieces, copy.deepcopy(state), best)
+        if not self._asynchronous:
+            self.wait()
+        return checkpoint.path_of(self._folder, samples)
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is whole; raise what it failed of on any rank."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is whole, and in the mirror, if there is one; raise what either failed of."""
+        self.wait()
+        checkpoint.together(self._folder, self._finish_mirror, distributed.rank() == 0)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last save is known to have failed; ``wait`` raises it."""
+        return self._saving is not None and self._saving.done() and self._saving.exception() is not None
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()  # what was begun is written, however the run ends
+        if self.failed and distributed.rank() == 0:
+            print(f"warning: {self._saving.exception()}", file=sys.stderr, flush=True)
+        if self._mirror:
+            self._mirror.close()
+
+    def _prepare(self) -> None:
+        checkpoint.clear_partial(self._folder)
+        checkpoint.check_room(self._folder, self._size)
+        if self._settings.mirror:
+            self._mirror = Mirror(self._settings.mirror, self._folder, self._settings.keep, self._keep_every)
+
+    def _write(self, samples: int, pieces: Iterable[Piece], state: dict[str, Any], best: bool) -> None:
+        path = checkpoint.save(self._folder, samples, pieces, self._shapes, state, best, self._size, self._group)
+        checkpoint.together(path, self._saved, distributed.rank() == 0, self._group)
+
+    def _saved(self) -> None:
+        if self._mirror:
+            self._mirror.bring()
+        in_use = self._mirror.busy() if self._mirror else None
+        checkpoint.prune(self._folder, self._settings.keep, self._keep_every, in_use)
+
+    def _finish_mirror(self) -> None:
+        if self._mirror:
+            self._mirror.finish()
+
+    def _copy_fits(self) -> bool:
+        """Tell whether there is memory for the copies of the ranks on each machine; collective."""
+        wanted = self._size / distributed.world_size() * len(distributed.ranks_here())
+        free = free_memory()
+        lacking = [each for each in distributed.everyone((wanted, free)) if each[0] > each[1]]
+        if lacking and distributed.rank() == 0:
+            wanted, free = lacking[0]
+            print(
+                f"warning: saving beside the loop wants {wanted / 1e9:.3g} GB of a machine's memory for a copy, and "
+                f"{free / 1e9:.3g} GB are free: the loop waits for each save; take more machines, or set "
+                "checkpoint.asynchronous = false",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+        return not lacking

@@ -1,0 +1,81 @@
+"""Frozen features of real images: the same on any number of ranks, and what is fitted to them is what numpy fits."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.evaluate import frozen
+from pipeline.evaluate.fewshot import fewshot_accuracy, least_squares_accuracy
+from pipeline.evaluate.frozen import frozen_features_accuracy
+from pipeline.models import create_model
+from shards.augment import Resize
+from shards.dataset import Dataset
+from shards.decode import decode
+from shards.errors import UserError
+from tests.images import build_image_set
+from tests.ranks import run_on_ranks
+from tests.shards.datasets import Made, plain, write_dataset
+
+WORKER = Path(__file__).parent / "worker_frozen.py"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("frozen")
+    build_image_set(folder, per_class=12, split={"val": 0.3}, shard_samples=10)
+    return folder / "set"
+
+
+def by_hand(folder, name):
+    """Features and pixels from one image at a time."""
+    dataset = Dataset.open(folder / name)
+    model = create_model("vit_ti8", embed_dim=24, num_heads=3, depth=1, image_size=16, num_classes=3, seed=3).eval()
+    features, pixels, labels = [], [], []
+    for index in range(len(dataset)):
+        sample = dataset[index]
+        image = Resize(16)(decode(sample.image, sample.key), (0, 0, 0)).astype(np.float32) / 127.5 - 1
+        image = image.transpose(2, 0, 1)
+        with torch.no_grad():
+            features.append(model.features(torch.from_numpy(image.copy())[None])[0].numpy())
+        pixels.append(image.ravel())
+        labels.append(sample.labels[0])
+    return {"features": np.stack(features), "pixels": np.stack(pixels)}, np.array(labels)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_accuracies_are_those_of_features_made_by_hand_on_any_number_of_ranks(folder, ranks):
+    found, *others = run_on_ranks(WORKER, ranks, folder)
+    assert others == [{}] * (ranks - 1)
+    (train, train_labels), (test, test_labels) = (by_hand(folder, name) for name in ("train", "val"))
+    for kind in ("features", "pixels"):
+        data = train[kind], train_labels, test[kind], test_labels
+        for shots in (1, 4):
+            expected = fewshot_accuracy(*data, shots)
+            assert found[kind]["seeds"][str(shots)] == expected.tolist()
+            assert found[kind]["shots"][str(shots)] == pytest.approx(expected.mean())
+        assert (found[kind]["all"], found[kind]["l2"]) == least_squares_accuracy(*data)
+    assert 0 <= found["features"]["knn"] <= 1
+    assert "knn" not in found["pixels"]
+
+
+def test_of_a_large_set_there_are_no_raw_pixels(folder, alone, monkeypatch):
+    monkeypatch.setattr(frozen, "PIXELS", 1000)
+    model = create_model("vit_ti8", embed_dim=24, num_heads=3, depth=1, image_size=16, num_classes=3, seed=3).eval()
+    sets = (Dataset.open(folder / name) for name in ("train", "val"))
+    found = frozen_features_accuracy(model, *sets, [1])
+    assert list(found) == ["features"]
+    assert "knn" not in found["features"]
+
+
+def test_what_cannot_be_fitted_is_refused_before_anything_is_extracted(folder, tmp_path, alone):
+    sets = [Dataset.open(folder / name) for name in ("train", "val")]
+    with pytest.raises(UserError, match=r"class .* has \d+ training images for 99 shots; ask for fewer"):
+        frozen_features_accuracy(None, *sets, [1, 99])
+    two = Dataset.open(write_dataset(tmp_path / "two", sets[0].classes, [[Made("k", plain("red"), (0, 1))]]))
+    with pytest.raises(UserError, match=r"image 0 of .* has 2 labels; features want images with one each"):
+        frozen_features_accuracy(None, two, sets[1], [1])
+    other = Dataset.open(write_dataset(tmp_path / "other", ["x"], [[Made("k", plain("red"), (0,))]]))
+    with pytest.raises(UserError, match="has other classes than"):
+        frozen_features_accuracy(None, other, sets[1], [1])

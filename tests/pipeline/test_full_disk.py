@@ -1,0 +1,72 @@
+"""A disk that is really full: a small file system of its own, where this process may mount one, or a limit of files."""
+
+import resource
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import checkpoint
+from pipeline.checkpoint import Checkpoint
+from shards.errors import PatchmillError
+
+pytestmark = pytest.mark.usefixtures("alone")
+COUNT = 200_000
+
+
+def write(folder: Path, samples: int, size: int = 0) -> Path:
+    pieces = [("weight", "a", 0, torch.arange(float(COUNT)))]
+    return checkpoint.save(folder, samples, pieces, {"a": (COUNT,)}, {}, size=size)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of 3 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True, timeout=10
+    )
+    if not mount or mount.returncode:
+        pytest.skip("only root may mount a disk of its own")
+    yield folder / "checkpoints"
+    subprocess.run(["umount", folder], timeout=10, check=True)
+
+
+def test_a_full_disk_is_one_line_and_what_was_saved_stays(small_disk):
+    first = [write(small_disk, samples) for samples in (8, 16, 24)]
+    with pytest.raises(PatchmillError, match=r"cannot write checkpoint .*000032: .*(space|ENOSPC).*; make room"):
+        write(small_disk, 32)
+    assert not list(small_disk.glob(".*"))  # what did not fit is gone
+    with pytest.raises(
+        PatchmillError, match=r"a checkpoint in .* takes 0.0008 GB, and .* GB of its disk are free; make room"
+    ):
+        write(small_disk, 32, size=4 * COUNT)
+    assert checkpoint.newest(small_disk).path == first[-1]
+    for each in first:
+        Checkpoint(each).verify()
+    shutil.rmtree(first[0])
+    Checkpoint(write(small_disk, 32, size=4 * COUNT)).verify()
+
+
+def test_a_write_that_fails_is_one_line_and_what_was_saved_stays(tmp_path):
+    first, limits = write(tmp_path, 8), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (COUNT, limits[1]))
+    try:
+        with pytest.raises(PatchmillError, match=r"cannot write checkpoint .*000016: .*File too large.*; make room"):
+            write(tmp_path, 16)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert checkpoint.newest(tmp_path).path == first
+
+
+def test_a_pointer_to_nowhere_is_not_needed(tmp_path):
+    first = write(tmp_path, 8)
+    for text in ("samples-000000000099\n", "", "../elsewhere\n"):
+        (tmp_path / "latest").write_text(text)
+        assert checkpoint.pointer(tmp_path, "latest") is None
+        assert checkpoint.newest(tmp_path).path == first
+    (tmp_path / "latest").unlink()
+    assert checkpoint.newest(tmp_path).path == first

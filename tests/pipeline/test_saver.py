@@ -1,0 +1,169 @@
+"""Saving beside the loop: what is written is what was there when it began, and no failure is missed."""
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import checkpoint, hostcopy, rankfile, saver
+from pipeline.checkpoint import Checkpoint
+from pipeline.config import TrainSettings, check, merge
+from pipeline.hostcopy import HostCopy
+from pipeline.lookout import Lookout
+from pipeline.saver import Saver
+from shards.errors import PatchmillError
+from tests.ranks import run_on_ranks
+
+SHAPES = {"a": (2, 3), "b": (4,)}
+SETTINGS = {"duration": "9 steps", "global_batch": 8, "data": {"train": "-"}, "model": {"name": "vit_b16"}}
+
+
+def saver_of(folder: Path, keep_every: int | None = None, **over) -> Saver:
+    return Saver(folder, SHAPES, check(TrainSettings, merge(SETTINGS, {"checkpoint": over}), "test"), keep_every)
+
+
+def pieces(live: torch.Tensor) -> list:
+    return [("weight", "a", 0, live[:6]), ("weight", "b", 0, live[6:])]
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Holds the writing of files up until it is set."""
+    opened, write = threading.Event(), checkpoint.write_rank_file
+
+    def write_later(*arguments) -> dict:
+        assert opened.wait(30)
+        return write(*arguments)
+
+    monkeypatch.setattr(checkpoint, "write_rank_file", write_later)
+    return opened
+
+
+@pytest.mark.usefixtures("alone")
+class TestOneRank:
+    def test_the_loop_goes_on_and_changes_what_is_being_written(self, tmp_path, gate):
+        live, state = torch.arange(10.0), {"probe": {"top1": 1}}
+        with saver_of(tmp_path / "run" / "checkpoints") as saving:
+            path = saving.save(8, pieces(live), state)
+            live.fill_(-1)
+            state["probe"]["top1"] = 2
+            assert not path.exists()
+            gate.set()
+            saving.wait()
+            found = Checkpoint(path)
+            found.verify()
+            assert found.read("weight", "a", 0, 6).tolist() == [0, 1, 2, 3, 4, 5]
+            assert found.read("weight", "b", 0, 4).tolist() == [6, 7, 8, 9]
+            assert found.state == {"probe": {"top1": 1}}
+
+    def test_the_next_save_and_the_end_wait_for_the_one_before(self, tmp_path, gate):
+        live = torch.arange(10.0)
+        threading.Timer(0.3, gate.set).start()
+        with saver_of(tmp_path) as saving:
+            first = saving.save(8, pieces(live), {})
+            second = saving.save(16, pieces(live + 1), {})  # into the memory that the first was copied to
+            assert Checkpoint(first).read("weight", "a", 0, 1).item() == 0
+        assert Checkpoint(second).read("weight", "a", 0, 1).item() == 1
+
+    def test_a_failure_is_raised_by_a_look_and_by_the_next_save_and_told_at_the_end(self, tmp_path, capsys):
+        live = torch.arange(10.0)
+        for how in ("look", "save", "end"):
+            (tmp_path / how).mkdir()
+            with saver_of(tmp_path / how) as saving:
+                lookout = Lookout(None, saver=saving)
+                lookout.look(now=True)
+                (tmp_path / how / f".{checkpoint.path_of(tmp_path, 8).name}.partial").write_text("in the way")
+                saving.save(8, pieces(live), {})
+                if how == "end":
+                    continue
+                while not saving.failed:
+                    pass
+                with pytest.raises(
+                    PatchmillError, match=r"cannot write checkpoint .*samples-000000000008: .*make room"
+                ):
+                    lookout.look(now=True) if how == "look" else saving.save(16, pieces(live), {})
+                lookout.look(now=True)  # it was told
+            assert capsys.readouterr().err.count("cannot write checkpoint") == (how == "end")
+
+    def test_without_memory_for_a_copy_it_says_so_and_the_loop_waits(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(saver, "free_memory", lambda: 10.0)
+        live = torch.arange(10.0)
+        with saver_of(tmp_path) as saving:
+            for samples in (8, 16):
+                path = saving.save(samples, pieces(live), {})
+                Checkpoint(path).verify()
+        told = capsys.readouterr().err
+        assert told.count("warning: saving beside the loop wants") == 1
+        assert "checkpoint.asynchronous = false" in told
+
+    def test_it_may_be_switched_off(self, tmp_path, capsys):
+        with saver_of(tmp_path, asynchronous=False) as saving:
+            Checkpoint(saving.save(8, pieces(torch.arange(10.0)), {})).verify()
+        assert capsys.readouterr().err == ""
+
+    def test_it_keeps_the_newest_and_the_first_of_each_period(self, tmp_path):
+        with saver_of(tmp_path, keep_every=30) as saving:
+            for samples in range(8, 97, 8):
+                saving.save(samples, pieces(torch.arange(10.0)), {})
+        assert sorted(map(checkpoint.samples_of, checkpoint.whole_checkpoints(tmp_path))) == [32, 64, 88, 96]
+
+    def test_what_is_newer_than_the_latest_was_broken_and_goes(self, tmp_path):
+        with saver_of(tmp_path) as saving:
+            for samples in (8, 16, 24):
+                saving.save(samples, pieces(torch.arange(10.0)), {})
+            saving.wait()
+            (tmp_path / "samples-000000000024" / "rank-00000.safetensors").write_bytes(b"broken")
+            assert checkpoint.newest(tmp_path).samples == 16
+            saving.save(20, pieces(torch.arange(10.0)), {})
+        assert sorted(map(checkpoint.samples_of, checkpoint.whole_checkpoints(tmp_path))) == [16, 20]
+        assert checkpoint.pointer(tmp_path, "latest").name.endswith("20")
+
+    def test_what_a_killed_save_left_goes_at_the_start(self, tmp_path):
+        left = tmp_path / ".samples-000000000008.partial"
+        left.mkdir()
+        with saver_of(tmp_path):
+            assert not left.exists()
+
+    def test_a_file_that_does_not_hold_what_was_written_is_no_checkpoint(self, tmp_path, monkeypatch):
+        write = rankfile.save_file
+
+        def write_wrong(tensors: dict, path: Path) -> None:
+            write(tensors, path)
+            content = bytearray(path.read_bytes())
+            content[-1] ^= 1
+            path.write_bytes(content)
+
+        monkeypatch.setattr(rankfile, "save_file", write_wrong)
+        with saver_of(tmp_path) as saving:
+            saving.save(8, pieces(torch.arange(10.0)), {})
+            with pytest.raises(PatchmillError, match="does not hold what was written"):
+                saving.wait()
+        assert checkpoint.newest(tmp_path) is None
+
+    def test_a_disk_without_room_is_told_at_the_start(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 119}))
+        with pytest.raises(PatchmillError, match=r"takes 1.2e-07 GB, and 1.19e-07 GB .* are free; make room"):
+            saver_of(tmp_path / "not" / "made")
+
+
+def test_a_copy_is_written_over_the_one_before_and_takes_memory_once(monkeypatch):
+    monkeypatch.setattr(hostcopy, "SLAB", 16)
+    copy, addresses = HostCopy(), []
+    for shift in (0.0, 100.0):
+        live = [torch.arange(float(size)) + shift for size in (10, 5, 3, 40, 1)]
+        taken = copy.take([("weight", str(number), 0, each) for number, each in enumerate(live)])
+        assert [each.tolist() for *_, each in taken] == [each.tolist() for each in live]
+        addresses.append([each.data_ptr() for *_, each in taken])
+    assert addresses[0] == addresses[1]
+    assert len(set(addresses[0])) == 5
+
+
+def test_what_fails_on_one_rank_is_raised_on_both_at_the_same_look(tmp_path):
+    ranks = run_on_ranks(Path(__file__).with_name("worker_saver.py"), 2, tmp_path)
+    assert ranks[0]["step"] == ranks[1]["step"] > 0
+    for rank in ranks:
+        assert "cannot write checkpoint" in rank["error"]
+        assert "File too large" in rank["error"]  # rank 1's limit
+        assert rank["then"] == 16
+    assert not (tmp_path / "samples-000000000008").exists()
