@@ -29,13 +29,12 @@ def main(cases: str) -> None:
     print(json.dumps([measure(**case) for case in json.loads(cases)]))
 
 
-def measure(settings: dict, model: dict, steps: int = 2) -> dict:
+def measure(settings: dict, model: dict, steps: int = 4) -> dict:
     with Storages([]) as counted:
-        found = run(check(TrainSettings, settings, "test"), model, steps)
-    return found | {"tensors": counted.peak}
+        return run(check(TrainSettings, settings, "test"), model, steps, counted)
 
 
-def run(settings: TrainSettings, model: dict, steps: int) -> dict:
+def run(settings: TrainSettings, model: dict, steps: int, counted: Storages) -> dict:
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
     with torch.device("meta"):
@@ -60,11 +59,17 @@ def run(settings: TrainSettings, model: dict, steps: int) -> dict:
             return objective.loss(partial(model, draws=batch.draws), *batch.inputs)
 
     local = settings.global_batch // distributed.world_size()
+    peaks = [counted.peak]
     for step in range(steps):
+        counted.peak = 0  # of this step
         batch = inputs(settings, template, model, local, step)
         engine.step(list(micro_batches(batch, settings.micro_batch or local, 0, 0, 0)), loss_fn, 1e-3)
+        peaks.append(counted.peak)
     states = states_of(engine)
-    return {"saved": sum(saved.values()), "states": states, "before": before, "most": status("VmHWM")}
+    found = {"saved": sum(saved.values()), "states": states, "before": before, "most": status("VmHWM")}
+    # The first step makes what is kept from then on. gloo's threads now and then still hold a tensor of a collective that
+    # has ended: that only ever adds, so the least of the steps is what a step takes.
+    return found | {"tensors": max(peaks[0], min(peaks[2:]))}
 
 
 def states_of(engine) -> dict[str, int]:
