@@ -67,8 +67,8 @@ def run(settings: TrainSettings, model: dict, steps: int, counted: Storages) -> 
         peaks.append(counted.peak)
     states = states_of(engine)
     found = {"saved": sum(saved.values()), "states": states, "before": before, "most": status("VmHWM")}
-    # The first step makes what is kept from then on. gloo's threads now and then still hold a tensor of a collective that
-    # has ended: that only ever adds, so the least of the steps is what a step takes.
+    # The first step makes what is kept from then on. gloo's threads now and then still hold a tensor of a collective
+    # that has ended: that only ever adds, so the least of the steps is what a step takes.
     return found | {"tensors": max(peaks[0], min(peaks[2:]))}
 
 
