@@ -11,8 +11,9 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from launch.stages import KINDS
-from pipeline.config import Settings, TrainSettings, check, merge, nearest, read_toml
+from pipeline.config import TrainSettings
 from pipeline.recipe import read_settings
+from pipeline.settings import Settings, check, merge, nearest, read_toml
 from pipeline.weights import check_model
 from shards.errors import UserError
 from shards.manifest import EXCLUDE

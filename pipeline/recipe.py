@@ -14,7 +14,8 @@ from typing import Any
 
 from pydantic import Field
 
-from pipeline.config import Settings, TrainSettings, check, flat, merge, nearest, read_toml
+from pipeline.config import TrainSettings
+from pipeline.settings import Settings, check, flat, merge, nearest, read_toml
 from shards.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"

@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.config import read_toml
+from pipeline.settings import read_toml
 from pipeline.telemetry import read_metrics
 from pipeline.weights import Weights
 from shards.atomic import write_text

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 
 from pipeline import distributed
-from pipeline.config import DataSettings, Duration, TrainSettings, check, merge
+from pipeline.config import TrainSettings
+from pipeline.datasettings import DataSettings
 from pipeline.models import MODELS, create_model
 from pipeline.models.hybrid import downsampling
 from pipeline.recipe import PLACES, About
+from pipeline.settings import Duration, check, merge
 from pipeline.train import train
 from pipeline.weights import Weights, check_model, write_weights
 from shards.build import build

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import ModelSettings, check, override
+from pipeline.config import ModelSettings
 from pipeline.models import MODELS, create_model
+from pipeline.settings import check, override
 from shards.errors import UserError
 
 

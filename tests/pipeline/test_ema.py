@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import TrainSettings, check, merge
+from pipeline.config import TrainSettings
 from pipeline.convert.convert import convert
 from pipeline.convert.recognise import load_model
 from pipeline.ema import CHUNK, Ema
 from pipeline.engines.gate import Gate
 from pipeline.evaluate.classify import classify
+from pipeline.settings import check, merge
 from pipeline.train import train
 from pipeline.weights import Weights
 from shards.dataset import Dataset

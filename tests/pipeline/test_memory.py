@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import TrainSettings, check, merge
+from pipeline.config import TrainSettings
 from pipeline.memory import MemoryEstimate
+from pipeline.settings import check, merge
 from shards.errors import UserError
 from tests.ranks import run_on_ranks
 

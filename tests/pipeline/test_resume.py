@@ -2,8 +2,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.config import TrainSettings, check, flat, merge
+from pipeline.config import TrainSettings
 from pipeline.resume import RULES, check_resume
+from pipeline.settings import check, flat, merge
 from shards.errors import UserError
 
 BASE = {"duration": "2 epochs", "global_batch": 8, "data": {"train": "a"}, "model": {"name": "vit_b16"}}

@@ -1,10 +1,11 @@
 import pytest
 import torch
 
-from pipeline.config import TrainSettings, check, merge
+from pipeline.config import TrainSettings
 from pipeline.models import create_model
 from pipeline.models.positions import interpolate_pos_embed
 from pipeline.recipe import read_recipe, recipe_names
+from pipeline.settings import check, merge
 from pipeline.weights import Weights, check_model, first_values, resolve_model, write_weights
 from shards.errors import UserError
 
