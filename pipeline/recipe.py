@@ -19,7 +19,7 @@ from pipeline.settings import Settings, check, flat, merge, nearest, read_toml
 from shards.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
-PLACES = {"data": {"train": "TRAIN"}, "init": "WEIGHTS.safetensors"}
+PLACES = {"data": {"train": "TRAIN", "val": "VAL"}, "init": "WEIGHTS.safetensors"}
 """What a recipe leaves to its user, in the words of its command."""
 
 
