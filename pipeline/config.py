@@ -287,7 +287,9 @@ class TrainSettings(Settings):
     micro_batch: int | None = Field(
         None, gt=0, description="samples a rank takes through the model at once; unset: all"
     )
-    init: str | None = Field(None, description="safetensors file to start from; the run's own checkpoint goes first")
+    init: str | None = Field(
+        None, description="weights to start from, in any format; a checkpoint of the run itself goes first"
+    )
     resume: str | None = Field(
         None,
         description="checkpoint, or folder of a training stage, of another run to go on from, if there is none here",

@@ -44,7 +44,7 @@ def open_source(
     if not path.exists():
         raise UserError(f"there is no {path}; give {KNOWN}")
     try:
-        return _open(path, which, ema, given)
+        return replace(_open(path, which, ema, given), path=path)
     except (KeyError, ValueError, IndexError) as error:  # of what anybody may have written
         raise UserError(
             f"{path} is laid out otherwise than its names make believe ({error!r}): it is of an architecture or a "
