@@ -1,8 +1,9 @@
 """What the training loop adds to a step: our loop against a bare loop around DeepSpeed, the data being in memory.
 
-Both train the same model with the same DeepSpeed configuration, optimizer and batches, each in a process of its own,
-in turns; ours with everything on that is on by default: guard, watchdog, telemetry (a line every ten steps), schedule,
-keyed dropout. Times are from batch to batch, of all steps but the first; saving and evaluating are left out.
+Both train the same model with the same DeepSpeed configuration, optimizer and batches, each in a process of its own;
+ours with everything on that is on by default: guard, watchdog, telemetry (a line every ten steps), schedule, keyed
+dropout. They take ten steps in turns, so that what else the machine does slows down both alike; saving and evaluating
+are left out.
 """
 
 import json
@@ -17,44 +18,61 @@ import torch
 from common import arguments, report, row
 
 CASES = {
-    "ViT-Ti/16 at 224, batch 8": {"name": "vit_ti16", "image_size": 224, "batch": 8, "steps": 21},
+    "ViT-Ti/16 at 224, batch 8": {"name": "vit_ti16", "image_size": 224, "batch": 8, "rounds": 15},
     "a ViT of 0.06 M parameters at 16, batch 8": {
-        "name": "vit_ti8", "image_size": 16, "batch": 8, "steps": 201, "embed_dim": 48, "depth": 2,
+        "name": "vit_ti8", "image_size": 16, "batch": 8, "rounds": 40, "embed_dim": 48, "depth": 2,
     },
 }  # fmt: skip
-QUICK = {"tiny": {**CASES["a ViT of 0.06 M parameters at 16, batch 8"], "steps": 11}}
-ROUNDS, CLASSES = 5, 100
+QUICK = {"tiny": {**CASES["a ViT of 0.06 M parameters at 16, batch 8"], "rounds": 2}}
+TOLD = "a step took"
+TURN, CLASSES = 10, 100  # steps of a turn: as many as are between two lines of the log
 
 
 def main():
     args = arguments(__doc__)
     rows, ratios = [], {}
     for title, case in (QUICK if args.quick else CASES).items():
-        times: dict[str, list[float]] = {"patchmill": [], "bare DeepSpeed": []}
-        for _ in range(1 if args.quick else ROUNDS):
-            for name, found in times.items():
-                found.append(run(name, case))
-        for name, found in times.items():
-            rows.append(row(f"{name}, {title}", "ms a step", found))
-        ours, bare = times.values()
+        ours, bare = turns(case)
+        rows.append(row(f"patchmill, {title}", "ms a step", ours))
+        rows.append(row(f"bare DeepSpeed, {title}", "ms a step", bare))
         rows.append(row(f"the loop adds, {title}", "ms a step", [a - b for a, b in zip(ours, bare, strict=True)]))
         ratios[f"bare DeepSpeed, {title}"] = median(b / a for a, b in zip(ours, bare, strict=True))
     report("step_overhead", rows, ratios, args.json)
 
 
-def run(name: str, case: dict) -> float:
-    """Return the milliseconds of a step, in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, __file__, name, json.dumps(case)], stdout=subprocess.PIPE, text=True, check=True
-    )
-    return float(done.stdout.splitlines()[-1])
+def turns(case: dict) -> list[list[float]]:
+    """Return the milliseconds of a step of our loop, and of the bare one, in each turn but the first."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, name, json.dumps(case)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for name in ("patchmill", "bare DeepSpeed")
+    ]
+
+    def turn(process: subprocess.Popen) -> float:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        for line in process.stdout:
+            if line.startswith(TOLD):  # DeepSpeed prints there, too
+                return float(line.removeprefix(TOLD))
+        sys.exit(f"a process ended with {process.wait()}")
+
+    try:
+        found = [[turn(process) for process in processes] for _ in range(case["rounds"] + 1)]
+    finally:
+        for process in processes:
+            process.kill()
+    return [list(each) for each in zip(*found[1:], strict=True)]
 
 
 # ---- what runs in the processes
 
 
 class Memory:
-    """Batches that are there already, which notes when each is asked for; what our loop wants of a loader."""
+    """Batches that are there already, given out in turns; what our loop wants of a loader.
+
+    A turn begins with a line of stdin, and ends with one of stdout: the milliseconds of a step.
+    """
 
     def __init__(self, case: dict):
         import numpy as np
@@ -65,20 +83,19 @@ class Memory:
         random = np.random.default_rng(0)
         self.images = random.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
         self.labels = random.integers(0, CLASSES, batch)
-        self.times, self.samples, self._case, self._kind = [], 0, case, Batch
+        self.samples, self._case, self._kind = 0, case, Batch
 
     def __iter__(self):
         import numpy as np
 
         batch = self._case["batch"]
         while True:
-            self.times.append(time.perf_counter())
-            self.samples += batch
-            yield self._kind(self.images, self.labels, np.arange(self.samples - batch, self.samples))
-
-    def milliseconds(self) -> float:
-        """Return the median time from batch to batch."""
-        return 1e3 * median(b - a for a, b in zip(self.times[1:], self.times[2:], strict=False))
+            sys.stdin.readline()
+            began = time.perf_counter()
+            for _ in range(TURN):
+                self.samples += batch
+                yield self._kind(self.images, self.labels, np.arange(self.samples - batch, self.samples))
+            print(TOLD, 1e3 * (time.perf_counter() - began) / TURN, flush=True)
 
     def counts(self):
         """Return nothing counted."""
@@ -101,7 +118,7 @@ def settings_of(case: dict):
     from pipeline.settings import check
 
     model = {key: value for key, value in case.items() if key in ("name", "embed_dim", "depth")}
-    steps = f"{case['steps']} steps"
+    steps = f"{TURN * (case['rounds'] + 2)} steps"  # more than there are turns for
     return check(TrainSettings, {
         "duration": steps, "global_batch": case["batch"], "model": model,
         "data": {"train": "memory", "resolution": case["image_size"]}, "optim": {"clip": 1.0, "weight_decay": 0.1},
@@ -109,7 +126,7 @@ def settings_of(case: dict):
     }, "bench")  # fmt: skip
 
 
-def patchmill(case: dict) -> float:
+def patchmill(case: dict) -> None:
     """Run our loop."""
     from pipeline import distributed, train
     from pipeline.data import TrainingData
@@ -121,10 +138,9 @@ def patchmill(case: dict) -> float:
     train.open_data = lambda *_: TrainingData(memory, classes, None, None, schedule, None)
     with tempfile.TemporaryDirectory() as folder, distributed.together():
         train.train(settings, Path(folder))
-    return memory.milliseconds()
 
 
-def bare(case: dict) -> float:
+def bare(case: dict) -> None:
     """Run the least loop."""
     import deepspeed
     import torch.nn.functional as F  # noqa: N812
@@ -147,15 +163,14 @@ def bare(case: dict) -> float:
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     images = torch.from_numpy(memory.images).to(engine.device).permute(0, 3, 1, 2).float().div(127.5).sub(1)
     labels = torch.from_numpy(memory.labels).to(engine.device)
-    for _, _ in zip(range(case["steps"]), memory, strict=False):
+    for _ in memory:
         engine.backward(F.cross_entropy(engine(images).float(), labels))
         engine.step()
-    return memory.milliseconds()
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 3 and sys.argv[1] in ("patchmill", "bare DeepSpeed"):
         chosen = patchmill if sys.argv[1] == "patchmill" else bare
-        print(chosen(json.loads(sys.argv[2])))
+        chosen(json.loads(sys.argv[2]))
     else:
         main()
