@@ -155,9 +155,11 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
     while samples < schedule.total and not patience.lost(settings, state):
         batch = window.next(batches)
         if batch is None:
+            path = save(False)
+            saver.wait()
             raise UserError(
-                f"{settings.data.train} ended at {samples} of {schedule.total} samples, saved in {save(False)}; give "
-                "it more and run again, or set a shorter duration"
+                f"{settings.data.train} ended at {samples} of {schedule.total} samples, saved in {path}; give it more "
+                "and run again, or set a shorter duration"
             )
         parts = list(micro_batches(batch, micro_batch, settings.seed, samples, rank))
         samples += settings.global_batch

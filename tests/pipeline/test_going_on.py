@@ -1,6 +1,8 @@
 """Going on from the end of a finished run, and from another run's checkpoint; from one that does not fit."""
 
+import errno
 import json
+import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -13,7 +15,7 @@ from pipeline.settings import check, merge
 from pipeline.train import train
 from shards.atomic import only_one
 from shards.build import build
-from shards.errors import UserError
+from shards.errors import PatchmillError, UserError
 from tests.pipeline.test_lookout import TABLE, lines
 from tests.shards.images import make_source
 
@@ -90,3 +92,33 @@ def test_what_does_not_fit_is_one_clear_line(tmp_path, data):
     with pytest.raises(UserError, match=r"resume = .*nowhere' has no whole checkpoint; give one"):
         run(tmp_path / "second", data, "4 steps", resume=str(tmp_path / "nowhere"))
     assert not list(tmp_path.glob("second/checkpoints/samples-*"))
+
+
+@pytest.fixture
+def stdin():
+    """Lets a file be the standard input of this process."""
+    before = os.dup(0)
+
+    def read_from(path: Path) -> None:
+        file = os.open(path, os.O_RDONLY)
+        os.dup2(file, 0)
+        os.close(file)
+
+    yield read_from
+    os.dup2(before, 0)
+    os.close(before)
+
+
+def test_of_data_that_ends_it_says_that_it_is_saved_only_once_it_is(tmp_path, data, stdin, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    ends = {"data": {"train": "-", "val": str(data)}, "duration": "8 steps", "evaluate": {"every": "9 steps"}}
+    settings = check(TrainSettings, merge(merge(TABLE, CONSTANT), ends), "test")
+    stdin(data / "shards" / "000000.tar")
+    with pytest.raises(UserError, match=r"ended at 8 of 64 samples, saved in .*/samples-0+8; give it more"):
+        train(settings, tmp_path / "run")
+    stdin(data / "shards" / "000000.tar")
+    monkeypatch.setattr(checkpoint, "write_rank_file", full)
+    with pytest.raises(PatchmillError, match=r"cannot write checkpoint .*samples-0+8: .*No space left"):
+        train(settings, tmp_path / "full")
