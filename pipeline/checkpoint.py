@@ -108,7 +108,13 @@ def save(
     return final
 
 
-def together(final: Path, action: Callable[[], Any], mine: bool, group: ProcessGroup | None = None) -> list[Any]:
+def together(
+    final: Path,
+    action: Callable[[], Any],
+    mine: bool,
+    group: ProcessGroup | None = None,
+    doing: str = "write checkpoint",
+) -> list[Any]:
     """Do one step of a save where it is this rank's to do; return what it gave each rank. Of one, all raise an error.
 
     Args:
@@ -116,12 +122,13 @@ def together(final: Path, action: Callable[[], Any], mine: bool, group: ProcessG
         action: The step.
         mine: Whether this rank does it.
         group: Over which the ranks agree.
+        doing: What is done to ``final``, for the error.
     """
     error = found = None
     try:
         found = action() if mine else None
     except Exception as problem:  # noqa: BLE001 (told to all: none may be left waiting)
-        told = f"cannot write checkpoint {final}: {problem or type(problem).__name__}"
+        told = f"cannot {doing} {final}: {problem or type(problem).__name__}"
         known = isinstance(problem, PatchmillError)
         error = problem if known else PatchmillError(f"{told}; make room or mend the disk, then run again")
     founds = distributed.everyone((found, error), group)
@@ -152,23 +159,36 @@ def prune(folder: Path, keep: int, every: int | None = None, in_use: Path | None
     """
     latest, best = pointer(folder, "latest"), pointer(folder, "best")
     there = whole_checkpoints(folder)
-    stay = kept([samples_of(each) for each in there if latest is None or each <= latest], keep, every)
+    names = [each and each.name for each in (latest, best)]
+    gone = superseded([each.name for each in there], *names, keep, every)
     for old in there:
         # What is newer than the latest was broken: the run went on from the one before.
-        if samples_of(old) not in stay and old not in (latest, best, in_use):
+        newer = latest is not None and old > latest and old != best
+        if (old.name in gone or newer) and old != in_use:
             # Renamed first: a half-deleted folder must not look like a checkpoint.
             doomed = old.with_name(f".{old.name}.partial")
             os.replace(old, doomed)
             shutil.rmtree(doomed)
 
 
-def kept(there: list[int], keep: int, every: int | None) -> set[int]:
-    """Return which checkpoints stay, by their samples: so many of the newest, and the first of each period."""
-    stay = set(sorted(there)[-keep:])
+def superseded(
+    there: Iterable[str], latest: str | None, best: str | None, keep: int, every: int | None = None
+) -> set[str]:
+    """Return which checkpoints are of no more use since newer ones were saved, by their names.
+
+    Args:
+        there: Names of all that there are.
+        latest: That of the last one that was saved; what is newer neither counts nor is of no more use.
+        best: That of the best one, which stays.
+        keep: So many of the newest stay.
+        every: Samples; the first checkpoint at or after each multiple of it stays.
+    """
+    names = sorted(name for name in there if latest is None or name <= latest)
+    stay = {latest, best, *names[-keep:]}
     if every is not None:
-        first = {samples // every: samples for samples in sorted(there, reverse=True) if samples >= every}
-        stay |= set(first.values())
-    return stay
+        periods = {samples_of(Path(name)) // every: name for name in reversed(names)}
+        stay |= {name for period, name in periods.items() if period > 0}
+    return set(names) - stay
 
 
 def clear_partial(folder: Path) -> None:

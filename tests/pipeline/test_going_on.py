@@ -94,6 +94,57 @@ def test_what_does_not_fit_is_one_clear_line(tmp_path, data):
     assert not list(tmp_path.glob("second/checkpoints/samples-*"))
 
 
+def test_with_every_checkpoint_broken_it_does_not_start_from_scratch(tmp_path, data, capsys):
+    out, mirror = tmp_path / "run", tmp_path / "mirror"
+    over = {"checkpoint": {"every": "2 steps", "mirror": str(mirror)}}
+    run(out, data, "8 steps", **over)
+    expected = weights(out)
+    folders = checkpoint.whole_checkpoints(out / "checkpoints")
+    files = [path / "rank-00000.safetensors" for path in (*folders, *map(Path, mirror.glob("samples-*")))]
+    for file in files:
+        file.rename(file.with_suffix(".kept"))
+    names = r".*run/checkpoints/samples-0+16, .*samples-0+64, .*mirror/samples-0+64, .*mirror/samples-0+16"
+    told = rf"none of the checkpoints of this run is whole: {names}; put their files back, give another --out, or del"
+    capsys.readouterr()
+    for _ in range(2):
+        with pytest.raises(UserError, match=told):
+            run(out, data, "8 steps", **over)
+        assert capsys.readouterr().err.count("falling back") == 2 * (len(folders) - 1)
+    with pytest.raises(UserError, match=r"none of .* is whole: .*run/checkpoints/samples-0+64; put"):
+        run(out, data, "8 steps", checkpoint={"every": "2 steps"})
+    assert sorted(checkpoint.whole_checkpoints(out / "checkpoints"), reverse=True) == folders
+    for file in files:
+        file.with_suffix(".kept").rename(file)
+    assert run(out, data, "8 steps", **over)["samples"] == 64
+    assert weights(out) == expected
+
+    for path in folders:
+        (path / "checkpoint.json").unlink()
+    with pytest.raises(UserError, match="none of the checkpoints of this run is whole"):
+        run(out, data, "8 steps", checkpoint={"every": "2 steps"})
+
+
+def test_of_another_runs_mirror_nothing_is_fetched(tmp_path, data):
+    mirror = tmp_path / "mirror"
+    run(tmp_path / "first", data, "4 steps", checkpoint={"mirror": str(mirror)})
+    told = rf"cannot go on from {mirror}/samples-.*: seed changed from 0 to 7; .*another mirror"
+    with pytest.raises(UserError, match=told):
+        run(tmp_path / "second", data, "4 steps", seed=7, checkpoint={"mirror": str(mirror)})
+    assert not list((tmp_path / "second").rglob("*samples*"))
+    assert run(tmp_path / "second", data, "2 steps", seed=7)["samples"] == 16
+
+
+def test_latest_is_what_a_run_went_on_from(tmp_path, data):
+    """Else what is broken would be brought to the mirror as the newest."""
+    out, mirror = tmp_path / "run", tmp_path / "mirror"
+    run(out, data, "4 steps", checkpoint={"every": "2 steps"})
+    file = out / "checkpoints" / "samples-000000000032" / "rank-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    run(out, data, "2 steps", checkpoint={"mirror": str(mirror)})
+    assert checkpoint.pointer(out / "checkpoints", "latest").name == "samples-000000000016"
+    assert [path.name for path in mirror.glob("samples-*")] == ["samples-000000000016"]
+
+
 @pytest.fixture
 def stdin():
     """Lets a file be the standard input of this process."""
