@@ -78,7 +78,7 @@ def save(
     def write_mine() -> dict[str, Any]:
         if not partial.is_dir():
             raise OSError(f"rank {rank} does not see what rank 0 made; all ranks need the same run folder")
-        return write_rank_file(partial / f"rank-{rank:05d}.safetensors", pieces)
+        return write_rank_file(partial / f"rank-{rank:05d}.safetensors", pieces, shapes)
 
     def commit() -> None:
         for file in files:

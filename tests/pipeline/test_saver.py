@@ -1,6 +1,8 @@
 """Saving beside the loop: what is written is what was there when it began, and no failure is missed."""
 
+import os
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -125,21 +127,61 @@ class TestOneRank:
         with saver_of(tmp_path):
             assert not left.exists()
 
-    def test_a_file_that_does_not_hold_what_was_written_is_no_checkpoint(self, tmp_path, monkeypatch):
-        write = rankfile.save_file
+    @pytest.mark.parametrize("byte", [0, -1])  # of the header, of the values
+    def test_a_file_that_does_not_hold_what_was_written_is_no_checkpoint(self, tmp_path, monkeypatch, byte):
+        read_back = rankfile._read_back
 
-        def write_wrong(tensors: dict, path: Path) -> None:
-            write(tensors, path)
+        def read_back_wrong(path: Path, *written) -> str:
             content = bytearray(path.read_bytes())
-            content[-1] ^= 1
+            content[byte] ^= 1
             path.write_bytes(content)
+            return read_back(path, *written)
 
-        monkeypatch.setattr(rankfile, "save_file", write_wrong)
+        monkeypatch.setattr(rankfile, "_read_back", read_back_wrong)
         with saver_of(tmp_path) as saving:
             saving.save(8, pieces(torch.arange(10.0)), {})
             with pytest.raises(PatchmillError, match="does not hold what was written"):
                 saving.wait()
         assert checkpoint.newest(tmp_path) is None
+
+    def test_without_a_copy_one_piece_is_in_memory_at_a_time(self, tmp_path):
+        made = []
+
+        def from_nvme():
+            for number in range(8):
+                assert sum(each() is not None for each in made) <= 1
+                tensor = torch.full((4,), float(number))
+                made.append(weakref.ref(tensor))
+                yield "weight", "b", 4 * number, tensor
+
+        with saver_of(tmp_path, asynchronous=False) as saving:
+            found = Checkpoint(saving.save(8, from_nvme(), {}))
+        found.verify()
+        assert found.read("weight", "b", 0, 32).tolist() == [float(value // 4) for value in range(32)]
+
+    def test_a_folder_gets_its_name_when_all_in_it_is_on_the_disk_and_the_pointer_when_the_name_is(
+        self, tmp_path, monkeypatch
+    ):
+        calls, fsync, replace = [], os.fsync, os.replace
+
+        def fsync_told(descriptor: int) -> None:
+            fsync(descriptor)
+            calls.append(("on disk", os.readlink(f"/proc/self/fd/{descriptor}")))
+
+        def replace_told(old: Path, new: Path) -> None:
+            replace(old, new)
+            calls.append(("named", str(new)))
+
+        monkeypatch.setattr(os, "fsync", fsync_told)
+        monkeypatch.setattr(os, "replace", replace_told)
+        with saver_of(tmp_path) as saving:
+            path = saving.save(8, pieces(torch.arange(10.0)), {})
+        partial = path.with_name(f".{path.name}.partial")
+        index, named = (calls.index(("named", str(each))) for each in (partial / "checkpoint.json", path))
+        assert calls.index(("on disk", str(partial / "rank-00000.safetensors"))) < named
+        assert calls.index(("on disk", str(partial / ".checkpoint.json.partial"))) < index
+        assert ("on disk", str(partial)) in calls[index:named]
+        assert ("on disk", str(tmp_path)) in calls[named : calls.index(("named", str(tmp_path / "latest")))]
 
     def test_a_disk_without_room_is_told_at_the_start(self, tmp_path, monkeypatch):
         monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 119}))
