@@ -8,6 +8,7 @@ from pipeline.checkpoint import Checkpoint, first_whole, newest
 from pipeline.config import TrainSettings, check, flat
 from pipeline.mirror import fetch_newer
 from pipeline.troubles import forget
+from shards.atomic import put_back
 from shards.errors import UserError
 from shards.ledger import keep_number
 
@@ -37,6 +38,8 @@ def last_checkpoint(settings: TrainSettings, out: Path) -> Checkpoint | None:
         UserError: It was written with settings that may not change; there is none where ``resume`` says.
     """
     folder = out / "checkpoints"
+    if distributed.rank() == 0:
+        put_back(folder)
     found, mirror = newest(folder), settings.checkpoint.mirror
     if mirror and fetch_newer(mirror, folder, found.samples if found else -1):
         found = newest(folder)

@@ -1,9 +1,11 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from pipeline import checkpoint
 from pipeline.config import TrainSettings, check, flat, merge
-from pipeline.resume import RULES, check_resume
+from pipeline.resume import RULES, check_resume, last_checkpoint
 from shards.errors import UserError
 
 BASE = {"duration": "2 epochs", "global_batch": 8, "data": {"train": "a"}, "model": {"name": "vit_b16"}}
@@ -88,3 +90,10 @@ def test_settings_that_a_checkpoint_is_older_than_have_their_defaults(capsys):
     del old["masked_patch"], old["guard"]
     check_resume(settings(), SimpleNamespace(path=LOADED.path, state={"settings": old}))
     assert capsys.readouterr().err == ""
+
+
+def test_a_kill_while_the_only_checkpoint_is_replaced_loses_nothing(tmp_path, alone):
+    folder, state = tmp_path / "checkpoints", {"settings": settings().model_dump(mode="json")}
+    path = checkpoint.save(folder, 8, [("weight", "a", 0, torch.ones(1))], {"a": (1,)}, state)
+    path.rename(folder / f".{path.name}.replaced.partial")  # as the kill leaves it
+    assert last_checkpoint(settings(), tmp_path).path == path
