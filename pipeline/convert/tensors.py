@@ -9,7 +9,8 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,15 +153,24 @@ def _state(loaded: Any, path: Path, ema: bool) -> dict[str, Tensor]:
 def of_npz(path: Path) -> Tensors:
     """Read a .npz archive, never with pickle. NumPy keeps bfloat16 as 2 bytes of void, which is known."""
     archive = zipfile.ZipFile(path)
+
+    @contextmanager
+    def opened(name: str) -> Iterator[Any]:
+        try:
+            with archive.open(members[name]) as stream:
+                yield stream
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise UserError(f"{name} of {path} cannot be read ({error}); get or make the file again") from None
+
     note = json.loads(zlib.decompress(archive.comment)) if archive.comment[:1] == b"\x78" else {}
     members = {each.filename.removesuffix(".npy"): each for each in archive.infolist()}
     headers = {}
-    for name, member in members.items():
-        with archive.open(member) as stream:
+    for name in members:
+        with opened(name) as stream:
             headers[name] = _header(stream, f"{name} of {path}")
 
     def read(name: str) -> Tensor:
-        with archive.open(members[name]) as stream:
+        with opened(name) as stream:
             return _as_tensor(np.lib.format.read_array(stream, allow_pickle=False))
 
     def row(name: str, i: int) -> Tensor:
