@@ -145,9 +145,9 @@ class Saver:
         if lacking and distributed.rank() == 0:
             wanted, free = lacking[0]
             print(
-                f"warning: saving beside the loop wants {wanted / 1e9:.3g} GB of a machine's memory, for a copy and for "
-                f"what is on its way to the disk, and {free / 1e9:.3g} GB are free: the loop waits for each save; take "
-                "more machines, or set checkpoint.asynchronous = false",
+                f"warning: saving beside the loop wants {wanted / 1e9:.3g} GB of a machine's memory, for a copy and "
+                f"for what is on its way to the disk, and {free / 1e9:.3g} GB are free: the loop waits for each save; "
+                "take more machines, or set checkpoint.asynchronous = false",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
         return not lacking

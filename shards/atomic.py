@@ -76,7 +76,7 @@ def commit_folder(partial: Path, path: str | Path) -> None:
 
 
 def put_back(parent: Path) -> None:
-    """Give folders in ``parent`` the names that a kill inside ``commit_folder`` left them without; while none is made."""
+    """Give folders in ``parent`` the names that a kill inside ``commit_folder`` took; while none is made."""
     for aside in parent.glob(f".*{ASIDE}"):
         _put_back(parent / aside.name[1:].removesuffix(ASIDE))
 

@@ -20,6 +20,8 @@ from shards.errors import UserError
 NAMINGS = (transformers, torchvision, npz, timm)
 WRAPPERS = ("module.", "_orig_mod.", "model.")
 """What training programs put before the names of a model."""
+ODD = (LookupError, ValueError, TypeError, AttributeError, zipfile.BadZipFile)
+"""Errors of files that anybody may have written."""
 KNOWN = (
     "a checkpoint or training stage of Patchmill, a DeepSpeed ZeRO directory, safetensors, timm's, transformers' or "
     "torchvision's weights, or an official .npz"
@@ -45,7 +47,7 @@ def open_source(
         raise UserError(f"there is no {path}; give {KNOWN}")
     try:
         return _open(path, which, ema, given)
-    except (LookupError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:  # anybody may have written it
+    except ODD as error:
         raise UserError(
             f"{path} is laid out otherwise than its names make believe ({error!r}): it is of an architecture or a "
             "version that is not known here"

@@ -58,4 +58,5 @@ def change_metadata(path: Path, metadata: dict[str, str]) -> None:
 
 
 def header_text(header: dict, metadata: dict[str, str]) -> bytes:
+    """Return a header without its length: of each tensor ``dtype``, ``shape`` and ``data_offsets``, and metadata."""
     return json.dumps({"__metadata__": metadata} | header, separators=(",", ":")).encode()
