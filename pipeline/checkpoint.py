@@ -23,13 +23,12 @@ from torch.distributed import ProcessGroup
 
 from pipeline import distributed
 from pipeline.engines.fragments import MissingPieceError, Piece
+from pipeline.mapped import Mapped
 from pipeline.rankfile import write_rank_file
 from shards.atomic import commit_folder, fsync_folder, partial_folder, write_text
 from shards.errors import PatchmillError, UserError
 
 FORMAT_VERSION = 1
-AT_ONCE = 2**28
-"""Bytes to read of mapped files before they are let go: until then they count as this process's memory."""
 
 
 class BrokenCheckpointError(PatchmillError):
@@ -235,7 +234,7 @@ class Checkpoint:
         self.state: dict[str, Any] = index["state"]
         self.shapes: dict[str, tuple] = {name: tuple(shape) for name, shape in index["shapes"].items()}
         self._where: dict[tuple[str, str], list[tuple[int, str]]] = {}
-        self.close()
+        self._files = Mapped(lambda file: safe_open(file, framework="pt"))
 
     def verify(self, files: list[dict] | None = None) -> None:
         """Check sizes and checksums of all files, or of the given ones; raise BrokenCheckpointError."""
@@ -280,8 +279,7 @@ class Checkpoint:
             stop = piece_start + piece.get_shape()[0]
             if piece_start <= at < stop and at < start + count:
                 until = min(stop, start + count)
-                parts.append(piece[at - piece_start : until - piece_start])
-                self._mapped += parts[-1].nbytes
+                parts.append(self._files.counted(piece[at - piece_start : until - piece_start]))
                 at = until
         if at < start + count:
             raise MissingPieceError(
@@ -300,14 +298,10 @@ class Checkpoint:
 
     def close(self) -> None:
         """Let go of the files; another read opens them again."""
-        self._open, self._mapped = {}, 0
+        self._files.close()
 
     def _opened(self, name: str) -> Any:
-        if self._mapped > AT_ONCE:
-            self.close()
-        if name not in self._open:
-            self._open[name] = safe_open(self.path / name, framework="pt")
-        return self._open[name]
+        return self._files(self.path / name)
 
     def _index(self) -> None:
         for file in self.files:

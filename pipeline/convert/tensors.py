@@ -20,12 +20,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pipeline.mapped import Mapped
 from shards.errors import UserError
 
 NOTE = "patchmill"  # the key of our note in the metadata of our own files
 EXPORT = "patchmill_export"  # and of those that are for others, and have their names
-AT_ONCE = 2**28
-"""Bytes to read of mapped files before they are let go: until then they count as this process's memory."""
 
 
 @dataclass(frozen=True)
@@ -45,26 +44,6 @@ class Tensors:
     read: Callable[[str], Tensor]
     row: Callable[[str, int], Tensor]
     note: dict[str, Any]
-
-
-class Mapped:
-    """Loaded files that are mapped into memory, and let go when enough was read of them."""
-
-    def __init__(self, load: Callable[[Path], Any]):
-        self._load, self._open, self._bytes = load, {}, 0
-
-    def __call__(self, path: Path) -> Any:
-        """Return what ``load`` makes of the file."""
-        if self._bytes > AT_ONCE:
-            self._open, self._bytes = {}, 0
-        if path not in self._open:
-            self._open[path] = self._load(path)
-        return self._open[path]
-
-    def copied(self, tensor: Tensor) -> Tensor:
-        """Return a tensor of a file in memory of its own."""
-        self._bytes += tensor.nbytes
-        return tensor.clone()
 
 
 def of_safetensors(files: Iterable[Path], where: Path) -> Tensors:

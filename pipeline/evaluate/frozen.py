@@ -128,7 +128,7 @@ def extract(model: nn.Module, dataset: Dataset, folder: Path, with_pixels: bool)
 
 
 def _make_files(folder: Path, rows: int, sizes: dict[str, int]) -> UserError | None:
-    """Make a file of float32 [rows, size] for each name, with room for all of it: a mapped one is written to blindly."""
+    """Make a file of float32 [rows, size] for each name, with room for it all: what is mapped is written blindly."""
     try:
         folder.mkdir()
         for name, size in sizes.items():
