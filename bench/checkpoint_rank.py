@@ -15,10 +15,11 @@ import torch.distributed as dist
 from common import memory
 
 from pipeline import checkpoint, distributed
-from pipeline.config import TrainSettings, check
+from pipeline.config import TrainSettings
 from pipeline.engines import create_engine
 from pipeline.models import create_model
 from pipeline.saver import Saver
+from pipeline.settings import check
 
 CLASSES = 1000
 RING = 2**27  # values, far more than caches hold: a second whole copy of ViT-H/14 would not fit

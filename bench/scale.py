@@ -101,11 +101,12 @@ def read(process: subprocess.Popen) -> list[dict]:
 def rank(case: dict, stage: int) -> dict:
     """Take steps; return the median seconds of one, the bytes that this process sent in one, and the model's values."""
     from pipeline import distributed
-    from pipeline.config import TrainSettings, check
+    from pipeline.config import TrainSettings
     from pipeline.engines import create_engine
     from pipeline.models import create_model
     from pipeline.models.initial import initial_value
     from pipeline.objectives.supervised import Supervised
+    from pipeline.settings import check
 
     distributed.start()
     model = {"name": case["name"], "image_size": case["image_size"], "num_classes": CLASSES}

@@ -97,7 +97,8 @@ class Memory:
 
 def settings_of(case: dict):
     """Return the settings of both."""
-    from pipeline.config import TrainSettings, check
+    from pipeline.config import TrainSettings
+    from pipeline.settings import check
 
     model = {key: value for key, value in case.items() if key in ("name", "embed_dim", "depth")}
     steps = f"{case['steps']} steps"

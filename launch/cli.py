@@ -60,8 +60,9 @@ def train(
 ) -> None:
     """Run one training stage, alone or as one rank of a job (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)."""
     from pipeline import distributed
-    from pipeline.config import TrainSettings, check, override
+    from pipeline.config import TrainSettings
     from pipeline.recipe import read_settings
+    from pipeline.settings import check, override
 
     table, about = read_settings(config)
     table = override(table, settings or [])

@@ -8,9 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.plan import read_plan
-from pipeline.config import ModelSettings, TrainSettings, check, merge, override
+from pipeline.config import ModelSettings, TrainSettings
 from pipeline.estimate import ROOM, Hardware, estimate_model, estimate_stage
 from pipeline.recipe import PLACES, About, read_settings
+from pipeline.settings import check, merge, override
 from pipeline.weights import check_model
 from shards.errors import UserError
 

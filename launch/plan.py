@@ -11,8 +11,9 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from launch.stages import KINDS
-from pipeline.config import Settings, TrainSettings, check, merge, nearest, read_toml
+from pipeline.config import TrainSettings
 from pipeline.recipe import read_settings
+from pipeline.settings import Settings, check, merge, nearest, read_toml
 from pipeline.weights import check_model
 from shards.errors import UserError
 from shards.manifest import EXCLUDE
@@ -31,7 +32,7 @@ class StageTable(Settings):
     name: str = Field(pattern=NAME)
     kind: str
     recipe: str | None = Field(None, description="by name, or a TOML file of settings beside the plan")
-    init: str | None = Field(None, description="stage, or safetensors file, whose weights this one starts from")
+    init: str | None = Field(None, description="stage whose weights this one starts from, or a path of some")
     after: list[str] = []
     ranks: int = Field(1, gt=0)
     set: dict[str, Any] = {}
@@ -129,7 +130,7 @@ def _in_order(by_name: dict[str, StageTable], path: Path) -> list[str]:
 
 def _needs(stage: StageTable, by_name: dict[str, StageTable], path: Path) -> list[str]:
     named = list(stage.after) + [word for text in _strings(stage.set) for word in PLACEHOLDER.findall(text)]
-    if stage.init is not None and not stage.init.endswith(".safetensors"):
+    if stage.init is not None and not _is_path(stage.init):
         named.append(stage.init)
     for name in named:
         if name not in by_name:
@@ -149,7 +150,7 @@ def _prepare(
     if kind.settings is TrainSettings:
         table = {"kind": stage.kind, **table}
         if stage.init is not None:
-            table["init"] = stage.init if stage.init.endswith(".safetensors") else f"{{{stage.init}}}"
+            table["init"] = stage.init if _is_path(stage.init) else f"{{{stage.init}}}"
     elif stage.init is not None:
         raise UserError(f"{where} has init, but a stage of kind {stage.kind} takes no init; remove it")
     needs = _needs(stage, by_name, path)
@@ -169,6 +170,10 @@ def _prepare(
         check_model(settings, where)
         command += ["--smoke"] if smoke else []
     return Stage(stage, settings, needs, _hash([stage.kind, table, inputs]), _hash(inputs), folder, command)
+
+
+def _is_path(init: str) -> bool:
+    return re.match(NAME, init) is None  # with a slash or a dot
 
 
 def _recipe(name: str, base: Path) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from launch.local import run_ranks
 from launch.plan import Plan, Stage
-from pipeline.config import TrainSettings, dump_toml
+from pipeline.config import TrainSettings
+from pipeline.settings import dump_toml
 from shards.atomic import write_text
 from shards.errors import PatchmillError, StoppedOnRequestError, UserError
 

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from pipeline.config import Settings, TrainSettings
+from pipeline.config import TrainSettings
+from pipeline.settings import Settings
 
 SourceOption = Literal["image", "label", "weight", "key", "separator", "classes", "devkit", "real"]
 

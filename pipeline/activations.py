@@ -1,10 +1,12 @@
 """What the passes of a micro-batch keep and need, counted on tensors that are shapes alone, for any model and loss.
 
-Forward, loss and backward run under torch's FakeTensorMode as on a CPU, and every storage is counted from the operation
-that makes it until nothing refers to it. Attention is counted as its fused kernels keep it.
+Forward, loss and backward run under torch's FakeTensorMode on the CPU, and every storage is counted from the operation
+that makes it until nothing refers to it. Attention is counted as its fused kernels keep it, and linear layers as the
+device has them.
 """
 
 import weakref
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ from pipeline.config import TrainSettings
 from pipeline.corruption import corrupted_patches
 from pipeline.engines.blocks import prepare_blocks
 from pipeline.masking import visible_count
-from pipeline.models import create_model
+from pipeline.models import create_model, onednn
 from pipeline.objectives import create_objective
 
 
@@ -35,7 +37,7 @@ class Passes(NamedTuple):
 
 
 def count_passes(
-    settings: TrainSettings, model: dict[str, Any], micro_batch: int, gradients: bool, gathered: float
+    settings: TrainSettings, model: dict[str, Any], micro_batch: int, gradients: bool, gathered: float, cuda: bool
 ) -> Passes:
     """Return what the passes of a micro-batch take.
 
@@ -45,10 +47,12 @@ def count_passes(
         micro_batch: Images n.
         gradients: Whether those of the parameters stay, from when each is made, and count; else each is gone at once.
         gathered: Parameters of more values are gathered for their use alone (ZeRO 3).
+        cuda: Whether it is for a GPU, where no layer goes through oneDNN.
     """
     engine = settings.engine
     low = None if engine.precision == "float32" else getattr(torch, engine.precision)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
+    layers = onednn.unused() if cuda else nullcontext()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"), layers:
         built = create_model(**model, seed=None).train()
         prepare_blocks(built, engine.model_copy(update={"compile": False}))
         objective = create_objective(settings, built, None, model.get("num_classes", 0))

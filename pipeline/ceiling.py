@@ -19,7 +19,8 @@ def product_flops(precision: str) -> float:
     """
     device = distributed.device()
     side = SIDES[device.type]
-    a, b = (torch.ones(side, side, dtype=getattr(torch, precision), device=device) for _ in range(2))
+    # Random numbers: a GPU draws less power for equal ones, and keeps a higher clock than training ever sees.
+    a, b = (torch.randn(side, side, device=device).to(getattr(torch, precision)) for _ in range(2))
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     torch.mm(a, b)
     dist.barrier()  # ranks may share cores

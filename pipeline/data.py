@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline import distributed
-from pipeline.config import DataSettings, TrainSettings
+from pipeline.config import TrainSettings
+from pipeline.datasettings import DataSettings
 from pipeline.images import training_transform
 from pipeline.prefetch import pin, pinned_array
 from pipeline.schedule import Schedule

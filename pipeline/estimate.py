@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.config import TrainSettings
+from pipeline.convert.recognise import open_source
 from pipeline.data import training_set
 from pipeline.engines.states import checkpoint_bytes
 from pipeline.flops import BACKWARD, cost_of
@@ -12,7 +13,7 @@ from pipeline.hardware import card
 from pipeline.memory import MemoryEstimate
 from pipeline.schedule import Schedule
 from pipeline.shuffleroom import window_of_rank
-from pipeline.weights import Weights, resolve_model
+from pipeline.weights import resolve_model
 from shards.dataset import Dataset
 from shards.errors import UserError
 from shards.order import choose_shuffle
@@ -87,7 +88,7 @@ def estimate_stage(
         classes, epoch = classes or known_classes, epoch or known_epoch
         image_bytes = image_bytes or known_bytes
     made = settings.init is not None and (settings.model.name is None or Path(settings.init).exists())
-    init = Weights(settings.init) if made else None  # another stage may have yet to make them
+    init = open_source(settings.init) if made else None  # another stage may have yet to make them
     model = resolve_model(settings, init, classes)
     # No other length than the duration changes what a stage costs.
     total = Schedule.of(settings, epoch if in_epochs else 1, settings.global_batch).total

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from pipeline.config import nearest
+from pipeline.settings import nearest
 from shards.errors import UserError
 
 

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the name everyone knows)
 from torch import Tensor
 
-from pipeline.config import DataSettings, TrainSettings
+from pipeline.config import TrainSettings
+from pipeline.datasettings import DataSettings
 from pipeline.losses import class_targets
 from shards.augment import TRANSFORMS, InceptionCrop, ResizeCrop, Transform
 from shards.augreg import PRESETS

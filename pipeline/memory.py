@@ -124,7 +124,7 @@ class MemoryEstimate:
         key = micro_batch, gradients
         if key not in self._passes:
             gathered = persistent(self._zero) if self._settings.engine.zero_stage == 3 else math.inf
-            self._passes[key] = count_passes(self._settings, self._model, *key, gathered)
+            self._passes[key] = count_passes(self._settings, self._model, *key, gathered, self._cuda)
         return self._passes[key]
 
     def _reducing(self, gradients: int, there: int, saved: int) -> int:

@@ -7,7 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import TrainSettings, dump_toml
+from pipeline.config import TrainSettings
+from pipeline.settings import dump_toml
 from shards.atomic import write_text
 
 LIBRARIES = (

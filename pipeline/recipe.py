@@ -14,11 +14,12 @@ from typing import Any
 
 from pydantic import Field
 
-from pipeline.config import Settings, TrainSettings, check, flat, merge, nearest, read_toml
+from pipeline.config import TrainSettings
+from pipeline.settings import Settings, check, flat, merge, nearest, read_toml
 from shards.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
-PLACES = {"data": {"train": "TRAIN"}, "init": "WEIGHTS.safetensors"}
+PLACES = {"data": {"train": "TRAIN", "val": "VAL"}, "init": "WEIGHTS.safetensors"}
 """What a recipe leaves to its user, in the words of its command."""
 
 

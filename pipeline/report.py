@@ -14,9 +14,9 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.config import read_toml
+from pipeline.convert.recognise import load_model, open_source
+from pipeline.settings import read_toml
 from pipeline.telemetry import read_metrics
-from pipeline.weights import Weights
 from shards.atomic import write_text
 from shards.dataset import Dataset
 from shards.decode import decode
@@ -117,7 +117,8 @@ def accuracies(run: Run) -> list[Row]:
             pretrained = kind == "finetune" and "init" in config
             how = f"{config['data']['resolution']} px, {result['samples']:,} images seen"
             if pretrained:
-                how += f", after {Weights(config['init']).note['samples']:,} in pre-training"
+                seen = open_source(config["init"]).note.get("samples")
+                how += f", after {seen:,} in pre-training" if seen else f", from {config['init']}"
             else:
                 how += ", from scratch"
             rows.append(Row(f"{name} ({kind})", result["val"]["top1"], how, main=pretrained))
@@ -234,7 +235,6 @@ def _samples(run: Run) -> str:
         return ""
     import torch
 
-    from pipeline.convert.recognise import load_model
     from pipeline.images import to_model_input
     from shards.augment import Resize
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from pipeline import distributed
 from pipeline.checkpoint import Checkpoint, first_whole, newest
-from pipeline.config import TrainSettings, check, flat
+from pipeline.config import TrainSettings
 from pipeline.mirror import fetch_newer
+from pipeline.settings import check, flat
 from pipeline.troubles import forget
 from shards.atomic import put_back
 from shards.errors import UserError

@@ -3,7 +3,7 @@
 from math import gcd
 
 from pipeline import distributed
-from pipeline.config import DataSettings
+from pipeline.datasettings import DataSettings
 from pipeline.hostmemory import free_memory
 from shards.dataset import Dataset
 from shards.errors import UserError

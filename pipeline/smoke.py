@@ -15,12 +15,15 @@ from typing import Any
 import torch
 
 from pipeline import distributed
-from pipeline.config import DataSettings, Duration, TrainSettings, check, merge
+from pipeline.config import TrainSettings
+from pipeline.convert.recognise import open_source
+from pipeline.datasettings import DataSettings
 from pipeline.models import MODELS, create_model
 from pipeline.models.hybrid import downsampling
 from pipeline.recipe import PLACES, About
+from pipeline.settings import Duration, check, merge
 from pipeline.train import train
-from pipeline.weights import Weights, check_model, write_weights
+from pipeline.weights import check_model, write_weights
 from shards.build import build
 from shards.errors import UserError
 
@@ -75,7 +78,7 @@ def smoke_run(table: dict[str, Any], about: About | None, where: str, out: Path 
         settings = check(TrainSettings, table, where)
         check_model(settings, where)
         if weights is None and settings.init is not None:
-            weights = Weights(settings.init).model
+            weights = open_source(settings.init).model
         result = train(shrink(settings, ranks, weights), folder)
     if out is None:
         del result["checkpoint"]

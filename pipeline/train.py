@@ -16,6 +16,7 @@ from torch import Tensor
 from pipeline import distributed, patience, provenance, stop, watchdog
 from pipeline.ceiling import product_flops
 from pipeline.config import TrainSettings
+from pipeline.convert.recognise import open_source
 from pipeline.data import open_data
 from pipeline.droppath import drop_path_draws
 from pipeline.engines import create_engine
@@ -35,7 +36,7 @@ from pipeline.tracking import mirrors
 from pipeline.troubles import RollBack, Troubles
 from pipeline.validation import Validation
 from pipeline.watchdog import Watchdog
-from pipeline.weights import Weights, first_values, resolve_model
+from pipeline.weights import first_values, resolve_model
 from pipeline.window import Window
 from shards.batch import Batch
 from shards.errors import UserError
@@ -83,7 +84,7 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
     validation = Validation(settings, data.held_out, schedule, state)
 
     # ---- model, objective, engine
-    init = Weights(settings.init) if settings.init else None
+    init = open_source(settings.init) if settings.init else None
     model_settings = resolve_model(settings, init, len(data.classes))
     with torch.device("meta"):
         template = create_model(**model_settings, seed=None)

@@ -1,4 +1,4 @@
-"""Converted weights: one safetensors file with timm's names, and a note of what model they are."""
+"""Weights that a stage starts from, and how they become the first values of its model."""
 
 import inspect
 import json
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pipeline.config import TrainSettings
 from pipeline.convert import safetensors
+from pipeline.convert.source import Source
 from pipeline.convert.tensors import NOTE
 from pipeline.models import MODELS, create_model
 from pipeline.models.initial import initial_value
@@ -29,51 +29,13 @@ DECODER = "decoder."  # of no use once its stage is over
 OF_THE_OBJECTIVE = ("head.", "pre_logits.", "patch_head.", "mask_token")  # that other objectives do not train
 
 
-class Weights:
-    """A converted weights file, read tensor by tensor.
-
-    Attributes:
-        model: Settings that ``create_model`` takes, name included.
-        classes: Class names in the order of the head's outputs.
-        note: Everything else that was noted when the file was written.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        try:
-            self._file = safe_open(self.path, framework="pt")
-        except FileNotFoundError:
-            raise UserError(
-                f"there are no weights at {path}; give the safetensors file that `patchmill convert` wrote"
-            ) from None
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is no readable safetensors file ({error}); convert the checkpoint again") from None
-        note = (self._file.metadata() or {}).get(NOTE)
-        if note is None:
-            raise UserError(f"{path} does not say which model it is; make it with `patchmill convert`")
-        self.note: dict[str, Any] = json.loads(note)
-        self.model: dict[str, Any] = self.note["model"]
-        self.classes: list[str] = self.note["classes"]
-        self.names = set(self._file.keys())
-
-    def tensor(self, name: str) -> Tensor:
-        """Return one tensor by name."""
-        return self._file.get_tensor(name)
-
-    def create_model(self) -> nn.Module:
-        """Return the model with these weights, on the CPU, in evaluation mode."""
-        model = create_model(**self.model, seed=None)
-        model.load_state_dict({name: self.tensor(name) for name in self.names})
-        return model.eval()
-
-
 def write_weights(path: Path, tensors: dict[str, Tensor], note: dict[str, Any]) -> None:
-    """Write a weights file that ``Weights`` reads; ``note`` needs the keys ``model`` and ``classes``."""
+    """Write a file of our own format; ``note`` needs the keys ``model`` and ``classes``."""
     with whole_file(path) as partial:
         safetensors.write(partial, tensors, tensors.__getitem__, {NOTE: json.dumps(note)})
 
 
-def resolve_model(settings: TrainSettings, init: Weights | None, num_classes: int) -> dict[str, Any]:
+def resolve_model(settings: TrainSettings, init: Source | None, num_classes: int) -> dict[str, Any]:
     """Return what ``create_model`` takes for a stage: the settings, over the weights it starts from.
 
     Fine-tuning drops the whole pre-training head, pre-logits included (vit-paper 1.5), and of the weights' dropout and
@@ -132,28 +94,29 @@ def _in_words_of_settings(where: str | Path) -> Iterator[None]:
         raise UserError(f"{where}: {str(error).replace('image_size', 'data.resolution')}") from None
 
 
-def first_values(template: nn.Module, init: Weights | None, settings: TrainSettings) -> Callable[[str, tuple], Tensor]:
+def first_values(template: nn.Module, init: Source | None, settings: TrainSettings) -> Callable[[str, tuple], Tensor]:
     """Return ``value_of(name, shape)``: the first value of each parameter, from converted weights or from scratch.
 
     A new resolution stretches the position embeddings; fine-tuning starts its head at zero. Positions that were fixed
     may be learned from there on.
     """
+    known = init.parameters() if init else {}
 
     def value_of(name: str, shape: tuple) -> Tensor:
         new_head = settings.kind == "finetune" and name.startswith("head.")
         if init is None or new_head or name.startswith(DECODER):
             return initial_value(template, name, shape, settings.seed)
-        if name not in init.names and name.startswith(OF_THE_OBJECTIVE):
+        if name not in known and name.startswith(OF_THE_OBJECTIVE):
             raise UserError(
                 f"{init.path} has no {name}, so no stage of kind {settings.kind!r} made it, and only kind 'finetune' "
                 "makes a new head; take that, or weights of the same kind"
             )
         fixed = _fixed_positions(template, init) if name == "pos_embed" else None
-        if name not in init.names and fixed is None:
+        if name not in known and fixed is None:
             raise UserError(
                 f"{init.path} has no {name}: it is a checkpoint of another model; use the model settings that made it"
             )
-        value = init.tensor(name).float() if name in init.names else fixed
+        value = init.tensor(name).float() if name in known else fixed
         if name.rpartition(".")[2] == "pos_embed" and value.shape != shape:
             value = template.positions.resize(value)
         if value.shape != shape:
@@ -166,7 +129,7 @@ def first_values(template: nn.Module, init: Weights | None, settings: TrainSetti
     return value_of
 
 
-def _fixed_positions(template: nn.Module, init: Weights) -> Tensor | None:
+def _fixed_positions(template: nn.Module, init: Source) -> Tensor | None:
     """Return the position embeddings of weights whose positions are fixed, as ones that are learned; else None."""
     kind = init.model.get("position")
     if kind not in FIXED:
@@ -175,7 +138,7 @@ def _fixed_positions(template: nn.Module, init: Weights) -> Tensor | None:
     return replace(template.positions, kind=kind, grid=grid, registers=0).sincos()
 
 
-def _refuse_another_model(settings: TrainSettings, init: Weights, named: dict[str, Any]) -> None:
+def _refuse_another_model(settings: TrainSettings, init: Source, named: dict[str, Any]) -> None:
     with _in_words_of_settings(init.path), torch.device("meta"):
         here = create_model(**(named | {"image_size": settings.data.resolution}), seed=None)
         there = create_model(**init.model, seed=None)

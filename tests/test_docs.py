@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from launch.cli_checkpoint import checkpoint_app
-from pipeline.config import CheckpointSettings, ModelSettings, TrainSettings, check, override
+from pipeline.config import CheckpointSettings, ModelSettings, TrainSettings
 from pipeline.flops import cost_of
 from pipeline.hardware import CARDS
 from pipeline.models import MODELS, create_model
 from pipeline.recipe import read_recipe, read_settings, recipe_names
 from pipeline.resume import RULES
 from pipeline.schedule import Schedule
+from pipeline.settings import check, override
 from pipeline.weights import check_model
 from tests.command import patchmill
 from tests.pipeline import paper

@@ -46,7 +46,7 @@ def open_source(
     if not path.exists():
         raise UserError(f"there is no {path}; give {KNOWN}")
     try:
-        return _open(path, which, ema, given)
+        return replace(_open(path, which, ema, given), path=path)
     except ODD as error:
         raise UserError(
             f"{path} is laid out otherwise than its names make believe ({error!r}): it is of an architecture or a "

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import ModelSettings, check, override
+from pipeline.config import ModelSettings
 from pipeline.models import MODELS, create_model
+from pipeline.settings import check, override
 from shards.errors import UserError
 
 
@@ -24,6 +25,7 @@ class Source:
         tensor: Gives the value of a parameter by our name, in the dtype that it is kept in.
         classes: Class names in the order of the head's outputs; none if they are not known.
         note: What else is known of it, as plain JSON values.
+        path: Where it is, for messages.
     """
 
     format: str
@@ -31,6 +33,7 @@ class Source:
     tensor: Callable[[str], Tensor]
     classes: list[str] = field(default_factory=list)
     note: dict[str, Any] = field(default_factory=dict)
+    path: Path = Path()
 
     def parameters(self) -> dict[str, Tensor]:
         """Return every parameter by name, on the meta device: shapes without values."""

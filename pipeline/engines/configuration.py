@@ -5,7 +5,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.config import EngineSettings, TrainSettings, flat, merge, nearest
+from pipeline.config import EngineSettings, TrainSettings
+from pipeline.settings import flat, merge, nearest
 from shards.errors import UserError
 
 BUCKET = 2**25

@@ -6,9 +6,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from pipeline.config import nearest
 from pipeline.models import axial, resnet, vit
 from pipeline.models.initial import init_parameters
+from pipeline.settings import nearest
 from shards.errors import UserError
 
 # name -> (class, its settings): one line a family.

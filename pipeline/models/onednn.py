@@ -5,17 +5,34 @@ On an AMD EPYC with AVX-512 the forward product takes a tenth to a third less ti
 so does the gradient of the inputs; other gradients stay as they are. (bench/train_step.py has the whole step.)
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 LEAST = 2**24  # multiply-adds; with fewer, what Python does around the product costs more than is saved
 
+_used = ContextVar("used", default=True)
+
+
+@contextmanager
+def unused() -> Iterator[None]:
+    """Leave linear layers to PyTorch meanwhile, as they are on a GPU."""
+    token = _used.set(False)
+    try:
+        yield
+    finally:
+        _used.reset(token)
+
 
 def pays(x: Tensor, weight: Tensor) -> bool:
     """Tell whether ``linear`` is to be taken for inputs [..., inputs] and weights [outputs, inputs]."""
     return (
-        x.device.type == "cpu"
+        _used.get()
+        and x.device.type == "cpu"
         and x.numel() * len(weight) >= LEAST
         and torch.backends.mkldnn.is_available()
         and _known(x, weight)

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from pipeline.checkpoint import Checkpoint
-from pipeline.config import TrainSettings, check
+from pipeline.config import TrainSettings
 from pipeline.hostcopy import HostCopy
 from pipeline.saver import Saver
+from pipeline.settings import check
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -21,7 +21,8 @@ import pipeline.engines.deepspeed  # noqa: F401 (once, for all starts)
 from launch.local import free_port
 from pipeline import checkpoint, distributed
 from pipeline.checkpoint import BrokenCheckpointError, Checkpoint
-from pipeline.config import TrainSettings, check
+from pipeline.config import TrainSettings
+from pipeline.settings import check
 from pipeline.train import train
 from tests.command import losses
 

@@ -14,8 +14,9 @@ import torch.distributed as dist
 
 import pipeline.train as training
 from pipeline import checkpoint, distributed
-from pipeline.config import TrainSettings, check
+from pipeline.config import TrainSettings
 from pipeline.engines import create_engine
+from pipeline.settings import check
 
 GLOBAL_BATCH, RATE = 24, 1e-3
 # Without this, all parameters of so small a model stay gathered.

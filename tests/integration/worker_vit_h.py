@@ -10,7 +10,8 @@ from pathlib import Path
 
 from pipeline import distributed
 from pipeline import train as loop
-from pipeline.config import TrainSettings, check
+from pipeline.config import TrainSettings
+from pipeline.settings import check
 
 
 def peak() -> int:

@@ -1,7 +1,8 @@
 import pytest
 
-from pipeline.config import TrainSettings, check
+from pipeline.config import TrainSettings
 from pipeline.data import open_data
+from pipeline.settings import check
 from shards.build import build
 from shards.errors import UserError
 from shards.loader import Loader

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import TrainSettings, check, merge
+from pipeline.config import TrainSettings
 from pipeline.convert.convert import convert
-from pipeline.convert.recognise import load_model
+from pipeline.convert.recognise import load_model, open_source
 from pipeline.ema import CHUNK, Ema
 from pipeline.engines.gate import Gate
 from pipeline.evaluate.classify import classify
+from pipeline.settings import check, merge
 from pipeline.train import train
-from pipeline.weights import Weights
 from shards.dataset import Dataset
 from shards.errors import UserError
 from tests.images import build_image_set
@@ -73,11 +73,11 @@ def test_the_average_is_evaluated_saved_converted_and_begun_in_a_run_without(tmp
     converted = convert(run, tmp_path / "average.safetensors", ema=True)
     assert converted["samples"] == 48
     convert(run, tmp_path / "weights.safetensors")
-    average, weights = Weights(tmp_path / "average.safetensors"), Weights(tmp_path / "weights.safetensors")
+    average, weights = open_source(tmp_path / "average.safetensors"), open_source(tmp_path / "weights.safetensors")
     assert average.note["ema"]
-    assert average.names == weights.names
+    assert average.parameters().keys() == weights.parameters().keys()
     held_out = Dataset.open(folder / "val")
-    for model, same in ((average.create_model(), True), (load_model(run, True)[0], True), (load_model(run)[0], False)):
+    for model, same in ((average.build(), True), (load_model(run, True)[0], True), (load_model(run)[0], False)):
         found = classify(model, held_out, 16, 4)
         assert (found["loss"] == pytest.approx(done["val"]["loss"], abs=1e-6)) == same
     with pytest.raises(UserError, match=r"average\.safetensors holds one set of weights; give the checkpoint"):

@@ -4,9 +4,10 @@ from functools import cache
 
 import pytest
 
-from pipeline.config import TrainSettings, check
+from pipeline.config import TrainSettings
 from pipeline.estimate import estimate_stage
 from pipeline.flops import Cost, cost_of
+from pipeline.settings import check
 
 JFT = 303_000_000
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import checkpoint, distributed
-from pipeline.config import TrainSettings, check, merge
+from pipeline.config import TrainSettings
+from pipeline.settings import check, merge
 from pipeline.train import train
 from shards.atomic import only_one
 from shards.build import build

@@ -2,8 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import DataSettings, TrainSettings, check
+from pipeline.config import TrainSettings
+from pipeline.datasettings import DataSettings
 from pipeline.images import training_input, training_transform
+from pipeline.settings import check
 from shards.augment import InceptionCrop, ResizeCrop
 from shards.batch import Batch
 from shards.errors import UserError

@@ -7,8 +7,9 @@ import pytest
 
 from pipeline import lookout, stop
 from pipeline.checkpoint import whole_checkpoints
-from pipeline.config import TrainSettings, check, merge
+from pipeline.config import TrainSettings
 from pipeline.lookout import Lookout
+from pipeline.settings import check, merge
 from pipeline.train import train
 from shards.build import build
 from shards.errors import StoppedOnRequestError

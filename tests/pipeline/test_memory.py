@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import TrainSettings, check, merge
+from pipeline.config import TrainSettings
 from pipeline.memory import MemoryEstimate
+from pipeline.models import onednn
+from pipeline.settings import check, merge
 from shards.errors import UserError
 from tests.ranks import run_on_ranks
 
@@ -156,6 +158,16 @@ def test_sharding_recomputation_and_offload_save_what_they_are_for():
     assert "optimizer" not in sizes["offload"].device
     assert set(sizes["nvme"].disk) == {"weights", "masters", "optimizer", "gradients"}
     assert sizes["nvme"].host["ema"] == pytest.approx(one.device["ema"], rel=0.01)
+
+
+def test_an_estimate_for_gpus_is_the_same_whatever_the_cpu_can():
+    """oneDNN rounds each layer's weights anew; a GPU's autocast keeps them till the forward pass has ended."""
+    engine = {"zero_stage": 1, "precision": "bfloat16", "recompute_every": 1}
+    for cuda in (True, False):
+        here = of(engine=engine, cuda=cuda).at(64)
+        with onednn.unused():
+            without = of(engine=engine, cuda=cuda).at(64)
+        assert (here.device == without.device) == cuda
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused():

@@ -10,10 +10,11 @@ import torch
 from launch.local import free_port
 from pipeline import checkpoint
 from pipeline.checkpoint import Checkpoint
-from pipeline.config import TrainSettings, check, merge
+from pipeline.config import TrainSettings
 from pipeline.lookout import Lookout
 from pipeline.mirror import fetch_newer, whole
 from pipeline.saver import Saver
+from pipeline.settings import check, merge
 from pipeline.train import train
 from shards.build import build
 from shards.errors import PatchmillError, StoppedOnRequestError, UserError

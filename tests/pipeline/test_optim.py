@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import OptimSettings, TrainSettings, check
+from pipeline.config import OptimSettings, TrainSettings
 from pipeline.models import create_model
 from pipeline.optim import create_optimizer, layer_scales, parameter_groups, set_rate
+from pipeline.settings import check
 from shards.errors import UserError
 
 

@@ -1,5 +1,6 @@
 from pipeline import patience
-from pipeline.config import TrainSettings, check
+from pipeline.config import TrainSettings
+from pipeline.settings import check
 
 BASE = {"duration": "9 epochs", "global_batch": 8, "data": {"train": "a", "val": "b"}, "model": {"name": "vit_b16"}}
 

@@ -7,11 +7,12 @@ from operator import attrgetter
 import numpy as np
 import pytest
 
-from pipeline.config import TrainSettings, check, flat, override
+from pipeline.config import TrainSettings
 from pipeline.flops import cost_of
 from pipeline.images import training_transform
 from pipeline.recipe import RECIPES, read_recipe, read_settings, recipe_names
 from pipeline.schedule import Schedule
+from pipeline.settings import check, flat, override
 from pipeline.weights import check_model
 from shards.augment import ResizeCrop
 from shards.augreg import PRESETS

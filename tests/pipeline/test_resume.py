@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from pipeline import checkpoint
-from pipeline.config import TrainSettings, check, flat, merge
+from pipeline.config import TrainSettings
 from pipeline.resume import RULES, check_resume, last_checkpoint
+from pipeline.settings import check, flat, merge
 from shards.errors import UserError
 
 BASE = {"duration": "2 epochs", "global_batch": 8, "data": {"train": "a"}, "model": {"name": "vit_b16"}}

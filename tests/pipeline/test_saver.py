@@ -11,10 +11,11 @@ import torch
 
 from pipeline import checkpoint, hostcopy, rankfile, saver
 from pipeline.checkpoint import Checkpoint
-from pipeline.config import TrainSettings, check, merge
+from pipeline.config import TrainSettings
 from pipeline.hostcopy import HostCopy
 from pipeline.lookout import Lookout
 from pipeline.saver import Saver
+from pipeline.settings import check, merge
 from shards.errors import PatchmillError
 from tests.ranks import run_on_ranks
 

@@ -3,8 +3,9 @@ import re
 import numpy as np
 import pytest
 
-from pipeline.config import TrainSettings, check, merge
+from pipeline.config import TrainSettings
 from pipeline.schedule import Schedule
+from pipeline.settings import check, merge
 from shards.errors import UserError
 
 BASE = {"duration": "900 steps", "global_batch": 10, "data": {"train": "a"}, "model": {"name": "vit_b16"},

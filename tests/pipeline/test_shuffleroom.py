@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline import shuffleroom
-from pipeline.config import DataSettings
+from pipeline.datasettings import DataSettings
 from pipeline.shuffleroom import EDGES, check_window
 from shards.build import build
 from shards.dataset import Dataset

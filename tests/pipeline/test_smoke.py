@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pipeline.objectives
-from pipeline.config import TrainSettings, check, flat, merge
+from pipeline.config import TrainSettings
 from pipeline.corruption import MASK, corruption
 from pipeline.models import MODELS
 from pipeline.objectives.mae import MaskedAutoencoding
@@ -18,6 +18,7 @@ from pipeline.objectives.masked_patch import MaskedPatch
 from pipeline.objectives.supervised import Supervised
 from pipeline.recipe import read_recipe, read_settings, recipe_names
 from pipeline.schedule import Schedule
+from pipeline.settings import check, flat, merge
 from pipeline.smoke import shrink, smoke_run
 from pipeline.weights import check_model
 from shards.errors import UserError

@@ -12,9 +12,10 @@ import torch
 from pipeline import stop
 from pipeline import train as train_module
 from pipeline.checkpoint import newest
-from pipeline.config import TrainSettings, check, merge
+from pipeline.config import TrainSettings
 from pipeline.microbatch import seed_dropout
 from pipeline.objectives.supervised import Supervised
+from pipeline.settings import check, merge
 from pipeline.train import train
 from pipeline.troubles import Troubles
 from pipeline.window import Taken

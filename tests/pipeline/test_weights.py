@@ -1,22 +1,30 @@
+import inspect
+from pathlib import Path
+
 import pytest
 import torch
 
-from pipeline.config import TrainSettings, check, merge
+from pipeline import checkpoint
+from pipeline.config import TrainSettings
+from pipeline.convert.convert import convert
+from pipeline.convert.recognise import open_source
+from pipeline.convert.source import Source
 from pipeline.models import create_model
 from pipeline.models.positions import interpolate_pos_embed
 from pipeline.recipe import read_recipe, recipe_names
-from pipeline.weights import Weights, check_model, first_values, resolve_model, write_weights
+from pipeline.settings import check, merge
+from pipeline.weights import check_model, first_values, resolve_model, write_weights
 from shards.errors import UserError
 
 MODEL = {"name": "vit_ti8", "embed_dim": 24, "num_heads": 3, "depth": 1, "image_size": 16, "num_classes": 5}
 
 
 @pytest.fixture
-def weights(tmp_path) -> Weights:
+def weights(tmp_path) -> Source:
     model = create_model(**MODEL, representation=True, seed=7)
     note = {"model": MODEL | {"representation": True, "head_bias": -3.0}, "classes": list("abcde")}
     write_weights(tmp_path / "w.safetensors", dict(model.state_dict()), note)
-    return Weights(tmp_path / "w.safetensors")
+    return open_source(tmp_path / "w.safetensors")
 
 
 def settings(**over) -> TrainSettings:
@@ -33,7 +41,7 @@ def settings(**over) -> TrainSettings:
 def test_a_weights_file_gives_its_model_back(weights):
     model = create_model(**MODEL, representation=True, seed=7).eval()
     images = torch.randn(2, 3, 16, 16)
-    assert weights.create_model()(images).equal(model(images))
+    assert weights.build()(images).equal(model(images))
 
 
 def test_fine_tuning_drops_the_head_and_stretches_the_positions(weights):
@@ -61,8 +69,8 @@ def test_fine_tuning_stretches_every_kind_of_position_embeddings(tmp_path, optio
     small = MODEL | {"depth": 2} | options
     state = dict(create_model(**small, seed=7).state_dict())
     write_weights(tmp_path / "w.safetensors", state, {"model": small, "classes": list("abcde")})
-    weights = Weights(tmp_path / "w.safetensors")
-    assert sorted(name for name in weights.names if name.endswith("pos_embed")) == sorted(names)
+    weights = open_source(tmp_path / "w.safetensors")
+    assert sorted(name for name in weights.parameters() if name.endswith("pos_embed")) == sorted(names)
     large = create_model(**resolve_model(settings(), weights, num_classes=5), seed=None)
     value_of = first_values(large, weights, settings())
     for name, parameter in large.named_parameters():
@@ -79,7 +87,7 @@ def test_fine_tuning_stretches_every_kind_of_position_embeddings(tmp_path, optio
 def test_relative_positions_stay_at_their_resolution(tmp_path):
     small = MODEL | {"position": "relative", "position_at": "every"}
     write_weights(tmp_path / "w.safetensors", create_model(**small).state_dict(), {"model": small, "classes": []})
-    weights, name = Weights(tmp_path / "w.safetensors"), "blocks.0.pos_embed"
+    weights, name = open_source(tmp_path / "w.safetensors"), "blocks.0.pos_embed"
     for resolution in (16, 32):
         stage = settings(data={"resolution": resolution})
         model = create_model(**resolve_model(stage, weights, num_classes=3), seed=None)
@@ -102,7 +110,7 @@ BIT = {"name": "bit_r50x1", "units": [1, 1], "width": 32, "image_size": 16, "num
 def test_fine_tuning_takes_every_kind_of_model_to_another_resolution(tmp_path, small):
     state = dict(create_model(**small, seed=7).state_dict())
     write_weights(tmp_path / "w.safetensors", state, {"model": small, "classes": list("abcde")})
-    weights = Weights(tmp_path / "w.safetensors")
+    weights = open_source(tmp_path / "w.safetensors")
     resolved = resolve_model(settings(), weights, num_classes=3)
     assert resolved == small | {"image_size": 32, "num_classes": 3, "head_bias": 0.0}
     template = create_model(**resolved, seed=None)
@@ -130,9 +138,9 @@ def test_fine_tuning_recipes_have_no_dropout_of_the_weights(tmp_path, name):
     for model, over, expected in ((vit | drops, {}, own), (vit, of_its_own, (0.2, 0.3)), (BIT, {}, None)):
         if model is BIT and asked:  # settings of ViTs
             continue
-        write_weights(tmp_path / "w.safetensors", {"x": torch.zeros(1)}, {"model": model, "classes": []})
+        write_weights(tmp_path / "w.safetensors", create_model(**model).state_dict(), {"model": model, "classes": []})
         stage = check(TrainSettings, merge(table, {"model": over}), name)
-        resolved = resolve_model(stage, Weights(tmp_path / "w.safetensors"), 3)
+        resolved = resolve_model(stage, open_source(tmp_path / "w.safetensors"), 3)
         with torch.device("meta"):
             made = create_model(**resolved, seed=None)
         if expected:
@@ -144,7 +152,7 @@ def test_models_of_two_kinds_and_of_two_shapes_are_refused(tmp_path):
         write_weights(
             tmp_path / "w.safetensors", dict(create_model(**model).state_dict()), {"model": model, "classes": []}
         )
-        return Weights(tmp_path / "w.safetensors")
+        return open_source(tmp_path / "w.safetensors")
 
     with pytest.raises(UserError, match="its name is bit_r50x1, the settings say vit_ti8"):
         resolve_model(settings(model={"name": "vit_ti8"}), weights(BIT), 5)
@@ -185,7 +193,7 @@ def test_other_kinds_say_that_fine_tuning_alone_makes_a_head(tmp_path, weights):
     model = resolve_model(masked, None, 3)
     write_weights(tmp_path / "m.safetensors", create_model(**model).state_dict(), {"model": model, "classes": []})
 
-    def begin(stage: TrainSettings, init: Weights) -> None:
+    def begin(stage: TrainSettings, init: Source) -> None:
         template = create_model(**resolve_model(stage, init, 5), seed=None)
         value_of = first_values(template, init, stage)
         for name, parameter in template.named_parameters():
@@ -193,8 +201,8 @@ def test_other_kinds_say_that_fine_tuning_alone_makes_a_head(tmp_path, weights):
 
     from_masked = settings(kind="supervised", data={"resolution": 16})
     with pytest.raises(UserError, match=r"has no head\.weight, .* only kind 'finetune' makes a new head"):
-        begin(from_masked, Weights(tmp_path / "m.safetensors"))
-    begin(settings(data={"resolution": 16}), Weights(tmp_path / "m.safetensors"))
+        begin(from_masked, open_source(tmp_path / "m.safetensors"))
+    begin(settings(data={"resolution": 16}), open_source(tmp_path / "m.safetensors"))
     from_classes = settings(kind="masked_patch", data={"resolution": 16})
     with pytest.raises(UserError, match=r"has no mask_token, .* only kind 'finetune' makes a new head"):
         begin(from_classes, weights)
@@ -214,14 +222,45 @@ def test_models_without_a_head_on_every_patch_are_no_masked_patch_predictors(nam
 def test_files_that_are_no_weights_are_one_line(tmp_path):
     from safetensors.torch import save_file
 
-    with pytest.raises(UserError, match="no weights at"):
-        Weights(tmp_path / "none.safetensors")
+    with pytest.raises(UserError, match=r"there is no .*none\.safetensors; give a checkpoint or training stage"):
+        open_source(tmp_path / "none.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"\x00" * 50)
     with pytest.raises(UserError, match="no readable safetensors file"):
-        Weights(tmp_path / "bad.safetensors")
+        open_source(tmp_path / "bad.safetensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "plain.safetensors")
-    with pytest.raises(UserError, match="does not say which model it is"):
-        Weights(tmp_path / "plain.safetensors")
+    with pytest.raises(UserError, match="has tensors such as a, which no known format has"):
+        open_source(tmp_path / "plain.safetensors")
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("format", ["transformers", "npz", "checkpoint"])
+def test_a_stage_starts_from_weights_of_any_format_as_from_ours(tmp_path, format):
+    model = MODEL | {"name": "vit_ti16", "patch_size": 8, "num_heads": 3}
+    file, other = tmp_path / "w.safetensors", tmp_path / "other"
+    write_weights(file, create_model(**model, seed=7).state_dict(), {"model": model, "classes": list("abcde")})
+    if format == "checkpoint":
+        made = dict(create_model(**model, seed=7).named_parameters())
+        pieces = [("weight", name, 0, value.detach().flatten()) for name, value in made.items()]
+        state = {"model": model, "classes": list("abcde"), "val": None, "commit": "", "versions": {}, "settings": {}}
+        checkpoint.save(other / "checkpoints", 8, pieces, {name: tuple(v.shape) for name, v in made.items()}, state)
+    else:
+        convert(file, other.with_suffix(".npz") if format == "npz" else other, format)
+    init = other.with_suffix(".npz") if format == "npz" else other
+    expected, found = (began(settings(init=str(path)), path) for path in (file, init))
+    assert found[0] == expected[0]
+    assert found[1].keys() == expected[1].keys()
+    assert all(found[1][name].equal(expected[1][name]) for name in found[1])
+
+
+def began(stage: TrainSettings, path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Return the model that a stage makes of weights, and its first values."""
+    init = open_source(path)
+    resolved = resolve_model(stage, init, 3)
+    template = create_model(**resolved, seed=None)
+    value_of = first_values(template, init, stage)
+    full = inspect.signature(type(template)).parameters
+    values = {name: value_of(name, tuple(p.shape)) for name, p in template.named_parameters()}
+    return {key: str(getattr(template, key, None)) for key in full}, values
 
 
 def test_the_same_weights_are_the_same_bytes(tmp_path):
@@ -244,7 +283,7 @@ def test_fine_tuning_goes_on_from_masked_patch_prediction(tmp_path):
     write_weights(tmp_path / "w.safetensors", trained, {"model": model, "classes": ["a", "b", "c"]})
 
     tuned = settings(init=str(tmp_path / "w.safetensors"), data={"resolution": 16})
-    init = Weights(tuned.init)
+    init = open_source(tuned.init)
     model = resolve_model(tuned, init, 5)
     assert (model["num_classes"], model.get("patch_target")) == (5, None)
     with torch.device("meta"):
@@ -254,7 +293,7 @@ def test_fine_tuning_goes_on_from_masked_patch_prediction(tmp_path):
     assert not any(name.startswith(("mask_token", "patch_head")) for name in values)
     assert not values["head.weight"].any()
     assert all(values[name].equal(trained[name]) for name in values if not name.startswith("head."))
-    features = init.create_model().features(torch.zeros(2, 3, 16, 16))  # few-shot needs no head
+    features = init.build().features(torch.zeros(2, 3, 16, 16))  # few-shot needs no head
     assert features.shape == (2, 24)
 
 
@@ -270,7 +309,7 @@ def test_fine_tuning_goes_on_from_masked_autoencoding_and_may_learn_its_position
     write_weights(tmp_path / "w.safetensors", trained, {"model": encoder, "classes": ["a", "b", "c"]})
 
     def begin(stage: TrainSettings) -> dict[str, torch.Tensor]:
-        init = Weights(stage.init)
+        init = open_source(stage.init)
         template = create_model(**resolve_model(stage, init, 5), seed=None)
         value_of = first_values(template, init, stage)
         return {name: value_of(name, tuple(p.shape)) for name, p in template.named_parameters()}

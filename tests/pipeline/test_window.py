@@ -5,8 +5,9 @@ from itertools import islice
 import pytest
 import torch
 
-from pipeline.config import TrainSettings, check
+from pipeline.config import TrainSettings
 from pipeline.engines.fragments import Step
+from pipeline.settings import check
 from pipeline.window import Taken, Window
 from shards.augment import InceptionCrop
 from shards.build import build

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pipeline.train
 from pipeline import distributed, liveness, watchdog
-from pipeline.config import TrainSettings, check
+from pipeline.config import TrainSettings
+from pipeline.settings import check
 
 liveness.BEAT, watchdog.GRACE = 0.2, 1.0
 TABLE = {

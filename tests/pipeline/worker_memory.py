@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline import distributed
 from pipeline.activations import Storages
-from pipeline.config import TrainSettings, check
+from pipeline.config import TrainSettings
 from pipeline.corruption import corruption
 from pipeline.droppath import drop_path_draws
 from pipeline.engines import accelerate, create_engine, deepspeed  # noqa: F401 (what imports take is there before)
@@ -23,6 +23,7 @@ from pipeline.microbatch import micro_batches
 from pipeline.models import create_model
 from pipeline.models.initial import initial_value
 from pipeline.objectives import create_objective
+from pipeline.settings import check
 
 
 def main(cases: str) -> None:

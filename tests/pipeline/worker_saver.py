@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 
 from pipeline import checkpoint, distributed
-from pipeline.config import TrainSettings, check
+from pipeline.config import TrainSettings
 from pipeline.lookout import Lookout
 from pipeline.saver import Saver
+from pipeline.settings import check
 from shards.errors import PatchmillError
 
 COUNT = 1000

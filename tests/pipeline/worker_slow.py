@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pipeline.train
 from pipeline import distributed, liveness
-from pipeline.config import TrainSettings, check
+from pipeline.config import TrainSettings
+from pipeline.settings import check
 from shards.errors import PatchmillError
 
 liveness.BEAT, liveness.GRACE = 0.2, 1.0

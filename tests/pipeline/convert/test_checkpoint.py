@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from pipeline import checkpoint
-from pipeline.config import TrainSettings, check
+from pipeline.config import TrainSettings
 from pipeline.convert.convert import convert
 from pipeline.convert.recognise import load_model, open_source
 from pipeline.models import create_model
+from pipeline.settings import check
 from shards.errors import UserError
 from tests.pipeline.convert.made import TINY
 

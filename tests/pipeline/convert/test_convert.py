@@ -14,8 +14,8 @@ from pipeline.convert import npz
 from pipeline.convert.convert import convert
 from pipeline.convert.places import at
 from pipeline.convert.recognise import load_model, open_source
+from pipeline.convert.source import Source
 from pipeline.models import create_model
-from pipeline.weights import Weights
 from shards.errors import PatchmillError, UserError
 from tests.command import patchmill
 from tests.pipeline.convert.made import TINY, randomized, save
@@ -51,7 +51,7 @@ def test_there_and_back_is_exact_to_the_bit(to, name, tmp_path):
     made, again = (open_source(path).template() for path in (file, tmp_path / "back.safetensors"))
     for key in ("image_size", "num_heads", "gelu", "norm_eps", "pooling", "units", "representation"):
         assert getattr(made, key, None) == getattr(again, key, None)
-    assert Weights(tmp_path / "back.safetensors").classes == [f"class {i}" for i in range(made.num_classes)]
+    assert open_source(tmp_path / "back.safetensors").classes == [f"class {i}" for i in range(made.num_classes)]
 
 
 def test_the_same_is_the_same_file(tmp_path):
@@ -67,7 +67,7 @@ def test_to_another_resolution_by_the_official_zoom_or_as_timm(tmp_path):
     table = load_file(file)["pos_embed"]
     grid = table[0, 1:].reshape(4, 4, 48)
     convert(file, tmp_path / "official.safetensors", image_size=56)
-    found = Weights(tmp_path / "official.safetensors")
+    found = open_source(tmp_path / "official.safetensors")
     assert found.model["image_size"] == 56
     assert found.tensor("pos_embed")[:, 0].equal(table[:, 0])
     expected = torch.from_numpy(zoom(grid.numpy(), (7 / 4, 7 / 4, 1), order=1)).reshape(49, 48)
@@ -106,9 +106,9 @@ def test_classes(tmp_path):
     (tmp_path / "seven").write_text("a\nb\nc\nd\ne\nf\ng\n")
     (tmp_path / "two").write_text("cat\ndog\n")
 
-    def after(classes: str) -> Weights:
+    def after(classes: str) -> Source:
         convert(file, tmp_path / "w.safetensors", classes=classes)
-        return Weights(tmp_path / "w.safetensors")
+        return open_source(tmp_path / "w.safetensors")
 
     assert (after("7").model["num_classes"], after("7").classes[0]) == (7, "class 0")
     assert after("7").tensor("head.weight").equal(trained["head.weight"])
@@ -120,10 +120,10 @@ def test_classes(tmp_path):
     assert not new.model.get("representation")
     assert new.tensor("head.weight").shape == (2, 48)
     assert not new.tensor("head.weight").any()
-    assert not [name for name in new.names if name.startswith("pre_logits")]
+    assert not [name for name in new.parameters() if name.startswith("pre_logits")]
     none = after("0")
     assert none.tensor("pre_logits.fc.weight").equal(trained["pre_logits.fc.weight"])
-    assert not [name for name in none.names if name.startswith("head.")]
+    assert not [name for name in none.parameters() if name.startswith("head.")]
     with pytest.raises(UserError, match="--classes 'many' is no number, and there is no such file of names"):
         after("many")
     patches = saved(tmp_path, OURS["patches"])
@@ -274,8 +274,7 @@ def test_weights_begin_another_training_whatever_wrote_them(tmp_path):
     file = save(model, tmp_path / "ours.safetensors", {**VIT, "norm_eps": 1e-5, "gelu": "exact"})
     convert(file, tmp_path / "folder", "transformers")
     convert(tmp_path / "folder", tmp_path / "back.safetensors")
-    found = Weights(tmp_path / "back.safetensors")
+    found = open_source(tmp_path / "back.safetensors")
     made = create_model(**found.model)
-    with pytest.raises(UserError, match="does not say which model it is; make it with `patchmill convert`"):
-        Weights(tmp_path / "folder/model.safetensors")
+    assert open_source(tmp_path / "folder").model == found.model
     assert (made.norm_eps, made.norm.eps, made.blocks[0].norm1.eps, made.gelu) == (1e-5, 1e-5, 1e-5, "exact")

@@ -9,7 +9,6 @@ import torch
 from pipeline.convert.convert import convert
 from pipeline.convert.recognise import open_source
 from pipeline.models import create_model
-from pipeline.weights import Weights
 from shards.errors import UserError
 from tests.pipeline.convert import official
 from tests.pipeline.convert.made import TINY, randomized, save
@@ -49,7 +48,7 @@ def test_official_files_convert_both_ways_to_the_bit(name, tmp_path):
     np.savez(tmp_path / "official.npz", **FILES[name])
     done = convert(tmp_path / "official.npz", tmp_path / "ours.safetensors", given=options(name))
     assert done["parameters"] == sum(value.size for value in FILES[name].values())
-    ours = Weights(tmp_path / "ours.safetensors").create_model()
+    ours = open_source(tmp_path / "ours.safetensors").build()
     image = picture(ours.image_size)
     want = expected(name, image)
     assert np.abs(want).max() > 0.1
@@ -256,7 +255,7 @@ def test_the_papers_files_convert_both_ways(name, tmp_path):
     pre = {"representation": True} if name == "ViT-B_16" else {}
     assert found == {"name": wanted, "image_size": 224, "num_classes": 1000} | pre
     image = picture(224)
-    ours = Weights(tmp_path / "ours.safetensors").create_model()
+    ours = open_source(tmp_path / "ours.safetensors").build()
     want = official.bit_logits(arrays, image) if "BiT" in name else official.vit_logits(arrays, image)
     np.testing.assert_allclose(logits_of(ours, image), want, rtol=0, atol=1e-9 * np.abs(want).max())
     convert(tmp_path / "ours.safetensors", tmp_path / "again.npz", "npz")

@@ -5,11 +5,12 @@ import gc
 import pytest
 import torch
 
-from pipeline.config import TrainSettings, check
+from pipeline.config import TrainSettings
 from pipeline.engines import create_engine
 from pipeline.models import create_model
 from pipeline.models.initial import initial_value
 from pipeline.objectives.supervised import Supervised
+from pipeline.settings import check
 
 MODEL = {"name": "vit_ti16", "image_size": 32, "depth": 2, "num_classes": 5}
 

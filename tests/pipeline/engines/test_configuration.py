@@ -6,10 +6,11 @@ import sys
 import pytest
 import torch
 
-from pipeline.config import TrainSettings, check, merge
+from pipeline.config import TrainSettings
 from pipeline.engines import create_engine, room
 from pipeline.engines.configuration import BUCKET, deepspeed_config
 from pipeline.models import create_model
+from pipeline.settings import check, merge
 from shards.errors import UserError
 from tests.command import environment
 

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from pipeline import checkpoint, distributed
-from pipeline.config import TrainSettings, check
+from pipeline.config import TrainSettings
 from pipeline.engines import create_engine
 from pipeline.models import create_model
 from pipeline.models.initial import initial_value
 from pipeline.objectives.supervised import Supervised
+from pipeline.settings import check
 
 MODEL = {
     "name": "vit_ti16",

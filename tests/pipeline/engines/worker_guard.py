@@ -10,11 +10,12 @@ import json
 import torch
 
 from pipeline import distributed
-from pipeline.config import TrainSettings, check
+from pipeline.config import TrainSettings
 from pipeline.engines import create_engine
 from pipeline.models import create_model
 from pipeline.models.initial import initial_value
 from pipeline.objectives.supervised import Supervised
+from pipeline.settings import check
 
 MODEL = {"name": "vit_ti16", "image_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}
 ENGINES = [("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3), ("accelerate", 0)]

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 
 from pipeline import checkpoint, distributed
-from pipeline.config import TrainSettings, check
+from pipeline.config import TrainSettings
 from pipeline.engines import create_engine
 from pipeline.engines.configuration import deepspeed_config
 from pipeline.models import create_model
 from pipeline.models.initial import initial_value
 from pipeline.objectives.supervised import Supervised
+from pipeline.settings import check
 
 MODEL = {
     "name": "vit_ti16", "image_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 3,

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import TrainSettings, check
+from pipeline.config import TrainSettings
 from pipeline.evaluate.fewshot import fewshot_accuracy
 from pipeline.evaluate.linear import linear_accuracy
 from pipeline.evaluate.probe import Probe
 from pipeline.models import create_model
+from pipeline.settings import check
 from shards.augment import Resize
 from shards.dataset import Dataset
 from shards.decode import decode

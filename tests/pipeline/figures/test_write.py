@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config import TrainSettings, check, merge
+from pipeline.config import TrainSettings
 from pipeline.figures.pictures import read_pictures
+from pipeline.settings import check, merge
 from pipeline.train import train
 from shards.build import build
 from shards.errors import UserError

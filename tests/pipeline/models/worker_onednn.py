@@ -6,11 +6,12 @@ import math
 import torch
 
 from pipeline import distributed
-from pipeline.config import TrainSettings, check
+from pipeline.config import TrainSettings
 from pipeline.engines import create_engine
 from pipeline.models import create_model, onednn
 from pipeline.models.initial import initial_value
 from pipeline.objectives.supervised import Supervised
+from pipeline.settings import check
 
 MODEL = {"name": "vit_ti16", "image_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import TrainSettings, check
+from pipeline.config import TrainSettings
 from pipeline.flops import cost_of
 from pipeline.masking import visible_count, visible_patches
 from pipeline.models import create_model
 from pipeline.objectives.mae import MaskedAutoencoding, pixel_targets
+from pipeline.settings import check
 from pipeline.weights import check_model, resolve_model
 from shards.batch import Batch
 from shards.errors import UserError

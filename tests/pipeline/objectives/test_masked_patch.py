@@ -2,10 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import TrainSettings, check
+from pipeline.config import TrainSettings
 from pipeline.corruption import MASK, UNTOLD, corruption
 from pipeline.models import create_model
 from pipeline.objectives.masked_patch import MaskedPatch, patch_targets
+from pipeline.settings import check
 from pipeline.weights import resolve_model
 from shards.batch import Batch
 from shards.errors import UserError

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import TrainSettings, check
+from pipeline.config import TrainSettings
 from pipeline.objectives.supervised import Supervised
+from pipeline.settings import check
 from shards.batch import Batch
 from shards.manylabels import stacked
 
