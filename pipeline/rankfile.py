@@ -14,8 +14,8 @@ from pipeline.convert.safetensors import CODES, header_text
 from pipeline.engines.fragments import Piece
 from shards.atomic import fsync_folder
 
-BLOCK = 2**22
-"""Values that are brought to host memory and written at once: 17 MB."""
+BLOCK = 2**18
+"""Values that are brought to host memory and written at once: 1 MB, which a cache holds from checksum to write."""
 ENTRY = 1024
 """Bytes of a header for what is kept of a parameter, beside its names: some 150 of each kind."""
 
