@@ -43,6 +43,9 @@ def checkpoint_list(run: Where, as_json: Json = False) -> None:
             f"{each['bytes'] / 1e9:.3g}", each["digest"][:8], notes,
         )  # fmt: skip
     _console().print(table)
+    for each in found:
+        if each["problem"]:
+            print(each["problem"])
 
 
 @checkpoint_app.command("show")
@@ -66,14 +69,14 @@ def checkpoint_show(run: Where, as_json: Json = False) -> None:
 def checkpoint_verify(run: Where, as_json: Json = False) -> None:
     """Check sizes and checksums of all checkpoints of a training stage, or of one; exit code 1 if one is broken."""
     from pipeline.catalogue import find
-    from pipeline.checkpoint import BrokenCheckpointError, Checkpoint
+    from pipeline.checkpoint import Checkpoint
 
     found = []
     for path in find(run):
         problem = None
         try:
             Checkpoint(path).verify()
-        except BrokenCheckpointError as error:
+        except PatchmillError as error:  # broken, or of a newer Patchmill
             problem = str(error)
         found.append({"path": str(path), "whole": problem is None, "problem": problem})
         if not as_json:

@@ -10,7 +10,9 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
+from launch.results import result_of
 from launch.stages import KINDS
+from launch.sweep import Sweep, sweep_of
 from pipeline.config import TrainSettings
 from pipeline.recipe import read_settings
 from pipeline.settings import Settings, check, merge, nearest, read_toml
@@ -33,6 +35,10 @@ class StageTable(Settings):
     kind: str
     recipe: str | None = Field(None, description="by name, or a TOML file of settings beside the plan")
     init: str | None = Field(None, description="stage whose weights this one starts from, or a path of some")
+    sweep: str | dict[str, Any] | list[dict[str, Any]] | None = Field(
+        None, description="lists of values by setting: the stage runs once for each; 'recipe': those of the recipe"
+    )
+    best: str | None = Field(None, description="stage with a sweep whose best settings this one takes over")
     after: list[str] = []
     ranks: int = Field(1, gt=0)
     set: dict[str, Any] = {}
@@ -64,6 +70,7 @@ class Stage:
         inputs: Digest of its inputs alone; an unfinished stage with the same goes on.
         folder: Its folder in the run.
         arguments: Its ``patchmill`` command line.
+        sweep: That it is a run of.
     """
 
     table: StageTable
@@ -73,6 +80,7 @@ class Stage:
     inputs: str
     folder: Path
     arguments: list[str]
+    sweep: Sweep | None
 
 
 @dataclass(frozen=True)
@@ -80,8 +88,9 @@ class Plan:
     """A checked plan and where it runs."""
 
     path: Path
-    name: str
+    table: PlanTable
     run: Path
+    smoke: bool
     stages: list[Stage]
 
 
@@ -98,22 +107,54 @@ def read_plan(path: str | Path, runs: str | Path = "runs", smoke: bool = False) 
     """
     path = Path(path)
     table = check(PlanTable, read_toml(path), str(path))
-    run = Path(runs).resolve() / (f"{table.name}-smoke" if smoke else table.name)
-    by_name = {stage.name: stage for stage in table.stage}
-    if len(by_name) < len(table.stage):
-        names = [stage.name for stage in table.stage]
-        twice = next(name for name in names if names.count(name) > 1)
+    return _plan(path, table, Path(runs).resolve() / (f"{table.name}-smoke" if smoke else table.name), smoke)
+
+
+def after_a_sweep(plan: Plan) -> Plan:
+    """Return the plan with what the sweeps found that have ended by now: it settles what comes after them."""
+    return _plan(plan.path, plan.table, plan.run, plan.smoke)
+
+
+def _plan(path: Path, table: PlanTable, run: Path, smoke: bool) -> Plan:
+    sweeps = {stage.name: _sweep(stage, path) for stage in table.stage if stage.sweep is not None}
+    runs = [each for stage in table.stage for each in _runs_of(stage, sweeps.get(stage.name))]
+    for stage in table.stage:
+        if stage.best is not None and stage.best not in sweeps:
+            raise UserError(f"best of stage {stage.name} of {path} is {stage.best!r}, which is no stage with a sweep")
+    names = [stage.name for stage in runs] + list(sweeps)
+    if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"two stages of {path} are named {twice!r}; rename one")
 
+    by_name = {stage.name: stage for stage in runs}
+    of_sweep = {name: sweep for sweep in sweeps.values() for name in sweep.members}
     stages: dict[str, Stage] = {}
-    for name in _in_order(by_name, path):
-        stages[name] = _prepare(by_name[name], by_name, stages, run, path, smoke)
-    return Plan(path, table.name, run, list(stages.values()))
+    for name in _in_order(by_name, sweeps, path):
+        stages[name] = _prepare(by_name[name], by_name, sweeps, stages, run, path, smoke, of_sweep.get(name))
+    return Plan(path, table, run, smoke, list(stages.values()))
 
 
-def _in_order(by_name: dict[str, StageTable], path: Path) -> list[str]:
+def _sweep(stage: StageTable, path: Path) -> Sweep:
+    if KINDS[stage.kind].settings is not TrainSettings:
+        raise UserError(
+            f"stage {stage.name} of {path} has a sweep, but a stage of kind {stage.kind} takes none; remove it"
+        )
+    recipe = path.parent / stage.recipe if stage.recipe and stage.recipe.endswith(".toml") else stage.recipe
+    return sweep_of(stage.name, stage.sweep, recipe)
+
+
+def _runs_of(stage: StageTable, sweep: Sweep | None) -> list[StageTable]:
+    if sweep is None:
+        return [stage]
+    return [
+        stage.model_copy(update={"name": name, "set": merge(stage.set, sweep.settings(number))})
+        for number, name in enumerate(sweep.members)
+    ]
+
+
+def _in_order(by_name: dict[str, StageTable], sweeps: dict[str, Sweep], path: Path) -> list[str]:
     """Return the names with every stage after what it needs, and else as the file has them."""
-    sorter = graphlib.TopologicalSorter({name: _needs(stage, by_name, path) for name, stage in by_name.items()})
+    needs = {name: _needs(stage, by_name, sweeps, path) for name, stage in by_name.items()}
+    sorter = graphlib.TopologicalSorter(needs)
     try:
         sorter.prepare()
     except graphlib.CycleError as error:
@@ -128,13 +169,16 @@ def _in_order(by_name: dict[str, StageTable], path: Path) -> list[str]:
     return ordered
 
 
-def _needs(stage: StageTable, by_name: dict[str, StageTable], path: Path) -> list[str]:
+def _needs(stage: StageTable, by_name: dict[str, StageTable], sweeps: dict[str, Sweep], path: Path) -> list[str]:
     named = list(stage.after) + [word for text in _strings(stage.set) for word in PLACEHOLDER.findall(text)]
     if stage.init is not None and not _is_path(stage.init):
         named.append(stage.init)
+    if stage.best is not None:
+        named.append(stage.best)
+    named = [each for name in named for each in (sweeps[name].members if name in sweeps else [name])]
     for name in named:
         if name not in by_name:
-            there = f"{nearest(name, list(by_name))}; name one of {', '.join(by_name)}"
+            there = f"{nearest(name, list(by_name))}; name one of {', '.join([*by_name, *sweeps])}"
             raise UserError(f"stage {stage.name} of {path} needs stage {name!r}, which is not there{there}")
     if stage.kind == "report":
         named += [name for name, other in by_name.items() if other.kind != "report"]
@@ -142,18 +186,29 @@ def _needs(stage: StageTable, by_name: dict[str, StageTable], path: Path) -> lis
 
 
 def _prepare(
-    stage: StageTable, by_name: dict[str, StageTable], ready: dict[str, Stage], run: Path, path: Path, smoke: bool
+    stage: StageTable,
+    by_name: dict[str, StageTable],
+    sweeps: dict[str, Sweep],
+    ready: dict[str, Stage],
+    run: Path,
+    path: Path,
+    smoke: bool,
+    sweep: Sweep | None,
 ) -> Stage:
     kind, folder = KINDS[stage.kind], run / "stages" / stage.name
     where = f"stage {stage.name} of {path}"
-    table = merge(_recipe(stage.recipe, path.parent) if stage.recipe else {}, stage.set)
+    needs = _needs(stage, by_name, sweeps, path)
+    best = {name: _best(each, ready) for name, each in sweeps.items() if each.members[0] in needs}
+    table = _recipe(stage.recipe, path.parent) if stage.recipe else {}
+    if stage.best is not None:
+        table = merge(table, sweeps[stage.best].settings(best[stage.best]))
+    table = merge(table, stage.set)
     if kind.settings is TrainSettings:
         table = {"kind": stage.kind, **table}
         if stage.init is not None:
             table["init"] = stage.init if _is_path(stage.init) else f"{{{stage.init}}}"
     elif stage.init is not None:
         raise UserError(f"{where} has init, but a stage of kind {stage.kind} takes no init; remove it")
-    needs = _needs(stage, by_name, path)
     inputs: dict[str, Any] = {name: ready[name].digest for name in needs}
     filled = table
     for key in kind.paths:
@@ -161,6 +216,7 @@ def _prepare(
     outputs = {
         name: str(ready[name].folder / KINDS[ready[name].table.kind].output(ready[name].settings)) for name in needs
     }
+    outputs |= {name: outputs[sweeps[name].members[number]] for name, number in best.items()}
     settings = check(kind.settings, _filled(filled, outputs), where)
     command = kind.command(settings, folder, run)
     if isinstance(settings, TrainSettings):
@@ -169,7 +225,13 @@ def _prepare(
         settings.accumulation(stage.ranks)
         check_model(settings, where)
         command += ["--smoke"] if smoke else []
-    return Stage(stage, settings, needs, _hash([stage.kind, table, inputs]), _hash(inputs), folder, command)
+    return Stage(stage, settings, needs, _hash([stage.kind, table, inputs]), _hash(inputs), folder, command, sweep)
+
+
+def _best(sweep: Sweep, ready: dict[str, Stage]) -> int:
+    """Return which of a sweep's stages came out best; before all have ended, the first: what it hands on is checked."""
+    stages = [ready[name] for name in sweep.members]
+    return sweep.best([result_of(stage.folder, stage.digest) for stage in stages]) or 0
 
 
 def _is_path(init: str) -> bool:
@@ -225,8 +287,8 @@ def _with_stream(table: dict[str, Any], value: str, base: Path, where: str) -> t
 
 def _check_part(value: str, found: re.Match, by_name: dict[str, StageTable], where: str, base: Path) -> None:
     """Check that ``{shards}/part`` names a part that its stage will make."""
-    source = by_name[found[1]]
-    if source.kind != "shards":
+    source = by_name.get(found[1])  # none of a sweep
+    if source is None or source.kind != "shards":
         return
     images = str(source.set.get("source", ""))
     if PLACEHOLDER.search(images):

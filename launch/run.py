@@ -3,13 +3,12 @@
 import json
 import sys
 import time
-from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from launch.local import run_ranks
-from launch.plan import Plan, Stage
+from launch.plan import Plan, Stage, after_a_sweep
+from launch.results import read_json, result_of
 from pipeline.config import TrainSettings
 from pipeline.settings import dump_toml
 from shards.atomic import write_text
@@ -27,22 +26,27 @@ def run_plan(plan: Plan) -> None:
     say = Console(stderr=True, highlight=False)
     plan.run.mkdir(parents=True, exist_ok=True)
     write_text(plan.run / "plan.toml", plan.path.read_text(encoding="utf-8"))
-    for number, stage in enumerate(plan.stages, start=1):
-        title = f"[{number}/{len(plan.stages)}] {stage.table.name}"
+    for number in range(len(plan.stages)):
+        stage = plan.stages[number]
+        title = f"[{number + 1}/{len(plan.stages)}] {stage.table.name}"
         if is_done(stage):
             say.print(f"{title}: done before, skipped", style="dim", markup=False)
-            continue
-        ranks = f", {stage.table.ranks} ranks" if stage.table.ranks > 1 else ""
-        say.print(f"{title} ({stage.table.kind}{ranks})", style="bold", markup=False)
-        began = time.monotonic()
-        _set_aside(stage)
-        _run(stage, began)
-        say.print(f"{title}: done in {time.monotonic() - began:.0f} s", style="green", markup=False)
+        else:
+            ranks = f", {stage.table.ranks} ranks" if stage.table.ranks > 1 else ""
+            say.print(f"{title} ({stage.table.kind}{ranks})", style="bold", markup=False)
+            began = time.monotonic()
+            _set_aside(stage)
+            _run(stage, began)
+            say.print(f"{title}: done in {time.monotonic() - began:.0f} s", style="green", markup=False)
+        if stage.sweep and stage.table.name == stage.sweep.members[-1]:
+            results = [result_of(plan.run / "stages" / name) for name in stage.sweep.members]
+            say.print(f"{stage.sweep.name}: {stage.sweep.summary(results)}", style="bold", markup=False)
+            plan = after_a_sweep(plan)
 
 
 def is_done(stage: Stage) -> bool:
     """Tell whether a stage finished with these settings and inputs."""
-    return _result(stage).get("digest") == stage.digest
+    return result_of(stage.folder, stage.digest) is not None
 
 
 def _run(stage: Stage, began: float) -> None:
@@ -66,21 +70,13 @@ def _set_aside(stage: Stage) -> None:
 
     An unfinished stage with the same inputs goes on in place; pipeline/resume.py says what may then change.
     """
-    if not _result(stage) and _read(stage.folder / "inputs.json").get("inputs", stage.inputs) == stage.inputs:
+    if (
+        not result_of(stage.folder)
+        and read_json(stage.folder / "inputs.json").get("inputs", stage.inputs) == stage.inputs
+    ):
         return
     number = 1
     while (aside := stage.folder.with_name(f"{stage.table.name}.before-{number}")).exists():
         number += 1
     stage.folder.rename(aside)
     print(f"settings or inputs of {stage.table.name} changed: what it made before is kept in {aside}", file=sys.stderr)
-
-
-def _result(stage: Stage) -> dict[str, Any]:
-    return _read(stage.folder / "result.json")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}

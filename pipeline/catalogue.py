@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint import BrokenCheckpointError, Checkpoint, pointer
-from shards.errors import UserError
+from shards.errors import PatchmillError, UserError
 
 POINTERS = ("latest", "best")
 
@@ -51,41 +52,35 @@ def facts(path: Path) -> dict[str, Any]:
     }  # fmt: skip
     try:
         found = Checkpoint(path)
-    except BrokenCheckpointError as error:
+    except PatchmillError as error:  # broken, or of a newer Patchmill
         return told | {"problem": str(error)}
     state = found.state
     settings = state.get("settings", {})
     engine, loader = settings.get("engine", {}), state.get("loader", {})
-    problem = None
+    problem, counts = None, {}
     try:
         found.verify_sizes()
+        counts = found.counts()
     except BrokenCheckpointError as error:
         problem = str(error)
     told |= {
         "problem": problem, "samples": found.samples, "step": state.get("steps"),
         "global_batch": settings.get("global_batch"), "world_size": found.world_size, "engine": engine.get("kind"),
         "zero_stage": engine.get("zero_stage"), "precision": engine.get("precision"),
-        "bytes": sum(file["bytes"] for file in found.files), "parameters": sum(map(_count, found.shapes.values())),
+        "bytes": sum(file["bytes"] for file in found.files), "parameters": sum(map(math.prod, found.shapes.values())),
         "model": state.get("model", {}).get("name"), "digest": digest(found.files), "data": loader.get("data"),
         "versions": state.get("versions"), "commit": state.get("commit"), "val": state.get("val"),
         "best": state.get("best"), "probe": state.get("probe"), "format_version": found.format_version,
     }  # fmt: skip
     if problem is None:
         kinds: dict[str, int] = {}
-        for (kind, _), count in found.counts().items():
+        for (kind, _), count in counts.items():
             kinds[kind] = kinds.get(kind, 0) + 4 * count
         told["kinds"] = kinds
-        found.close()
+    found.close()
     return told
 
 
 def digest(files: list[dict[str, Any]]) -> str:
     """Return the SHA-256 of names, sizes and checksums of a checkpoint's files: of all that they hold."""
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

@@ -12,27 +12,26 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from pipeline import distributed
+from pipeline.checkpointindex import FORMAT_VERSION, BrokenCheckpointError, read_index
 from pipeline.engines.fragments import MissingPieceError, Piece
 from pipeline.mapped import Mapped
 from pipeline.rankfile import write_rank_file
 from shards.atomic import commit_folder, fsync_folder, partial_folder, write_text
 from shards.errors import PatchmillError, UserError
 
-FORMAT_VERSION = 1
-
-
-class BrokenCheckpointError(PatchmillError):
-    """A checkpoint whose files are missing, cut short or altered."""
+NAMES = "samples-" + 12 * "[0-9]"
+"""Of the folders of checkpoints, as a glob has them; all others are not looked at."""
 
 
 def save(
@@ -108,7 +107,13 @@ def save(
     return final
 
 
-def together(final: Path, action: Callable[[], Any], mine: bool, group: ProcessGroup | None = None) -> list[Any]:
+def together(
+    final: Path,
+    action: Callable[[], Any],
+    mine: bool,
+    group: ProcessGroup | None = None,
+    doing: str = "write checkpoint",
+) -> list[Any]:
     """Do one step of a save where it is this rank's to do; return what it gave each rank. Of one, all raise an error.
 
     Args:
@@ -116,12 +121,13 @@ def together(final: Path, action: Callable[[], Any], mine: bool, group: ProcessG
         action: The step.
         mine: Whether this rank does it.
         group: Over which the ranks agree.
+        doing: What is done to ``final``, for the error.
     """
     error = found = None
     try:
         found = action() if mine else None
     except Exception as problem:  # noqa: BLE001 (told to all: none may be left waiting)
-        told = f"cannot write checkpoint {final}: {problem or type(problem).__name__}"
+        told = f"cannot {doing} {final}: {problem or type(problem).__name__}"
         known = isinstance(problem, PatchmillError)
         error = problem if known else PatchmillError(f"{told}; make room or mend the disk, then run again")
     founds = distributed.everyone((found, error), group)
@@ -152,23 +158,36 @@ def prune(folder: Path, keep: int, every: int | None = None, in_use: Path | None
     """
     latest, best = pointer(folder, "latest"), pointer(folder, "best")
     there = whole_checkpoints(folder)
-    stay = kept([samples_of(each) for each in there if latest is None or each <= latest], keep, every)
+    names = [each and each.name for each in (latest, best)]
+    gone = superseded([each.name for each in there], *names, keep, every)
     for old in there:
         # What is newer than the latest was broken: the run went on from the one before.
-        if samples_of(old) not in stay and old not in (latest, best, in_use):
+        newer = latest is not None and old > latest and old != best
+        if (old.name in gone or newer) and old != in_use:
             # Renamed first: a half-deleted folder must not look like a checkpoint.
             doomed = old.with_name(f".{old.name}.partial")
             os.replace(old, doomed)
             shutil.rmtree(doomed)
 
 
-def kept(there: list[int], keep: int, every: int | None) -> set[int]:
-    """Return which checkpoints stay, by their samples: so many of the newest, and the first of each period."""
-    stay = set(sorted(there)[-keep:])
+def superseded(
+    there: Iterable[str], latest: str | None, best: str | None, keep: int, every: int | None = None
+) -> set[str]:
+    """Return which checkpoints are of no more use since newer ones were saved, by their names.
+
+    Args:
+        there: Names of all that there are.
+        latest: That of the last one that was saved; what is newer neither counts nor is of no more use.
+        best: That of the best one, which stays.
+        keep: So many of the newest stay.
+        every: Samples; the first checkpoint at or after each multiple of it stays.
+    """
+    names = sorted(name for name in there if latest is None or name <= latest)
+    stay = {latest, best, *names[-keep:]}
     if every is not None:
-        first = {samples // every: samples for samples in sorted(there, reverse=True) if samples >= every}
-        stay |= set(first.values())
-    return stay
+        periods = {samples_of(Path(name)) // every: name for name in reversed(names)}
+        stay |= {name for period, name in periods.items() if period > 0}
+    return set(names) - stay
 
 
 def clear_partial(folder: Path) -> None:
@@ -179,7 +198,7 @@ def clear_partial(folder: Path) -> None:
 
 def whole_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a run that were committed, newest first."""
-    return sorted((path.parent for path in folder.glob("samples-*/checkpoint.json")), reverse=True)
+    return sorted((path.parent for path in folder.glob(f"{NAMES}/checkpoint.json")), reverse=True)
 
 
 def path_of(folder: Path, samples: int) -> Path:
@@ -205,65 +224,51 @@ class Checkpoint:
     """A whole checkpoint on disk, read piece by piece.
 
     Attributes:
-        samples: Samples consumed when it was written.
-        world_size: Number of ranks that wrote it.
-        files: ``name``, ``bytes`` and ``sha256`` of each.
-        format_version: Of its layout.
-        state: The run state given to ``save``.
-        shapes: Full shape of every parameter, by name.
+        path: Its folder.
+        format_version, samples, world_size, files, shapes, state: As in ``checkpointindex.Index``.
+
+    Raises:
+        BrokenCheckpointError: Its index is missing or damaged; likewise of all that reads its files.
+        UserError: A newer Patchmill wrote it.
     """
 
     def __init__(self, path: Path):
         self.path = path
         try:
-            index = json.loads((path / "checkpoint.json").read_text())
-            version = index["format_version"]
-        except (OSError, ValueError, KeyError) as error:
+            text = (path / "checkpoint.json").read_bytes()
+        except OSError as error:
             raise BrokenCheckpointError(
-                f"{path} has no readable checkpoint.json: {error}; use another checkpoint"
+                f"{path} has no readable checkpoint.json: {error.strerror}; use another checkpoint"
             ) from None
-        if version > FORMAT_VERSION:
-            raise UserError(
-                f"{path} was written by a newer Patchmill (format {version}, this one reads "
-                f"{FORMAT_VERSION}); update Patchmill"
-            )
-        self.format_version: int = version
-        self.world_size: int = index["world_size"]
-        self.files: list[dict] = index["files"]
-        self.samples: int = index["samples"]
-        self.state: dict[str, Any] = index["state"]
-        self.shapes: dict[str, tuple] = {name: tuple(shape) for name, shape in index["shapes"].items()}
-        self._where: dict[tuple[str, str], list[tuple[int, str]]] = {}
-        self._files = Mapped(lambda file: safe_open(file, framework="pt"))
+        index = read_index(text, path)
+        self.format_version, self.samples, self.world_size, self.files, self.shapes, self.state = index
+        self._where: dict[tuple[str, str], list[tuple[int, int, str]]] = {}  # start, stop and file of the pieces
+        self._files = Mapped(_open)
 
     def verify(self, files: list[dict] | None = None) -> None:
         """Check sizes and checksums of all files, or of the given ones; raise BrokenCheckpointError."""
         for file in self.files if files is None else files:
             self.verify_sizes([file])
             path = self.path / file["name"]
-            with open(path, "rb") as opened:
-                if hashlib.file_digest(opened, "sha256").hexdigest() != file["sha256"]:
-                    raise BrokenCheckpointError(
-                        f"{path} does not have the checksum it was written with; use another checkpoint"
-                    )
+            with _reading(path), open(path, "rb") as opened:
+                digest = hashlib.file_digest(opened, "sha256").hexdigest()
+            if digest != file["sha256"]:
+                raise BrokenCheckpointError(
+                    f"{path} does not have the checksum it was written with; use another checkpoint"
+                )
 
     def verify_sizes(self, files: list[dict] | None = None) -> None:
         """Check that all files, or the given ones, are there and as long as they were; raise BrokenCheckpointError."""
         for file in self.files if files is None else files:
             path = self.path / file["name"]
-            if not path.is_file() or path.stat().st_size != file["bytes"]:
+            with _reading(path):
+                whole = path.is_file() and path.stat().st_size == file["bytes"]
+            if not whole:
                 raise BrokenCheckpointError(f"{path} is missing or cut short; use another checkpoint")
 
     def counts(self) -> dict[tuple[str, str], int]:
         """Return of each (kind, parameter) how many values there are."""
-        found: dict[tuple[str, str], int] = {}
-        for file in self.files:
-            opened = self._opened(file["name"])
-            for key in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
-                kind, _, rest = key.partition("/")
-                where = kind, rest.rpartition("@")[0]
-                found[where] = found.get(where, 0) + opened.get_slice(key).get_shape()[0]
-        return found
+        return {key: sum(stop - start for start, stop, _ in parts) for key, parts in self._pieces().items()}
 
     def read(self, kind: str, parameter: str, start: int, count: int) -> Tensor:
         """Return values [start, start + count) of a flattened parameter's kind, float32, whichever ranks wrote them.
@@ -271,14 +276,11 @@ class Checkpoint:
         Raises:
             MissingPieceError: The checkpoint lacks some of them.
         """
-        if not self._where:
-            self._index()
         parts, at = [], start
-        for piece_start, file in self._where.get((kind, parameter), []):
-            piece = self._opened(file).get_slice(f"{kind}/{parameter}@{piece_start}")
-            stop = piece_start + piece.get_shape()[0]
+        for piece_start, stop, file in self._pieces().get((kind, parameter), []):
             if piece_start <= at < stop and at < start + count:
                 until = min(stop, start + count)
+                piece = self._opened(file).get_slice(f"{kind}/{parameter}@{piece_start}")
                 parts.append(self._files.counted(piece[at - piece_start : until - piece_start]))
                 at = until
         if at < start + count:
@@ -288,14 +290,6 @@ class Checkpoint:
             )
         return torch.cat(parts)
 
-    def weights(self, ema: bool = False) -> Iterable[tuple[str, Tensor]]:
-        """Yield every parameter whole, or its moving average, by name, one at a time."""
-        for name, shape in self.shapes.items():
-            numel = 1
-            for size in shape:
-                numel *= size
-            yield name, self.read("ema" if ema else "weight", name, 0, numel).reshape(shape)
-
     def close(self) -> None:
         """Let go of the files; another read opens them again."""
         self._files.close()
@@ -303,14 +297,34 @@ class Checkpoint:
     def _opened(self, name: str) -> Any:
         return self._files(self.path / name)
 
-    def _index(self) -> None:
-        for file in self.files:
-            for key in self._opened(file["name"]).keys():  # noqa: SIM118 (safe_open is no mapping)
-                kind, _, rest = key.partition("/")
-                parameter, _, start = rest.rpartition("@")
-                self._where.setdefault((kind, parameter), []).append((int(start), file["name"]))
-        for entries in self._where.values():
-            entries.sort()
+    def _pieces(self) -> dict[tuple[str, str], list[tuple[int, int, str]]]:
+        """Return of each (kind, parameter) where its pieces start and stop, in their order, and which file has each."""
+        if not self._where:
+            found: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
+            for name in (file["name"] for file in self.files):
+                opened = self._opened(name)
+                for key in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    kind, _, rest = key.partition("/")
+                    parameter, _, start = rest.rpartition("@")
+                    stop = int(start) + opened.get_slice(key).get_shape()[0]
+                    found.setdefault((kind, parameter), []).append((int(start), stop, name))
+            self._where = {key: sorted(pieces) for key, pieces in found.items()}
+        return self._where
+
+
+def _open(path: Path) -> Any:
+    with _reading(path):
+        return safe_open(path, framework="pt")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what fails while a file is read into the error that lets another checkpoint be tried."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        told = getattr(error, "strerror", None) or error
+        raise BrokenCheckpointError(f"{path} cannot be read: {told}; use another checkpoint") from None
 
 
 def newest(folder: Path) -> Checkpoint | None:
@@ -322,17 +336,30 @@ def newest(folder: Path) -> Checkpoint | None:
 
 
 def first_whole(candidates: list[Path]) -> Checkpoint | None:
-    """Return the first of some checkpoints that passes verification, or None, as ``newest`` does."""
-    for candidate in distributed.everyone(candidates)[0]:
+    """Return the first of some checkpoints that passes verification, or None, as ``newest`` does.
+
+    Raises:
+        UserError: A newer Patchmill wrote one, which is no reason to go on from one before.
+    """
+    candidates = distributed.everyone(candidates)[0]
+    for candidate in candidates:
         problem = None
         try:
             checkpoint = Checkpoint(candidate)
             checkpoint.verify(checkpoint.files[distributed.rank() :: distributed.world_size()])
-        except BrokenCheckpointError as error:
+        except PatchmillError as error:
             problem = error
-        problems = [p for p in distributed.everyone(problem) if p is not None]
+        problems = [each for each in distributed.everyone(problem) if each is not None]
         if not problems:
             return checkpoint
+        for each in problems:
+            if isinstance(each, UserError):
+                raise each
         if distributed.rank() == 0:
-            print(f"warning: {problems[0]} (falling back to the one before)", file=sys.stderr)
+            print(passed_over(problems[0], candidate != candidates[-1]), file=sys.stderr, flush=True)
     return None
+
+
+def passed_over(problem: Exception, more: bool) -> str:
+    """Return the warning that a checkpoint is not used; ``more``: there is another to try."""
+    return f"warning: {problem}{' (falling back to the one before)' if more else ''}"

@@ -94,7 +94,7 @@ def read_recipe(name: str) -> Recipe:
         raise UserError(f"there is no recipe {name!r}{nearest(name, names, most=3)}; `patchmill recipes` lists them")
     path = RECIPES / f"{name}.toml"
     table = read_toml(path)
-    about, sweep = check(About, table.pop("about"), f"[about] of {name}"), _combined(table.pop("sweep", {}))
+    about, sweep = check(About, table.pop("about"), f"[about] of {name}"), combinations(table.pop("sweep", {}))
     return Recipe(name, path.read_text(encoding="utf-8"), table, about, sweep)
 
 
@@ -109,7 +109,14 @@ def read_settings(config: str | Path) -> tuple[dict[str, Any], About | None]:
     return recipe.settings, recipe.about
 
 
-def _combined(sweep: dict[str, Any] | list[dict[str, Any]]) -> list[dict[str, Any]]:
+def read_sweep(config: str | Path) -> list[dict[str, Any]]:
+    """Return the settings that each run of a sweep changes, of a file, or of a recipe by name."""
+    if Path(config).suffix == ".toml":
+        return combinations(read_toml(config).get("sweep", {}))
+    return read_recipe(str(config)).sweep
+
+
+def combinations(sweep: dict[str, Any] | list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return every combination of a sweep's tables, as settings by dotted key."""
     axes = [list(_together(flat(table))) for table in (sweep if isinstance(sweep, list) else [sweep])]
     return [{key: value for each in combination for key, value in each.items()} for combination in product(*axes)]

@@ -5,7 +5,7 @@ import html
 import io
 import json
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +77,10 @@ def read_run(folder: str | Path) -> Run:
     plan = read_toml(folder / "plan.toml")
     results = {}
     for stage in plan["stage"]:
-        path = folder / "stages" / stage["name"] / "result.json"
-        if path.is_file():
-            results[stage["name"]] = json.loads(path.read_text(encoding="utf-8"))
+        name = stage["name"]
+        runs = (f"{name}-{number}" for number in count()) if "sweep" in stage else [name]
+        for path in takewhile(Path.is_file, (folder / "stages" / each / "result.json" for each in runs)):
+            results[path.parent.name] = json.loads(path.read_text(encoding="utf-8"))
     return Run(folder, results, plan)
 
 
@@ -131,6 +132,21 @@ def accuracies(run: Run) -> list[Row]:
                 f"{result['images']} images, each once; top-5 {100 * result['top5']:.1f} %",
             )
         )
+    return _seeds_together(run, rows)
+
+
+def _seeds_together(run: Run, rows: list[Row]) -> list[Row]:
+    """Put the runs of a sweep over seeds into one row: their mean, and the standard deviation."""
+    for stage in run.plan["stage"]:
+        if not isinstance(stage.get("sweep"), dict) or stage["sweep"].keys() != {"seed"}:
+            continue
+        names = [f"{stage['name']}-{number} ({stage['kind']})" for number in range(len(stage["sweep"]["seed"]))]
+        mine = [row for row in rows if row.what in names]
+        if len(mine) > 1:
+            top1 = np.array([row.top1 for row in mine])
+            how = f"{mine[0].how}; mean of {len(mine)} seeds, ± {100 * top1.std(ddof=1):.2f}"
+            one = Row(f"{stage['name']} ({stage['kind']})", top1.mean(), how, mine[0].main)
+            rows = [one if row is mine[0] else row for row in rows if row is mine[0] or row not in mine]
     return rows
 
 

@@ -1,15 +1,18 @@
 """Where a run goes on, and which settings may change then: free, allowed (and told), or refused, as a table says."""
 
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from pipeline import distributed
-from pipeline.checkpoint import Checkpoint, first_whole, newest
+from pipeline import distributed, watchdog
+from pipeline.checkpoint import NAMES, Checkpoint, first_whole, newest, pointer
 from pipeline.config import TrainSettings
 from pipeline.mirror import fetch_newer
 from pipeline.settings import check, flat
 from pipeline.troubles import forget
-from shards.atomic import put_back
+from pipeline.watchdog import Watchdog
+from shards.atomic import put_back, write_text
 from shards.errors import UserError
 from shards.ledger import keep_number
 
@@ -28,25 +31,43 @@ RULES = {
 """The longest key that fits a setting decides."""
 
 
-def last_checkpoint(settings: TrainSettings, out: Path) -> Checkpoint | None:
+def last_checkpoint(settings: TrainSettings, out: Path, watch: Watchdog) -> Checkpoint | None:
     """Return where a run goes on; collective over all ranks.
+
+    Args:
+        settings: Of the stage.
+        out: Its folder.
+        watch: Of this rank; a mirror may take as long as it takes.
 
     Returns:
         The newest whole checkpoint of the run itself, on disk or in its mirror; or else that of the other run which
         ``resume`` names; or else None.
 
     Raises:
-        UserError: It was written with settings that may not change; there is none where ``resume`` says.
+        UserError: It was written with settings that may not change; there is none where ``resume`` says; or there are
+            some of the run itself, and none is whole.
     """
-    folder = out / "checkpoints"
+    folder, mirror = out / "checkpoints", settings.checkpoint.mirror
     if distributed.rank() == 0:
         put_back(folder)
-    found, mirror = newest(folder), settings.checkpoint.mirror
-    if mirror and fetch_newer(mirror, folder, found.samples if found else -1):
-        found = newest(folder)
+    found, fetched, broken = newest(folder), None, []
+    if mirror:
+        watch.at(watchdog.MIRRORING, 0)
+        fetched, broken = fetch_newer(mirror, folder, found.samples if found else -1, partial(changes, settings))
+        watch.at(watchdog.STARTING, 0)
+    if fetched:
+        found = first_whole([folder / fetched]) or found
     if found is not None:
         check_resume(settings, found)
+        if distributed.rank() == 0 and pointer(folder, "latest") != found.path:
+            write_text(folder / "latest", found.path.name + "\n")  # what is newer is broken
         return found
+    broken = distributed.everyone([*map(str, sorted(folder.glob(NAMES))), *broken])[0]
+    if broken:
+        raise UserError(
+            f"none of the checkpoints of this run is whole: {', '.join(broken)}; put their files back, give another "
+            "--out, or delete them to start from scratch"
+        )
     if distributed.rank() == 0:
         forget(out)
     return _of_another_run(settings, out) if settings.resume else None
@@ -66,14 +87,31 @@ def _of_another_run(settings: TrainSettings, out: Path) -> Checkpoint:
 
 
 def check_resume(settings: TrainSettings, loaded: Checkpoint) -> None:
-    """Compare a run's settings with those of its checkpoint.
+    """Compare a run's settings with those of its checkpoint, and tell what changed.
+
+    Raises:
+        UserError: As of ``changes``.
+    """
+    for change in changes(settings, loaded.state, loaded.path):
+        if distributed.rank() == 0:
+            print(f"going on from {loaded.path.name} with {change}", file=sys.stderr)
+
+
+def changes(settings: TrainSettings, state: dict[str, Any], where: object) -> list[str]:
+    """Return which settings changed that may, and are told, since a checkpoint was written.
+
+    Args:
+        settings: Of the run.
+        state: Of the checkpoint.
+        where: It is, for errors.
 
     Raises:
         UserError: A refused setting changed: with it, the run would silently be another one.
     """
     # Settings that a checkpoint is older than have their defaults.
-    before = flat(check(TrainSettings, loaded.state["settings"], str(loaded.path)).model_dump(mode="json"))
+    before = flat(check(TrainSettings, state["settings"], str(where)).model_dump(mode="json"))
     now = flat(settings.model_dump(mode="json"))
+    told = []
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) == now.get(key):
             continue
@@ -81,12 +119,14 @@ def check_resume(settings: TrainSettings, loaded: Checkpoint) -> None:
         rule = RULES[max((r for r in RULES if key == r or key.startswith(f"{r}.")), key=len)]
         if rule == "refused":
             raise UserError(
-                f"cannot go on from {loaded.path}: {change}; set it back, or start another run in another folder"
+                f"cannot go on from {where}: {change}; set it back, or start another run in another folder, with "
+                "another mirror if it has one"
             )
         if key == "global_batch":
-            first = loaded.state.get("first_batch", before[key])
+            first = state.get("first_batch", before[key])
             change += f"; in duration, warmup and milestones a step stays {first} samples"
         if key == "optim.ema" and before.get(key) is None:
             change += "; the average begins as the weights"
-        if rule == "allowed" and distributed.rank() == 0:
-            print(f"going on from {loaded.path.name} with {change}", file=sys.stderr)
+        if rule == "allowed":
+            told.append(change)
+    return told

@@ -5,7 +5,6 @@ import math
 import sys
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +98,7 @@ class Saver:
             checkpoint.clear_partial(self._folder)
             checkpoint.check_room(self._folder, self._size)
         except (PatchmillError, OSError):
-            self._prune(self._newest_whole())  # ``keep`` may be less than it was
+            self._prune()  # ``keep`` may be less than it was
             checkpoint.check_room(self._folder, self._size)
         if self._settings.mirror:
             self._mirror = Mirror(self._settings.mirror, self._folder, self._settings.keep, self._keep_every)
@@ -113,7 +112,7 @@ class Saver:
             self._mirror.bring()
         self._prune(self._mirror.busy() if self._mirror else None)
 
-    def _prune(self, in_use: Path | None) -> None:
+    def _prune(self, in_use: Path | None = None) -> None:
         """Delete what is of no more use. Trouble with that is told, and tried again after the next save."""
         try:
             checkpoint.prune(self._folder, self._settings.keep, self._keep_every, in_use)
@@ -124,14 +123,6 @@ class Saver:
                 "save",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
-
-    def _newest_whole(self) -> Path | None:
-        """Return the checkpoint that the run goes on from."""
-        for path in checkpoint.whole_checkpoints(self._folder):
-            with suppress(checkpoint.BrokenCheckpointError, OSError):
-                checkpoint.Checkpoint(path).verify()
-                return path
-        return None
 
     def _finish_mirror(self) -> None:
         if self._mirror:

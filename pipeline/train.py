@@ -73,14 +73,14 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
     rank, world_size = distributed.rank(), distributed.world_size()
 
     # ---- data
-    loaded = last_checkpoint(settings, out)
+    watch = ending.enter_context(Watchdog(out / "logs", settings.watchdog, rank, lambda: loader.awaited()))
+    loaded = last_checkpoint(settings, out, watch)
     state: dict[str, Any] = {"steps": 0, "best": None, "val": None, "worse": 0, "probe": {}}
     state["first_batch"] = settings.global_batch
     if loaded is not None:
         state |= {key: loaded.state[key] for key in state if key in loaded.state}
     data = open_data(settings, out, state["first_batch"])
     loader, schedule = data.loader, data.schedule
-    watch = ending.enter_context(Watchdog(out / "logs", settings.watchdog, rank, loader.awaited))
     validation = Validation(settings, data.held_out, schedule, state)
 
     # ---- model, objective, engine
@@ -124,6 +124,8 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
         telemetry = Telemetry(out, out.name, schedule.total, samples, mirrors(settings, out, samples))
         ending.callback(telemetry.close)
     saver = ending.enter_context(Saver(out / "checkpoints", shapes, settings, schedule.periods.get("keep")))
+    if settings.checkpoint.mirror:  # where the saver brings what it began to, however the run ends
+        ending.callback(lambda: watch.at(watchdog.MIRRORING, samples))
     profiler = ending.enter_context(Profiler(out / "profile", settings.profile.first, settings.profile.steps))
     lookout = Lookout(settings.checkpoint.minutes, saver=saver)
     ending.enter_context(collected_between_steps())
@@ -155,9 +157,11 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
     while samples < schedule.total and not patience.lost(settings, state):
         batch = window.next(batches)
         if batch is None:
+            path = save(False)
+            saver.wait()
             raise UserError(
-                f"{settings.data.train} ended at {samples} of {schedule.total} samples, saved in {save(False)}; give "
-                "it more and run again, or set a shorter duration"
+                f"{settings.data.train} ended at {samples} of {schedule.total} samples, saved in {path}; give it more "
+                "and run again, or set a shorter duration"
             )
         parts = list(micro_batches(batch, micro_batch, settings.seed, samples, rank))
         samples += settings.global_batch
@@ -201,6 +205,9 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
         window.open()
 
     watch.at(watchdog.SAVING, samples)
+    saver.wait()
+    if settings.checkpoint.mirror:
+        watch.at(watchdog.MIRRORING, samples)
     saver.finish()
     return {
         "samples": samples, "steps": state["steps"], "val": state["val"], "best": state["best"], **state["probe"],

@@ -1,6 +1,7 @@
 """A step that takes too long ends the job, each rank having written down where it is."""
 
 import faulthandler
+import math
 import os
 import socket
 import sys
@@ -16,6 +17,7 @@ from pipeline import distributed, liveness
 
 T = TypeVar("T")
 STARTING, WAITING, TRAINING, SAVING, EVALUATING = "starting", "waiting for data", "training", "saving", "evaluating"
+MIRRORING = "at the mirror"  # which has no limit: stores end by themselves what they hear nothing of
 LONGER = 6  # times as long as a step may saving and evaluating take, and all until the first step, which may compile
 GRACE = 5.0  # seconds for whatever may hang as well
 SHOWN = 20  # ranks
@@ -43,7 +45,8 @@ class Watchdog:
         if not self._trained:  # at the start, and again when the engine has made groups
             distributed.leave_hangs_to_the_watchdog()
         self._trained = self._trained or what == TRAINING
-        self._now = what, samples, time.monotonic(), self._limit * (LONGER if longer else 1)
+        limit = math.inf if what == MIRRORING else self._limit * (LONGER if longer else 1)
+        self._now = what, samples, time.monotonic(), limit
 
     def __enter__(self) -> "Watchdog":
         return self

@@ -130,3 +130,26 @@ def test_verify_ends_with_code_1_where_one_is_broken(stage):
     done = CliRunner().invoke(app, ["checkpoint", "list", str(stage.parent / "no")])
     assert "there is no checkpoint in" in str(done.exception)
     assert done.exception.exit_code == 2
+
+
+def test_one_that_this_patchmill_cannot_read_is_a_row_with_its_problem(stage):
+    index = stage / "checkpoints" / "samples-000000000016" / "checkpoint.json"
+    good = index.read_text()
+    for bad, problem in (
+        (json.dumps(json.loads(good) | {"format_version": 99}), "newer Patchmill"),
+        ("[]", "no readable checkpoint.json"),
+    ):
+        index.write_text(bad)
+        rows = run("list", stage)
+        assert problem in rows[0]["problem"]
+        assert rows[1]["problem"] is None
+        table = CliRunner().invoke(app, ["checkpoint", "list", str(stage)], catch_exceptions=False).stdout
+        assert "BROKEN" in table
+        assert rows[0]["problem"] in table
+        done = CliRunner().invoke(app, ["checkpoint", "verify", str(stage), "--json"])
+        assert [each["whole"] for each in json.loads(done.stdout)] == [False, True]
+        assert problem in json.loads(done.stdout)[0]["problem"]
+    index.write_text(good)
+    file = index.parent / "rank-00000.safetensors"
+    file.write_bytes(b"x" * file.stat().st_size)  # as long as it was
+    assert "cannot be read" in run("list", stage)[0]["problem"]

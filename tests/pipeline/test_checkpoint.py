@@ -1,5 +1,8 @@
+import errno
+import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ import torch
 from pipeline import checkpoint
 from pipeline.checkpoint import BrokenCheckpointError, Checkpoint
 from shards.errors import UserError
+from tests.pipeline.parameters import parameters
 
 SHAPES = {"a": (2, 3), "b": (4,)}
 
@@ -31,7 +35,7 @@ class TestOneRank:
         assert found.samples == 64
         assert found.state == {"note": 64}
         assert found.read("weight", "a", 1, 4).tolist() == [1, 2, 3, 4]  # across two pieces
-        weights = dict(found.weights())
+        weights = parameters(found)
         assert weights["a"].tolist() == [[0, 1, 2], [3, 4, 5]]
         assert (tmp_path / "latest").read_text().strip() == path.name
         assert not list(tmp_path.glob(".*"))
@@ -85,6 +89,65 @@ class TestOneRank:
         assert "falling back" in capsys.readouterr().err
         with pytest.raises(BrokenCheckpointError):
             Checkpoint(newest).verify()
+
+    def test_falling_back_is_said_only_where_there_is_something_to_fall_back_to(self, tmp_path, capsys):
+        for samples in (10, 20):
+            (write(tmp_path, samples) / "rank-00000.safetensors").unlink()
+        assert checkpoint.newest(tmp_path) is None
+        first, second = capsys.readouterr().err.splitlines()
+        assert re.match(r"warning: .*000020/.* is missing .*\(falling back to the one before\)", first)
+        assert re.match(r"warning: .*000010/.* is missing", second)
+        assert "falling back" not in second
+
+    def test_a_file_that_the_disk_does_not_give_is_passed_over(self, tmp_path, monkeypatch, capsys):
+        write(tmp_path, 10)
+        newest, digest = write(tmp_path, 20), hashlib.file_digest
+
+        def of_a_broken_disk(file, *how):
+            if Path(file.name).parent == newest:
+                raise OSError(errno.EIO, "Input/output error")
+            return digest(file, *how)
+
+        monkeypatch.setattr(checkpoint.hashlib, "file_digest", of_a_broken_disk)
+        assert checkpoint.newest(tmp_path).samples == 10
+        assert "000020/rank-00000.safetensors cannot be read: Input/output error" in capsys.readouterr().err
+
+    def test_a_file_that_is_no_safetensors_is_broken(self, tmp_path):
+        path = write(tmp_path, 10)
+        (path / "rank-00000.safetensors").write_bytes(b"x" * (path / "rank-00000.safetensors").stat().st_size)
+        for read in (Checkpoint(path).counts, lambda: Checkpoint(path).read("weight", "a", 0, 1)):
+            with pytest.raises(BrokenCheckpointError, match=r"000010/rank-00000\.safetensors cannot be read: "):
+                read()
+
+    @pytest.mark.parametrize(
+        "index",
+        [
+            '{"format_version": 1}', "[]", "null", '{"format_version": "1"}', {"files": [1]}, {"files": [{"bytes": 1}]},
+            {"samples": None}, {"shapes": {"a": 3}}, {"state": []}, {"world_size": "two"},
+        ],
+    )  # fmt: skip
+    def test_an_index_that_is_damaged_is_passed_over(self, tmp_path, index, capsys):
+        write(tmp_path, 10)
+        path = write(tmp_path, 20) / "checkpoint.json"
+        path.write_text(index if isinstance(index, str) else json.dumps(json.loads(path.read_text()) | index))
+        assert checkpoint.newest(tmp_path).samples == 10
+        assert "000020 has no readable checkpoint.json" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("name", ["../rank-00000.safetensors", "/etc/passwd", "..", "", "checkpoint.json"])
+    def test_an_index_names_files_of_ranks_and_no_others(self, tmp_path, name):
+        path = write(tmp_path, 10) / "checkpoint.json"
+        index = json.loads(path.read_text())
+        index["files"][0]["name"] = name
+        path.write_text(json.dumps(index))
+        with pytest.raises(BrokenCheckpointError, match=re.escape(f"checkpoint.json: it names a file {name!r}")):
+            Checkpoint(path.parent)
+
+    def test_folders_with_other_names_are_no_checkpoints(self, tmp_path):
+        path = write(tmp_path, 10)
+        shutil.copytree(path, tmp_path / "samples-old")
+        checkpoint.prune(tmp_path, 2)
+        assert checkpoint.whole_checkpoints(tmp_path) == [path]
+        assert (tmp_path / "samples-old").is_dir()
 
     def test_a_half_written_folder_is_no_checkpoint_and_is_overwritten(self, tmp_path):
         partial = tmp_path / ".samples-000000000010.partial"

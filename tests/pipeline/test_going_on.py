@@ -1,6 +1,8 @@
 """Going on from the end of a finished run, and from another run's checkpoint; from one that does not fit."""
 
+import errno
 import json
+import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -13,7 +15,7 @@ from pipeline.settings import check, merge
 from pipeline.train import train
 from shards.atomic import only_one
 from shards.build import build
-from shards.errors import UserError
+from shards.errors import PatchmillError, UserError
 from tests.pipeline.test_lookout import TABLE, lines
 from tests.shards.images import make_source
 
@@ -90,3 +92,84 @@ def test_what_does_not_fit_is_one_clear_line(tmp_path, data):
     with pytest.raises(UserError, match=r"resume = .*nowhere' has no whole checkpoint; give one"):
         run(tmp_path / "second", data, "4 steps", resume=str(tmp_path / "nowhere"))
     assert not list(tmp_path.glob("second/checkpoints/samples-*"))
+
+
+def test_with_every_checkpoint_broken_it_does_not_start_from_scratch(tmp_path, data, capsys):
+    out, mirror = tmp_path / "run", tmp_path / "mirror"
+    over = {"checkpoint": {"every": "2 steps", "mirror": str(mirror)}}
+    run(out, data, "8 steps", **over)
+    expected = weights(out)
+    folders = checkpoint.whole_checkpoints(out / "checkpoints")
+    files = [path / "rank-00000.safetensors" for path in (*folders, *map(Path, mirror.glob("samples-*")))]
+    for file in files:
+        file.rename(file.with_suffix(".kept"))
+    names = r".*run/checkpoints/samples-0+16, .*samples-0+64, .*mirror/samples-0+64, .*mirror/samples-0+16"
+    told = rf"none of the checkpoints of this run is whole: {names}; put their files back, give another --out, or del"
+    capsys.readouterr()
+    for _ in range(2):
+        with pytest.raises(UserError, match=told):
+            run(out, data, "8 steps", **over)
+        assert capsys.readouterr().err.count("falling back") == 2 * (len(folders) - 1)
+    with pytest.raises(UserError, match=r"none of .* is whole: .*run/checkpoints/samples-0+64; put"):
+        run(out, data, "8 steps", checkpoint={"every": "2 steps"})
+    assert sorted(checkpoint.whole_checkpoints(out / "checkpoints"), reverse=True) == folders
+    for file in files:
+        file.with_suffix(".kept").rename(file)
+    assert run(out, data, "8 steps", **over)["samples"] == 64
+    assert weights(out) == expected
+
+    for path in folders:
+        (path / "checkpoint.json").unlink()
+    with pytest.raises(UserError, match="none of the checkpoints of this run is whole"):
+        run(out, data, "8 steps", checkpoint={"every": "2 steps"})
+
+
+def test_of_another_runs_mirror_nothing_is_fetched(tmp_path, data):
+    mirror = tmp_path / "mirror"
+    run(tmp_path / "first", data, "4 steps", checkpoint={"mirror": str(mirror)})
+    told = rf"cannot go on from {mirror}/samples-.*: seed changed from 0 to 7; .*another mirror"
+    with pytest.raises(UserError, match=told):
+        run(tmp_path / "second", data, "4 steps", seed=7, checkpoint={"mirror": str(mirror)})
+    assert not list((tmp_path / "second").rglob("*samples*"))
+    assert run(tmp_path / "second", data, "2 steps", seed=7)["samples"] == 16
+
+
+def test_latest_is_what_a_run_went_on_from(tmp_path, data):
+    """Else what is broken would be brought to the mirror as the newest."""
+    out, mirror = tmp_path / "run", tmp_path / "mirror"
+    run(out, data, "4 steps", checkpoint={"every": "2 steps"})
+    file = out / "checkpoints" / "samples-000000000032" / "rank-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    run(out, data, "2 steps", checkpoint={"mirror": str(mirror)})
+    assert checkpoint.pointer(out / "checkpoints", "latest").name == "samples-000000000016"
+    assert [path.name for path in mirror.glob("samples-*")] == ["samples-000000000016"]
+
+
+@pytest.fixture
+def stdin():
+    """Lets a file be the standard input of this process."""
+    before = os.dup(0)
+
+    def read_from(path: Path) -> None:
+        file = os.open(path, os.O_RDONLY)
+        os.dup2(file, 0)
+        os.close(file)
+
+    yield read_from
+    os.dup2(before, 0)
+    os.close(before)
+
+
+def test_of_data_that_ends_it_says_that_it_is_saved_only_once_it_is(tmp_path, data, stdin, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    ends = {"data": {"train": "-", "val": str(data)}, "duration": "8 steps", "evaluate": {"every": "9 steps"}}
+    settings = check(TrainSettings, merge(merge(TABLE, CONSTANT), ends), "test")
+    stdin(data / "shards" / "000000.tar")
+    with pytest.raises(UserError, match=r"ended at 8 of 64 samples, saved in .*/samples-0+8; give it more"):
+        train(settings, tmp_path / "run")
+    stdin(data / "shards" / "000000.tar")
+    monkeypatch.setattr(checkpoint, "write_rank_file", full)
+    with pytest.raises(PatchmillError, match=r"cannot write checkpoint .*samples-0+8: .*No space left"):
+        train(settings, tmp_path / "full")

@@ -7,6 +7,7 @@ from pipeline import checkpoint
 from pipeline.config import TrainSettings
 from pipeline.resume import RULES, check_resume, last_checkpoint
 from pipeline.settings import check, flat, merge
+from pipeline.watchdog import Watchdog
 from shards.errors import UserError
 
 BASE = {"duration": "2 epochs", "global_batch": 8, "data": {"train": "a"}, "model": {"name": "vit_b16"}}
@@ -97,4 +98,5 @@ def test_a_kill_while_the_only_checkpoint_is_replaced_loses_nothing(tmp_path, al
     folder, state = tmp_path / "checkpoints", {"settings": settings().model_dump(mode="json")}
     path = checkpoint.save(folder, 8, [("weight", "a", 0, torch.ones(1))], {"a": (1,)}, state)
     path.rename(folder / f".{path.name}.replaced.partial")  # as the kill leaves it
-    assert last_checkpoint(settings(), tmp_path).path == path
+    with Watchdog(tmp_path / "logs", 60.0, 0, list) as watch:
+        assert last_checkpoint(settings(), tmp_path, watch).path == path

@@ -163,18 +163,18 @@ class TestOneRank:
         with saver_of(tmp_path, keep=5) as saving:
             for samples in (8, 16, 24, 32, 40):
                 saving.save(samples, pieces(torch.arange(10.0)), {})
-        for broken in (32, 40):  # the run goes on from the one before
-            (checkpoint.path_of(tmp_path, broken) / "rank-00000.safetensors").write_bytes(b"broken")
-
         def usage(path):  # room for five of 100 bytes
             return type("Usage", (), {"free": 600 - 100 * len(checkpoint.whole_checkpoints(tmp_path))})
 
         monkeypatch.setattr(checkpoint.shutil, "disk_usage", usage)
         with pytest.raises(PatchmillError, match=r"set a smaller checkpoint\.keep"), saver_of(tmp_path, keep=5):
             pass
+        for broken in (32, 40):  # the run goes on from the one before
+            (checkpoint.path_of(tmp_path, broken) / "rank-00000.safetensors").write_bytes(b"broken")
+        (tmp_path / "latest").write_text("samples-000000000024\n")
         with saver_of(tmp_path, keep=2) as saving:
             there = list(map(checkpoint.samples_of, checkpoint.whole_checkpoints(tmp_path)))
-            assert there == [40, 32, 24]
+            assert there == [24, 16]
             assert checkpoint.newest(tmp_path).samples == 24
             saving.save(32, pieces(torch.arange(10.0)), {})
         assert checkpoint.newest(tmp_path).samples == 32

@@ -1,0 +1,19 @@
+"""What a stage of a plan leaves behind when it has finished."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def result_of(folder: Path, digest: str | None = None) -> dict[str, Any] | None:
+    """Return what ``result.json`` of a stage's folder says, if the stage finished, with this digest if one is given."""
+    found = read_json(folder / "result.json")
+    return found if found and digest in (None, found["digest"]) else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a table, empty where there is no file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
