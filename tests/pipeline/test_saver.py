@@ -163,6 +163,7 @@ class TestOneRank:
         with saver_of(tmp_path, keep=5) as saving:
             for samples in (8, 16, 24, 32, 40):
                 saving.save(samples, pieces(torch.arange(10.0)), {})
+
         def usage(path):  # room for five of 100 bytes
             return type("Usage", (), {"free": 600 - 100 * len(checkpoint.whole_checkpoints(tmp_path))})
 
