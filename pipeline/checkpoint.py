@@ -25,14 +25,13 @@ from torch.distributed import ProcessGroup
 from pipeline import distributed
 from pipeline.checkpointindex import FORMAT_VERSION, BrokenCheckpointError, read_index
 from pipeline.engines.fragments import MissingPieceError, Piece
+from pipeline.mapped import Mapped
 from pipeline.rankfile import write_rank_file
 from shards.atomic import commit_folder, fsync_folder, partial_folder, write_text
 from shards.errors import PatchmillError, UserError
 
 NAMES = "samples-" + 12 * "[0-9]"
 """Of the folders of checkpoints, as a glob has them; all others are not looked at."""
-AT_ONCE = 2**28
-"""Bytes to read of mapped files before they are let go: until then they count as this process's memory."""
 
 
 def save(
@@ -77,7 +76,7 @@ def save(
     def write_mine() -> dict[str, Any]:
         if not partial.is_dir():
             raise OSError(f"rank {rank} does not see what rank 0 made; all ranks need the same run folder")
-        return write_rank_file(partial / f"rank-{rank:05d}.safetensors", pieces)
+        return write_rank_file(partial / f"rank-{rank:05d}.safetensors", pieces, shapes)
 
     def commit() -> None:
         for file in files:
@@ -244,7 +243,7 @@ class Checkpoint:
         index = read_index(text, path)
         self.format_version, self.samples, self.world_size, self.files, self.shapes, self.state = index
         self._where: dict[tuple[str, str], list[tuple[int, int, str]]] = {}  # start, stop and file of the pieces
-        self.close()
+        self._files = Mapped(_open)
 
     def verify(self, files: list[dict] | None = None) -> None:
         """Check sizes and checksums of all files, or of the given ones; raise BrokenCheckpointError."""
@@ -282,8 +281,7 @@ class Checkpoint:
             if piece_start <= at < stop and at < start + count:
                 until = min(stop, start + count)
                 piece = self._opened(file).get_slice(f"{kind}/{parameter}@{piece_start}")
-                parts.append(piece[at - piece_start : until - piece_start])
-                self._mapped += parts[-1].nbytes
+                parts.append(self._files.counted(piece[at - piece_start : until - piece_start]))
                 at = until
         if at < start + count:
             raise MissingPieceError(
@@ -294,15 +292,10 @@ class Checkpoint:
 
     def close(self) -> None:
         """Let go of the files; another read opens them again."""
-        self._open, self._mapped = {}, 0
+        self._files.close()
 
     def _opened(self, name: str) -> Any:
-        if self._mapped > AT_ONCE:
-            self.close()
-        if name not in self._open:
-            with _reading(self.path / name):
-                self._open[name] = safe_open(self.path / name, framework="pt")
-        return self._open[name]
+        return self._files(self.path / name)
 
     def _pieces(self) -> dict[tuple[str, str], list[tuple[int, int, str]]]:
         """Return of each (kind, parameter) where its pieces start and stop, in their order, and which file has each."""
@@ -317,6 +310,11 @@ class Checkpoint:
                     found.setdefault((kind, parameter), []).append((int(start), stop, name))
             self._where = {key: sorted(pieces) for key, pieces in found.items()}
         return self._where
+
+
+def _open(path: Path) -> Any:
+    with _reading(path):
+        return safe_open(path, framework="pt")
 
 
 @contextmanager

@@ -1,31 +1,34 @@
-"""A rank's file of a checkpoint: written, flushed and read back."""
+"""A rank's file of a checkpoint: written piece by piece, flushed and read back."""
 
 import hashlib
-import json
 import os
+import struct
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+from xxhash import xxh3_128
 
+from pipeline.convert.safetensors import CODES, header_text
 from pipeline.engines.fragments import Piece
 from shards.atomic import fsync_folder
 
-READ_BACK = 2**24
-"""Bytes of a file just written that are compared with memory at once."""
+BLOCK = 2**18
+"""Values that are brought to host memory and written at once: 1 MB, which a cache holds from checksum to write."""
+ENTRY = 1024
+"""Bytes of a header for what is kept of a parameter, beside its names: some 150 of each kind."""
 
 
-def write_rank_file(path: Path, pieces: Iterable[Piece]) -> dict[str, Any]:
-    """Write a rank's pieces, flush them, and see that the file has what memory has.
+def write_rank_file(path: Path, pieces: Iterable[Piece], names: Iterable[str]) -> dict[str, Any]:
+    """Write a rank's pieces, flush them, and see that the file has what memory had.
+
+    Of pieces that are made as they are asked for, one is in host memory at a time, and of those on a GPU one block.
 
     Args:
         path: Of the file.
         pieces: Float32, on any device.
+        names: Of all parameters: the header is before the values, and known after them.
 
     Returns:
         ``name``, ``bytes`` and ``sha256``.
@@ -33,16 +36,29 @@ def write_rank_file(path: Path, pieces: Iterable[Piece]) -> dict[str, Any]:
     Raises:
         OSError: It cannot be written, or does not hold what was written.
     """
-    tensors = {f"{kind}/{name}@{start}": tensor.cpu().contiguous() for kind, name, start, tensor in pieces}
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
+    room = -(-sum(ENTRY + 8 * len(name) for name in (*names, "optimizer")) // 8) * 8
+    header, at, given = {}, 0, xxh3_128()
+    with open(path, "wb") as file:
+        file.seek(8 + room)
+        for kind, name, start, tensor in pieces:
+            offsets, at = [at, at + tensor.nbytes], at + tensor.nbytes
+            entry = {"dtype": CODES[tensor.dtype], "shape": [tensor.numel()], "data_offsets": offsets}
+            header[f"{kind}/{name}@{start}"] = entry
+            for block in tensor.detach().reshape(-1).split(BLOCK):
+                values = block.cpu().numpy().data
+                given.update(values)
+                file.write(values)
+        text = header_text(header, {})
+        if len(text) > room:
+            raise OSError(f"the header of {path.name} takes {len(text)} bytes, and {room} were left for it")
+        front = struct.pack("<Q", room) + text.ljust(room)
+        file.seek(0)
+        file.write(front)
     with ThreadPoolExecutor(1, thread_name_prefix="flush") as beside:
         flushed = beside.submit(_flush, path)
-        digest = _read_back(path, tensors)
+        digest = _read_back(path, front, given.digest())
         flushed.result()
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest}
+    return {"name": path.name, "bytes": len(front) + at, "sha256": digest}
 
 
 def _flush(path: Path) -> None:
@@ -51,18 +67,14 @@ def _flush(path: Path) -> None:
     fsync_folder(path.parent)
 
 
-def _read_back(path: Path, tensors: dict[str, Tensor]) -> str:
-    """Return a file's SHA-256; raise an OSError unless its values are those of ``tensors``, bit for bit."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        digest.update(length := file.read(8))
-        digest.update(header := file.read(int.from_bytes(length, "little")))
-        places = {name: place["data_offsets"] for name, place in json.loads(header).items() if name in tensors}
-        for name in sorted(tensors, key=lambda each: places[each]):
-            values = tensors[name].numpy().reshape(-1).view(np.uint8)
-            for at in range(0, len(values), READ_BACK):
-                expected = values[at : at + READ_BACK]
-                digest.update(found := file.read(len(expected)))
-                if not np.array_equal(np.frombuffer(found, np.uint8), expected):
-                    raise OSError(f"{path.name} does not hold what was written to it")
+def _read_back(path: Path, front: bytes, given: bytes) -> str:
+    """Return a file's SHA-256; raise an OSError unless it is ``front``, and values with the checksum ``given``."""
+    digest, found, buffer = hashlib.sha256(front), xxh3_128(), memoryview(bytearray(4 * BLOCK))
+    with open(path, "rb", buffering=0) as file:
+        whole = file.read(len(front)) == front
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            found.update(buffer[:count])
+    if not whole or found.digest() != given:
+        raise OSError(f"{path.name} does not hold what was written to it")
     return digest.hexdigest()

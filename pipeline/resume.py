@@ -12,7 +12,7 @@ from pipeline.mirror import fetch_newer
 from pipeline.settings import check, flat
 from pipeline.troubles import forget
 from pipeline.watchdog import Watchdog
-from shards.atomic import write_text
+from shards.atomic import put_back, write_text
 from shards.errors import UserError
 from shards.ledger import keep_number
 
@@ -48,6 +48,8 @@ def last_checkpoint(settings: TrainSettings, out: Path, watch: Watchdog) -> Chec
             some of the run itself, and none is whole.
     """
     folder, mirror = out / "checkpoints", settings.checkpoint.mirror
+    if distributed.rank() == 0:
+        put_back(folder)
     found, fetched, broken = newest(folder), None, []
     if mirror:
         watch.at(watchdog.MIRRORING, 0)

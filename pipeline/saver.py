@@ -15,6 +15,10 @@ from pipeline.engines.states import checkpoint_bytes
 from pipeline.hostcopy import HostCopy
 from pipeline.hostmemory import free_memory
 from pipeline.mirror import Mirror
+from shards.errors import PatchmillError
+
+ROOM = 1.25
+"""Of the copy's size, the memory that must be free: files that are being written wait in memory for the disk."""
 
 
 class Saver:
@@ -90,8 +94,12 @@ class Saver:
             self._mirror.close()
 
     def _prepare(self) -> None:
-        checkpoint.clear_partial(self._folder)
-        checkpoint.check_room(self._folder, self._size)
+        try:
+            checkpoint.clear_partial(self._folder)
+            checkpoint.check_room(self._folder, self._size)
+        except (PatchmillError, OSError):
+            self._prune()  # ``keep`` may be less than it was
+            checkpoint.check_room(self._folder, self._size)
         if self._settings.mirror:
             self._mirror = Mirror(self._settings.mirror, self._folder, self._settings.keep, self._keep_every)
 
@@ -102,8 +110,19 @@ class Saver:
     def _saved(self) -> None:
         if self._mirror:
             self._mirror.bring()
-        in_use = self._mirror.busy() if self._mirror else None
-        checkpoint.prune(self._folder, self._settings.keep, self._keep_every, in_use)
+        self._prune(self._mirror.busy() if self._mirror else None)
+
+    def _prune(self, in_use: Path | None = None) -> None:
+        """Delete what is of no more use. Trouble with that is told, and tried again after the next save."""
+        try:
+            checkpoint.prune(self._folder, self._settings.keep, self._keep_every, in_use)
+            checkpoint.clear_partial(self._folder)  # what could not be deleted before
+        except OSError as error:
+            print(
+                f"warning: old checkpoints in {self._folder} cannot be deleted: {error}; tried again after the next "
+                "save",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
 
     def _finish_mirror(self) -> None:
         if self._mirror:
@@ -111,15 +130,15 @@ class Saver:
 
     def _copy_fits(self) -> bool:
         """Tell whether there is memory for the copies of the ranks on each machine; collective."""
-        wanted = self._size / distributed.world_size() * len(distributed.ranks_here())
+        wanted = ROOM * self._size / distributed.world_size() * len(distributed.ranks_here())
         free = free_memory()
         lacking = [each for each in distributed.everyone((wanted, free)) if each[0] > each[1]]
         if lacking and distributed.rank() == 0:
             wanted, free = lacking[0]
             print(
-                f"warning: saving beside the loop wants {wanted / 1e9:.3g} GB of a machine's memory for a copy, and "
-                f"{free / 1e9:.3g} GB are free: the loop waits for each save; take more machines, or set "
-                "checkpoint.asynchronous = false",
+                f"warning: saving beside the loop wants {wanted / 1e9:.3g} GB of a machine's memory, for a copy and "
+                f"for what is on its way to the disk, and {free / 1e9:.3g} GB are free: the loop waits for each save; "
+                "take more machines, or set checkpoint.asynchronous = false",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
         return not lacking

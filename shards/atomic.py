@@ -11,6 +11,8 @@ from pathlib import Path
 
 from shards.errors import UserError
 
+ASIDE = ".replaced.partial"  # ends the name of a folder that another one is about to replace
+
 
 def fsync_folder(folder: Path) -> None:
     """Make the renames inside ``folder`` durable."""
@@ -50,6 +52,7 @@ def write_text(path: str | Path, text: str) -> None:
 def partial_folder(path: str | Path) -> Path:
     """Return an empty temporary folder beside ``path``, to be filled and handed to ``commit_folder``."""
     path = Path(path)
+    _put_back(path)
     partial = path.parent / f".{path.name}.partial"
     if partial.exists():
         shutil.rmtree(partial)
@@ -58,15 +61,32 @@ def partial_folder(path: str | Path) -> Path:
 
 
 def commit_folder(partial: Path, path: str | Path) -> None:
-    """Rename a folder whose files are already flushed to its final name, replacing an older one."""
+    """Rename a folder whose files are already flushed to its final name, replacing an older one.
+
+    For a moment neither has it. Who is killed then loses nothing: ``put_back`` and ``partial_folder`` mend that.
+    """
     path = Path(path)
     fsync_folder(partial)
-    doomed = path.parent / f".{path.name}.replaced.partial"
+    doomed = path.parent / f".{path.name}{ASIDE}"
     if path.exists():
         os.replace(path, doomed)
     os.replace(partial, path)
     fsync_folder(path.parent)
     shutil.rmtree(doomed, ignore_errors=True)
+
+
+def put_back(parent: Path) -> None:
+    """Give folders in ``parent`` the names that a kill inside ``commit_folder`` took; while none is made."""
+    for aside in parent.glob(f".*{ASIDE}"):
+        _put_back(parent / aside.name[1:].removesuffix(ASIDE))
+
+
+def _put_back(path: Path) -> None:
+    aside = path.parent / f".{path.name}{ASIDE}"
+    if path.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+    elif aside.exists():
+        os.replace(aside, path)
 
 
 @contextmanager

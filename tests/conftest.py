@@ -1,6 +1,7 @@
 """Fixtures that several tests share."""
 
 import itertools
+import os
 import urllib.request
 
 import hypothesis
@@ -11,6 +12,31 @@ hypothesis.settings.register_profile("shared machines", deadline=None)
 hypothesis.settings.load_profile("shared machines")
 
 _numbers = itertools.count()
+_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(scope="session")
+def _group():
+    """One process group of this process alone for all tests: DeepSpeed keeps the first that it meets."""
+    from pipeline import distributed  # which takes seconds, and most tests of shards do without
+
+    before = {name: os.environ.pop(name, None) for name in _RANK}
+    distributed.start()
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    yield
+    distributed.finish()
+
+
+@pytest.fixture
+def alone(monkeypatch, _group):
+    """A process group of this process alone."""
+    for name in _RANK:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,13 @@ from torch import nn
 from pipeline.models.resnet import ResNet
 from pipeline.models.vit import VisionTransformer
 
+PROVEN = "Written, read again and compared on"
+
+
+def is_card(path: Path) -> bool:
+    """Tell whether a conversion wrote a file."""
+    return PROVEN in path.read_text(encoding="utf-8", errors="replace")
+
 
 def card(note: dict[str, Any], made: nn.Module, to: str, destination: Path) -> str:
     """Return a card in Markdown.
@@ -33,7 +40,7 @@ def card(note: dict[str, Any], made: nn.Module, to: str, destination: Path) -> s
         _training(note, settings) if settings else f"Not known here: it was converted from {note['from']}.",
         "## Conversion",
         *([_changes(note["changed"])] if note["changed"] else []),
-        f"From {note['from']} to {to}, in {proof['dtype']}. Written, read again and compared on {proof['images']} "
+        f"From {note['from']} to {to}, in {proof['dtype']}. {PROVEN} {proof['images']} "
         f"images of fixed random pixels, in float32: the logits, up to {proof['largest_logits']:.4g} large, differ by "
         f"{proof['largest_difference_of_logits']:.3g} at most; what the head sees, up to "
         f"{proof['largest_features']:.4g}, by {proof['largest_difference_of_features']:.3g}.",

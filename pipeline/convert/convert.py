@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pipeline.convert import change, npz, proof, safetensors, transformers
-from pipeline.convert.card import card
+from pipeline.convert.card import card, is_card
 from pipeline.convert.recognise import open_source
 from pipeline.convert.source import Source, said
 from pipeline.convert.tensors import NOTE
@@ -124,7 +124,7 @@ def convert(
         target.change_note(partial, note)
         if target.folder:
             (partial / "README.md").write_text(card(note, made, to, destination), encoding="utf-8")
-    about = destination / "README.md" if target.folder else destination.with_name(f"{destination.stem}.README.md")
+    about = destination / "README.md" if target.folder else _card_of(destination)
     if not target.folder:
         write_text(about, card(note, made, to, destination))
     known = {"samples": note["samples"]} if "samples" in note else {}
@@ -134,15 +134,23 @@ def convert(
 
 def _check_destination(destination: Path, folder: bool) -> None:
     """Raise a UserError where something else would be overwritten."""
-    if not folder and destination.is_dir():
-        raise UserError(f"{destination} is a folder; give the file to write")
-    if folder and destination.exists():
-        others = [each.name for each in destination.iterdir()] if destination.is_dir() else [destination.name]
-        others = sorted(set(others) - set(transformers.FILES))
+    if not folder:
+        if destination.is_dir():
+            raise UserError(f"{destination} is a folder; give the file to write")
+        about = _card_of(destination)
+        if about.exists() and not is_card(about):
+            raise UserError(f"{about}, where the card goes, is there, and no conversion wrote it; give another name")
+    elif destination.exists():
+        there = {each.name for each in destination.iterdir()} if destination.is_dir() else {destination.name}
+        others = sorted(there - set(transformers.FILES) if transformers.is_ours(destination) else there)
         if others:
             raise UserError(
                 f"{destination} has {others[0]}, which no conversion wrote; give a folder that is not there"
             )
+
+
+def _card_of(destination: Path) -> Path:
+    return destination.with_name(f"{destination.stem}.README.md")
 
 
 @contextmanager

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.convert.tensors import Mapped, Tensors, load_torch
+from pipeline.convert.tensors import Tensors, load_torch
+from pipeline.mapped import Mapped
 from shards.errors import UserError
 
 

@@ -20,6 +20,8 @@ from shards.errors import UserError
 NAMINGS = (transformers, torchvision, npz, timm)
 WRAPPERS = ("module.", "_orig_mod.", "model.")
 """What training programs put before the names of a model."""
+ODD = (LookupError, ValueError, TypeError, AttributeError, zipfile.BadZipFile)
+"""Errors of files that anybody may have written."""
 KNOWN = (
     "a checkpoint or training stage of Patchmill, a DeepSpeed ZeRO directory, safetensors, timm's, transformers' or "
     "torchvision's weights, or an official .npz"
@@ -45,7 +47,7 @@ def open_source(
         raise UserError(f"there is no {path}; give {KNOWN}")
     try:
         return replace(_open(path, which, ema, given), path=path)
-    except (KeyError, ValueError, IndexError) as error:  # of what anybody may have written
+    except ODD as error:
         raise UserError(
             f"{path} is laid out otherwise than its names make believe ({error!r}): it is of an architecture or a "
             "version that is not known here"
@@ -112,7 +114,10 @@ def _files(path: Path) -> list[Path]:
             return [path / name]
         if (path / f"{name}.index.json").is_file():
             index = json.loads((path / f"{name}.index.json").read_text(encoding="utf-8"))
-            return [path / each for each in sorted(set(index["weight_map"].values()))]
+            files = [path / each for each in sorted(set(index["weight_map"].values()))]
+            if missing := [each.name for each in files if not each.is_file()]:
+                raise UserError(f"{path} has no {missing[0]}, which {name}.index.json names; get all of it")
+            return files
     return []
 
 

@@ -34,7 +34,7 @@ def write(
         entry = {"dtype": CODES[like[name].dtype], "shape": list(like[name].shape), "data_offsets": [at, at + size]}
         header[name], at = entry, at + size
     with open(path, "wb") as file:
-        text = _text(header, metadata)
+        text = header_text(header, metadata)
         text = text.ljust(-(-(len(text) + room) // 8) * 8)
         file.write(struct.pack("<Q", len(text)) + text)
         for name in sorted(like):
@@ -50,12 +50,13 @@ def change_metadata(path: Path, metadata: dict[str, str]) -> None:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
         del header["__metadata__"]
-        text = _text(header, metadata)
+        text = header_text(header, metadata)
         if len(text) > length:
             raise ValueError(f"{len(text)} bytes do not go into a header of {length}")
         file.seek(8)
         file.write(text.ljust(length))
 
 
-def _text(header: dict, metadata: dict[str, str]) -> bytes:
+def header_text(header: dict, metadata: dict[str, str]) -> bytes:
+    """Return a header without its length: of each tensor ``dtype``, ``shape`` and ``data_offsets``, and metadata."""
     return json.dumps({"__metadata__": metadata} | header, separators=(",", ":")).encode()

@@ -9,7 +9,8 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pipeline.mapped import Mapped
 from shards.errors import UserError
 
 NOTE = "patchmill"  # the key of our note in the metadata of our own files
 EXPORT = "patchmill_export"  # and of those that are for others, and have their names
-AT_ONCE = 2**28
-"""Bytes to read of mapped files before they are let go: until then they count as this process's memory."""
 
 
 @dataclass(frozen=True)
@@ -44,26 +44,6 @@ class Tensors:
     read: Callable[[str], Tensor]
     row: Callable[[str, int], Tensor]
     note: dict[str, Any]
-
-
-class Mapped:
-    """Loaded files that are mapped into memory, and let go when enough was read of them."""
-
-    def __init__(self, load: Callable[[Path], Any]):
-        self._load, self._open, self._bytes = load, {}, 0
-
-    def __call__(self, path: Path) -> Any:
-        """Return what ``load`` makes of the file."""
-        if self._bytes > AT_ONCE:
-            self._open, self._bytes = {}, 0
-        if path not in self._open:
-            self._open[path] = self._load(path)
-        return self._open[path]
-
-    def copied(self, tensor: Tensor) -> Tensor:
-        """Return a tensor of a file in memory of its own."""
-        self._bytes += tensor.nbytes
-        return tensor.clone()
 
 
 def of_safetensors(files: Iterable[Path], where: Path) -> Tensors:
@@ -152,15 +132,24 @@ def _state(loaded: Any, path: Path, ema: bool) -> dict[str, Tensor]:
 def of_npz(path: Path) -> Tensors:
     """Read a .npz archive, never with pickle. NumPy keeps bfloat16 as 2 bytes of void, which is known."""
     archive = zipfile.ZipFile(path)
+
+    @contextmanager
+    def opened(name: str) -> Iterator[Any]:
+        try:
+            with archive.open(members[name]) as stream:
+                yield stream
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise UserError(f"{name} of {path} cannot be read ({error}); get or make the file again") from None
+
     note = json.loads(zlib.decompress(archive.comment)) if archive.comment[:1] == b"\x78" else {}
     members = {each.filename.removesuffix(".npy"): each for each in archive.infolist()}
     headers = {}
-    for name, member in members.items():
-        with archive.open(member) as stream:
+    for name in members:
+        with opened(name) as stream:
             headers[name] = _header(stream, f"{name} of {path}")
 
     def read(name: str) -> Tensor:
-        with archive.open(members[name]) as stream:
+        with opened(name) as stream:
             return _as_tensor(np.lib.format.read_array(stream, allow_pickle=False))
 
     def row(name: str, i: int) -> Tensor:

@@ -7,9 +7,11 @@ some save those. What is written are the names of files, which every version rea
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pipeline.convert import safetensors
@@ -41,6 +43,7 @@ QKV = (
 )
 ACTIVATIONS = {"gelu": "exact", "gelu_python": "exact", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh"}
 NO_PART = ("embeddings.mask_token", "decoder.")  # of masked image modelling: of no use once it is over
+POOLER = "pooler."  # their classifier does not ask it
 
 
 def knows(names: set[str]) -> bool:
@@ -63,7 +66,8 @@ def source(tensors: Tensors, config: dict[str, Any], given: dict[str, Any]) -> S
     classes = [labels[key] for key in sorted(labels, key=int)]
     known = len(classes) == found["num_classes"] and not all(re.fullmatch(r"LABEL_\d+", each) for each in classes)
     made = Source("transformers", named(VisionTransformer, found), tensors.read, classes if known else [])
-    left = [name for name in shapes if name.removeprefix(prefix).startswith(NO_PART) or name.startswith(NO_PART)]
+    no_part = NO_PART if found["representation"] else (*NO_PART, POOLER)
+    left = [name for name in shapes if name.removeprefix(prefix).startswith(no_part) or name.startswith(no_part)]
     return read(tensors, made, _places(made, prefix, style), left)
 
 
@@ -72,7 +76,8 @@ def _settings(tensors: Tensors, config: dict[str, Any], prefix: str, given: dict
     activation = config.get("hidden_act", "gelu")
     if activation not in ACTIVATIONS:
         raise UserError(f"{tensors.where} has the activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
-    if config.get("pooler_act", "tanh") != "tanh" and f"{prefix}pooler.dense.weight" in shapes:
+    pooled = f"{prefix}pooler.dense.weight" in shapes and "classifier.weight" not in shapes  # which is asked without it
+    if config.get("pooler_act", "tanh") != "tanh" and pooled:
         raise UserError(f"{tensors.where} has {config['pooler_act']!r} in its pooler; only tanh is known")
     width, channels, patch, _ = shapes[f"{prefix}embeddings.patch_embeddings.projection.weight"]
     if channels != 3:
@@ -91,7 +96,7 @@ def _settings(tensors: Tensors, config: dict[str, Any], prefix: str, given: dict
         "norm_eps": config.get("layer_norm_eps", 1e-12),
         "qkv_bias": any(name.endswith(("attention.query.bias", "q_proj.bias")) for name in shapes),
         "dropout": config.get("hidden_dropout_prob", 0.0),
-        "representation": f"{prefix}pooler.dense.weight" in shapes,
+        "representation": pooled,
         "num_classes": shapes["classifier.weight"][0] if "classifier.weight" in shapes else 0,
     }
 
@@ -160,6 +165,13 @@ def write(folder: Path, source: Source, cast: Callable[[Tensor], Tensor], note: 
     preprocessor |= {"do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # to [-1, 1]
     for name, content in ((CONFIG, config), (PREPROCESSOR, preprocessor)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def is_ours(folder: Path) -> bool:
+    """Tell whether a folder was written here."""
+    with suppress(SafetensorError, OSError), safe_open(folder / WEIGHTS, framework="pt") as file:
+        return EXPORT in (file.metadata() or {})
+    return False
 
 
 def change_note(folder: Path, note: dict[str, Any]) -> None:

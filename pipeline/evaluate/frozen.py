@@ -3,6 +3,7 @@
 Features are kept in files, and read some at a time: those of a million images need no more memory than of a thousand.
 """
 
+import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -25,7 +26,7 @@ from shards.errors import UserError
 from shards.evaluation import EvaluationBatch, EvaluationLoader
 
 BATCH = 64
-PIXELS = 2**30  # bytes of raw pixels, the training images' as float32, up to which they are a baseline
+PIXELS = 2**30  # bytes of raw pixels, as float32, up to which they are a baseline
 SEEDS = (0, 1, 2)  # of the few shots
 
 
@@ -50,7 +51,7 @@ def frozen_features_accuracy(
         neighbours: Of the k nearest training images, k; None: they are not asked.
 
     Returns:
-        On rank 0, for ``features``, and for ``pixels`` (the same images, flattened) if the training set is small:
+        On rank 0, for ``features``, and for ``pixels`` (the same images, flattened) if the sets are small:
         ``shots`` (mean top-1 over three seeds, by number of shots), ``seeds`` (each of them), ``all`` (top-1 of least
         squares on every training image) and its ``l2``; of features ``knn`` too. On other ranks nothing.
     """
@@ -59,7 +60,7 @@ def frozen_features_accuracy(
     labels = single_labels(train)
     check_shots(labels, len(train.classes), max(shots), train.classes)
     model = model.to(distributed.device())
-    with_pixels = len(train) * 3 * model.image_size**2 * 4 <= PIXELS
+    with_pixels = (len(train) + len(test)) * 3 * model.image_size**2 * 4 <= PIXELS
     with ExitStack() as stack:
         # Of all ranks' images, on a disk that they share.
         folder = stack.enter_context(tempfile.TemporaryDirectory()) if distributed.rank() == 0 else None
@@ -94,15 +95,16 @@ def extract(model: nn.Module, dataset: Dataset, folder: Path, with_pixels: bool)
         dataset: Images with one label each.
         folder: That all ranks see; made here.
         with_pixels: Keep what the model sees, too.
+
+    Raises:
+        UserError: The disk has no room for it.
     """
     device, side = distributed.device(), model.image_size
     width = model(torch.zeros(1, 3, side, side, device=device), features=True).shape[1]
     sizes = {"features": width, **({"pixels": 3 * side * side} if with_pixels else {})}
-    if distributed.rank() == 0:
-        folder.mkdir()
-        for name, size in sizes.items():
-            np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float32, (len(dataset), size))
-    distributed.everyone(None)
+    problem = _make_files(folder, len(dataset), sizes) if distributed.rank() == 0 else None
+    if problem := distributed.everyone(problem)[0]:
+        raise problem
     files = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in sizes}
     parts = EvaluationLoader(
         dataset, BATCH, transform=Resize(side), rank=distributed.rank(), world_size=distributed.world_size()
@@ -123,6 +125,24 @@ def extract(model: nn.Module, dataset: Dataset, folder: Path, with_pixels: bool)
         each.flush()
     distributed.everyone(None)
     return Frozen(files["features"], files.get("pixels"), single_labels(dataset))
+
+
+def _make_files(folder: Path, rows: int, sizes: dict[str, int]) -> UserError | None:
+    """Make a file of float32 [rows, size] for each name, with room for it all: what is mapped is written blindly."""
+    try:
+        folder.mkdir()
+        for name, size in sizes.items():
+            path = folder / f"{name}.npy"
+            np.lib.format.open_memmap(path, "w+", np.float32, (rows, size))
+            with open(path, "rb+") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        wanted = rows * sum(sizes.values()) * 4 / 1e9
+        return UserError(
+            f"{' and '.join(sizes)} of {rows:,} images take {wanted:.3g} GB, which do not go into {folder.parent} "
+            f"({error.strerror}); make room, or set TMPDIR to a folder on another disk"
+        )
+    return None
 
 
 def single_labels(dataset: Dataset) -> np.ndarray:

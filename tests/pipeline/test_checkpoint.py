@@ -52,7 +52,7 @@ class TestOneRank:
         def mapped() -> int:
             return int(re.search(r"RssFile:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
-        monkeypatch.setattr(checkpoint, "AT_ONCE", 2**23)
+        monkeypatch.setattr("pipeline.mapped.AT_ONCE", 2**23)
         numbers = torch.arange(2**24, dtype=torch.float32)  # 64 MiB
         found = Checkpoint(checkpoint.save(tmp_path, 64, [("weight", "a", 0, numbers)], {"a": (2**24,)}, {}))
         before, most = mapped(), 0

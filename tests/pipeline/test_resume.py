@@ -1,10 +1,13 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from pipeline import checkpoint
 from pipeline.config import TrainSettings
-from pipeline.resume import RULES, check_resume
+from pipeline.resume import RULES, check_resume, last_checkpoint
 from pipeline.settings import check, flat, merge
+from pipeline.watchdog import Watchdog
 from shards.errors import UserError
 
 BASE = {"duration": "2 epochs", "global_batch": 8, "data": {"train": "a"}, "model": {"name": "vit_b16"}}
@@ -89,3 +92,11 @@ def test_settings_that_a_checkpoint_is_older_than_have_their_defaults(capsys):
     del old["masked_patch"], old["guard"]
     check_resume(settings(), SimpleNamespace(path=LOADED.path, state={"settings": old}))
     assert capsys.readouterr().err == ""
+
+
+def test_a_kill_while_the_only_checkpoint_is_replaced_loses_nothing(tmp_path, alone):
+    folder, state = tmp_path / "checkpoints", {"settings": settings().model_dump(mode="json")}
+    path = checkpoint.save(folder, 8, [("weight", "a", 0, torch.ones(1))], {"a": (1,)}, state)
+    path.rename(folder / f".{path.name}.replaced.partial")  # as the kill leaves it
+    with Watchdog(tmp_path / "logs", 60.0, 0, list) as watch:
+        assert last_checkpoint(settings(), tmp_path, watch).path == path

@@ -1,6 +1,9 @@
 """Saving beside the loop: what is written is what was there when it began, and no failure is missed."""
 
+import os
+import subprocess
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -98,6 +101,14 @@ class TestOneRank:
         assert told.count("warning: saving beside the loop wants") == 1
         assert "checkpoint.asynchronous = false" in told
 
+    def test_a_copy_leaves_memory_for_what_is_on_its_way_to_the_disk(self, tmp_path, monkeypatch, capsys):
+        size = 3 * 4 * 10  # weights and two states of AdamW, float32
+        for free, beside in ((size, False), (1.25 * size, True)):
+            monkeypatch.setattr(saver, "free_memory", lambda free=free: float(free))
+            with saver_of(tmp_path / str(free)) as saving:
+                saving.save(8, pieces(torch.arange(10.0)), {})
+            assert ("the loop waits" in capsys.readouterr().err) != beside
+
     def test_it_may_be_switched_off(self, tmp_path, capsys):
         with saver_of(tmp_path, asynchronous=False) as saving:
             Checkpoint(saving.save(8, pieces(torch.arange(10.0)), {})).verify()
@@ -120,27 +131,116 @@ class TestOneRank:
         assert sorted(map(checkpoint.samples_of, checkpoint.whole_checkpoints(tmp_path))) == [16, 20]
         assert checkpoint.pointer(tmp_path, "latest").name.endswith("20")
 
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root may make a file that cannot be deleted")
+    def test_what_cannot_be_deleted_is_told_and_tried_again_after_the_next_save(self, tmp_path, capsys):
+        with saver_of(tmp_path) as saving:
+            paths = [saving.save(samples, pieces(torch.arange(10.0)), {}) for samples in (8, 16)]
+            saving.wait()
+            stubborn = paths[0] / "stubborn"
+            stubborn.mkdir()
+            if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", stubborn], timeout=10, check=False).returncode:
+                pytest.skip("may not mount a disk of its own")
+            doomed = tmp_path / f".{paths[0].name}.partial" / "stubborn"
+            try:
+                for samples in (24, 32):
+                    saving.save(samples, pieces(torch.arange(10.0)), {})
+                    saving.wait()
+                    told = capsys.readouterr().err
+                    assert "warning: old checkpoints in" in told
+                    assert "tried again after the next save" in told
+                there = list(map(checkpoint.samples_of, checkpoint.whole_checkpoints(tmp_path)))
+                assert there == [32, 24]
+                with saver_of(tmp_path):  # nor does it keep a run from going on
+                    assert "warning: old checkpoints in" in capsys.readouterr().err
+            finally:
+                subprocess.run(["umount", doomed if doomed.exists() else stubborn], timeout=10, check=True)
+            saving.save(40, pieces(torch.arange(10.0)), {})
+            saving.wait()
+        assert capsys.readouterr().err == ""
+        assert not list(tmp_path.glob(".*"))
+
+    def test_with_a_smaller_keep_a_full_disk_has_room_again(self, tmp_path, monkeypatch):
+        with saver_of(tmp_path, keep=5) as saving:
+            for samples in (8, 16, 24, 32, 40):
+                saving.save(samples, pieces(torch.arange(10.0)), {})
+
+        def usage(path):  # room for five of 100 bytes
+            return type("Usage", (), {"free": 600 - 100 * len(checkpoint.whole_checkpoints(tmp_path))})
+
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", usage)
+        with pytest.raises(PatchmillError, match=r"set a smaller checkpoint\.keep"), saver_of(tmp_path, keep=5):
+            pass
+        for broken in (32, 40):  # the run goes on from the one before
+            (checkpoint.path_of(tmp_path, broken) / "rank-00000.safetensors").write_bytes(b"broken")
+        (tmp_path / "latest").write_text("samples-000000000024\n")
+        with saver_of(tmp_path, keep=2) as saving:
+            there = list(map(checkpoint.samples_of, checkpoint.whole_checkpoints(tmp_path)))
+            assert there == [24, 16]
+            assert checkpoint.newest(tmp_path).samples == 24
+            saving.save(32, pieces(torch.arange(10.0)), {})
+        assert checkpoint.newest(tmp_path).samples == 32
+
     def test_what_a_killed_save_left_goes_at_the_start(self, tmp_path):
         left = tmp_path / ".samples-000000000008.partial"
         left.mkdir()
         with saver_of(tmp_path):
             assert not left.exists()
 
-    def test_a_file_that_does_not_hold_what_was_written_is_no_checkpoint(self, tmp_path, monkeypatch):
-        write = rankfile.save_file
+    @pytest.mark.parametrize("byte", [0, -1])  # of the header, of the values
+    def test_a_file_that_does_not_hold_what_was_written_is_no_checkpoint(self, tmp_path, monkeypatch, byte):
+        read_back = rankfile._read_back
 
-        def write_wrong(tensors: dict, path: Path) -> None:
-            write(tensors, path)
+        def read_back_wrong(path: Path, *written) -> str:
             content = bytearray(path.read_bytes())
-            content[-1] ^= 1
+            content[byte] ^= 1
             path.write_bytes(content)
+            return read_back(path, *written)
 
-        monkeypatch.setattr(rankfile, "save_file", write_wrong)
+        monkeypatch.setattr(rankfile, "_read_back", read_back_wrong)
         with saver_of(tmp_path) as saving:
             saving.save(8, pieces(torch.arange(10.0)), {})
             with pytest.raises(PatchmillError, match="does not hold what was written"):
                 saving.wait()
         assert checkpoint.newest(tmp_path) is None
+
+    def test_without_a_copy_one_piece_is_in_memory_at_a_time(self, tmp_path):
+        made = []
+
+        def from_nvme():
+            for number in range(8):
+                assert sum(each() is not None for each in made) <= 1
+                tensor = torch.full((4,), float(number))
+                made.append(weakref.ref(tensor))
+                yield "weight", "b", 4 * number, tensor
+
+        with saver_of(tmp_path, asynchronous=False) as saving:
+            found = Checkpoint(saving.save(8, from_nvme(), {}))
+        found.verify()
+        assert found.read("weight", "b", 0, 32).tolist() == [float(value // 4) for value in range(32)]
+
+    def test_a_folder_gets_its_name_when_all_in_it_is_on_the_disk_and_the_pointer_when_the_name_is(
+        self, tmp_path, monkeypatch
+    ):
+        calls, fsync, replace = [], os.fsync, os.replace
+
+        def fsync_told(descriptor: int) -> None:
+            fsync(descriptor)
+            calls.append(("on disk", os.readlink(f"/proc/self/fd/{descriptor}")))
+
+        def replace_told(old: Path, new: Path) -> None:
+            replace(old, new)
+            calls.append(("named", str(new)))
+
+        monkeypatch.setattr(os, "fsync", fsync_told)
+        monkeypatch.setattr(os, "replace", replace_told)
+        with saver_of(tmp_path) as saving:
+            path = saving.save(8, pieces(torch.arange(10.0)), {})
+        partial = path.with_name(f".{path.name}.partial")
+        index, named = (calls.index(("named", str(each))) for each in (partial / "checkpoint.json", path))
+        assert calls.index(("on disk", str(partial / "rank-00000.safetensors"))) < named
+        assert calls.index(("on disk", str(partial / ".checkpoint.json.partial"))) < index
+        assert ("on disk", str(partial)) in calls[index:named]
+        assert ("on disk", str(tmp_path)) in calls[named : calls.index(("named", str(tmp_path / "latest")))]
 
     def test_a_disk_without_room_is_told_at_the_start(self, tmp_path, monkeypatch):
         monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 119}))

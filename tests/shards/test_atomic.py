@@ -1,6 +1,10 @@
 """Files and folders that appear whole or not at all."""
 
 import os
+import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -52,3 +56,39 @@ def test_folder_replaces_an_older_one_whole(tmp_path):
     atomic.commit_folder(partial, tmp_path / "folder")
     assert names(tmp_path / "folder") == ["new"]
     assert names(tmp_path) == ["folder"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from shards import atomic
+folder, left = Path(sys.argv[1]), int(sys.argv[2])
+replace = os.replace
+def replace_then_die(*paths):
+    global left
+    replace(*paths)
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+os.replace = replace_then_die
+partial = atomic.partial_folder(folder)
+(partial / "new").touch()
+atomic.commit_folder(partial, folder)
+"""
+
+
+@pytest.mark.parametrize(("renames", "there"), [(1, "old"), (2, "new")])
+def test_a_kill_between_the_renames_of_a_replacement_loses_nothing(tmp_path, renames, there):
+    def killed():
+        done = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "a [b]", str(renames)], timeout=60, check=False)
+        assert done.returncode == -signal.SIGKILL
+
+    for mend in (lambda: atomic.put_back(tmp_path), lambda: atomic.partial_folder(tmp_path / "a [b]")):
+        (tmp_path / "a [b]").mkdir()
+        (tmp_path / "a [b]" / "old").touch()
+        killed()
+        assert ".a [b].replaced.partial" in names(tmp_path)
+        mend()
+        assert names(tmp_path / "a [b]") == [there]
+        assert ".a [b].replaced.partial" not in names(tmp_path)
+        shutil.rmtree(tmp_path / "a [b]")

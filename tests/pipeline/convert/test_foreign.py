@@ -4,13 +4,16 @@ That their logits are those of the libraries themselves is in tests/peers/test_c
 """
 
 import argparse
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from pipeline.convert.recognise import open_source
+from pipeline.convert.tensors import of_npz
 from shards.errors import UserError
 from tests.pipeline.convert.made import TINY, randomized
 
@@ -101,6 +104,26 @@ def test_of_other_architectures_with_such_names_the_error_is_one_line(tmp_path):
     )
     with pytest.raises(UserError, match="has a class token and pools by 'avg'"):
         open_source(tmp_path)
+
+
+def test_what_is_missing_or_damaged_is_one_line(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    for content, message in (
+        ({"weight_map": {"a": "gone.safetensors"}}, r"has no gone\.safetensors, which .*index\.json names; get all of"),
+        ([], "is laid out otherwise than its names make believe"),
+        ({"weight_map": 3}, "is laid out otherwise than its names make believe"),
+    ):
+        index.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=message):
+            open_source(tmp_path)
+    np.savez(tmp_path / "w.npz", a=np.ones(3))
+    content = bytearray((tmp_path / "w.npz").read_bytes())
+    content[content.index(np.ones(1).tobytes())] ^= 1
+    (tmp_path / "w.npz").write_bytes(content)
+    with pytest.raises(UserError, match=r"a of .*w\.npz cannot be read \(Bad CRC"):
+        of_npz(tmp_path / "w.npz").read("a")
+    with pytest.raises(UserError, match=r"a of .*w\.npz cannot be read|no known format"):
+        open_source(tmp_path / "w.npz")
 
 
 def test_what_is_told_wrongly_is_one_line(tmp_path):

@@ -135,6 +135,20 @@ def test_of_masked_image_modelling_the_decoder_is_left_behind(tmp_path, capsys):
         torch.testing.assert_close(ours(IMAGES), expected, rtol=0, atol=1e-5)
 
 
+def test_a_pooler_beside_a_classifier_is_left_behind_as_transformers_does_not_ask_it(tmp_path, capsys):
+    model = theirs()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    pooler = {"vit.pooler.dense.weight": torch.ones(48, 48), "vit.pooler.dense.bias": torch.ones(48)}
+    save_file(load_file(file) | pooler, file, {"format": "pt"})
+    with torch.no_grad():
+        again = transformers.ViTForImageClassification.from_pretrained(tmp_path).eval()(IMAGES).logits
+        torch.testing.assert_close(again, model(IMAGES).logits, rtol=0, atol=0)
+        torch.testing.assert_close(open_source(tmp_path).build()(IMAGES), again, rtol=0, atol=1e-5)
+    assert "left behind, as no part of the model: 2 tensors, such as vit.pooler" in capsys.readouterr().err
+    assert open_source(tmp_path, given={"representation": True}).template().representation
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [
@@ -159,6 +173,9 @@ def test_what_it_lacks_is_refused_by_name(change, what, tmp_path):
     [
         ({"model_type": "deit"}, "a model of type 'deit' of transformers; of its models only 'vit' is taken"),
         ({"hidden_act": "relu"}, "has the activation 'relu'"),
+        ({"hidden_act": ["gelu"]}, "is laid out otherwise than its names make believe"),
+        ({"image_size": "32"}, "image_size of vit_ti8 is '32', of another type than it takes"),
+        ({"id2label": ["a"]}, "is laid out otherwise than its names make believe"),
         ({"num_attention_heads": 5}, "embed_dim 48 is not divisible by num_heads 5"),
     ],
 )
@@ -184,6 +201,17 @@ def test_another_folder_is_not_overwritten(tmp_path):
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match=r"mine has thesis\.tex, which no conversion wrote"):
         convert(file, tmp_path / "mine", "transformers")
+    theirs().save_pretrained(tmp_path / "theirs")  # of the same names
+    (tmp_path / "theirs" / "README.md").write_text("years of work")
+    with pytest.raises(UserError, match=r"theirs has README\.md, which no conversion wrote"):
+        convert(file, tmp_path / "theirs", "transformers")
+    assert (tmp_path / "theirs" / "README.md").read_text() == "years of work"
+    (tmp_path / "mine.README.md").write_text("years of work")
+    with pytest.raises(UserError, match=r"mine\.README\.md, where the card goes, is there, and no conversion wrote it"):
+        convert(file, tmp_path / "mine.npz", "npz")
+    assert not (tmp_path / "mine.npz").exists()
+    for _ in range(2):
+        convert(file, tmp_path / "other.npz", "npz")
     for _ in range(2):  # its own is
         convert(file, tmp_path / "folder", "transformers")
     assert {path.name for path in (tmp_path / "folder").iterdir()} == {

@@ -42,7 +42,12 @@ def compare(ranks: list[dict], one: dict) -> None:
             assert found["losses"] == pytest.approx(one["losses"], abs=1e-5), name
             assert found["norms"] == pytest.approx(one["norms"], rel=1e-4), name
             assert found["averaged_far"] < 1e-5, name  # what the model says with the average of its weights
+        writer = list(ranks[0])[list(ranks[0]).index(name) - 1]
         if precision == "float16":
+            assert found["scale_first"] == [2**16, 0], name
+            assert found["scale_last"] == [2**14, 3], name  # a quarter, and three good steps
+            scaled = ranks[0][writer]["scale_last"] or found["scale_first"]
+            assert [rank[name]["scale_resumed"] for rank in ranks] == [scaled] * len(ranks), name
             assert found["overflow"] == [False, pytest.approx(one["losses"][0], abs=2e-2), 0.5, True], name
         assert found["held"] == [False, True], name
         assert found["average_far"] < 1e-6, name  # from NumPy's, of the weights after each step

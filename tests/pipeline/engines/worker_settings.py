@@ -65,7 +65,8 @@ def main(folder: str, *names: str) -> None:
     found = {name: train(name, Path(folder) / name, None, 3) for name in names}
     for number, name in enumerate(names):
         before = names[number - 1]
-        found[name]["resumed"] = train(name, Path(folder) / f"{name}-on", Path(folder) / before, 1)["losses"]
+        on = train(name, Path(folder) / f"{name}-on", Path(folder) / before, 1)
+        found[name] |= {"resumed": on["losses"], "scale_resumed": on["scale_first"]}
     print(json.dumps(found))
 
 
@@ -86,6 +87,7 @@ def train(name: str, out: Path, source: Path | None, steps: int) -> dict:
         loaded = checkpoint.newest(source)
         engine.load(loaded.read)
         start = loaded.samples // GLOBAL_BATCH
+    scale_first = scale(engine)
     average = {name: tensor.numpy().astype(np.float64) for name, tensor in engine.weights(ema=source is not None)}
     before = state(engine)
     holding.append(True)
@@ -121,6 +123,7 @@ def train(name: str, out: Path, source: Path | None, steps: int) -> dict:
         "weights_after": digest(engine.weights()), "average_far": far,
         "plain_again": bool(torch.equal(plain, again)), "averaged_far": float((averaged - expected).abs().max()),
         "averaged_differs": float((averaged - plain).abs().max()), "overflow": overflow, "held": held,
+        "scale_first": scale_first, "scale_last": scale(engine),
     }  # fmt: skip
 
 
@@ -157,12 +160,17 @@ def take(engine, settings: TrainSettings, number: int, depth: int):
     return engine.step(batches, loss_fn, lr=RATE if depth == MODEL["depth"] else RATE / 20)
 
 
+def scale(engine) -> list | None:
+    """Return the factor of the loss, and the good steps since it changed."""
+    return engine.scale and [engine.scale.value, engine.scale._good]
+
+
 def overflowed(engine, settings: TrainSettings, depth: int) -> list:
-    """Take a step whose scaled gradients are not finite; tell what it changed."""
-    before, scale = digest(engine.weights()), engine.scale.value
+    """Take a step whose scaled gradients are not finite; tell what it changed. The factor is a quarter then."""
+    before, factor = digest(engine.weights()), engine.scale.value
     engine.scale.value = 2.0**100
     done = take(engine, settings, 0, depth)
-    halved, engine.scale.value = engine.scale.value, scale
+    halved, engine.scale.value = engine.scale.value, factor / 4
     return [bool(done.applied), float(done.loss), halved / 2.0**100, digest(engine.weights()) == before]
 
 

@@ -1,5 +1,7 @@
 """Frozen features of real images: the same on any number of ranks, and what is fitted to them is what numpy fits."""
 
+import re
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from shards.dataset import Dataset
 from shards.decode import decode
 from shards.errors import UserError
 from tests.images import build_image_set
-from tests.ranks import run_on_ranks
+from tests.ranks import ends_of_ranks, run_on_ranks
 from tests.shards.datasets import Made, plain, write_dataset
 
 WORKER = Path(__file__).parent / "worker_frozen.py"
@@ -67,6 +69,29 @@ def test_of_a_large_set_there_are_no_raw_pixels(folder, alone, monkeypatch):
     found = frozen_features_accuracy(model, *sets, [1])
     assert list(found) == ["features"]
     assert "knn" not in found["features"]
+
+
+def test_pixels_of_both_sets_count(folder, alone, monkeypatch):
+    model = create_model("vit_ti8", embed_dim=24, num_heads=3, depth=1, image_size=16, num_classes=3, seed=3).eval()
+    train, test = (Dataset.open(folder / name) for name in ("train", "val"))
+    size = (len(train) + len(test)) * 3 * 16 * 16 * 4
+    for most, kinds in ((size - 1, ["features"]), (size, ["features", "pixels"])):
+        monkeypatch.setattr(frozen, "PIXELS", most)
+        assert list(frozen_features_accuracy(model, train, test, [1])) == kinds
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_disk_without_room_for_the_features_is_one_line(folder, tmp_path, ranks):
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", tmp_path], timeout=10, check=False)
+    if done.returncode:
+        pytest.skip("only root may mount a disk of its own")
+    try:
+        ends = ends_of_ranks(WORKER, ranks, folder, tmp_path)
+    finally:
+        subprocess.run(["umount", tmp_path], timeout=10, check=True)
+    for each in ends:
+        said = r"UserError: features and pixels of \d+ images take .* GB, which do not go into .* set TMPDIR"
+        assert re.search(said, each.stderr), each
 
 
 def test_what_cannot_be_fitted_is_refused_before_anything_is_extracted(folder, tmp_path, alone):

@@ -1,7 +1,8 @@
-"""One rank: what the frozen features of a fixed random model are worth. worker_frozen.py FOLDER"""
+"""One rank: what the frozen features of a fixed random model are worth. worker_frozen.py FOLDER [TEMPORARY]"""
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 from pipeline import distributed
@@ -10,6 +11,7 @@ from pipeline.models import create_model
 from shards.dataset import Dataset
 
 distributed.start()
+tempfile.tempdir = sys.argv[2] if len(sys.argv) > 2 else None
 model = create_model("vit_ti8", embed_dim=24, num_heads=3, depth=1, image_size=16, num_classes=3, seed=3).eval()
 train, val = (Dataset.open(Path(sys.argv[1]) / name) for name in ("train", "val"))
 print(json.dumps(frozen_features_accuracy(model, train, val, [1, 4], 5)))
