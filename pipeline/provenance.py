@@ -33,6 +33,12 @@ def note(out: Path, settings: TrainSettings, deepspeed: dict[str, Any] | None) -
     write_text(out / "code.diff", f"commit {commit()}\n{diff()}")
 
 
+def of(settings: TrainSettings, model: dict[str, Any], classes: list[str]) -> dict[str, Any]:
+    """Return what a checkpoint says of where it comes from, as plain JSON values."""
+    noted = {"settings": settings.model_dump(mode="json"), "model": model, "classes": classes}
+    return {**noted, "versions": versions(), "commit": commit()}
+
+
 def versions() -> dict[str, str | None]:
     """Return the versions of Python, Patchmill and the libraries that touch the numbers; None for a missing one."""
     return {

@@ -3,7 +3,7 @@
 import copy
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from pipeline.engines.states import checkpoint_bytes
 from pipeline.hostcopy import HostCopy
 from pipeline.hostmemory import free_memory
 from pipeline.mirror import Mirror
+from pipeline.watchdog import MIRRORING, SAVING
 from shards.errors import PatchmillError
 
 ROOM = 1.25
@@ -31,6 +32,7 @@ class Saver:
         shapes: Full shape of every parameter, by name.
         settings: Of the stage.
         keep_every: Samples; the first checkpoint at or after each multiple of it stays for good.
+        at: Called with what begins now, in the watchdog's words.
 
     Raises:
         PatchmillError: There is no room for a checkpoint on the disk.
@@ -42,10 +44,11 @@ class Saver:
         shapes: dict[str, tuple],
         settings: TrainSettings,
         keep_every: int | None = None,
+        at: Callable[[str], None] = lambda what: None,
     ):
         self._folder, self._shapes, self._settings = folder, shapes, settings.checkpoint
         self._size = checkpoint_bytes(settings.optim, sum(math.prod(shape) for shape in shapes.values()))
-        self._keep_every = keep_every
+        self._keep_every, self._at = keep_every, at
         self._group = distributed.group_beside()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._saving: Future[None] | None = None
@@ -56,6 +59,7 @@ class Saver:
 
     def save(self, samples: int, pieces: Iterable[Piece], state: dict[str, Any], best: bool = False) -> Path:
         """Begin to write a checkpoint, as ``checkpoint.save`` does, once the one before is whole; return its path."""
+        self._at(SAVING)
         self.wait()
         if self._asynchronous is None:
             self._asynchronous = self._copy_fits()
@@ -75,7 +79,10 @@ class Saver:
 
     def finish(self) -> None:
         """Wait until the last checkpoint is whole, and in the mirror, if there is one; raise what either failed of."""
+        self._at(SAVING)
         self.wait()
+        if self._settings.mirror:
+            self._at(MIRRORING)
         checkpoint.together(self._folder, self._finish_mirror, distributed.rank() == 0)
 
     @property
@@ -87,6 +94,8 @@ class Saver:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._settings.mirror:
+            self._at(MIRRORING)
         self._thread.shutdown()  # what was begun is written, however the run ends
         if self.failed and distributed.rank() == 0:
             print(f"warning: {self._saving.exception()}", file=sys.stderr, flush=True)

@@ -7,7 +7,7 @@ from types import FrameType
 
 from pipeline import distributed
 from shards.atomic import write_text
-from shards.errors import StoppedOnRequestError
+from shards.errors import StoppedOnRequestError, UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
@@ -32,6 +32,14 @@ def stopped(out: Path, samples: int, checkpoint: Path | None) -> StoppedOnReques
         write_text(out / "stopped.json", json.dumps(note))
     where = f"saved in {checkpoint}" if checkpoint else "before the first checkpoint"
     return StoppedOnRequestError(f"stopped on request at {samples} samples, {where}; run again to go on")
+
+
+def ended(data: object, samples: int, total: int, checkpoint: Path) -> UserError:
+    """Return the error that ends a run whose data ended before it did."""
+    return UserError(
+        f"{data} ended at {samples} of {total} samples, saved in {checkpoint}; give it more and run again, or set a "
+        "shorter duration"
+    )
 
 
 def _note(number: int, frame: FrameType | None) -> None:

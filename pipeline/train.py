@@ -5,7 +5,7 @@ Where it stands is one integer, the samples consumed; schedules, saves and evalu
 """
 
 import gc
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,6 @@ from pipeline.watchdog import Watchdog
 from pipeline.weights import first_values, resolve_model
 from pipeline.window import Window
 from shards.batch import Batch
-from shards.errors import UserError
 
 
 def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
@@ -51,8 +50,7 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
 
     Returns:
         ``samples``, ``steps``, ``val`` and ``best`` metrics, ``checkpoint`` (path), ``images_per_second``, how many
-        steps of the run were ``skipped``, the intervals of samples ``passed_over``, what probes found last, and
-        ``early``: patience ended it before its duration.
+        steps were ``skipped``, the intervals of samples ``passed_over``, what probes found, ``early``: by patience.
 
     Raises:
         UserError: Anything wrong with settings, data or weights, before the first step.
@@ -61,11 +59,8 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
     """
     stop.listen()
     while True:
-        with ExitStack() as ending:
-            try:
-                return _train(settings, out, ending)
-            except RollBack:  # as if it had been killed and started again
-                pass
+        with suppress(RollBack), ExitStack() as ending:  # after a rollback, as if killed and started again
+            return _train(settings, out, ending)
         gc.collect()  # the engine, before there is another one
 
 
@@ -116,28 +111,23 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
         loaded.close()
     samples = loader.state_dict()["samples"]
     troubles = Troubles(settings, out, data.names, samples)
+    telemetry = None
     if rank == 0:
         provenance.note(out, settings, engine.configuration)
         (out / "stopped.json").unlink(missing_ok=True)
-    telemetry = None
-    if rank == 0:
         telemetry = Telemetry(out, out.name, schedule.total, samples, mirrors(settings, out, samples))
         ending.callback(telemetry.close)
-    saver = ending.enter_context(Saver(out / "checkpoints", shapes, settings, schedule.periods.get("keep")))
-    if settings.checkpoint.mirror:  # where the saver brings what it began to, however the run ends
-        ending.callback(lambda: watch.at(watchdog.MIRRORING, samples))
+    kept = schedule.periods.get("keep")
+    saver = Saver(out / "checkpoints", shapes, settings, kept, lambda what: watch.at(what, samples))
+    ending.enter_context(saver)
     profiler = ending.enter_context(Profiler(out / "profile", settings.profile.first, settings.profile.steps))
     lookout = Lookout(settings.checkpoint.minutes, saver=saver)
     ending.enter_context(collected_between_steps())
 
     # ---- what happens between two steps
-    notes = {
-        "settings": settings.model_dump(mode="json"), "model": model_settings, "classes": data.classes,
-        "versions": provenance.versions(), "commit": provenance.commit(),
-    }  # fmt: skip
+    notes = provenance.of(settings, model_settings, data.classes)
 
     def save(best: bool) -> Path:
-        watch.at(watchdog.SAVING, samples)
         noted = {
             **notes, **state, "guard": guard.state_dict(), "window": window.state_dict(),
             "loader": {**loader.state_dict(), "samples": samples},
@@ -159,10 +149,7 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
         if batch is None:
             path = save(False)
             saver.wait()
-            raise UserError(
-                f"{settings.data.train} ended at {samples} of {schedule.total} samples, saved in {path}; give it more "
-                "and run again, or set a shorter duration"
-            )
+            raise stop.ended(settings.data.train, samples, schedule.total, path)
         parts = list(micro_batches(batch, micro_batch, settings.seed, samples, rank))
         samples += settings.global_batch
         if not troubles.passes_over(samples):
@@ -204,14 +191,9 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
         watch.at(watchdog.WAITING, samples)
         window.open()
 
-    watch.at(watchdog.SAVING, samples)
-    saver.wait()
-    if settings.checkpoint.mirror:
-        watch.at(watchdog.MIRRORING, samples)
     saver.finish()
     return {
         "samples": samples, "steps": state["steps"], "val": state["val"], "best": state["best"], **state["probe"],
         "checkpoint": str(path), "images_per_second": window.images / window.seconds if window.images else None,
-        "skipped": troubles.skipped, "passed_over": troubles.passed_over,
-        "early": patience.lost(settings, state),
+        "skipped": troubles.skipped, "passed_over": troubles.passed_over, "early": patience.lost(settings, state),
     }  # fmt: skip

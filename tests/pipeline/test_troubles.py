@@ -1,8 +1,10 @@
 """Trouble in a real run: batches that give no finite loss are skipped, named, and passed over after a rollback."""
 
+import gc
 import json
 import math
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +127,24 @@ def test_a_rollback_under_zero_3_ends_as_without_it(settings, poisoned, tmp_path
     assert one.keys() == other.keys()
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("engine", [{"kind": "accelerate"}, *({"zero_stage": stage} for stage in (0, 1, 2, 3))])
+def test_the_engine_is_gone_when_a_rollback_makes_another(settings, poisoned, tmp_path, monkeypatch, engine):
+    poisoned(80, 88, 96)
+    create, before, left = train_module.create_engine, [], []
+
+    def counted(*arguments):
+        gc.collect()
+        left.append(sum(each().untyped_storage().nbytes() for each in before if each() is not None))
+        made = create(*arguments)
+        tensors = [*made.model.parameters(), *(getattr(p, "ds_tensor", p) for p in made.model.parameters())]
+        before.extend(weakref.ref(tensor) for tensor in tensors)
+        return made
+
+    monkeypatch.setattr(train_module, "create_engine", counted)
+    train(settings(engine={"kind": "deepspeed", **engine}, guard={"in_row": 3}), tmp_path / "run")
+    assert left == [0, 0]
 
 
 def test_it_stops_if_told_to_and_when_nothing_helps(settings, poisoned, tmp_path):
