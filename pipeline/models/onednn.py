@@ -31,12 +31,12 @@ def unused() -> Iterator[None]:
 def pays(x: Tensor, weight: Tensor) -> bool:
     """Tell whether ``linear`` is to be taken for inputs [..., inputs] and weights [outputs, inputs]."""
     return (
-        _used.get()
+        not torch.compiler.is_compiling()  # the compiler chooses for itself, and cannot look into what follows
+        and _used.get()
         and x.device.type == "cpu"
         and x.numel() * len(weight) >= LEAST
         and torch.backends.mkldnn.is_available()
         and _known(x, weight)
-        and not torch.compiler.is_compiling()  # the compiler chooses for itself
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # not every build of PyTorch has it
     )
 

@@ -81,7 +81,7 @@ def test_bad_settings(data, tmp_path):
     assert "no folder /nowhere" in train("data.train=/nowhere")
     assert "did you mean" in train("model.name=vit_b61")
     assert "c.toml: data.resolution 20 is not divisible by patch_size 8" in train("data.resolution=20")
-    assert "no weights at" in train("init=nothing.safetensors")
+    assert "there is no nothing.safetensors; give a checkpoint" in train("init=nothing.safetensors")
     assert "no settings file" in refused(patchmill("train", "d.toml", cwd=tmp_path))
     assert "no plan.toml" in refused(patchmill("report", "run", cwd=tmp_path))
 
