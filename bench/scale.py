@@ -153,6 +153,8 @@ def sent() -> int:
 
 if __name__ == "__main__":
     if len(sys.argv) == 3 and sys.argv[2].isdigit():
-        print(json.dumps(rank(json.loads(sys.argv[1]), int(sys.argv[2]))), flush=True)
+        # In one write: the ranks share a pipe.
+        sys.stdout.write(json.dumps(rank(json.loads(sys.argv[1]), int(sys.argv[2]))) + "\n")
+        sys.stdout.flush()
     else:
         main()
