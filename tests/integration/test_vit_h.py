@@ -1,4 +1,4 @@
-"""ViT-H/14, the paper's largest model, on two ranks of one small machine."""
+"""ViT-H/14, the paper's largest model, on two ranks of one small machine, without a copy to save from."""
 
 import json
 import math
