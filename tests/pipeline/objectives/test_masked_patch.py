@@ -251,8 +251,8 @@ def test_what_does_not_go_together_is_told():
     with pytest.raises(UserError, match=r"mask 0.8 and other 0.3 are more than all"):
         settings(masked_patch={"other": 0.3})
     first = settings(masked_patch={"positions": "first"})
-    with pytest.raises(UserError, match=r"wants embeddings that are added to patches, and model\.position is 'rel"):
-        MaskedPatch(first, create_model("vit_ti8", **TINY, position="relative", patch_target="pixels"), epoch=None)
+    with pytest.raises(UserError, match=r"'first' wants embeddings that are added .* and model.position is 'none'"):
+        MaskedPatch(first, create_model("vit_ti8", **TINY, position="none", patch_target="pixels"), epoch=None)
     with pytest.raises(UserError, match="'bit_r50x1' has no such head"):
         resolve_model(settings(model={"name": "bit_r50x1"}), None, 3)
     with pytest.raises(UserError, match="pooling 'map' has nothing to do"):
