@@ -45,7 +45,7 @@ def measured() -> dict[str, list[dict]]:
 @pytest.mark.parametrize("way", WAYS)
 def test_losses_are_those_of_float32(measured, way):
     for rank, plain in zip(measured[way], measured["float32"], strict=True):
-        assert rank["losses"] == pytest.approx(plain["losses"], rel=0.02)
+        assert rank["losses"] == pytest.approx(plain["losses"], rel=0.01)
 
 
 @pytest.mark.timeout(600)
