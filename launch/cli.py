@@ -51,6 +51,47 @@ def run(
 
 
 @app.command()
+def doctor(
+    plan: Annotated[Path, typer.Argument(help="Plan file.")],
+    runs: Annotated[Path, typer.Option(help="Folder of runs; this one gets RUNS/NAME.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Look whether a plan will run here: versions, data, memory, disks, and every rank's clock, arithmetic and network.
+
+    By hand it starts as many ranks as the plan's largest stage; under a launcher it is one of the job's.
+    """
+    from launch.doctor import diagnose, print_findings, ranks_of
+    from launch.plan import read_plan
+    from launch.rankprobe import probe_ranks, started_to_probe
+    from pipeline import distributed
+
+    checked = read_plan(plan, runs)
+    if "RANK" not in os.environ and (ranks := ranks_of(checked)) > 1:
+        findings = diagnose(checked, started_to_probe(ranks))
+    else:
+        with distributed.together():
+            measured = probe_ranks()
+            findings = distributed.everyone(diagnose(checked, measured) if distributed.rank() == 0 else [])[0]
+    if distributed.rank() == 0:
+        width = Console().width if sys.stdout.isatty() else None
+        print(json.dumps([each._asdict() for each in findings])) if as_json else print_findings(findings, width)
+    if errors := [each.what for each in findings if each.state == "error"]:
+        raise UserError(f"the plan will not run here: {', '.join(errors)}; see above what to do")
+
+
+@app.command(hidden=True)
+def probe() -> None:
+    """Measure what this rank and the others of its job can do; rank 0 prints it. ``doctor`` starts it."""
+    from launch.rankprobe import probe_ranks
+    from pipeline import distributed
+
+    with distributed.together():
+        measured = probe_ranks()
+    if distributed.rank() == 0:
+        print(json.dumps(measured))
+
+
+@app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="Settings of one training stage: a TOML file, or a recipe's name.")],
     settings: Annotated[list[str] | None, typer.Argument(help="key=value overrides, such as optim.lr=1e-3.")] = None,

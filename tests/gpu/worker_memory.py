@@ -9,6 +9,7 @@ import sys
 from functools import partial
 
 import torch
+from accelerate.state import AcceleratorState
 
 from pipeline import distributed
 from pipeline.config import TrainSettings
@@ -33,6 +34,7 @@ def main(cases: str) -> None:
 
 def measure(settings: TrainSettings, model: dict) -> dict:
     """Return the ``losses`` of the steps, the ``allocated`` bytes at most, and the ``estimated`` ones."""
+    AcceleratorState._reset_state()  # there is one a process, of one precision
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
