@@ -152,7 +152,7 @@ def take(engine, settings: TrainSettings, number: int, depth: int):
     labels = torch.randint(0, 5, (GLOBAL_BATCH,), generator=generator)[rank::world_size]
     draws = torch.rand(GLOBAL_BATCH, depth, 2, generator=generator)[rank::world_size]
     objective = Supervised(settings, None, 5)
-    batches = list(zip(*(each.split(2) for each in (images, labels, draws)), strict=True))
+    batches = list(zip(*(each.split(settings.micro_batch) for each in (images, labels, draws)), strict=True))
 
     def loss_fn(model, batch):
         images, labels, draws = batch
