@@ -44,7 +44,8 @@ def run(
     checked = read_plan(plan, runs, smoke)
     run_plan(checked)
     if any(stage.table.kind == "report" for stage in checked.stages):
-        from pipeline.report import print_table, read_run
+        from pipeline.report.run import read_run
+        from pipeline.report.terminal import print_table
 
         print_table(read_run(checked.run))
         print(f"report: {checked.run / 'report.html'}")
@@ -269,19 +270,28 @@ def figures(
 
 @app.command()
 def report(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or of training stages run by hand.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Page to write; default: RUN/report.html, of several runs report.html here.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write RUN/report.html: curves, accuracies and sample images on one self-contained page."""
-    from pipeline.report import print_table, read_run, write_html
+    """Write one self-contained page: accuracies, curves, figures, lineage, settings; several runs over each other."""
+    from pipeline.report.page import write_page
+    from pipeline.report.run import read_run
+    from pipeline.report.terminal import print_table
 
-    found = read_run(run_folder)
-    page = write_html(found)
+    found = [read_run(folder) for folder in runs]
+    page = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    write_page(found, page)
     if as_json:
         _print({"report": str(page)}, True)
-    else:
-        print_table(found)
-        print(f"report: {page}")
+        return
+    for each in found:
+        print_table(each)
+    print(f"report: {page}")
 
 
 @app.command()

@@ -9,13 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 
+from launch.cli import app
 from launch.cli_checkpoint import checkpoint_app
 from pipeline.config import CheckpointSettings, ModelSettings, TrainSettings
+from pipeline.figures.distance import patch_distances
 from pipeline.flops import cost_of
 from pipeline.hardware import CARDS
 from pipeline.models import MODELS, create_model
 from pipeline.recipe import read_recipe, read_settings, recipe_names
+from pipeline.report.learned import CAPTIONS
 from pipeline.resume import RULES
 from pipeline.schedule import Schedule
 from pipeline.settings import check, override
@@ -172,3 +176,36 @@ def test_the_page_on_checkpoints_shows_every_setting_command_and_kind_of_row():
     rows = dict(re.findall(r"^\| (free|allowed|refused)[^|]*\| (.*) \|$", page, re.MULTILINE))
     for row, rule in RULES.items():
         assert "." in row or rule != "allowed" or f"`{row}`" in rows[rule], row
+
+
+def test_the_page_on_what_was_learned_shows_every_figure_and_no_large_ones():
+    page = (DOCS / "learned.md").read_text()
+    shown = re.findall(r"!\[[^]]*\]\((learned/[\w-]+\.png)\)", page)
+    assert sorted(shown) == sorted(f"learned/{path.name}" for path in (DOCS / "learned").iterdir())
+    assert sum((DOCS / each).stat().st_size for each in shown) < 400_000
+    named = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+    assert set(named) == set(CAPTIONS)
+    assert {Path(each).stem.split("-")[0] for each in shown} == set(named)
+    for number in ("6", "7", "10", "11", "14"):
+        assert re.search(rf"[Ff]igures? [\w ,]*\b{number}\b", page), number
+    for grid, span in ((14, 16), (7, 32), (16, 14)):
+        golden = patch_distances(grid, span).mean().item()
+        assert f"{golden:.2f}" in page
+        assert f"{grid} × {grid}" in page
+    assert f"(the grey line, {patch_distances(6, 8).mean().item():.1f} pixels)" in page
+
+
+def test_the_commands_of_the_page_on_what_was_learned_are_whole():
+    commands = re.findall(r"^    patchmill figures (.*)$", (DOCS / "learned.md").read_text(), re.MULTILINE)
+    assert len(commands) == 5
+    options = {each for parameter in typer.main.get_command(app).commands["figures"].params for each in parameter.opts}
+    for command in commands:
+        assert {word for word in shlex.split(command) if word.startswith("-")} <= options, command
+
+
+def test_the_page_on_the_report_names_every_section():
+    page = (DOCS / "report.md").read_text().lower()
+    text = (DOCS.parent / "pipeline" / "report" / "page.py").read_text()
+    sections = re.findall(r'^        "([A-Z][a-z ,-]+)": ', text, re.MULTILINE)
+    assert len(sections) == 10
+    assert [name for name in sections if f"| {name.lower()} |" not in page] == ["Stages"]

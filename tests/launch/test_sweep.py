@@ -7,7 +7,8 @@ import pytest
 
 from launch.plan import after_a_sweep, read_plan
 from launch.sweep import Sweep
-from pipeline.report import accuracies, read_run
+from pipeline.report.accuracies import accuracies
+from pipeline.report.run import read_run
 from shards.errors import UserError
 from tests.command import ROOT, patchmill
 
