@@ -211,6 +211,12 @@ def test_what_is_missing_or_damaged(official, tmp_path):
         (official / "real.json").write_text(text)
         with pytest.raises(UserError, match="no list of lists of class indices below 3"):
             open_source(val, unpacked=tmp_path, real=str(official / "real.json"))
+    for real in ([[0]] * 5, [[0]] * 7):
+        (official / "real.json").write_text(json.dumps(real))
+        with pytest.raises(
+            UserError, match=rf"real.json are of {len(real)} images, and the devkit's of 6; get real.json"
+        ):
+            open_source(val, unpacked=tmp_path, real=str(official / "real.json"))
     with pytest.raises(UserError, match="no validation images"):
         open_source(official / imagenet.TRAIN, unpacked=tmp_path, real=str(official / "real.json"))
     train = official / imagenet.TRAIN
