@@ -123,6 +123,9 @@ def evaluate(
     view: Annotated[
         Literal["resize", "center_crop"], typer.Option(help="The whole image, squeezed; or its middle.")
     ] = "resize",
+    short: Annotated[
+        int | None, typer.Option(min=1, help="Short side that the middle is cut of, pixels; default: 8/7 of it.")
+    ] = None,
     ema: Average = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder for predictions.parquet and tables of classes, confusion, calibration.")
@@ -135,13 +138,20 @@ def evaluate(
     from pipeline.evaluate.classify import check_classes
     from pipeline.evaluate.predict import predict
     from pipeline.evaluate.scores import Scores
+    from shards.augment import CenterCrop, Resize
     from shards.dataset import Dataset
 
+    if short is not None and view != "center_crop":
+        raise UserError(f"--short {short} is of --view center_crop, and the view is {view}; leave one out")
     dataset = Dataset.open(data)
     model, classes = load_model(weights, ema)
     check_classes(classes, dataset)
+    side = model.image_size
+    if short is not None and short < side:
+        raise UserError(f"--short {short} is less than the {side} pixels that the model sees; give {side} or more")
+    transform = CenterCrop(side, short) if view == "center_crop" else Resize(side)
     with distributed.together():
-        found = predict(model.to(distributed.device()), dataset, model.image_size, batch, view=view)
+        found = predict(model.to(distributed.device()), dataset, transform, batch)
         scores = Scores(found, dataset)
         if out and distributed.rank() == 0:
             scores.write(out)
