@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline import distributed
 from pipeline.evaluate.held_out import mean_over
@@ -35,6 +35,7 @@ def classify(
     Raises:
         UserError: No image has a label.
     """
+    check_labelled(dataset)
     device = distributed.device()
 
     def prepare(part: EvaluationBatch) -> tuple[Tensor, ...]:
@@ -50,14 +51,22 @@ def classify(
         return torch.stack(found, dim=1) * labelled[:, None]
 
     (*sums, share), images = mean_over(dataset, transform, batch, threads, prepare, measure)
-    if not share:
-        raise UserError(f"no image of {dataset.url} has a label; there is nothing to score")
     mean, top1, top5 = (each / share for each in sums)
     return {"loss": mean, "top1": top1, "top5": top5, "images": round(images * share)}
 
 
-def check_classes(classes: list[str], dataset: Dataset) -> None:
+def check_labelled(dataset: Dataset) -> None:
+    """Raise a UserError when no image of a data set has a label; its tables are read up to the first that has one."""
+    if not any(any(dataset.rows(shard).labels) for shard in range(len(dataset.shard_sizes))):
+        raise UserError(f"no image of {dataset.url} has a label; there is nothing to score")
+
+
+def check_classes(model: nn.Module, classes: list[str], dataset: Dataset) -> None:
     """Raise a UserError when a model's classes are not those of a data set."""
+    if not model.num_classes:
+        raise UserError(
+            "the model has no head of classes; fine-tune it, or see what its features are worth: `patchmill fewshot`"
+        )
     if not classes:
         raise UserError(
             "the model does not know the names of its classes; write them into a file, a line each in the order of its "
@@ -65,6 +74,11 @@ def check_classes(classes: list[str], dataset: Dataset) -> None:
         )
     if classes != dataset.classes:
         raise UserError(
-            f"the model knows {len(classes)} classes ({', '.join(classes[:3])} ...), {dataset.url} has "
-            f"{len(dataset.classes)} ({', '.join(dataset.classes[:3])} ...); evaluate on the data it was trained for"
+            f"the model knows {_some(classes)}, {dataset.url} has {_some(dataset.classes)}; evaluate on the data it "
+            "was trained for, or one built with the same list of classes"
         )
+
+
+def _some(classes: list[str]) -> str:
+    """Return how many classes there are, and the first of them."""
+    return f"{len(classes)} classes ({', '.join([*classes[:3], *['...'] * (len(classes) > 3)])})"
