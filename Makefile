@@ -54,7 +54,7 @@ $(READY): pyproject.toml constraints.txt
 peers: $(PEERS)/.ready
 $(PEERS)/.ready: constraints-peers.txt
 	$(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/$(PIP) -c constraints-peers.txt torch webdataset megatron-energon huggingface_hub safetensors ftfy regex pandas
+	$(PEERS)/bin/$(PIP) -c constraints-peers.txt torch webdataset megatron-energon huggingface_hub transformers safetensors ftfy regex pandas
 	$(PEERS)/bin/$(PIP) -c constraints-peers.txt astunparse gast libcst makefun nvtx optree packaging six
 	$(PEERS)/bin/$(PIP) -c constraints-peers.txt --no-deps timm open_clip_torch torchvision mosaicml-streaming \
 		nvidia-dali-cuda120 nvidia-nvimgcodec-cu12
