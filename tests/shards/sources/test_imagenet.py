@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.io
 
+from shards.build import build
 from shards.errors import UserError
 from shards.sources import imagenet
 from shards.sources.open import open_source
@@ -150,6 +151,13 @@ def test_both_in_a_folder_are_two_parts(official, s3, tmp_path):
         assert source.kind == "imagenet"
         parts = [item.part for item in source.items()]
         assert parts == ["train"] * 3 * EACH + ["val"] * 6
+
+
+def test_a_part_without_images_is_told(official, tmp_path):
+    (official / imagenet.VAL).write_bytes(tar_of([("readme.txt", b"x")]))
+    with pytest.raises(UserError, match=r"imagenet has no images in its part val; get it again"):
+        build(official, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["fall11_whole.tar", "winter21_whole.tar.gz", "folder"])
