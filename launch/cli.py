@@ -165,6 +165,9 @@ def evaluate(
     view: Annotated[
         Literal["resize", "center_crop"], typer.Option(help="The whole image, squeezed; or its middle.")
     ] = "resize",
+    short: Annotated[
+        int | None, typer.Option(min=1, help="Short side that the middle is cut of, pixels; default: 8/7 of it.")
+    ] = None,
     ema: Average = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder for predictions.parquet and tables of classes, confusion, calibration.")
@@ -174,16 +177,24 @@ def evaluate(
     """Evaluate every image of a data set exactly once, on any number of ranks."""
     from pipeline import distributed
     from pipeline.convert.recognise import load_model
-    from pipeline.evaluate.classify import check_classes
+    from pipeline.evaluate.classify import check_classes, check_labelled
     from pipeline.evaluate.predict import predict
     from pipeline.evaluate.scores import Scores
+    from shards.augment import CenterCrop, Resize
     from shards.dataset import Dataset
 
+    if short is not None and view != "center_crop":
+        raise UserError(f"--short {short} is of --view center_crop, and the view is {view}; leave one out")
     dataset = Dataset.open(data)
     model, classes = load_model(weights, ema)
-    check_classes(classes, dataset)
+    check_classes(model, classes, dataset)
+    check_labelled(dataset)
+    side = model.image_size
+    if short is not None and short < side:
+        raise UserError(f"--short {short} is less than the {side} pixels that the model sees; give {side} or more")
+    transform = CenterCrop(side, short) if view == "center_crop" else Resize(side)
     with distributed.together():
-        found = predict(model.to(distributed.device()), dataset, model.image_size, batch, view=view)
+        found = predict(model.to(distributed.device()), dataset, transform, batch)
         scores = Scores(found, dataset)
         if out and distributed.rank() == 0:
             scores.write(out)
@@ -325,10 +336,18 @@ def _print(result: dict[str, Any], as_json: bool) -> None:
         return
     table = Table(show_header=False)
     for key, value in result.items():
-        if isinstance(value, dict):
-            value = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in value.items())
-        table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+        table.add_row(key, _shown(value))
     Console().print(table)
+
+
+def _shown(value: Any) -> str:
+    """Return a value for people: numbers short, those of a table or a list in a line, a table of tables in several."""
+    if isinstance(value, dict):
+        apart = "\n" if any(isinstance(each, dict) for each in value.values()) else "  "
+        return apart.join(f"{key}{':' * key.isdigit()} {_shown(each)}" for key, each in value.items())
+    if isinstance(value, list) and value:
+        return ", ".join(map(_shown, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def main() -> None:

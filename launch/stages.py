@@ -53,6 +53,7 @@ class EvaluateStage(Settings):
     data: str
     batch: int = Field(64, gt=0)
     view: Literal["resize", "center_crop"] = "resize"
+    short: int | None = Field(None, gt=0)
     ema: bool = False
 
 
@@ -126,6 +127,7 @@ def _convert(s: ConvertStage, folder: Path, run: Path) -> list[str]:
 
 def _evaluate(s: EvaluateStage, folder: Path, run: Path) -> list[str]:
     options = ["--batch", str(s.batch), "--view", s.view] + (["--ema"] if s.ema else [])
+    options += ["--short", str(s.short)] if s.short else []
     return ["evaluate", s.weights, s.data, *options, "--out", str(folder)]
 
 

@@ -41,6 +41,9 @@ class DataSettings(Settings):
     ] = Field("inception", description="the inception crop is part of AugReg's light1 to strong2")
     crop_area: tuple[float, float] = (0.05, 1.0)
     resize: int | None = Field(None, gt=0, description="side that resize_crop cuts from; unset: 7/6 of the resolution")
+    mirror: bool = Field(
+        True, description="half of the images, left to right, in every augment but resize; false where it tells classes"
+    )
     mixup: float | None = Field(
         None, ge=0, allow_inf_nan=False, description="of its Beta distribution, 0 for none; unset: that of the augment"
     )

@@ -159,7 +159,7 @@ class Dataset:
             settings: Of its remote stores; by default those of the environment.
 
         Raises:
-            UserError: There is no whole data set at ``url``, or no such drop list.
+            UserError: There is no whole data set at ``url``, it has no images, or there is no such drop list.
         """
         settings = settings or StoreSettings()
         store = open_store(url, settings=settings)
@@ -167,6 +167,8 @@ class Dataset:
             info = manifest.parse_info(store.read(manifest.DATASET), store.url)
         except MissingError as error:
             raise UserError(f"no data set at {store.url}{_hint(store)}") from error
+        if not info.samples:
+            raise UserError(f"{store.url} has no images; build it of some, or index tars that have some")
         shards = manifest.open_table(store, manifest.SHARDS, manifest.SHARDS_SCHEMA.names)
         if manifest.digest(info.classes, shards["sha256"].to_pylist(), info.build) != info.digest:
             raise UserError(f"{store.url}: dataset.json and shards.parquet do not belong together; build it again")

@@ -147,9 +147,12 @@ def _make_files(folder: Path, rows: int, sizes: dict[str, int]) -> UserError | N
 
 def single_labels(dataset: Dataset) -> np.ndarray:
     """Return the label of every image, int64 [n]; a UserError where one has none or several."""
-    found = list(chain.from_iterable(dataset.rows(shard).labels for shard in range(len(dataset.shard_sizes))))
-    wrong = next((place for place, labels in enumerate(found) if len(labels) != 1), None)
-    if wrong is not None:
-        number = len(found[wrong])
-        raise UserError(f"image {wrong} of {dataset.url} has {number} labels; features want images with one each")
-    return np.array(found, dtype=np.int64)[:, 0]
+    single = np.empty(len(dataset), dtype=np.int64)
+    every = chain.from_iterable(dataset.rows(shard).labels for shard in range(len(dataset.shard_sizes)))
+    for place, labels in enumerate(every):
+        if len(labels) != 1:
+            raise UserError(
+                f"image {place} of {dataset.url} has {len(labels)} labels; features want images with one each"
+            )
+        single[place] = labels[0]
+    return single
