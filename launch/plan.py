@@ -15,7 +15,7 @@ from launch.stages import KINDS
 from launch.sweep import Sweep, sweep_of
 from pipeline.config import TrainSettings
 from pipeline.recipe import read_settings
-from pipeline.settings import Settings, check, merge, nearest, read_toml
+from pipeline.settings import Settings, check, flat, merge, nearest, read_toml
 from pipeline.weights import check_model
 from shards.errors import UserError
 from shards.manifest import EXCLUDE
@@ -37,6 +37,9 @@ class StageTable(Settings):
     init: str | None = Field(None, description="stage whose weights this one starts from, or a path of some")
     sweep: str | dict[str, Any] | list[dict[str, Any]] | None = Field(
         None, description="lists of values by setting: the stage runs once for each; 'recipe': those of the recipe"
+    )
+    beside: dict[str, list[float | str]] = Field(
+        {}, description="columns that a report puts beside the runs of the sweep: what others found"
     )
     best: str | None = Field(None, description="stage with a sweep whose best settings this one takes over")
     after: list[str] = []
@@ -110,36 +113,56 @@ def read_plan(path: str | Path, runs: str | Path = "runs", smoke: bool = False) 
     return _plan(path, table, Path(runs).resolve() / (f"{table.name}-smoke" if smoke else table.name), smoke)
 
 
-def after_a_sweep(plan: Plan) -> Plan:
-    """Return the plan with what the sweeps found that have ended by now: it settles what comes after them."""
-    return _plan(plan.path, plan.table, plan.run, plan.smoke)
+def after_a_sweep(plan: Plan, ran: int = 0) -> Plan:
+    """Return the plan with what the sweeps found that have ended by now: it settles what comes after them.
+
+    The first ``ran`` stages stay as they are: what they were made of may have changed since, and they were not.
+    """
+    return _plan(plan.path, plan.table, plan.run, plan.smoke, plan.stages[:ran])
 
 
-def _plan(path: Path, table: PlanTable, run: Path, smoke: bool) -> Plan:
-    sweeps = {stage.name: _sweep(stage, path) for stage in table.stage if stage.sweep is not None}
+def _plan(path: Path, table: PlanTable, run: Path, smoke: bool, ran: list[Stage] | None = None) -> Plan:
+    sweeps: dict[str, Sweep] = {}
+    for stage in table.stage:
+        if stage.sweep is not None:
+            sweeps[stage.name] = _sweep(stage, path, sweeps)
+        elif stage.beside:
+            raise UserError(f"stage {stage.name} of {path} has no sweep to put beside of; remove beside")
     runs = [each for stage in table.stage for each in _runs_of(stage, sweeps.get(stage.name))]
     for stage in table.stage:
         if stage.best is not None and stage.best not in sweeps:
             raise UserError(f"best of stage {stage.name} of {path} is {stage.best!r}, which is no stage with a sweep")
+        if stage.best is not None and KINDS[stage.kind].settings is not TrainSettings:
+            raise UserError(
+                f"stage {stage.name} of {path} has best, but a stage of kind {stage.kind} takes none; remove it"
+            )
     names = [stage.name for stage in runs] + list(sweeps)
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"two stages of {path} are named {twice!r}; rename one")
 
     by_name = {stage.name: stage for stage in runs}
     of_sweep = {name: sweep for sweep in sweeps.values() for name in sweep.members}
-    stages: dict[str, Stage] = {}
+    stages = {stage.table.name: stage for stage in ran or []}
     for name in _in_order(by_name, sweeps, path):
-        stages[name] = _prepare(by_name[name], by_name, sweeps, stages, run, path, smoke, of_sweep.get(name))
+        if name not in stages:
+            stages[name] = _prepare(by_name[name], by_name, sweeps, stages, run, path, smoke, of_sweep.get(name))
     return Plan(path, table, run, smoke, list(stages.values()))
 
 
-def _sweep(stage: StageTable, path: Path) -> Sweep:
+def _sweep(stage: StageTable, path: Path, before: dict[str, Sweep]) -> Sweep:
     if KINDS[stage.kind].settings is not TrainSettings:
         raise UserError(
             f"stage {stage.name} of {path} has a sweep, but a stage of kind {stage.kind} takes none; remove it"
         )
     recipe = path.parent / stage.recipe if stage.recipe and stage.recipe.endswith(".toml") else stage.recipe
-    return sweep_of(stage.name, stage.sweep, recipe)
+    sweep = sweep_of(stage.name, stage.sweep, recipe, before)
+    for title, column in stage.beside.items():
+        if len(column) != len(sweep.changes):
+            raise UserError(
+                f"stage {stage.name} of {path} has {len(sweep.changes)} runs, and {len(column)} values of {title!r} "
+                "beside them; give one for each"
+            )
+    return sweep
 
 
 def _runs_of(stage: StageTable, sweep: Sweep | None) -> list[StageTable]:
@@ -169,16 +192,21 @@ def _in_order(by_name: dict[str, StageTable], sweeps: dict[str, Sweep], path: Pa
     return ordered
 
 
-def _needs(stage: StageTable, by_name: dict[str, StageTable], sweeps: dict[str, Sweep], path: Path) -> list[str]:
-    named = list(stage.after) + [word for text in _strings(stage.set) for word in PLACEHOLDER.findall(text)]
+def _takes(stage: StageTable) -> list[str]:
+    """Return the stages, and those with sweeps, whose output or settings a stage takes."""
+    named = [word for text in _strings(stage.set) for word in PLACEHOLDER.findall(text)]
     if stage.init is not None and not _is_path(stage.init):
         named.append(stage.init)
-    if stage.best is not None:
-        named.append(stage.best)
+    return named if stage.best is None else [*named, stage.best]
+
+
+def _needs(stage: StageTable, by_name: dict[str, StageTable], sweeps: dict[str, Sweep], path: Path) -> list[str]:
+    named = [*stage.after, *_takes(stage)]
     named = [each for name in named for each in (sweeps[name].members if name in sweeps else [name])]
     for name in named:
         if name not in by_name:
-            there = f"{nearest(name, list(by_name))}; name one of {', '.join([*by_name, *sweeps])}"
+            there = f"{nearest(name, [*by_name, *sweeps])}; name one of {', '.join([*by_name, *sweeps])}"
+            there += f", or write ./{name} for a path" if name == stage.init else ""
             raise UserError(f"stage {stage.name} of {path} needs stage {name!r}, which is not there{there}")
     if stage.kind == "report":
         named += [name for name, other in by_name.items() if other.kind != "report"]
@@ -198,18 +226,23 @@ def _prepare(
     kind, folder = KINDS[stage.kind], run / "stages" / stage.name
     where = f"stage {stage.name} of {path}"
     needs = _needs(stage, by_name, sweeps, path)
-    best = {name: _best(each, ready) for name, each in sweeps.items() if each.members[0] in needs}
+    best = {name: _best(sweeps[name], ready, where) for name in _takes(stage) if name in sweeps}
     table = _recipe(stage.recipe, path.parent) if stage.recipe else {}
     if stage.best is not None:
-        table = merge(table, sweeps[stage.best].settings(best[stage.best]))
+        found = _handed_on(stage.best, by_name, sweeps, ready, where)
+        if twice := next((key for key in flat(found) if key in flat(stage.set)), None):
+            raise UserError(f"{where} has {twice} of its own, and from the best of {stage.best}; remove one")
+        table = merge(table, found)
     table = merge(table, stage.set)
     if kind.settings is TrainSettings:
         table = {"kind": stage.kind, **table}
         if stage.init is not None:
             table["init"] = stage.init if _is_path(stage.init) else f"{{{stage.init}}}"
+            _check_init(stage, by_name, sweeps, where)
     elif stage.init is not None:
         raise UserError(f"{where} has init, but a stage of kind {stage.kind} takes no init; remove it")
     inputs: dict[str, Any] = {name: ready[name].digest for name in needs}
+    inputs |= {name: sweeps[name].members[number] for name, number in best.items()}
     filled = table
     for key in kind.paths:
         filled, inputs[key] = _with_path(filled, key, path.parent, by_name, where)
@@ -228,10 +261,32 @@ def _prepare(
     return Stage(stage, settings, needs, _hash([stage.kind, table, inputs]), _hash(inputs), folder, command, sweep)
 
 
-def _best(sweep: Sweep, ready: dict[str, Stage]) -> int:
+def _best(sweep: Sweep, ready: dict[str, Stage], where: str) -> int:
     """Return which of a sweep's stages came out best; before all have ended, the first: what it hands on is checked."""
     stages = [ready[name] for name in sweep.members]
+    if any(stage.settings.data.val is None for stage in stages):
+        raise UserError(f"{where} takes the best of {sweep.name}, which no held-out images tell; set data.val there")
     return sweep.best([result_of(stage.folder, stage.digest) for stage in stages]) or 0
+
+
+def _handed_on(
+    name: str, by_name: dict[str, StageTable], sweeps: dict[str, Sweep], ready: dict[str, Stage], where: str
+) -> dict[str, Any]:
+    """Return the settings of a sweep's best, those among them that it took over from the best of another."""
+    sweep = sweeps[name]
+    own, before = sweep.settings(_best(sweep, ready, where)), by_name[sweep.members[0]].best
+    return own if before is None else merge(_handed_on(before, by_name, sweeps, ready, where), own)
+
+
+def _check_init(stage: StageTable, by_name: dict[str, StageTable], sweeps: dict[str, Sweep], where: str) -> None:
+    """Raise a UserError where a stage starts from one that makes no weights."""
+    names = sweeps[stage.init].members if stage.init in sweeps else [stage.init]
+    kind = by_name[names[0]].kind if names[0] in by_name else None
+    if kind is not None and kind != "convert" and KINDS[kind].settings is not TrainSettings:
+        raise UserError(
+            f"init of {where} is {stage.init!r}, of kind {kind}, which makes no weights; name a stage that trains or "
+            "converts"
+        )
 
 
 def _is_path(init: str) -> bool:

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from pathlib import Path
 
 from rich.console import Console
 
@@ -26,6 +27,7 @@ def run_plan(plan: Plan) -> None:
     say = Console(stderr=True, highlight=False)
     plan.run.mkdir(parents=True, exist_ok=True)
     write_text(plan.run / "plan.toml", plan.path.read_text(encoding="utf-8"))
+    _set_aside_what_sweeps_lost(plan)
     for number in range(len(plan.stages)):
         stage = plan.stages[number]
         title = f"[{number + 1}/{len(plan.stages)}] {stage.table.name}"
@@ -38,10 +40,11 @@ def run_plan(plan: Plan) -> None:
             _set_aside(stage)
             _run(stage, began)
             say.print(f"{title}: done in {time.monotonic() - began:.0f} s", style="green", markup=False)
-        if stage.sweep and stage.table.name == stage.sweep.members[-1]:
-            results = [result_of(plan.run / "stages" / name) for name in stage.sweep.members]
+        ran = {each.table.name: each for each in plan.stages[: number + 1]}
+        if stage.sweep and ran.keys() >= set(stage.sweep.members):
+            results = [result_of(ran[name].folder) for name in stage.sweep.members]
             say.print(f"{stage.sweep.name}: {stage.sweep.summary(results)}", style="bold", markup=False)
-            plan = after_a_sweep(plan)
+            plan = after_a_sweep(plan, len(ran))
 
 
 def is_done(stage: Stage) -> bool:
@@ -75,8 +78,27 @@ def _set_aside(stage: Stage) -> None:
         and read_json(stage.folder / "inputs.json").get("inputs", stage.inputs) == stage.inputs
     ):
         return
-    number = 1
-    while (aside := stage.folder.with_name(f"{stage.table.name}.before-{number}")).exists():
-        number += 1
-    stage.folder.rename(aside)
+    aside = _keep(stage.folder)
     print(f"settings or inputs of {stage.table.name} changed: what it made before is kept in {aside}", file=sys.stderr)
+
+
+def _set_aside_what_sweeps_lost(plan: Plan) -> None:
+    """Move runs out of the way that a sweep had when it was longer: a report would have them still."""
+    for sweep in {stage.sweep.name: stage.sweep for stage in plan.stages if stage.sweep}.values():
+        for folder in sorted((plan.run / "stages").glob(f"{sweep.name}-*")):
+            number = folder.name.removeprefix(f"{sweep.name}-")
+            if number.isdecimal() and folder.name not in {stage.table.name for stage in plan.stages}:
+                aside = _keep(folder)
+                print(
+                    f"sweep {sweep.name} has no {folder.name} any more: what it made is kept in {aside}",
+                    file=sys.stderr,
+                )
+
+
+def _keep(folder: Path) -> Path:
+    """Give a stage's folder a name that no stage has, and return it."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.before-{number}")).exists():
+        number += 1
+    folder.rename(aside)
+    return aside
