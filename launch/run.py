@@ -43,7 +43,8 @@ def run_plan(plan: Plan) -> None:
         ran = {each.table.name: each for each in plan.stages[: number + 1]}
         if stage.sweep and ran.keys() >= set(stage.sweep.members):
             results = [result_of(ran[name].folder) for name in stage.sweep.members]
-            say.print(f"{stage.sweep.name}: {stage.sweep.summary(results)}", style="bold", markup=False)
+            text = f"{stage.sweep.name}: {stage.sweep.summary(results)}"
+            say.print(text, style="bold", markup=False, soft_wrap=True)
             plan = after_a_sweep(plan, len(ran))
 
 

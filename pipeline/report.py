@@ -5,6 +5,7 @@ import html
 import io
 import json
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import chain, count, takewhile
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.convert.recognise import load_model, open_source
+from pipeline.figures.canvas import png
+from pipeline.figures.sweeps import draw
 from pipeline.settings import read_toml
+from pipeline.sweeps import html_table, print_sweeps, read_sweeps
 from pipeline.telemetry import read_metrics
-from shards.atomic import write_text
+from shards.atomic import whole_file, write_text
 from shards.dataset import Dataset
 from shards.decode import decode
 from shards.errors import UserError
@@ -34,7 +38,7 @@ table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .9rem;border-bo
 td.n{text-align:right;font-variant-numeric:tabular-nums}tr.main td{font-weight:600;background:#f0f6ff}
 .samples{display:grid;grid-template-columns:repeat(auto-fill,minmax(104px,1fr));gap:.8rem}
 .samples figure{margin:0;font-size:12px;text-align:center}.samples img{width:96px;height:96px;object-fit:contain}
-.right{color:#0a7a3d}.wrong{color:#b3261e}pre{background:#f6f8fa;padding:1rem;overflow:auto;font-size:13px}svg{max-width:100%;height:auto}
+.right{color:#0a7a3d}.wrong{color:#b3261e}pre{background:#f6f8fa;padding:1rem;overflow:auto;font-size:13px}svg,img{max-width:100%;height:auto}
 """
 
 
@@ -168,6 +172,7 @@ def print_table(run: Run) -> None:
     for row in accuracies(run):
         table.add_row(row.what, f"{100 * row.top1:.1f} %", row.how, style="bold" if row.main else None)
     Console().print(table)
+    print_sweeps(read_sweeps(run.folder))
 
 
 def write_html(run: Run) -> Path:
@@ -177,6 +182,7 @@ def write_html(run: Run) -> Path:
         f"<h1>{name}</h1><p class=note>A Patchmill run: {len(run.results)} finished stages.</p>",
         "<h2>Accuracy on held-out images</h2>" + _accuracy_table(run),
         "<h2>Curves</h2>" + _curves(run),
+        _sweeps(run),
         _samples(run),
         "<h2>Stages</h2>" + _stage_table(run),
         "<h2>Plan</h2><pre>" + html.escape((run.folder / "plan.toml").read_text(encoding="utf-8")) + "</pre>",
@@ -197,6 +203,21 @@ def _accuracy_table(run: Run) -> str:
         for row in accuracies(run)
     )
     return f"<table><tr><th>what</th><th>top-1</th><th>how</th></tr>{rows}</table>"
+
+
+def _sweeps(run: Run) -> str:
+    """Show each sweep: its table, and its figure, which is ``sweeps/NAME.png`` too."""
+    sections = []
+    for swept in read_sweeps(run.folder):
+        sections.append(f"<h2>Sweep {html.escape(swept.name)}</h2>{html_table(swept)}")
+        if find_spec("matplotlib") and (figure := draw(swept)):
+            data = png(figure)
+            (run.folder / "sweeps").mkdir(exist_ok=True)
+            with whole_file(run.folder / "sweeps" / f"{swept.name}.png") as partial:
+                partial.write_bytes(data)
+            told = f"sweep {html.escape(swept.name)}, drawn"
+            sections.append(f'<img alt="{told}" src="data:image/png;base64,{base64.b64encode(data).decode()}">')
+    return "".join(sections)
 
 
 def _stage_table(run: Run) -> str:
