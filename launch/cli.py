@@ -157,6 +157,9 @@ def fewshot(
     knn: Annotated[
         int | None, typer.Option(min=1, help="Ask so many nearest training images, too; 20 is usual.")
     ] = None,
+    linear: Annotated[
+        bool, typer.Option("--linear", help="Linear probing, too: logistic regression on every training image.")
+    ] = False,
     ema: Average = False,
     as_json: Json = False,
 ) -> None:
@@ -171,7 +174,8 @@ def fewshot(
 
     model, _ = load_model(weights, ema)
     with distributed.together():
-        _print(frozen_features_accuracy(model, Dataset.open(train), Dataset.open(test), numbers, knn), as_json)
+        sets = Dataset.open(train), Dataset.open(test)
+        _print(frozen_features_accuracy(model, *sets, numbers, knn, linear), as_json)
 
 
 @app.command()
