@@ -35,15 +35,29 @@ Average = Annotated[bool, typer.Option("--ema", help="The moving average of the 
 def run(
     plan: Annotated[Path, typer.Argument(help="Plan file.")],
     runs: Annotated[Path, typer.Option(help="Folder of runs; this one gets RUNS/NAME.")] = Path("runs"),
+    start: Annotated[
+        str | None, typer.Option("--from", metavar="STAGE", help="Make this stage or sweep anew, and all that follows.")
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(metavar="STAGE", help="Run this stage or sweep alone; what it needs must be there.")
+    ] = None,
     smoke: Smoke = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the plan, and tell what would run.")] = False,
 ) -> None:
     """Run a plan on this machine; finished stages are skipped, interrupted ones go on. --smoke: in RUNS/NAME-smoke."""
+    from launch.choice import anew, chosen, print_choice
     from launch.plan import read_plan
     from launch.run import run_plan
 
+    if start is not None and only is not None:
+        raise UserError("--from makes all that follows, and --only nothing else; give one of them")
     checked = read_plan(plan, runs, smoke)
-    run_plan(checked)
-    if any(stage.table.kind == "report" for stage in checked.stages):
+    names = chosen(checked, only)
+    if dry_run:
+        print_choice(checked, names, anew(checked, start))
+        return
+    run_plan(checked, start, only)
+    if any(stage.table.kind == "report" for stage in checked.stages if stage.table.name in names):
         from pipeline.report import print_table, read_run
 
         print_table(read_run(checked.run))

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from launch.choice import anew, chosen, goes_on, is_done
 from launch.local import run_ranks
 from launch.plan import Plan, Stage, after_a_sweep
-from launch.results import read_json, result_of
+from launch.results import result_of
 from pipeline.config import TrainSettings
 from pipeline.settings import dump_toml
 from shards.atomic import write_text
@@ -18,19 +19,34 @@ from shards.errors import PatchmillError, StoppedOnRequestError, UserError
 FAMILY = {2: UserError, 75: StoppedOnRequestError}
 
 
-def run_plan(plan: Plan) -> None:
+def run_plan(plan: Plan, start: str | None = None, only: str | None = None) -> None:
     """Run every stage that is not finished; one that was killed goes on from its last checkpoint.
 
+    Args:
+        plan: To run.
+        start: A stage or sweep to make anew, and with it all that follows, finished or not.
+        only: A stage or sweep that alone is run.
+
     Raises:
+        UserError: There is no such stage, or what is to run needs others that have not finished.
         PatchmillError: A stage failed; its own message is already on stderr.
     """
+    names, again = chosen(plan, only), anew(plan, start)
     say = Console(stderr=True, highlight=False)
     plan.run.mkdir(parents=True, exist_ok=True)
     write_text(plan.run / "plan.toml", plan.path.read_text(encoding="utf-8"))
     _set_aside_what_sweeps_lost(plan)
+    for stage in plan.stages:
+        if stage.table.name in again and stage.folder.exists():  # all at once: a kill must not leave some for done
+            print(
+                f"{stage.table.name} is made anew: what it made before is kept in {_keep(stage.folder)}",
+                file=sys.stderr,
+            )
     for number in range(len(plan.stages)):
         stage = plan.stages[number]
         title = f"[{number + 1}/{len(plan.stages)}] {stage.table.name}"
+        if stage.table.name not in names:
+            continue
         if is_done(stage):
             say.print(f"{title}: done before, skipped", style="dim", markup=False)
         else:
@@ -41,16 +57,11 @@ def run_plan(plan: Plan) -> None:
             _run(stage, began)
             say.print(f"{title}: done in {time.monotonic() - began:.0f} s", style="green", markup=False)
         ran = {each.table.name: each for each in plan.stages[: number + 1]}
-        if stage.sweep and ran.keys() >= set(stage.sweep.members):
+        if stage.sweep and ran.keys() >= set(stage.sweep.members) <= names:
             results = [result_of(ran[name].folder) for name in stage.sweep.members]
             text = f"{stage.sweep.name}: {stage.sweep.summary(results)}"
             say.print(text, style="bold", markup=False, soft_wrap=True)
             plan = after_a_sweep(plan, len(ran))
-
-
-def is_done(stage: Stage) -> bool:
-    """Tell whether a stage finished with these settings and inputs."""
-    return result_of(stage.folder, stage.digest) is not None
 
 
 def _run(stage: Stage, began: float) -> None:
@@ -70,14 +81,8 @@ def _run(stage: Stage, began: float) -> None:
 
 
 def _set_aside(stage: Stage) -> None:
-    """Move what another plan made out of the way: a finished stage, or an unfinished one that had other inputs.
-
-    An unfinished stage with the same inputs goes on in place; pipeline/resume.py says what may then change.
-    """
-    if (
-        not result_of(stage.folder)
-        and read_json(stage.folder / "inputs.json").get("inputs", stage.inputs) == stage.inputs
-    ):
+    """Move what another plan made out of the way: a finished stage, or an unfinished one that had other inputs."""
+    if goes_on(stage):
         return
     aside = _keep(stage.folder)
     print(f"settings or inputs of {stage.table.name} changed: what it made before is kept in {aside}", file=sys.stderr)
