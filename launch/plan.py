@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from launch.results import result_of
 from launch.stages import KINDS
 from launch.sweep import Sweep, sweep_of
 from pipeline.config import TrainSettings
+from pipeline.convert.recognise import open_source
+from pipeline.convert.source import Source
 from pipeline.recipe import read_settings
 from pipeline.settings import Settings, check, flat, merge, nearest, read_toml
-from pipeline.weights import check_model
+from pipeline.weights import check_model, resolve_model
 from shards.errors import UserError
 from shards.manifest import EXCLUDE
 from shards.sources.open import find_kind
@@ -257,6 +260,7 @@ def _prepare(
             raise UserError(f"{where} is of kind {stage.kind}, its settings of kind {settings.kind}; make them one")
         settings.accumulation(stage.ranks)
         check_model(settings, where)
+        _check_weights(settings, inputs["init"], where)
         command += ["--smoke"] if smoke else []
     return Stage(stage, settings, needs, _hash([stage.kind, table, inputs]), _hash(inputs), folder, command, sweep)
 
@@ -287,6 +291,22 @@ def _check_init(stage: StageTable, by_name: dict[str, StageTable], sweeps: dict[
             f"init of {where} is {stage.init!r}, of kind {kind}, which makes no weights; name a stage that trains or "
             "converts"
         )
+
+
+def _check_weights(settings: TrainSettings, digest: str | None, where: str) -> None:
+    """Raise a UserError where weights that are no stage's are none that the stage can start from."""
+    if digest is None or not ("://" in settings.init or Path(settings.init).exists()):
+        return
+    try:
+        resolve_model(settings, _weights(settings.init, digest), num_classes=1)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+@lru_cache(maxsize=8)
+def _weights(path: str, digest: str) -> Source:
+    """Return the model at a path, opened once for all runs of a sweep."""
+    return open_source(path)
 
 
 def _is_path(init: str) -> bool:
