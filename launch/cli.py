@@ -74,6 +74,54 @@ def submit(
     print(how, file=sys.stderr)
 
 
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run: RUNS/NAME.")]
+
+
+@app.command()
+def status(
+    run_folder: RunFolder,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again and again, until no job is in the queue.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Tell how the stages of a run are, how far, and why one ended; from the folder alone, and Slurm's queue."""
+    from dataclasses import asdict
+
+    from launch.status import print_status, status_of
+
+    if as_json:
+        print(json.dumps([asdict(stage) for stage in status_of(run_folder)]))
+    else:
+        print_status(run_folder, watch)
+
+
+@app.command()
+def logs(
+    stage: Annotated[str, typer.Argument(help="Stage, as `patchmill status` names it.")],
+    run_folder: Annotated[
+        Path | None, typer.Option("--run", help="Folder of the run; default: the newest in ./runs.")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=0, help="Of which rank; the others than 0 say little.")] = 0,
+    lines: Annotated[int, typer.Option(min=1, help="So many from the end.")] = 100,
+    follow: Annotated[bool, typer.Option("--follow", help="And what comes, until Ctrl-C.")] = False,
+) -> None:
+    """Show what a stage said as a job."""
+    from launch.status import newest_run, print_log
+
+    print_log(run_folder or newest_run(Path("runs")), stage, rank, lines, follow)
+
+
+@app.command()
+def cancel(run_folder: RunFolder, as_json: Json = False) -> None:
+    """End all jobs of a run; submit its plan again to go on from what they saved."""
+    from launch.status import cancel_run
+
+    names = cancel_run(run_folder)
+    if as_json:
+        print(json.dumps(names))
+    else:
+        print(f"cancelled: {', '.join(names)}" if names else f"no job of {run_folder} is in the queue")
+
+
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="Settings of one training stage: a TOML file, or a recipe's name.")],

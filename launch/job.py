@@ -74,9 +74,9 @@ def run_job(run: Path, name: str) -> None:
     if lacking := [need for need in stage.needs if not is_done(stages[need])]:
         raise UserError(f"stage {job.stage} needs {', '.join(lacking)}, which did not finish; submit the plan again")
     samples = _samples(stage)
-    _say(f"{name}: try {record.table.get('tries', 0) + 1} on {os.environ['SLURM_JOB_NODELIST']}, {_from(samples)}")
+    _say(f"{name}: try {record.table.get('tries', 0) + 1} on {os.environ['SLURM_JOB_NODELIST']}, from {_at(samples)}")
     if record.begin(samples) > job.settings.retries + 1:  # Slurm brought it back, each time a node was lost
-        raise PatchmillError(f"{job.settings.retries + 1} tries in a row came no further than {_from(samples)}")
+        raise PatchmillError(f"{job.settings.retries + 1} tries in a row came no further than {_at(samples)}")
     if sick := _sick_nodes(job.settings):
         reason = f"health check failed on {', '.join(sick)}: excluded"
         record.excuse("stopped", reason)
@@ -104,7 +104,7 @@ def _try(run: Path, name: str, job: Job, stage: Stage, ranks: Ranks) -> None:
         raise UserError(f"{said.error()}; mend it, then submit the plan again")
     samples = _samples(stage)
     if ranks.asked or (stage.folder / "stopped.json").exists():
-        reason = f"stopped on request, {_from(samples)} saved"
+        reason = f"stopped on request, {_at(samples)} saved"
     else:
         reason = f"crashed: {said.error()}"
     if reason.startswith("stopped") and signal.SIGUSR2 not in ranks.asked:
@@ -112,7 +112,7 @@ def _try(run: Path, name: str, job: Job, stage: Stage, ranks: Ranks) -> None:
     else:  # a time limit that is too short to come any further is no better than a crash
         record.note(reason.partition(" ")[0].rstrip(":"), reason=reason)
         if record.table["barren"] > job.settings.retries and samples <= record.table["samples"]:
-            raise PatchmillError(f"{record.table['barren']} tries came no further than {_from(samples)}; {reason}")
+            raise PatchmillError(f"{record.table['barren']} tries came no further than {_at(samples)}; {reason}")
     raise _requeue(reason)
 
 
@@ -203,7 +203,7 @@ def _samples(stage: Stage) -> int:
     return samples_of(saved[0]) if saved else 0
 
 
-def _from(samples: int) -> str:
+def _at(samples: int) -> str:
     return f"{samples:,} samples" if samples else "the start"
 
 

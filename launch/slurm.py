@@ -75,26 +75,24 @@ class Part:
             return f"{self.stage.table.name}.$SLURM_ARRAY_TASK_ID"
         return f"{self.stage.sweep.name}-$SLURM_ARRAY_TASK_ID" if self.stage.sweep else self.stage.table.name
 
-    def jobs(self, number: str, settings: JobSettings) -> Iterator[tuple[str, Job]]:
-        """Yield its jobs by name, given the number that Slurm gave it."""
+    def jobs(self, number: str, settings: JobSettings) -> dict[str, Job]:
+        """Return its jobs by name, given the number that Slurm gave it."""
+        name, shared = self.stage.table.name, {"needs": self.needs, "settings": settings}
         if self.slices > 1:
-            name = self.stage.table.name
-            for each in range(self.slices):
-                own = f"{each}/{self.slices}"
-                yield f"{name}.{each}", Job(id=f"{number}_{each}", stage=name, slice=own, settings=settings)
-            return
-        for place, stage in self.stages.items():
-            name = stage.table.name
-            yield (
-                name,
-                Job(
-                    id=f"{number}_{place}" if stage.sweep else number,
-                    stage=name,
-                    slice="merge" if self.merge else None,
-                    digest=None if self.late else stage.digest,
-                    settings=settings,
-                ),
+            return {
+                f"{name}.{each}": Job(id=f"{number}_{each}", stage=name, slice=f"{each}/{self.slices}", **shared)
+                for each in range(self.slices)
+            }
+        shared |= {"slice": "merge"} if self.merge else {}
+        return {
+            stage.table.name: Job(
+                id=f"{number}_{place}" if stage.sweep else number,
+                stage=stage.table.name,
+                digest=None if self.late else stage.digest,
+                **shared,
             )
+            for place, stage in self.stages.items()
+        }
 
 
 def submit(plan: Plan, cluster: Cluster) -> dict[str, Job]:
@@ -252,7 +250,8 @@ def _script(plan: Plan, part: Part, settings: JobSettings) -> str:
     lines += [f"module load {shlex.quote(module)}" for module in settings.modules]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in settings.env.items()]
     lines += settings.setup
-    lines += [f"cd {shlex.quote(os.getcwd())} || exit", f"export PYTHONPATH={shlex.quote(str(folder / CODE))}"]
+    lines += [f"cd {shlex.quote(os.getcwd())} || exit"]
+    lines += [f"export PYTHONPATH={shlex.quote(str(folder / CODE))}${{PYTHONPATH:+:$PYTHONPATH}}"]
     # -P: not the code that happens to be where it was submitted.
     lines += [f"exec {shlex.quote(sys.executable)} -P -m launch.job {shlex.quote(str(plan.run))} {part.job}"]
     return "\n".join(lines) + "\n"

@@ -24,11 +24,13 @@ class Job(Settings):
         stage: That it runs.
         slice: ``I/N``, of a build of shards in slices; ``merge``: it ends such a build.
         digest: Of the stage when it was submitted; None: a sweep is to settle it.
+        needs: Names of the jobs that it waits for.
         settings: From the profile.
     """
 
     id: str
     stage: str
+    needs: tuple[str, ...] = ()
     slice: str | None = None
     digest: str | None = None
     settings: JobSettings
