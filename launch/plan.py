@@ -1,9 +1,8 @@
 """Plans: data sets and stages in one TOML file, checked as a whole before anything starts."""
 
 import graphlib
-import hashlib
-import json
 import re
+import tomllib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from launch.results import result_of
+from launch.inputs import Inputs
+from launch.results import digest, result_of
 from launch.stages import KINDS
 from launch.sweep import Sweep, sweep_of
 from pipeline.config import TrainSettings
@@ -21,7 +21,6 @@ from pipeline.recipe import read_settings
 from pipeline.settings import Settings, check, flat, merge, nearest, read_toml
 from pipeline.weights import check_model, resolve_model
 from shards.errors import UserError
-from shards.manifest import EXCLUDE
 from shards.sources.open import find_kind
 from shards.tarlist import find_tars
 from shards.tarstream import PIPE, STDIN, is_stream
@@ -98,6 +97,7 @@ class Plan:
     run: Path
     smoke: bool
     stages: list[Stage]
+    inputs: Inputs
 
 
 def read_plan(path: str | Path, runs: str | Path = "runs", smoke: bool = False) -> Plan:
@@ -113,7 +113,25 @@ def read_plan(path: str | Path, runs: str | Path = "runs", smoke: bool = False) 
     """
     path = Path(path)
     table = check(PlanTable, read_toml(path), str(path))
-    return _plan(path, table, Path(runs).resolve() / (f"{table.name}-smoke" if smoke else table.name), smoke)
+    run = Path(runs).resolve() / (f"{table.name}-smoke" if smoke else table.name)
+    return _plan(path, table, run, smoke, Inputs(path.parent))
+
+
+def read_submitted(text: str, path: Path, run: Path, smoke: bool, known: dict[str, str]) -> Plan:
+    """Return a plan as it was when it was submitted.
+
+    Args:
+        text: Of its file, then.
+        path: Where that was.
+        run: The run's folder.
+        smoke: As of ``read_plan``.
+        known: Digests of its inputs, then.
+
+    Raises:
+        UserError: It does not fit any more: a recipe beside it changed.
+    """
+    table = check(PlanTable, tomllib.loads(text), str(path))
+    return _plan(path, table, run, smoke, Inputs(path.parent, known))
 
 
 def after_a_sweep(plan: Plan, ran: int = 0) -> Plan:
@@ -121,10 +139,10 @@ def after_a_sweep(plan: Plan, ran: int = 0) -> Plan:
 
     The first ``ran`` stages stay as they are: what they were made of may have changed since, and they were not.
     """
-    return _plan(plan.path, plan.table, plan.run, plan.smoke, plan.stages[:ran])
+    return _plan(plan.path, plan.table, plan.run, plan.smoke, plan.inputs, plan.stages[:ran])
 
 
-def _plan(path: Path, table: PlanTable, run: Path, smoke: bool, ran: list[Stage] | None = None) -> Plan:
+def _plan(path: Path, table: PlanTable, run: Path, smoke: bool, files: Inputs, ran: list[Stage] | None = None) -> Plan:
     sweeps: dict[str, Sweep] = {}
     for stage in table.stage:
         if stage.sweep is not None:
@@ -148,8 +166,9 @@ def _plan(path: Path, table: PlanTable, run: Path, smoke: bool, ran: list[Stage]
     stages = {stage.table.name: stage for stage in ran or []}
     for name in _in_order(by_name, sweeps, path):
         if name not in stages:
-            stages[name] = _prepare(by_name[name], by_name, sweeps, stages, run, path, smoke, of_sweep.get(name))
-    return Plan(path, table, run, smoke, list(stages.values()))
+            sweep = of_sweep.get(name)
+            stages[name] = _prepare(by_name[name], by_name, sweeps, stages, run, path, smoke, sweep, files)
+    return Plan(path, table, run, smoke, list(stages.values()), files)
 
 
 def _sweep(stage: StageTable, path: Path, before: dict[str, Sweep]) -> Sweep:
@@ -225,6 +244,7 @@ def _prepare(
     path: Path,
     smoke: bool,
     sweep: Sweep | None,
+    files: Inputs,
 ) -> Stage:
     kind, folder = KINDS[stage.kind], run / "stages" / stage.name
     where = f"stage {stage.name} of {path}"
@@ -248,7 +268,7 @@ def _prepare(
     inputs |= {name: sweeps[name].members[number] for name, number in best.items()}
     filled = table
     for key in kind.paths:
-        filled, inputs[key] = _with_path(filled, key, path.parent, by_name, where)
+        filled, inputs[key] = _with_path(filled, key, files, by_name, where)
     outputs = {
         name: str(ready[name].folder / KINDS[ready[name].table.kind].output(ready[name].settings)) for name in needs
     }
@@ -262,7 +282,7 @@ def _prepare(
         check_model(settings, where)
         _check_weights(settings, inputs["init"], where)
         command += ["--smoke"] if smoke else []
-    return Stage(stage, settings, needs, _hash([stage.kind, table, inputs]), _hash(inputs), folder, command, sweep)
+    return Stage(stage, settings, needs, digest([stage.kind, table, inputs]), digest(inputs), folder, command, sweep)
 
 
 def _best(sweep: Sweep, ready: dict[str, Stage], where: str) -> int:
@@ -319,7 +339,7 @@ def _recipe(name: str, base: Path) -> dict[str, Any]:
 
 
 def _with_path(
-    table: dict[str, Any], key: str, base: Path, by_name: dict[str, StageTable], where: str
+    table: dict[str, Any], key: str, files: Inputs, by_name: dict[str, StageTable], where: str
 ) -> tuple[dict[str, Any], Any]:
     """Return the table with the path at ``key`` made absolute, and a digest of what is there; stages' outputs stay.
 
@@ -328,39 +348,39 @@ def _with_path(
     head, _, rest = key.partition(".")
     value = table.get(head)
     if rest and isinstance(value, dict):
-        inner, digest = _with_path(value, rest, base, by_name, where)
-        return {**table, head: inner}, digest
+        inner, found = _with_path(value, rest, files, by_name, where)
+        return {**table, head: inner}, found
     if isinstance(value, list) and all(isinstance(each, dict) for each in value):
-        found = [_with_path(each, "url", base, by_name, where) for each in value]
-        return {**table, head: [each for each, _ in found]}, [digest for _, digest in found]
+        found = [_with_path(each, "url", files, by_name, where) for each in value]
+        return {**table, head: [each for each, _ in found]}, [each for _, each in found]
     if not isinstance(value, str):
         return table, None
     if found := PLACEHOLDER.match(value):
-        _check_part(value, found, by_name, where, base)
+        _check_part(value, found, by_name, where, files)
         return table, None
     if head == "train" and is_stream(value):
-        return _with_stream(table, value, base, where)
+        return _with_stream(table, value, files, where)
     if "://" in value:
         refuse_secrets(value)
         return table, value
-    there = base / value
-    if not there.exists():
+    there = files.folder / value
+    if not files.has(there):
         raise UserError(
             f"{where}: there is no {there} ({key}); mend the path, relative ones count from the plan's folder"
         )
-    return {**table, head: str(there)}, _digest_of(there)
+    return {**table, head: str(there)}, files.digest(there)
 
 
-def _with_stream(table: dict[str, Any], value: str, base: Path, where: str) -> tuple[dict[str, Any], Any]:
+def _with_stream(table: dict[str, Any], value: str, files: Inputs, where: str) -> tuple[dict[str, Any], Any]:
     if value == STDIN:
         raise UserError(f"{where}: standard input comes once, and a plan may run again; give tars, or pipe:COMMAND")
     if value.startswith(PIPE) or "://" in value:
         return table, value
-    store, tars = find_tars(base / value)
-    return {**table, "train": str(base / value)}, [_digest_of(Path(store.url) / tar) for tar in tars]
+    store, tars = find_tars(files.folder / value)
+    return {**table, "train": str(files.folder / value)}, [files.digest(Path(store.url) / tar) for tar in tars]
 
 
-def _check_part(value: str, found: re.Match, by_name: dict[str, StageTable], where: str, base: Path) -> None:
+def _check_part(value: str, found: re.Match, by_name: dict[str, StageTable], where: str, files: Inputs) -> None:
     """Check that ``{shards}/part`` names a part that its stage will make."""
     source = by_name.get(found[1])  # none of a sweep
     if source is None or source.kind != "shards":
@@ -368,7 +388,11 @@ def _check_part(value: str, found: re.Match, by_name: dict[str, StageTable], whe
     images = str(source.set.get("source", ""))
     if PLACEHOLDER.search(images):
         return  # another stage makes it: nobody knows yet
-    kind = source.set.get("kind") or find_kind(images if "://" in images else str(base / images))
+    if "://" not in images:
+        images = str(files.folder / images)
+        if not Path(images).exists():
+            return  # its shards are made, and it is gone
+    kind = source.set.get("kind") or find_kind(images)
     if kind in ("cifar", "imagenet", "parquet"):
         return  # these may have parts of their own
     split = source.set.get("split") or {}
@@ -391,18 +415,3 @@ def _filled(value: Any, outputs: dict[str, str]) -> Any:
     if isinstance(value, dict):
         return {key: _filled(item, outputs) for key, item in value.items()}
     return [_filled(item, outputs) for item in value] if isinstance(value, list) else value
-
-
-def _digest_of(path: Path) -> str:
-    """Digest of a file's or a folder's names, sizes and times: cheap, and it changes when anything in it does.
-
-    But for drop lists of a data set: they never change, settings name the one in use, and a run may write the next.
-    """
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    files = [file for file in files if file.parent != path / EXCLUDE]
-    status = ((file.relative_to(path.parent).as_posix(), file.stat()) for file in files)
-    return _hash([[name, each.st_size, each.st_mtime_ns] for name, each in status])
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -53,8 +53,7 @@ def run_plan(plan: Plan, start: str | None = None, only: str | None = None) -> N
             ranks = f", {stage.table.ranks} ranks" if stage.table.ranks > 1 else ""
             say.print(f"{title} ({stage.table.kind}{ranks})", style="bold", markup=False)
             began = time.monotonic()
-            _set_aside(stage)
-            _run(stage, began)
+            _run(stage)
             say.print(f"{title}: done in {time.monotonic() - began:.0f} s", style="green", markup=False)
         ran = {each.table.name: each for each in plan.stages[: number + 1]}
         if stage.sweep and ran.keys() >= set(stage.sweep.members) <= names:
@@ -64,20 +63,32 @@ def run_plan(plan: Plan, start: str | None = None, only: str | None = None) -> N
             plan = after_a_sweep(plan, len(ran))
 
 
-def _run(stage: Stage, began: float) -> None:
+def begin(stage: Stage) -> None:
+    """Make a stage's folder ready, with its settings; what another plan made there goes out of the way."""
+    _set_aside(stage)
     stage.folder.mkdir(parents=True, exist_ok=True)
     write_text(stage.folder / "inputs.json", json.dumps({"inputs": stage.inputs}))
     if isinstance(stage.settings, TrainSettings):
         write_text(stage.folder / "config.toml", dump_toml(stage.settings.model_dump(mode="json", exclude_unset=True)))
+
+
+def finish(stage: Stage, stdout: str, seconds: float) -> None:
+    """Note that a stage is done, with the result that is the last line of its stdout."""
+    result = {"digest": stage.digest, "kind": stage.table.kind, "seconds": seconds}
+    result["result"] = json.loads(stdout.strip().splitlines()[-1])
+    write_text(stage.folder / "result.json", json.dumps(result, indent=1))
+
+
+def _run(stage: Stage) -> None:
+    began = time.monotonic()
+    begin(stage)
     code, stdout = run_ranks([*stage.arguments, "--json"], stage.table.ranks, stage.folder / "logs")
     if code:
         remedy = {2: "mend it", 75: "all is saved"}.get(code, f"see {stage.folder / 'logs'}")
         raise FAMILY.get(code, PatchmillError)(
             f"stage {stage.table.name} ended with exit code {code}; {remedy}, then run the same command again to go on"
         )
-    result = {"digest": stage.digest, "kind": stage.table.kind, "seconds": time.monotonic() - began}
-    result["result"] = json.loads(stdout.strip().splitlines()[-1])
-    write_text(stage.folder / "result.json", json.dumps(result, indent=1))
+    finish(stage, stdout, time.monotonic() - began)
 
 
 def _set_aside(stage: Stage) -> None:
