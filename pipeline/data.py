@@ -107,7 +107,9 @@ def training_set(data: DataSettings) -> Dataset | Mixture:
     Raises:
         UserError: One is not there or not whole, or their classes do not go together.
     """
-    opened = [Dataset.open(source.url, source.exclude, settings=data.store) for source in data.sources]
+    opened = [
+        Dataset.open(source.url, source.exclude, settings=data.store, subset=source.subset) for source in data.sources
+    ]
     if len(opened) == 1:
         return opened[0]
     return Mixture([(dataset, source.weight) for dataset, source in zip(opened, data.sources, strict=True)])

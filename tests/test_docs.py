@@ -248,5 +248,5 @@ def test_the_page_on_the_report_names_every_section():
     page = (DOCS / "report.md").read_text().lower()
     text = (DOCS.parent / "pipeline" / "report" / "page.py").read_text()
     sections = re.findall(r'^        "([A-Z][a-z ,-]+)": ', text, re.MULTILINE)
-    assert len(sections) == 10
+    assert len(sections) == 11
     assert [name for name in sections if f"| {name.lower()} |" not in page] == ["Stages"]

@@ -67,6 +67,8 @@ def _closed_form(stage: Stage) -> list[Row]:
     for shots, top1 in features["shots"].items():
         beside = f"; raw pixels {100 * pixels['shots'][shots]:.1f} %" if pixels else ""
         rows.append(Row(f"frozen features, {shots}-shot", top1, f"mean of 3 seeds{beside}"))
+    if "linear" in features:
+        rows.append(Row("frozen features, linear probing", features["linear"], "logistic regression, every image"))
     if "knn" in features:
         rows.append(Row("frozen features, nearest neighbours", features["knn"], "weighted vote, every training image"))
     return rows

@@ -12,6 +12,7 @@ from pipeline.report.markup import Html, table
 from pipeline.report.run import Run, Stage
 from pipeline.report.samples import samples, tuned
 from pipeline.report.settings import differences, settings
+from pipeline.report.sweeps import sweeps
 from shards.atomic import write_text
 from shards.errors import PatchmillError, UserError
 
@@ -29,6 +30,7 @@ def write_page(runs: list[Run], page: Path) -> None:
     sections = {
         "Accuracy on held-out images": _accuracies(named),
         "Beside what was published": _compared(named),
+        "Sweeps": sweeps(named),
         "Curves": curves(named),
         "Speed": speeds(named),
         "What the models learned": _learned(named),

@@ -5,10 +5,11 @@ from rich.table import Table
 
 from pipeline.report.accuracies import accuracies
 from pipeline.report.run import Run
+from pipeline.sweeps import print_sweeps, read_sweeps
 
 
 def print_table(run: Run) -> None:
-    """Print top-1 on held-out images of everything the run measured."""
+    """Print top-1 on held-out images of everything the run measured, and its sweeps."""
     table = Table(title=f"{run.name}: top-1 on held-out images", title_justify="left")
     table.add_column("what")
     table.add_column("top-1", justify="right")
@@ -16,3 +17,4 @@ def print_table(run: Run) -> None:
     for row in accuracies(run):
         table.add_row(row.what, f"{100 * row.top1:.1f} %", row.how, style="bold" if row.main else None)
     Console().print(table)
+    print_sweeps(read_sweeps(run.folder) if run.plan is not None else [])
