@@ -48,7 +48,9 @@ class AccelerateEngine:
             begin_states(parameter, self.optimizer)
             self.ema.begin(parameter)
         prepare_blocks(self.module, settings.engine)
-        self.model = self.accelerator.prepare_model(self.module)
+        # Alone it would be wrapped to be reduced all the same, with a copy of all gradients; autocast it is in any case.
+        alone = distributed.world_size() == 1
+        self.model = self.accelerator.prepare_model(self.module, evaluation_mode=alone)
 
     def step(self, micro_batches: Sequence, loss_fn: Callable[[Callable, object], Tensor], lr: float) -> Step:
         """Take one optimizer step over this rank's micro-batches; ``loss_fn(model, micro_batch)`` is one's mean."""
