@@ -167,7 +167,9 @@ def _guarded(what: str, look: Callable[[], Finding]) -> Iterator[Finding]:
 def _data(settings: TrainSettings, ranks: int) -> Iterator[Finding]:
     data = settings.data
     if data.val is not None:
-        yield from _guarded("held-out data", lambda: _read(Dataset.open(data.val, settings=data.store)))
+        yield from _guarded(
+            "held-out data", lambda: _read("held-out data", Dataset.open(data.val, settings=data.store))
+        )
     if is_stream(data.train):
         yield from _guarded("data", lambda: _stream(data))
         return
@@ -177,7 +179,7 @@ def _data(settings: TrainSettings, ranks: int) -> Iterator[Finding]:
         yield Finding("data", "error", str(error))
         return
     for each in dataset.datasets:
-        yield from _guarded("data", lambda each=each: _read(each))
+        yield from _guarded("data", lambda each=each: _read("data", each))
     yield from _window(dataset, settings, ranks)
 
 
@@ -188,7 +190,7 @@ def _stream(data) -> Finding:
     return Finding("data", "ok", f"a stream, {data.train}")
 
 
-def _read(dataset: Dataset) -> Finding:
+def _read(what: str, dataset: Dataset) -> Finding:
     """Read a sample of the first and the last shard that has any."""
     there = [shard for shard, size in enumerate(dataset.shard_sizes) if size]
     began = time.monotonic()
@@ -196,7 +198,7 @@ def _read(dataset: Dataset) -> Finding:
         dataset.read(shard, 0)
     seconds = time.monotonic() - began
     told = f"{len(dataset):,} samples in {len(dataset.paths):,} shards of {dataset.url}, two read in {seconds:.2f} s"
-    return Finding("data", "ok", told)
+    return Finding(what, "ok", told)
 
 
 def _window(dataset: Dataset | Mixture, settings: TrainSettings, ranks: int) -> Iterator[Finding]:
@@ -295,6 +297,8 @@ def _mirrored(url: str) -> Finding:
 def print_findings(findings: list[Finding], width: int | None = None) -> None:
     """Print what was found, a line each."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for _ in range(3):
+        table.add_column(overflow="fold")
     styles = {"ok": "green", "warning": "yellow", "error": "bold red"}
     for each in findings:
         table.add_row(Text(each.state, styles[each.state]), each.what, Text(each.told))
