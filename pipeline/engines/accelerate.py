@@ -48,7 +48,7 @@ class AccelerateEngine:
             begin_states(parameter, self.optimizer)
             self.ema.begin(parameter)
         prepare_blocks(self.module, settings.engine)
-        # Alone it would be wrapped to be reduced all the same, with a copy of all gradients; autocast it is in any case.
+        # Alone it would be wrapped to be reduced all the same, with a copy of all gradients. Autocast it is either way.
         alone = distributed.world_size() == 1
         self.model = self.accelerator.prepare_model(self.module, evaluation_mode=alone)
 

@@ -29,7 +29,7 @@ MODEL = {
 }  # fmt: skip
 # What is smaller than a megabyte is never on NVMe.
 WIDE = MODEL | {"embed_dim": 192, "depth": 3, "mlp_dim": 1536}
-GLOBAL_BATCH, RATE, DECAY = 16, 0.01, 0.8  # of four ranks each has two micro-batches
+GLOBAL_BATCH, RATE, DECAY = 12, 0.01, 0.8
 # Without this, all parameters of so small a model stay gathered.
 PARTITIONED = {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
 CASES = {
@@ -71,8 +71,9 @@ def main(folder: str, *names: str) -> None:
 
 
 def train(name: str, out: Path, source: Path | None, steps: int) -> dict:
+    micro_batch = 2 if distributed.world_size() < 4 else 3  # of four ranks each has three
     settings = check(TrainSettings, {
-        "duration": "1 epoch", "global_batch": GLOBAL_BATCH, "micro_batch": 2, "data": {"train": "-"},
+        "duration": "1 epoch", "global_batch": GLOBAL_BATCH, "micro_batch": micro_batch, "data": {"train": "-"},
         "model": {"name": "vit_ti16"}, "optim": {"clip": 1.0, "weight_decay": 0.1, "ema": DECAY, "decay": "kernels"},
         "engine": CASES[name],
     }, "test")  # fmt: skip
