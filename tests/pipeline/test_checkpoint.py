@@ -1,5 +1,4 @@
 import errno
-import hashlib
 import json
 import re
 import shutil
@@ -8,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import checkpoint
+from pipeline import checkpoint, checksum
 from pipeline.checkpoint import BrokenCheckpointError, Checkpoint
 from shards.errors import UserError
 from tests.pipeline.parameters import parameters
@@ -101,14 +100,14 @@ class TestOneRank:
 
     def test_a_file_that_the_disk_does_not_give_is_passed_over(self, tmp_path, monkeypatch, capsys):
         write(tmp_path, 10)
-        newest, digest = write(tmp_path, 20), hashlib.file_digest
+        newest, digest = write(tmp_path, 20), checksum.hashlib.file_digest
 
         def of_a_broken_disk(file, *how):
             if Path(file.name).parent == newest:
                 raise OSError(errno.EIO, "Input/output error")
             return digest(file, *how)
 
-        monkeypatch.setattr(checkpoint.hashlib, "file_digest", of_a_broken_disk)
+        monkeypatch.setattr(checksum.hashlib, "file_digest", of_a_broken_disk)
         assert checkpoint.newest(tmp_path).samples == 10
         assert "000020/rank-00000.safetensors cannot be read: Input/output error" in capsys.readouterr().err
 
