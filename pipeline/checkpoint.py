@@ -272,6 +272,8 @@ class Checkpoint:
     def read(self, kind: str, parameter: str, start: int, count: int) -> Tensor:
         """Return values [start, start + count) of a flattened parameter's kind, float32, whichever ranks wrote them.
 
+        Those of one piece are not copied: they are the file's, mapped, and to be copied to wherever they are kept.
+
         Raises:
             MissingPieceError: The checkpoint lacks some of them.
         """
@@ -287,7 +289,7 @@ class Checkpoint:
                 f"checkpoint {self.path} holds no {kind} of {parameter} at [{at}, {start + count}); "
                 "it is of another model or optimizer: use the settings that wrote it"
             )
-        return torch.cat(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def close(self) -> None:
         """Let go of the files; another read opens them again."""

@@ -39,6 +39,15 @@ class TestOneRank:
         assert (tmp_path / "latest").read_text().strip() == path.name
         assert not list(tmp_path.glob(".*"))
 
+    def test_who_changes_what_was_read_changes_no_file(self, tmp_path):
+        path = write(tmp_path, 64)
+        found = Checkpoint(path)
+        for values in (found.read("weight", "b", 0, 4), found.read("weight", "a", 0, 6)):  # of one piece, and of two
+            values.fill_(-1)
+        found.close()
+        Checkpoint(path).verify()
+        assert Checkpoint(path).read("weight", "b", 0, 4).tolist() == [9, 9, 9, 9]
+
     def test_what_is_not_there_is_another_model(self, tmp_path):
         found = Checkpoint(write(tmp_path, 64))
         with pytest.raises(UserError, match=r"holds no weight of c .* another model"):
