@@ -31,8 +31,8 @@ MEMORY = 16 + 1.25 * 12
 """Bytes a parameter: weights, masters and AdamW's two; the copy, and what of it is on its way to the disk."""
 DISK = 2 * 12 + 16
 """Bytes a parameter: two checkpoints of ours, and the one of a peer."""
-BESIDE = 1e9
-"""Bytes that a rank takes besides: the libraries, buffers, and where the plain copy goes."""
+BESIDE = 2e9
+"""Bytes that a rank takes besides: libraries, buffers of ZeRO 3, and where the plain copy goes."""
 
 
 def main():

@@ -16,13 +16,21 @@ def kind(file: dict[str, Any]) -> str:
     return next((name for name in CHECKSUMS if name in file), WRITTEN)
 
 
-def begin(name: str = WRITTEN) -> Any:
+def begin() -> Any:
     """Return the checksum of no bytes yet, which takes more by ``update`` as those of ``hashlib`` do."""
-    return CHECKSUMS[name]()
+    return CHECKSUMS[WRITTEN]()
 
 
 def matches(path: Path, file: dict[str, Any]) -> bool:
-    """Tell whether a file has the checksum that an index has of it; raises an OSError if it cannot be read."""
-    name = kind(file)
+    """Tell whether a file has the checksum that an index has of it; raises an OSError if it cannot be read.
+
+    It is of the values, and then of the header before them, which is known last. SHA-256 was of the file as it lies.
+    """
+    name, front = kind(file), b""
     with open(path, "rb", buffering=0) as opened:
-        return hashlib.file_digest(opened, CHECKSUMS[name]).hexdigest() == file[name]
+        if name == WRITTEN:
+            front = opened.read(8)
+            front += opened.read(min(int.from_bytes(front, "little"), file["bytes"]))
+        found = hashlib.file_digest(opened, CHECKSUMS[name])  # from there on
+    found.update(front)
+    return found.hexdigest() == file[name]

@@ -297,14 +297,11 @@ def _is_there(path: Path, file: dict[str, Any]) -> bool:
 
 
 def _fetch_file(store: Store, name: str, file: dict[str, Any], folder: Path) -> None:
-    kind = checksum.kind(file)
-    found = checksum.begin(kind)
     source = f"{name}/{file['name']}"
-    with whole_file(folder / file["name"]) as target, open(target, "wb") as out, store.stream(source) as stream:
-        while block := stream.read(2**24):
-            found.update(block)
-            out.write(block)
-    if found.hexdigest() != file[kind]:
-        raise BrokenCheckpointError(
-            f"{store.url}/{source} does not have the checksum it was written with; use another checkpoint"
-        )
+    with whole_file(folder / file["name"]) as target:
+        with open(target, "wb") as out, store.stream(source) as stream:
+            shutil.copyfileobj(stream, out, 2**24)
+        if not checksum.matches(target, file):
+            raise BrokenCheckpointError(
+                f"{store.url}/{source} does not have the checksum it was written with; use another checkpoint"
+            )

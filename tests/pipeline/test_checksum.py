@@ -38,16 +38,19 @@ def test_it_is_the_one_that_others_compute():
     assert checksum.begin().hexdigest() == "99aa06d3014798d86001c324468d497f"  # XXH3's own, of nothing
 
 
-def test_the_index_has_that_of_the_whole_file(path):
+def test_the_index_has_that_of_the_values_and_then_of_the_header(path):
     (file,) = json.loads((path / "checkpoint.json").read_text())["files"]
     content = (path / file["name"]).read_bytes()
+    front = len(content) - VALUES.nbytes
     assert file == {
-        "name": "rank-00000.safetensors", "bytes": len(content), "xxh3_128": xxh3_128_hexdigest(content)
+        "name": "rank-00000.safetensors", "bytes": len(content),
+        "xxh3_128": xxh3_128_hexdigest(content[front:] + content[:front]),
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("at", [0, 7, 100, -1])  # the header's length, lengths beyond the file, header and values
 @pytest.mark.parametrize("old", [False, True])
-def test_a_changed_byte_is_found_in_new_checkpoints_and_in_old_ones(path, old):
+def test_a_changed_byte_is_found_in_new_checkpoints_and_in_old_ones(path, old, at):
     if old:
         as_format_1(path)
     found = Checkpoint(path)
@@ -56,7 +59,7 @@ def test_a_changed_byte_is_found_in_new_checkpoints_and_in_old_ones(path, old):
     assert torch.equal(found.read("weight", "a", 0, len(VALUES)), VALUES)
     file = path / "rank-00000.safetensors"
     content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[at] ^= 1
     file.write_bytes(content)
     with pytest.raises(BrokenCheckpointError, match="does not have the checksum it was written with"):
         found.verify()
