@@ -127,7 +127,7 @@ def write(engine, shapes: dict, settings: TrainSettings, folder: Path, rounds: i
         patchmill()
         for number in range(rounds):
             for way in reversed(ways) if number % 2 else ways:
-                settle()
+                settle(size)
                 way()
     note("the copy that is kept, MB", share / 1e6)
     note("files of a checkpoint, MB", size / 1e6)
@@ -187,10 +187,14 @@ def remove(path: Path) -> None:
     dist.barrier()
 
 
-def settle() -> None:
-    """Wait until the disk has everything that anybody wrote or removed before."""
+def settle(size: int = 0) -> None:
+    """Wait until the disk has everything that anybody wrote or removed before, and touch as much memory as comes next.
+
+    A virtual machine gets memory from its host when it first uses it: whoever comes first would pay for that.
+    """
     if distributed.rank() == 0:
         os.sync()
+        np.full(size, 1, np.uint8)
     dist.barrier()
 
 
