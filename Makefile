@@ -2,6 +2,8 @@
 # make demo   the main job on real images, and its result
 # make test   the tests (10 minutes at most on 2 cores)
 # make test-slow   the long ones
+# make slurm       a real Slurm cluster of two nodes on this machine (Debian's packages, as root); make slurm-stop ends it
+# make test-slurm  submitting, stopping, going on and faults on such a cluster
 # make peers       other projects' readers and loaders, into .venv-peers
 # make test-peers  our shards in their hands
 # make bench       speed and memory, on a quiet machine; what needs no other project
@@ -13,7 +15,7 @@ READY  := $(VENV)/.ready
 PEERS  := .venv-peers
 PIP    := python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo test test-slow test-peers peers lint bench bench-peers clean
+.PHONY: setup demo test test-slow slurm slurm-stop test-slurm test-peers peers lint bench bench-peers clean
 
 # The native JPEG decoder is built at once if it is not there, and gone on without if it cannot be.
 setup: $(READY)
@@ -27,6 +29,15 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+slurm: $(READY)
+	@$(BIN)/python tests/slurm/cluster.py start
+
+slurm-stop:
+	@$(PYTHON) tests/slurm/cluster.py stop
+
+test-slurm: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm tests/slurm
 
 test-peers: setup peers
 	$(BIN)/python -m pytest -m peers tests/peers
@@ -54,7 +65,7 @@ $(READY): pyproject.toml constraints.txt
 peers: $(PEERS)/.ready
 $(PEERS)/.ready: constraints-peers.txt
 	$(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/$(PIP) -c constraints-peers.txt torch webdataset megatron-energon huggingface_hub safetensors ftfy regex pandas
+	$(PEERS)/bin/$(PIP) -c constraints-peers.txt torch webdataset megatron-energon huggingface_hub transformers safetensors ftfy regex pandas
 	$(PEERS)/bin/$(PIP) -c constraints-peers.txt astunparse gast libcst makefun nvtx optree packaging six
 	$(PEERS)/bin/$(PIP) -c constraints-peers.txt --no-deps timm open_clip_torch torchvision mosaicml-streaming \
 		nvidia-dali-cuda120 nvidia-nvimgcodec-cu12

@@ -5,9 +5,10 @@ Exit codes: 0 done, 2 a user's mistake, 75 stopped on request with everything sa
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -35,19 +36,146 @@ Average = Annotated[bool, typer.Option("--ema", help="The moving average of the 
 def run(
     plan: Annotated[Path, typer.Argument(help="Plan file.")],
     runs: Annotated[Path, typer.Option(help="Folder of runs; this one gets RUNS/NAME.")] = Path("runs"),
+    start: Annotated[
+        str | None, typer.Option("--from", metavar="STAGE", help="Make this stage or sweep anew, and all that follows.")
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(metavar="STAGE", help="Run this stage or sweep alone; what it needs must be there.")
+    ] = None,
     smoke: Smoke = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the plan, and tell what would run.")] = False,
 ) -> None:
     """Run a plan on this machine; finished stages are skipped, interrupted ones go on. --smoke: in RUNS/NAME-smoke."""
+    from launch.choice import anew, chosen, print_choice
     from launch.plan import read_plan
     from launch.run import run_plan
 
+    if start is not None and only is not None:
+        raise UserError("--from makes all that follows, and --only nothing else; give one of them")
     checked = read_plan(plan, runs, smoke)
-    run_plan(checked)
-    if any(stage.table.kind == "report" for stage in checked.stages):
-        from pipeline.report import print_table, read_run
+    names = chosen(checked, only)
+    if dry_run:
+        print_choice(checked, names, anew(checked, start))
+        return
+    run_plan(checked, start, only)
+    if any(stage.table.kind == "report" for stage in checked.stages if stage.table.name in names):
+        from pipeline.report.run import read_run
+        from pipeline.report.terminal import print_table
 
         print_table(read_run(checked.run))
         print(f"report: {checked.run / 'report.html'}")
+
+
+@app.command()
+def doctor(
+    plan: Annotated[Path, typer.Argument(help="Plan file.")],
+    runs: Annotated[Path, typer.Option(help="Folder of runs; this one gets RUNS/NAME.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Look whether a plan will run here: versions, data, memory, disks, and every rank's clock, arithmetic and network.
+
+    By hand it starts as many ranks as the plan's largest stage; under a launcher it is one of the job's.
+    """
+    from launch.doctor import diagnose, print_findings, ranks_of
+    from launch.plan import read_plan
+    from launch.rankprobe import probe_ranks, started_to_probe
+    from pipeline import distributed
+
+    checked = read_plan(plan, runs)
+    if "RANK" not in os.environ and (ranks := ranks_of(checked)) > 1:
+        findings = diagnose(checked, started_to_probe(ranks))
+    else:
+        with distributed.together():
+            measured = probe_ranks()
+            findings = distributed.everyone(diagnose(checked, measured) if distributed.rank() == 0 else [])[0]
+    if distributed.rank() == 0:
+        width = Console().width if sys.stdout.isatty() else None
+        print(json.dumps([each._asdict() for each in findings])) if as_json else print_findings(findings, width)
+    if errors := [each.what for each in findings if each.state == "error"]:
+        raise UserError(f"the plan will not run here: {', '.join(errors)}; see above what to do")
+
+
+@app.command(hidden=True)
+def probe() -> None:
+    """Measure what this rank and the others of its job can do; rank 0 prints it. ``doctor`` starts it."""
+    from launch.rankprobe import probe_ranks
+    from pipeline import distributed
+
+    with distributed.together():
+        measured = probe_ranks()
+    if distributed.rank() == 0:
+        print(json.dumps(measured))
+
+
+@app.command()
+def submit(
+    plan: Annotated[Path, typer.Argument(help="Plan file.")],
+    cluster: Annotated[
+        Path | None, typer.Option(help="Profile of the cluster, a TOML file; without, Slurm's defaults hold.")
+    ] = None,
+    runs: Annotated[Path, typer.Option(help="Folder of runs; this one gets RUNS/NAME.")] = Path("runs"),
+    smoke: Smoke = False,
+    as_json: Json = False,
+) -> None:
+    """Submit a plan to Slurm: a job for each stage that is not finished, chained; they come back by themselves."""
+    from launch.cluster import Cluster
+    from launch.plan import read_plan
+    from launch.slurm import submit as submit_plan
+
+    profile = Cluster(cluster)
+    checked = read_plan(plan.absolute(), runs, smoke)
+    jobs = submit_plan(checked, profile)
+    _print({name: job.id for name, job in jobs.items()}, as_json)
+    how = f"patchmill status {shlex.quote(str(checked.run))} --watch" if jobs else "all stages are done"
+    print(how, file=sys.stderr)
+
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run: RUNS/NAME.")]
+
+
+@app.command()
+def status(
+    run_folder: RunFolder,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again and again, until no job is in the queue.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Tell how the stages of a run are, how far, and why one ended; from the folder alone, and Slurm's queue."""
+    from dataclasses import asdict
+
+    from launch.status import print_status, status_of
+
+    if as_json:
+        print(json.dumps([asdict(stage) for stage in status_of(run_folder)]))
+    else:
+        print_status(run_folder, watch)
+
+
+@app.command()
+def logs(
+    stage: Annotated[str, typer.Argument(help="Stage, as `patchmill status` names it.")],
+    run_folder: Annotated[
+        Path | None, typer.Option("--run", help="Folder of the run; default: the newest in ./runs.")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=0, help="Of which rank; the others than 0 say little.")] = 0,
+    lines: Annotated[int, typer.Option(min=1, help="So many from the end.")] = 100,
+    follow: Annotated[bool, typer.Option("--follow", help="And what comes, until Ctrl-C.")] = False,
+) -> None:
+    """Show what a stage said as a job."""
+    from launch.status import newest_run, print_log
+
+    print_log(run_folder or newest_run(Path("runs")), stage, rank, lines, follow)
+
+
+@app.command()
+def cancel(run_folder: RunFolder, as_json: Json = False) -> None:
+    """End all jobs of a run; submit its plan again to go on from what they saved."""
+    from launch.status import cancel_run
+
+    names = cancel_run(run_folder)
+    if as_json:
+        print(json.dumps(names))
+    else:
+        print(f"cancelled: {', '.join(names)}" if names else f"no job of {run_folder} is in the queue")
 
 
 @app.command()
@@ -123,6 +251,9 @@ def evaluate(
     view: Annotated[
         Literal["resize", "center_crop"], typer.Option(help="The whole image, squeezed; or its middle.")
     ] = "resize",
+    short: Annotated[
+        int | None, typer.Option(min=1, help="Short side that the middle is cut of, pixels; default: 8/7 of it.")
+    ] = None,
     ema: Average = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder for predictions.parquet and tables of classes, confusion, calibration.")
@@ -132,16 +263,24 @@ def evaluate(
     """Evaluate every image of a data set exactly once, on any number of ranks."""
     from pipeline import distributed
     from pipeline.convert.recognise import load_model
-    from pipeline.evaluate.classify import check_classes
+    from pipeline.evaluate.classify import check_classes, check_labelled
     from pipeline.evaluate.predict import predict
     from pipeline.evaluate.scores import Scores
+    from shards.augment import CenterCrop, Resize
     from shards.dataset import Dataset
 
+    if short is not None and view != "center_crop":
+        raise UserError(f"--short {short} is of --view center_crop, and the view is {view}; leave one out")
     dataset = Dataset.open(data)
     model, classes = load_model(weights, ema)
-    check_classes(classes, dataset)
+    check_classes(model, classes, dataset)
+    check_labelled(dataset)
+    side = model.image_size
+    if short is not None and short < side:
+        raise UserError(f"--short {short} is less than the {side} pixels that the model sees; give {side} or more")
+    transform = CenterCrop(side, short) if view == "center_crop" else Resize(side)
     with distributed.together():
-        found = predict(model.to(distributed.device()), dataset, model.image_size, batch, view=view)
+        found = predict(model.to(distributed.device()), dataset, transform, batch)
         scores = Scores(found, dataset)
         if out and distributed.rank() == 0:
             scores.write(out)
@@ -157,6 +296,9 @@ def fewshot(
     knn: Annotated[
         int | None, typer.Option(min=1, help="Ask so many nearest training images, too; 20 is usual.")
     ] = None,
+    linear: Annotated[
+        bool, typer.Option("--linear", help="Linear probing, too: logistic regression on every training image.")
+    ] = False,
     ema: Average = False,
     as_json: Json = False,
 ) -> None:
@@ -171,7 +313,8 @@ def fewshot(
 
     model, _ = load_model(weights, ema)
     with distributed.together():
-        _print(frozen_features_accuracy(model, Dataset.open(train), Dataset.open(test), numbers, knn), as_json)
+        sets = Dataset.open(train), Dataset.open(test)
+        _print(frozen_features_accuracy(model, *sets, numbers, knn, linear), as_json)
 
 
 @app.command()
@@ -228,19 +371,28 @@ def figures(
 
 @app.command()
 def report(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or of training stages run by hand.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Page to write; default: RUN/report.html, of several runs report.html here.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write RUN/report.html: curves, accuracies and sample images on one self-contained page."""
-    from pipeline.report import print_table, read_run, write_html
+    """Write one self-contained page: accuracies, curves, figures, lineage, settings; several runs over each other."""
+    from pipeline.report.page import write_page
+    from pipeline.report.run import read_run
+    from pipeline.report.terminal import print_table
 
-    found = read_run(run_folder)
-    page = write_html(found)
+    found = [read_run(folder) for folder in runs]
+    page = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    write_page(found, page)
     if as_json:
         _print({"report": str(page)}, True)
-    else:
-        print_table(found)
-        print(f"report: {page}")
+        return
+    for each in found:
+        print_table(each)
+    print(f"report: {page}")
 
 
 @app.command()
@@ -274,24 +426,41 @@ def _print(result: dict[str, Any], as_json: bool) -> None:
         return
     table = Table(show_header=False)
     for key, value in result.items():
-        if isinstance(value, dict):
-            value = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in value.items())
-        table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+        table.add_row(key, _shown(value))
     Console().print(table)
+
+
+def _shown(value: Any) -> str:
+    """Return a value for people: numbers short, those of a table or a list in a line, a table of tables in several."""
+    if isinstance(value, dict):
+        apart = "\n" if any(isinstance(each, dict) for each in value.values()) else "  "
+        return apart.join(f"{key}{':' * key.isdigit()} {_shown(each)}" for key, each in value.items())
+    if isinstance(value, list) and value:
+        return ", ".join(map(_shown, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def main() -> None:
     """Run the command line; a known error is one line on stderr and its exit code."""
+    end(run_command())
+
+
+def run_command() -> int | str:
+    """Run the command line; return its exit code, after a known error is told."""
     try:
         app()
     except PatchmillError as error:
         print(f"error: {error}", file=sys.stderr)
-        code = error.exit_code
+        return error.exit_code
     except KeyboardInterrupt:
-        code = 130
-    except SystemExit as end:
-        code = end.code or 0
-    if distributed := sys.modules.get("pipeline.distributed"):  # this may be a rank
+        return 130
+    except SystemExit as exited:
+        return exited.code or 0
+
+
+def end(code: int | str) -> NoReturn:
+    """End this process, which may be a rank."""
+    if distributed := sys.modules.get("pipeline.distributed"):
         distributed.end_process(code)
     sys.exit(code)
 

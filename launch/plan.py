@@ -1,24 +1,26 @@
 """Plans: data sets and stages in one TOML file, checked as a whole before anything starts."""
 
 import graphlib
-import hashlib
-import json
 import re
+import tomllib
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, field_validator
 
-from launch.results import result_of
+from launch.inputs import Inputs
+from launch.results import digest, result_of
 from launch.stages import KINDS
 from launch.sweep import Sweep, sweep_of
 from pipeline.config import TrainSettings
+from pipeline.convert.recognise import open_source
+from pipeline.convert.source import Source
 from pipeline.recipe import read_settings
-from pipeline.settings import Settings, check, merge, nearest, read_toml
-from pipeline.weights import check_model
+from pipeline.settings import Settings, check, flat, merge, nearest, read_toml
+from pipeline.weights import check_model, resolve_model
 from shards.errors import UserError
-from shards.manifest import EXCLUDE
 from shards.sources.open import find_kind
 from shards.tarlist import find_tars
 from shards.tarstream import PIPE, STDIN, is_stream
@@ -37,6 +39,9 @@ class StageTable(Settings):
     init: str | None = Field(None, description="stage whose weights this one starts from, or a path of some")
     sweep: str | dict[str, Any] | list[dict[str, Any]] | None = Field(
         None, description="lists of values by setting: the stage runs once for each; 'recipe': those of the recipe"
+    )
+    beside: dict[str, list[float | str]] = Field(
+        {}, description="columns that a report puts beside the runs of the sweep: what others found"
     )
     best: str | None = Field(None, description="stage with a sweep whose best settings this one takes over")
     after: list[str] = []
@@ -92,6 +97,7 @@ class Plan:
     run: Path
     smoke: bool
     stages: list[Stage]
+    inputs: Inputs
 
 
 def read_plan(path: str | Path, runs: str | Path = "runs", smoke: bool = False) -> Plan:
@@ -107,39 +113,78 @@ def read_plan(path: str | Path, runs: str | Path = "runs", smoke: bool = False) 
     """
     path = Path(path)
     table = check(PlanTable, read_toml(path), str(path))
-    return _plan(path, table, Path(runs).resolve() / (f"{table.name}-smoke" if smoke else table.name), smoke)
+    run = Path(runs).resolve() / (f"{table.name}-smoke" if smoke else table.name)
+    return _plan(path, table, run, smoke, Inputs(path.parent))
 
 
-def after_a_sweep(plan: Plan) -> Plan:
-    """Return the plan with what the sweeps found that have ended by now: it settles what comes after them."""
-    return _plan(plan.path, plan.table, plan.run, plan.smoke)
+def read_submitted(text: str, path: Path, run: Path, smoke: bool, known: dict[str, str]) -> Plan:
+    """Return a plan as it was when it was submitted.
+
+    Args:
+        text: Of its file, then.
+        path: Where that was.
+        run: The run's folder.
+        smoke: As of ``read_plan``.
+        known: Digests of its inputs, then.
+
+    Raises:
+        UserError: It does not fit any more: a recipe beside it changed.
+    """
+    table = check(PlanTable, tomllib.loads(text), str(path))
+    return _plan(path, table, run, smoke, Inputs(path.parent, known))
 
 
-def _plan(path: Path, table: PlanTable, run: Path, smoke: bool) -> Plan:
-    sweeps = {stage.name: _sweep(stage, path) for stage in table.stage if stage.sweep is not None}
+def after_a_sweep(plan: Plan, ran: int = 0) -> Plan:
+    """Return the plan with what the sweeps found that have ended by now: it settles what comes after them.
+
+    The first ``ran`` stages stay as they are: what they were made of may have changed since, and they were not.
+    """
+    return _plan(plan.path, plan.table, plan.run, plan.smoke, plan.inputs, plan.stages[:ran])
+
+
+def _plan(path: Path, table: PlanTable, run: Path, smoke: bool, files: Inputs, ran: list[Stage] | None = None) -> Plan:
+    sweeps: dict[str, Sweep] = {}
+    for stage in table.stage:
+        if stage.sweep is not None:
+            sweeps[stage.name] = _sweep(stage, path, sweeps)
+        elif stage.beside:
+            raise UserError(f"stage {stage.name} of {path} has no sweep to put beside of; remove beside")
     runs = [each for stage in table.stage for each in _runs_of(stage, sweeps.get(stage.name))]
     for stage in table.stage:
         if stage.best is not None and stage.best not in sweeps:
             raise UserError(f"best of stage {stage.name} of {path} is {stage.best!r}, which is no stage with a sweep")
+        if stage.best is not None and KINDS[stage.kind].settings is not TrainSettings:
+            raise UserError(
+                f"stage {stage.name} of {path} has best, but a stage of kind {stage.kind} takes none; remove it"
+            )
     names = [stage.name for stage in runs] + list(sweeps)
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"two stages of {path} are named {twice!r}; rename one")
 
     by_name = {stage.name: stage for stage in runs}
     of_sweep = {name: sweep for sweep in sweeps.values() for name in sweep.members}
-    stages: dict[str, Stage] = {}
+    stages = {stage.table.name: stage for stage in ran or []}
     for name in _in_order(by_name, sweeps, path):
-        stages[name] = _prepare(by_name[name], by_name, sweeps, stages, run, path, smoke, of_sweep.get(name))
-    return Plan(path, table, run, smoke, list(stages.values()))
+        if name not in stages:
+            sweep = of_sweep.get(name)
+            stages[name] = _prepare(by_name[name], by_name, sweeps, stages, run, path, smoke, sweep, files)
+    return Plan(path, table, run, smoke, list(stages.values()), files)
 
 
-def _sweep(stage: StageTable, path: Path) -> Sweep:
+def _sweep(stage: StageTable, path: Path, before: dict[str, Sweep]) -> Sweep:
     if KINDS[stage.kind].settings is not TrainSettings:
         raise UserError(
             f"stage {stage.name} of {path} has a sweep, but a stage of kind {stage.kind} takes none; remove it"
         )
     recipe = path.parent / stage.recipe if stage.recipe and stage.recipe.endswith(".toml") else stage.recipe
-    return sweep_of(stage.name, stage.sweep, recipe)
+    sweep = sweep_of(stage.name, stage.sweep, recipe, before)
+    for title, column in stage.beside.items():
+        if len(column) != len(sweep.changes):
+            raise UserError(
+                f"stage {stage.name} of {path} has {len(sweep.changes)} runs, and {len(column)} values of {title!r} "
+                "beside them; give one for each"
+            )
+    return sweep
 
 
 def _runs_of(stage: StageTable, sweep: Sweep | None) -> list[StageTable]:
@@ -169,16 +214,21 @@ def _in_order(by_name: dict[str, StageTable], sweeps: dict[str, Sweep], path: Pa
     return ordered
 
 
-def _needs(stage: StageTable, by_name: dict[str, StageTable], sweeps: dict[str, Sweep], path: Path) -> list[str]:
-    named = list(stage.after) + [word for text in _strings(stage.set) for word in PLACEHOLDER.findall(text)]
+def _takes(stage: StageTable) -> list[str]:
+    """Return the stages, and those with sweeps, whose output or settings a stage takes."""
+    named = [word for text in _strings(stage.set) for word in PLACEHOLDER.findall(text)]
     if stage.init is not None and not _is_path(stage.init):
         named.append(stage.init)
-    if stage.best is not None:
-        named.append(stage.best)
+    return named if stage.best is None else [*named, stage.best]
+
+
+def _needs(stage: StageTable, by_name: dict[str, StageTable], sweeps: dict[str, Sweep], path: Path) -> list[str]:
+    named = [*stage.after, *_takes(stage)]
     named = [each for name in named for each in (sweeps[name].members if name in sweeps else [name])]
     for name in named:
         if name not in by_name:
-            there = f"{nearest(name, list(by_name))}; name one of {', '.join([*by_name, *sweeps])}"
+            there = f"{nearest(name, [*by_name, *sweeps])}; name one of {', '.join([*by_name, *sweeps])}"
+            there += f", or write ./{name} for a path" if name == stage.init else ""
             raise UserError(f"stage {stage.name} of {path} needs stage {name!r}, which is not there{there}")
     if stage.kind == "report":
         named += [name for name, other in by_name.items() if other.kind != "report"]
@@ -194,25 +244,31 @@ def _prepare(
     path: Path,
     smoke: bool,
     sweep: Sweep | None,
+    files: Inputs,
 ) -> Stage:
     kind, folder = KINDS[stage.kind], run / "stages" / stage.name
     where = f"stage {stage.name} of {path}"
     needs = _needs(stage, by_name, sweeps, path)
-    best = {name: _best(each, ready) for name, each in sweeps.items() if each.members[0] in needs}
+    best = {name: _best(sweeps[name], ready, where) for name in _takes(stage) if name in sweeps}
     table = _recipe(stage.recipe, path.parent) if stage.recipe else {}
     if stage.best is not None:
-        table = merge(table, sweeps[stage.best].settings(best[stage.best]))
+        found = _handed_on(stage.best, by_name, sweeps, ready, where)
+        if twice := next((key for key in flat(found) if key in flat(stage.set)), None):
+            raise UserError(f"{where} has {twice} of its own, and from the best of {stage.best}; remove one")
+        table = merge(table, found)
     table = merge(table, stage.set)
     if kind.settings is TrainSettings:
         table = {"kind": stage.kind, **table}
         if stage.init is not None:
             table["init"] = stage.init if _is_path(stage.init) else f"{{{stage.init}}}"
+            _check_init(stage, by_name, sweeps, where)
     elif stage.init is not None:
         raise UserError(f"{where} has init, but a stage of kind {stage.kind} takes no init; remove it")
     inputs: dict[str, Any] = {name: ready[name].digest for name in needs}
+    inputs |= {name: sweeps[name].members[number] for name, number in best.items()}
     filled = table
     for key in kind.paths:
-        filled, inputs[key] = _with_path(filled, key, path.parent, by_name, where)
+        filled, inputs[key] = _with_path(filled, key, files, by_name, where)
     outputs = {
         name: str(ready[name].folder / KINDS[ready[name].table.kind].output(ready[name].settings)) for name in needs
     }
@@ -224,14 +280,53 @@ def _prepare(
             raise UserError(f"{where} is of kind {stage.kind}, its settings of kind {settings.kind}; make them one")
         settings.accumulation(stage.ranks)
         check_model(settings, where)
+        _check_weights(settings, inputs["init"], where)
         command += ["--smoke"] if smoke else []
-    return Stage(stage, settings, needs, _hash([stage.kind, table, inputs]), _hash(inputs), folder, command, sweep)
+    return Stage(stage, settings, needs, digest([stage.kind, table, inputs]), digest(inputs), folder, command, sweep)
 
 
-def _best(sweep: Sweep, ready: dict[str, Stage]) -> int:
+def _best(sweep: Sweep, ready: dict[str, Stage], where: str) -> int:
     """Return which of a sweep's stages came out best; before all have ended, the first: what it hands on is checked."""
     stages = [ready[name] for name in sweep.members]
+    if any(stage.settings.data.val is None for stage in stages):
+        raise UserError(f"{where} takes the best of {sweep.name}, which no held-out images tell; set data.val there")
     return sweep.best([result_of(stage.folder, stage.digest) for stage in stages]) or 0
+
+
+def _handed_on(
+    name: str, by_name: dict[str, StageTable], sweeps: dict[str, Sweep], ready: dict[str, Stage], where: str
+) -> dict[str, Any]:
+    """Return the settings of a sweep's best, those among them that it took over from the best of another."""
+    sweep = sweeps[name]
+    own, before = sweep.settings(_best(sweep, ready, where)), by_name[sweep.members[0]].best
+    return own if before is None else merge(_handed_on(before, by_name, sweeps, ready, where), own)
+
+
+def _check_init(stage: StageTable, by_name: dict[str, StageTable], sweeps: dict[str, Sweep], where: str) -> None:
+    """Raise a UserError where a stage starts from one that makes no weights."""
+    names = sweeps[stage.init].members if stage.init in sweeps else [stage.init]
+    kind = by_name[names[0]].kind if names[0] in by_name else None
+    if kind is not None and kind != "convert" and KINDS[kind].settings is not TrainSettings:
+        raise UserError(
+            f"init of {where} is {stage.init!r}, of kind {kind}, which makes no weights; name a stage that trains or "
+            "converts"
+        )
+
+
+def _check_weights(settings: TrainSettings, digest: str | None, where: str) -> None:
+    """Raise a UserError where weights that are no stage's are none that the stage can start from."""
+    if digest is None or not ("://" in settings.init or Path(settings.init).exists()):
+        return
+    try:
+        resolve_model(settings, _weights(settings.init, digest), num_classes=1)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+@lru_cache(maxsize=8)
+def _weights(path: str, digest: str) -> Source:
+    """Return the model at a path, opened once for all runs of a sweep."""
+    return open_source(path)
 
 
 def _is_path(init: str) -> bool:
@@ -244,7 +339,7 @@ def _recipe(name: str, base: Path) -> dict[str, Any]:
 
 
 def _with_path(
-    table: dict[str, Any], key: str, base: Path, by_name: dict[str, StageTable], where: str
+    table: dict[str, Any], key: str, files: Inputs, by_name: dict[str, StageTable], where: str
 ) -> tuple[dict[str, Any], Any]:
     """Return the table with the path at ``key`` made absolute, and a digest of what is there; stages' outputs stay.
 
@@ -253,39 +348,39 @@ def _with_path(
     head, _, rest = key.partition(".")
     value = table.get(head)
     if rest and isinstance(value, dict):
-        inner, digest = _with_path(value, rest, base, by_name, where)
-        return {**table, head: inner}, digest
+        inner, found = _with_path(value, rest, files, by_name, where)
+        return {**table, head: inner}, found
     if isinstance(value, list) and all(isinstance(each, dict) for each in value):
-        found = [_with_path(each, "url", base, by_name, where) for each in value]
-        return {**table, head: [each for each, _ in found]}, [digest for _, digest in found]
+        found = [_with_path(each, "url", files, by_name, where) for each in value]
+        return {**table, head: [each for each, _ in found]}, [each for _, each in found]
     if not isinstance(value, str):
         return table, None
     if found := PLACEHOLDER.match(value):
-        _check_part(value, found, by_name, where, base)
+        _check_part(value, found, by_name, where, files)
         return table, None
     if head == "train" and is_stream(value):
-        return _with_stream(table, value, base, where)
+        return _with_stream(table, value, files, where)
     if "://" in value:
         refuse_secrets(value)
         return table, value
-    there = base / value
-    if not there.exists():
+    there = files.folder / value
+    if not files.has(there):
         raise UserError(
             f"{where}: there is no {there} ({key}); mend the path, relative ones count from the plan's folder"
         )
-    return {**table, head: str(there)}, _digest_of(there)
+    return {**table, head: str(there)}, files.digest(there)
 
 
-def _with_stream(table: dict[str, Any], value: str, base: Path, where: str) -> tuple[dict[str, Any], Any]:
+def _with_stream(table: dict[str, Any], value: str, files: Inputs, where: str) -> tuple[dict[str, Any], Any]:
     if value == STDIN:
         raise UserError(f"{where}: standard input comes once, and a plan may run again; give tars, or pipe:COMMAND")
     if value.startswith(PIPE) or "://" in value:
         return table, value
-    store, tars = find_tars(base / value)
-    return {**table, "train": str(base / value)}, [_digest_of(Path(store.url) / tar) for tar in tars]
+    store, tars = find_tars(files.folder / value)
+    return {**table, "train": str(files.folder / value)}, [files.digest(Path(store.url) / tar) for tar in tars]
 
 
-def _check_part(value: str, found: re.Match, by_name: dict[str, StageTable], where: str, base: Path) -> None:
+def _check_part(value: str, found: re.Match, by_name: dict[str, StageTable], where: str, files: Inputs) -> None:
     """Check that ``{shards}/part`` names a part that its stage will make."""
     source = by_name.get(found[1])  # none of a sweep
     if source is None or source.kind != "shards":
@@ -293,7 +388,11 @@ def _check_part(value: str, found: re.Match, by_name: dict[str, StageTable], whe
     images = str(source.set.get("source", ""))
     if PLACEHOLDER.search(images):
         return  # another stage makes it: nobody knows yet
-    kind = source.set.get("kind") or find_kind(images if "://" in images else str(base / images))
+    if "://" not in images:
+        images = str(files.folder / images)
+        if not Path(images).exists():
+            return  # its shards are made, and it is gone
+    kind = source.set.get("kind") or find_kind(images)
     if kind in ("cifar", "imagenet", "parquet"):
         return  # these may have parts of their own
     split = source.set.get("split") or {}
@@ -316,18 +415,3 @@ def _filled(value: Any, outputs: dict[str, str]) -> Any:
     if isinstance(value, dict):
         return {key: _filled(item, outputs) for key, item in value.items()}
     return [_filled(item, outputs) for item in value] if isinstance(value, list) else value
-
-
-def _digest_of(path: Path) -> str:
-    """Digest of a file's or a folder's names, sizes and times: cheap, and it changes when anything in it does.
-
-    But for drop lists of a data set: they never change, settings name the one in use, and a run may write the next.
-    """
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    files = [file for file in files if file.parent != path / EXCLUDE]
-    status = ((file.relative_to(path.parent).as_posix(), file.stat()) for file in files)
-    return _hash([[name, each.st_size, each.st_mtime_ns] for name, each in status])
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,5 +1,6 @@
 """What a stage of a plan leaves behind when it has finished."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -17,3 +18,8 @@ def read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
+
+
+def digest(value: Any) -> str:
+    """Return the SHA-256 of a plain JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

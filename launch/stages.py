@@ -53,6 +53,7 @@ class EvaluateStage(Settings):
     data: str
     batch: int = Field(64, gt=0)
     view: Literal["resize", "center_crop"] = "resize"
+    short: int | None = Field(None, gt=0)
     ema: bool = False
 
 
@@ -64,6 +65,15 @@ class FewshotStage(Settings):
     test: str
     shots: list[int] = [1, 5, 10, 25]
     knn: int | None = Field(None, gt=0)
+    linear: bool = False
+    ema: bool = False
+
+
+class FiguresStage(Settings):
+    """What a model learned, drawn: ``patchmill figures``."""
+
+    weights: str
+    images: str | None = None
     ema: bool = False
 
 
@@ -126,12 +136,19 @@ def _convert(s: ConvertStage, folder: Path, run: Path) -> list[str]:
 
 def _evaluate(s: EvaluateStage, folder: Path, run: Path) -> list[str]:
     options = ["--batch", str(s.batch), "--view", s.view] + (["--ema"] if s.ema else [])
+    options += ["--short", str(s.short)] if s.short else []
     return ["evaluate", s.weights, s.data, *options, "--out", str(folder)]
 
 
 def _fewshot(s: FewshotStage, folder: Path, run: Path) -> list[str]:
-    options = (["--knn", str(s.knn)] if s.knn else []) + (["--ema"] if s.ema else [])
+    options = (["--knn", str(s.knn)] if s.knn else []) + (["--linear"] if s.linear else [])
+    options += ["--ema"] if s.ema else []
     return ["fewshot", s.weights, s.train, s.test, "--shots", ",".join(map(str, s.shots)), *options]
+
+
+def _figures(s: FiguresStage, folder: Path, run: Path) -> list[str]:
+    options = (["--images", s.images] if s.images else []) + (["--ema"] if s.ema else [])
+    return ["figures", s.weights, *options, "--out", str(folder / "figures")]
 
 
 def _report(s: ReportStage, folder: Path, run: Path) -> list[str]:
@@ -150,5 +167,6 @@ KINDS = {
     "convert": Kind(ConvertStage, ("source", "classes"), lambda s: CONVERTED[s.to], _convert),
     "evaluate": Kind(EvaluateStage, ("weights", "data"), lambda s: "result.json", _evaluate),
     "fewshot": Kind(FewshotStage, ("weights", "train", "test"), lambda s: "result.json", _fewshot),
+    "figures": Kind(FiguresStage, ("weights", "images"), lambda s: "figures", _figures),
     "report": Kind(ReportStage, (), lambda s: "result.json", _report),
 }

@@ -183,6 +183,13 @@ class MaskedPatchSettings(Settings):
     mask: float = Field(0.8, ge=0, le=1, description="of those: that a learned embedding replaces")
     other: float = Field(0.1, ge=0, le=1, description="of those: that another patch's embedding replaces")
     counts: Literal["exact", "drawn"] = Field("exact", description="in every image, or each patch drawn for itself")
+    others: Literal["image", "batch"] = Field(
+        "image", description="that others are taken from: a patch's own image, or a rank's whole micro-batch"
+    )
+    positions: Literal["last", "first"] = Field(
+        "last", description="when their embeddings are added: to what is corrupted, or before it is"
+    )
+    reduction: Literal["mean", "sum"] = Field("mean", description="of the losses of an image's corrupted patches")
 
     @model_validator(mode="after")
     def _at_most_all(self) -> "MaskedPatchSettings":

@@ -26,11 +26,12 @@ def corruption(
     masked: float,
     replaced: float,
     exact: bool = True,
+    images: int = 1,
 ) -> np.ndarray:
     """Return what becomes of which patches, the same on any number of ranks (paper, appendix B.1.2).
 
     The paper gives shares only; here every image has exactly those counts, rounded, or each patch is drawn for itself.
-    A random other patch is one of the same image.
+    A random other patch is one of the same image, if nothing else is asked for.
 
     Args:
         positions: int64 [n], global positions of the samples, as in ``Batch.positions``.
@@ -41,10 +42,12 @@ def corruption(
         masked: share of those that the mask embedding replaces.
         replaced: share of those that another patch's embedding replaces; the rest is left as it is.
         exact: whether the counts are, or each patch is drawn for itself.
+        images: of how many a random other patch may be: its own and those that follow it in the batch, in a circle.
 
     Returns:
-        int64 [n, m, 2]: the m corrupted patches of each image, and the patch whose embedding each gets, or ``MASK``.
-        Drawn, all patches, those that are not corrupted with ``UNTOLD``.
+        int64 [n, m, 2]: the m corrupted patches of each image, and the patch whose embedding each gets, or ``MASK``;
+        patch k of the j-th image after its own is j N + k. Drawn, all patches, those that are not corrupted with
+        ``UNTOLD``.
     """
     epochs = positions // (epoch_samples or sys.maxsize)
     prefix = hash_int(_CORRUPTION, seed)
@@ -57,8 +60,8 @@ def corruption(
     else:
         where = np.broadcast_to(np.arange(patches), (len(positions), patches))
         fate, ends = keys[:, :patches] * 2.0**-64, (masked * share, (masked + replaced) * share, share)
-    steps = np.take_along_axis(keys[:, patches:], where, axis=1) % np.uint64(max(patches - 1, 1))
-    others = (where + 1 + steps.astype(np.int64)) % patches  # never itself, but where there is only one
+    steps = np.take_along_axis(keys[:, patches:], where, axis=1) % np.uint64(max(images * patches - 1, 1))
+    others = (where + 1 + steps.astype(np.int64)) % (images * patches)  # never itself, but where there is only one
     choices = [np.full_like(where, MASK), others, where]
     source = np.select([np.broadcast_to(fate < end, where.shape) for end in ends], choices, UNTOLD)
     return np.stack([where, source], axis=2)

@@ -10,6 +10,7 @@ import numpy as np
 from pipeline import distributed
 from pipeline.config import TrainSettings
 from pipeline.datasettings import DataSettings
+from pipeline.evaluate.classify import check_labelled
 from pipeline.images import training_transform
 from pipeline.prefetch import pin, pinned_array
 from pipeline.schedule import Schedule
@@ -24,6 +25,8 @@ from shards.names import sample_names
 from shards.processloader import ProcessLoader
 from shards.stream import StreamLoader
 from shards.tarstream import is_stream
+
+OF_CLASSES = ("supervised", "finetune")  # kinds of stages that tell the classes of images
 
 
 class TrainingData(NamedTuple):
@@ -59,6 +62,8 @@ def open_data(settings: TrainSettings, out: Path, first_batch: int) -> TrainingD
     """
     data = settings.data
     held_out = Dataset.open(data.val, settings=data.store) if data.val else None
+    if held_out is not None and settings.kind in OF_CLASSES:
+        check_labelled(held_out)
     options = {
         "global_batch": settings.global_batch, "rank": distributed.rank(), "world_size": distributed.world_size(),
         "seed": settings.seed, "transform": training_transform(data), "threads": data.threads,
@@ -93,7 +98,7 @@ def open_data(settings: TrainSettings, out: Path, first_batch: int) -> TrainingD
 
 def _labels(settings: TrainSettings) -> Accepts:
     """Return how many labels an image may have: to a softmax one without is nothing, and elsewhere it serves."""
-    return "some" if settings.kind in ("supervised", "finetune") and settings.loss == "softmax" else "any"
+    return "some" if settings.kind in OF_CLASSES and settings.loss == "softmax" else "any"
 
 
 def training_set(data: DataSettings) -> Dataset | Mixture:
@@ -102,7 +107,9 @@ def training_set(data: DataSettings) -> Dataset | Mixture:
     Raises:
         UserError: One is not there or not whole, or their classes do not go together.
     """
-    opened = [Dataset.open(source.url, source.exclude, settings=data.store) for source in data.sources]
+    opened = [
+        Dataset.open(source.url, source.exclude, settings=data.store, subset=source.subset) for source in data.sources
+    ]
     if len(opened) == 1:
         return opened[0]
     return Mixture([(dataset, source.weight) for dataset, source in zip(opened, data.sources, strict=True)])

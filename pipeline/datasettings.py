@@ -17,6 +17,9 @@ class TrainSource(Settings):
     url: Url
     weight: float = Field(gt=0, allow_inf_nan=False, description="samples are drawn by the ratio of the weights")
     exclude: str | None = Field(None, description="version of the drop list that this run pins")
+    subset: int | None = Field(
+        None, gt=0, description="so many samples alone, in whole shards; smaller ones are parts of larger"
+    )
 
 
 def _url_or_tables(value: Any) -> str:
@@ -35,12 +38,20 @@ class DataSettings(Settings):
     )
     val: Url | None = None
     exclude: str | None = Field(None, description="version of the drop list that this run pins, of a single data set")
+    subset: int | None = Field(
+        None,
+        gt=0,
+        description="so many samples, of a single data set, in whole shards; smaller ones are parts of larger",
+    )
     resolution: int = Field(224, gt=0)
     augment: Literal[
         "inception", "resize", "resize_crop", "light1", "light2", "medium1", "medium2", "strong1", "strong2"
     ] = Field("inception", description="the inception crop is part of AugReg's light1 to strong2")
     crop_area: tuple[float, float] = (0.05, 1.0)
     resize: int | None = Field(None, gt=0, description="side that resize_crop cuts from; unset: 7/6 of the resolution")
+    mirror: bool = Field(
+        True, description="half of the images, left to right, in every augment but resize; false where it tells classes"
+    )
     mixup: float | None = Field(
         None, ge=0, allow_inf_nan=False, description="of its Beta distribution, 0 for none; unset: that of the augment"
     )
@@ -97,14 +108,16 @@ class DataSettings(Settings):
 
     @model_validator(mode="after")
     def _drop_list_of_one(self) -> "DataSettings":
-        if self.exclude is not None and not isinstance(self.train, str):
-            raise ValueError("exclude is of one data set, and train lists several; set exclude in their tables")
+        for key in ("exclude", "subset"):
+            if getattr(self, key) is not None and not isinstance(self.train, str):
+                raise ValueError(f"{key} is of one data set, and train lists several; set {key} in their tables")
         return self
 
     @model_validator(mode="after")
     def _streams_alone(self) -> "DataSettings":
         if isinstance(self.train, str):
-            unused = "exclude" if self.exclude is not None else "decode" if self.decode == "process" else None
+            unused = next((key for key in ("exclude", "subset") if getattr(self, key) is not None), None)
+            unused = unused or ("decode" if self.decode == "process" else None)
             if is_stream(self.train) and unused:
                 raise ValueError(
                     f"{unused} is of a data set with a manifest, and train = {self.train!r} is a stream; unset it"
@@ -121,7 +134,7 @@ class DataSettings(Settings):
     def sources(self) -> tuple[TrainSource, ...]:
         """The training sets; a single one has all the weight."""
         if isinstance(self.train, str):
-            return (TrainSource(url=self.train, weight=1.0, exclude=self.exclude),)
+            return (TrainSource(url=self.train, weight=1.0, exclude=self.exclude, subset=self.subset),)
         return self.train
 
     @property

@@ -19,11 +19,11 @@ from shards.randaugment import RandAugment
 
 def training_transform(data: DataSettings) -> Transform:
     """Return the augmentation of a training stage, without mixup."""
-    crop = InceptionCrop(data.resolution, data.crop_area, shrink=data.scaled_decoding)
+    crop = InceptionCrop(data.resolution, data.crop_area, shrink=data.scaled_decoding, mirror=data.mirror)
     if data.augment in PRESETS:
         return RandAugment(crop, PRESETS[data.augment].layers, PRESETS[data.augment].magnitude)
     if data.augment == "resize_crop":
-        return ResizeCrop(data.resolution, data.resize)
+        return ResizeCrop(data.resolution, data.resize, data.mirror)
     return crop if data.augment == "inception" else TRANSFORMS[data.augment](data.resolution)
 
 

@@ -22,6 +22,7 @@ from shards.errors import PatchmillError, UserError
 from shards.ledger import keep_number
 from shards.objects import MissingError
 from shards.store import Store, open_store
+from shards.storesettings import StoreSettings
 
 BESIDE = (INTERVALS, LEDGER)  # of the stage's folder, which training needs besides
 BEGUN = "begun.json"  # the index that the files in a checkpoint's folder are of, while they are brought
@@ -41,7 +42,7 @@ class Mirror:
     """
 
     def __init__(self, url: str, folder: Path, keep: int, every: int | None):
-        self._store, self._folder, self._keep, self._every = _open(url), folder, keep, every
+        self._store, self._folder, self._keep, self._every = open_mirror(url), folder, keep, every
         self._there: dict[str, bytes] | None = None  # index of each checkpoint in the store
         self._lock = threading.Lock()
         self._busy: Path | None = None
@@ -169,8 +170,9 @@ class Mirror:
             self._store.delete(f"{name}/{file}")
 
 
-def _open(url: str) -> Store:
-    store = open_store(url, create=True)
+def open_mirror(url: str, settings: StoreSettings | None = None) -> Store:
+    """Open the store of a mirror; a plain web server is a UserError."""
+    store = open_store(url, create=True, settings=settings)
     if store.web:
         raise UserError(f"checkpoint.mirror = {url!r} is a plain web server, which takes no files; give a bucket")
     return store
@@ -217,7 +219,7 @@ def _fetch_newer(
     url: str, folder: Path, samples: int, suits: Callable[[dict[str, Any], str], object]
 ) -> tuple[str | None, list[str]]:
     try:
-        store = _open(url)
+        store = open_mirror(url)
         names = [name for name in whole(store) if checkpoint.samples_of(Path(name)) > samples]
         best = _pointer(store, "best") if names else None
     except UserError:

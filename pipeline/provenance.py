@@ -22,6 +22,10 @@ LIBRARIES = (
     "pillow",
 )
 
+SNAPSHOT = "commit.diff"
+"""File beside the packages of a snapshot: the commit that it was taken of, and in the lines below the difference."""
+_snapshot = Path(__file__).parents[1] / SNAPSHOT
+
 
 def note(out: Path, settings: TrainSettings, deepspeed: dict[str, Any] | None) -> None:
     """Save the resolved settings, DeepSpeed's, and the code's commit and difference from it, in a stage's folder."""
@@ -57,12 +61,16 @@ def _version(library: str) -> str | None:
 
 def commit() -> str | None:
     """Return the commit of the code that runs, with ``+`` where the working tree differs; None outside a checkout."""
+    if _snapshot.exists():
+        return _snapshot.read_text(encoding="utf-8").partition("\n")[0] or None
     head = _git("rev-parse", "HEAD")
     return head and head.strip() + ("+" if diff() else "")
 
 
 def diff() -> str:
     """Return the working tree's difference from the commit."""
+    if _snapshot.exists():
+        return _snapshot.read_text(encoding="utf-8").partition("\n")[2]
     return _git("diff", "HEAD", "--", "*.py", "*.toml") or ""
 
 

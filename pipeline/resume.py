@@ -21,7 +21,7 @@ RULES = {
     "mae": "refused",
     "model": "refused", "optim.name": "refused", "data.resolution": "refused", "data.augment": "refused",
     "data.crop_area": "refused", "data.scaled_decoding": "refused", "data.resize": "refused", "data.mixup": "refused",
-    "data.exclude": "refused", "data.window_bytes": "refused",
+    "data.mirror": "refused", "data.exclude": "refused", "data.subset": "refused", "data.window_bytes": "refused",
     "data": "free",  # data sets may move: the loader checks their digests, drop lists and weights
     "init": "free", "resume": "free", "log_every": "free", "checkpoint": "free", "evaluate": "free", "probe": "free",
     "watchdog": "free", "track": "free", "profile": "free", "guard": "allowed",

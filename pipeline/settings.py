@@ -108,10 +108,15 @@ def override(table: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
             parsed = tomllib.loads(f"x = {value}")["x"]
         except tomllib.TOMLDecodeError:
             parsed = value
-        for part in reversed(key.split(".")):
-            parsed = {part: parsed}
-        table = merge(table, parsed)
+        table = merge(table, nested(key, parsed))
     return table
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """Return the table that has a value at a dotted key alone."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
 
 
 def check(kind: type[S], table: dict[str, Any], where: str) -> S:

@@ -49,8 +49,8 @@ def train(settings: TrainSettings, out: Path) -> dict[str, Any]:
         out: The stage's folder: checkpoints, metrics and settings go there.
 
     Returns:
-        ``samples``, ``steps``, ``val`` and ``best`` metrics, ``checkpoint`` (path), ``images_per_second``, how many
-        steps were ``skipped``, the intervals of samples ``passed_over``, what probes found, ``early``: by patience.
+        ``samples``, ``exaflops``, ``steps``, ``val`` and ``best`` metrics, ``checkpoint`` (path), what probes found,
+        ``images_per_second``, how many steps were ``skipped``, what was ``passed_over``, ``early``: by patience.
 
     Raises:
         UserError: Anything wrong with settings, data or weights, before the first step.
@@ -193,7 +193,7 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
 
     saver.finish()
     return {
-        "samples": samples, "steps": state["steps"], "val": state["val"], "best": state["best"], **state["probe"],
-        "checkpoint": str(path), "images_per_second": window.images / window.seconds if window.images else None,
-        "skipped": troubles.skipped, "passed_over": troubles.passed_over, "early": patience.lost(settings, state),
+        "samples": samples, "exaflops": samples * flops / 1e18, **{key: state[key] for key in ("steps", "val", "best")},
+        **state["probe"], "checkpoint": str(path), "images_per_second": window.speed, "skipped": troubles.skipped,
+        "passed_over": troubles.passed_over, "early": patience.lost(settings, state),
     }  # fmt: skip

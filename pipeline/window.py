@@ -56,6 +56,11 @@ class Window:
         self.clear()
         self.open()
 
+    @property
+    def speed(self) -> float | None:
+        """Images a second in all windows that were settled, over all ranks; None: there was none."""
+        return self.images / self.seconds if self.images else None
+
     def clear(self) -> None:
         """Forget the steps: they have their line."""
         self._losses, self._applied, self._grad_norm = 0.0, 0, None

@@ -102,7 +102,8 @@ def audit(stage: str | Path, data: Sequence[str] = (), workers: int | None = Non
 def _run(run: dict, data: Sequence[str]) -> Run:
     if data and len(data) != len(run["data"]):
         raise UserError(f"--data is given {len(data)} times, the run read {len(run['data'])}: {', '.join(run['data'])}")
-    return Run(tuple(data or run["data"]), tuple(run["exclude"]), json.dumps(run["order"]))
+    subset = run.get("subset", [None] * len(run["exclude"]))
+    return Run(tuple(data or run["data"]), tuple(run["exclude"]), tuple(subset), json.dumps(run["order"]))
 
 
 def _audit(

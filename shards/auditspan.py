@@ -42,11 +42,13 @@ class Run:
     Attributes:
         data: URLs of the data sets.
         exclude: Their drop lists.
+        subset: How many samples of each, in whole shards; None: all.
         order: Identity of the order, as JSON.
     """
 
     data: tuple[str, ...]
     exclude: tuple[str | None, ...]
+    subset: tuple[int | None, ...]
     order: str
 
 
@@ -212,7 +214,10 @@ def expected(run: Run) -> Expected:
             f"the run followed version {order['order_version']} of the order, this Patchmill has {ORDER_VERSION}; "
             "audit it with the Patchmill that ran it"
         )
-    datasets = [Dataset.open(url, exclude) for url, exclude in zip(run.data, run.exclude, strict=True)]
+    datasets = [
+        Dataset.open(url, exclude, subset=subset)
+        for url, exclude, subset in zip(run.data, run.exclude, run.subset, strict=True)
+    ]
     mixed = isinstance(order["data"], list)
     for dataset, digest in zip(datasets, order["data"] if mixed else [order["data"]], strict=True):
         if dataset.digest != digest:

@@ -88,13 +88,9 @@ def inception_box(
     return 0, 0, height, width
 
 
-def _perhaps_mirrored(image: np.ndarray, draw: Iterator[float]) -> np.ndarray:
-    return cv2.flip(image, 1) if next(draw) < 0.5 else image  # a twentieth of the cost of copying image[:, ::-1]
-
-
 @dataclass(frozen=True)
 class InceptionCrop:
-    """A random part of the image, resized to a square, mirrored half the time: for pre-training.
+    """A random part of the image, resized to a square, half the time mirrored: for pre-training.
 
     Attributes:
         size: Side of the result, pixels.
@@ -102,12 +98,14 @@ class InceptionCrop:
         aspect: Least and greatest aspect ratio, width / height.
         shrink: Decode a JPEG at 1/2, 1/4 or 1/8 where the part still is as large as the result then: quicker for large
             images, and antialiased, which the paper's code is not. The pixels of decoded images do not change.
+        mirror: Mirror it left to right half the time; False: never.
     """
 
     size: int
     area: tuple[float, float] = (0.05, 1.0)
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
     shrink: bool = False
+    mirror: bool = True
 
     def box(self, height: int, width: int, key: Key) -> Box:
         """Choose the part of an image of this height and width."""
@@ -117,7 +115,7 @@ class InceptionCrop:
 
     def finish(self, part: np.ndarray, key: Key) -> np.ndarray:
         """Make the result from the part: uint8 [h, w, 3] to uint8 [size, size, 3]."""
-        return resize(part, self.size, self.size, mirror=next(draws(key)) < 0.5)
+        return resize(part, self.size, self.size, mirror=self.mirror and next(draws(key)) < 0.5)
 
     def __call__(self, image: np.ndarray, key: Key) -> np.ndarray:
         """Transform uint8 [h, w, 3] to uint8 [size, size, 3]."""
@@ -138,15 +136,17 @@ class Resize:
 
 @dataclass(frozen=True)
 class ResizeCrop:
-    """The whole image to a larger square, a random part of it, mirrored half the time: for fine-tuning.
+    """The whole image to a larger square, a random part of it, half the time mirrored: for fine-tuning.
 
     Attributes:
         size: Side of the result, pixels.
         larger: Side of the square it is cut from, pixels; by default 7/6 of it, as 448 is of 384.
+        mirror: Mirror it left to right half the time; False: never.
     """
 
     size: int
     larger: int | None = None
+    mirror: bool = True
 
     def __call__(self, image: np.ndarray, key: Key) -> np.ndarray:
         """Transform uint8 [h, w, 3] to uint8 [size, size, 3]."""
@@ -154,7 +154,7 @@ class ResizeCrop:
         larger = self.larger or round(self.size * 7 / 6)
         top, left = (int(next(draw) * (larger - self.size + 1)) for _ in range(2))
         crop = resize(image, larger, larger)[top : top + self.size, left : left + self.size]
-        return _perhaps_mirrored(crop, draw)
+        return cv2.flip(crop, 1) if self.mirror and next(draw) < 0.5 else crop  # a twentieth of crop[:, ::-1].copy()
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,9 @@ def build(
             found = open_source(str(source), kind, unpacked=work.unpacked, to_read=not dry_run, **(options or {}))
             with ImageProgress("listing images", None, show=progress) as bar:
                 plans = make_plan(_counted(found.items(), bar), work.plan, **layout, own=own)
-            form = Form(found.classes, found.multi_label, encoding, decode, captions)
+            if empty := next((part for part in found.parts if part not in plans), None):
+                raise UserError(f"{source} has no images in its part {empty}; get it again")
+            form = Form(found.classes, found.multi_label, encoding, decode, captions, found.border)
             _check_classes(found.classes)
             settings = {"source": found.kind, **layout, **form.settings()}
             parts = {

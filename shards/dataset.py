@@ -15,12 +15,14 @@ import pyarrow as pa
 
 from shards import manifest
 from shards.errors import UserError
+from shards.hashing import hash_array, hash_int
 from shards.objects import ExistsError, MissingError
 from shards.order import DEFAULT_WINDOW_BYTES, Order, choose_shuffle
 from shards.store import Store, open_store
 from shards.storesettings import StoreSettings
 from shards.tuples import Tuples
 
+_SUBSET = 12  # what a hash is for; shards/hashing.py lists all
 ROW_COLUMNS = ["key", "offset", "size", "format", "labels", "weights", "width", "height", "member"]
 BLOCK = 512  # bytes of a tar header, which precedes each image
 CACHED_ROWS = 4_000_000  # kept in memory per open data set: about 50 to 100 bytes each
@@ -96,11 +98,12 @@ class Dataset:
     Attributes:
         url: Where it is.
         exclude: The version of the drop list in use, or None.
+        subset: How many samples were asked for, of whole shards that are the same ones always; None: all.
         classes: Class names; labels index into them.
-        digest: Hex digest of classes, shard contents and dropped samples.
+        digest: Hex digest of classes, shard contents, dropped samples, and the shards of a subset.
         paths: Of the tars, one a shard.
         raw_sizes: (shards,) int64, samples a shard, dropped ones too.
-        shard_sizes: (shards,) int64, kept samples a shard.
+        shard_sizes: (shards,) int64, kept samples a shard; 0 of those that are not in the subset.
         mean_bytes: Mean size of an image in bytes, before dropping.
         store: Where its manifest is read.
         tars: Where its images are read.
@@ -117,9 +120,10 @@ class Dataset:
         dropped: np.ndarray,
         cached_shards: int | None,
         settings: StoreSettings,
+        subset: int | None,
     ):
-        self.store, self.url, self.exclude = store, store.url, exclude
-        self._opened = store.url, exclude, cached_shards, settings
+        self.store, self.url, self.exclude, self.subset = store, store.url, exclude, subset
+        self._opened = store.url, exclude, cached_shards, settings, subset
         self.concurrency = settings.concurrency
         try:
             self.tars = open_store(info.tars, settings=settings) if info.tars else store
@@ -136,6 +140,11 @@ class Dataset:
         self.shard_sizes = self.raw_sizes - np.diff(self._dropped_starts)
         self.local = np.full(info.shards, self.tars.local)
         self.digest = info.digest if exclude is None else manifest.digest_with_exclude(info.digest, *dropped)
+        if subset is not None:
+            inside = _subset(self.shard_sizes, subset, self.url)
+            self.shard_sizes = np.where(inside, self.shard_sizes, 0)
+            if not inside.all():
+                self.digest = hashlib.sha256(self.digest.encode() + np.packbits(inside).tobytes()).hexdigest()
         self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
         cached_shards = cached_shards or max(64, CACHED_ROWS // max(1, info.samples // info.shards))
         self._cached_rows = lru_cache(maxsize=cached_shards)(self._read_rows)
@@ -147,6 +156,7 @@ class Dataset:
         exclude: str | None = None,
         cached_shards: int | None = None,
         settings: StoreSettings | None = None,
+        subset: int | None = None,
     ) -> "Dataset":
         """Open the data set at ``url``, leaving out the samples of drop list ``exclude``.
 
@@ -157,9 +167,11 @@ class Dataset:
             exclude: Version of the drop list, or None.
             cached_shards: So many shards' rows stay in memory; by default those of 4 million samples.
             settings: Of its remote stores; by default those of the environment.
+            subset: Take so many samples alone, or the few more that whole shards have. A hash draws the shards, always
+                the same: a smaller subset is part of each larger one.
 
         Raises:
-            UserError: There is no whole data set at ``url``, or no such drop list.
+            UserError: There is no whole data set at ``url``, it has no images or fewer than that, or no such drop list.
         """
         settings = settings or StoreSettings()
         store = open_store(url, settings=settings)
@@ -167,10 +179,12 @@ class Dataset:
             info = manifest.parse_info(store.read(manifest.DATASET), store.url)
         except MissingError as error:
             raise UserError(f"no data set at {store.url}{_hint(store)}") from error
+        if not info.samples:
+            raise UserError(f"{store.url} has no images; build it of some, or index tars that have some")
         shards = manifest.open_table(store, manifest.SHARDS, manifest.SHARDS_SCHEMA.names)
         if manifest.digest(info.classes, shards["sha256"].to_pylist(), info.build) != info.digest:
             raise UserError(f"{store.url}: dataset.json and shards.parquet do not belong together; build it again")
-        return cls(store, info, shards, exclude, _read_dropped(store, exclude), cached_shards, settings)
+        return cls(store, info, shards, exclude, _read_dropped(store, exclude), cached_shards, settings, subset)
 
     def __reduce__(self) -> tuple:
         """Let another process open it again: connections and descriptors do not travel."""
@@ -229,7 +243,9 @@ class Dataset:
         return np.delete(np.arange(self.raw_sizes[shard], dtype=np.int32), self.dropped(shard))
 
     def dropped(self, shard: int) -> np.ndarray:
-        """Return the raw indices of a shard's dropped samples, ascending, int32."""
+        """Return the raw indices of a shard's dropped samples, ascending, int32; all of a shard outside the subset."""
+        if not self.shard_sizes[shard]:
+            return np.arange(self.raw_sizes[shard], dtype=np.int32)
         return self._dropped[self._dropped_starts[shard] : self._dropped_starts[shard + 1]]
 
     def _read_rows(self, shard: int) -> Rows:
@@ -327,6 +343,17 @@ class Dataset:
     def exclude_versions(self) -> list[str]:
         """Return the sorted names of the drop lists there are."""
         return [name.removesuffix(".parquet") for name in self.store.list(manifest.EXCLUDE)]
+
+
+def _subset(sizes: np.ndarray, samples: int, url: str) -> np.ndarray:
+    """Return which shards, bool [shards], are in the subset of so many samples: as few as a hash puts first."""
+    if not 0 < samples <= sizes.sum():
+        raise UserError(
+            f"subset of {url} is {samples:,} samples, and there are {sizes.sum():,}; give a number from 1 to that"
+        )
+    drawn = np.argsort(hash_array(hash_int(_SUBSET), np.arange(len(sizes))), kind="stable")
+    before = np.cumsum(sizes[drawn]) - sizes[drawn]
+    return np.isin(np.arange(len(sizes)), drawn[before < samples])
 
 
 def write_exclude(url: str | Path, version: str, rows: Iterable[tuple[int, int, str]]) -> None:

@@ -36,23 +36,33 @@ class Encoding:
     format: str | None = None
     quality: int | None = None
 
-    def apply(self, data: bytes, header: Header, key: str) -> tuple[bytes, Header] | None:
+    def apply(self, data: bytes, header: Header, key: str, border: int = 0) -> tuple[bytes, Header] | None:
         """Return the image encoded anew, upright and without EXIF; None if its bytes are to stay as they are.
 
         A JPEG is decoded at 1/2, 1/4 or 1/8 where that is still as large as asked for. What is left to shrink is
         blurred against aliasing, then interpolated; from a factor of 2 on, areas are averaged.
 
+        Args:
+            data: The image.
+            header: Of it.
+            key: Of it, for errors.
+            border: Pixels to cut off at each edge, first.
+
         Raises:
             DecodeError: The image is damaged.
-            BrokenImageError: It is too large for the format.
+            BrokenImageError: It is too large for the format, or nothing but border.
         """
-        short = min(header.width, header.height)
+        short, long = (side - 2 * border for side in sorted((header.width, header.height)))
+        if short <= 0:
+            raise BrokenImageError(f"{header.width} x {header.height} pixels are nothing but a border of {border}")
         shrink = self.resize_short is not None and short > self.resize_short
-        if not shrink and self.format in (None, header.format) and self.quality is None:
+        if not shrink and not border and self.format in (None, header.format) and self.quality is None:
             return None
-        image = decode(data, key, short=self.resize_short if shrink else 0)
+        image = decode(data, key, short=self.resize_short if shrink and not border else 0)
+        if border:
+            image = image[border:-border, border:-border]
         if shrink:
-            long = max(1, round(max(header.width, header.height) * self.resize_short / short))
+            long = max(1, round(long * self.resize_short / short))
             wide = image.shape[1] >= image.shape[0]  # after turning it upright
             size = (long, self.resize_short) if wide else (self.resize_short, long)
             image = _shrink(image, size)

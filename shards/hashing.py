@@ -14,7 +14,7 @@ import numpy as np
 #   4 augmentation (shards/augment.py)        7, 8 tars and buffer of a stream (shards/stream.py)
 #   5 RandAugment (shards/randaugment.py)     9    stochastic depth (pipeline/droppath.py)
 #   6 mixup (shards/mixup.py)                 10   masked patch prediction (pipeline/corruption.py)
-#                                             11   masked autoencoding (pipeline/masking.py)
+#   12 subsets of shards (shards/dataset.py)  11   masked autoencoding (pipeline/masking.py)
 #   from 100 on: a user's own transforms
 # The second word, after the seed:
 #   1, 2 chunks and blocks of the order (shards/order.py)

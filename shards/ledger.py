@@ -117,6 +117,8 @@ class Ledger:
             "exclude": [each.exclude for each in dataset.datasets],
             "order": order.identity(dataset.digest),
         }
+        if any(each.subset for each in dataset.datasets):
+            self._run["subset"] = [each.subset for each in dataset.datasets]
         self._rank, self._world_size = rank, world_size
         self._file: BinaryIO | None = None
         self._segments = 0  # begun

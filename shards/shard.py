@@ -29,6 +29,7 @@ class Form:
         encoding: How images are made anew.
         decode: Decode every image whole, to find damage inside.
         captions: Add KEY.txt with the names of the classes.
+        border: Pixels to cut off at each edge.
     """
 
     classes: list[str]
@@ -36,11 +37,13 @@ class Form:
     encoding: Encoding = Encoding()  # noqa: RUF009, it is frozen
     decode: bool = False
     captions: bool = False
+    border: int = 0
 
     def settings(self) -> dict:
         """Return what decides the bytes, beside the classes."""
         made_anew = self.encoding != Encoding()
-        return {
+        cut = {"border": {"pixels": self.border, "encoder": ENCODER}} if self.border else {}
+        return cut | {
             "captions": self.captions,
             "decode": self.decode,
             "encoding": asdict(self.encoding) | {"encoder": ENCODER} if made_anew else None,
@@ -139,7 +142,7 @@ def write_shard(job: Job) -> Receipt:
 def _stored(item: Item, data: bytes, form: Form) -> tuple[bytes, Header, int]:
     """Return an image as it is to be stored, its header, and the orientation it had in the source."""
     source = read_header(data)
-    anew = form.encoding.apply(data, source, item.key)
+    anew = form.encoding.apply(data, source, item.key, form.border)
     if anew is not None:
         return *anew, source.orientation
     if form.decode:

@@ -7,15 +7,21 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import typer
 
+from launch.cli import app
 from launch.cli_checkpoint import checkpoint_app
 from pipeline.config import CheckpointSettings, ModelSettings, TrainSettings
+from pipeline.figures.distance import patch_distances
 from pipeline.flops import cost_of
 from pipeline.hardware import CARDS
+from pipeline.images import training_transform
 from pipeline.models import MODELS, create_model
 from pipeline.recipe import read_recipe, read_settings, recipe_names
+from pipeline.report.learned import CAPTIONS
 from pipeline.resume import RULES
 from pipeline.schedule import Schedule
 from pipeline.settings import check, override
@@ -144,6 +150,45 @@ def test_the_models_page_sets_what_can_be_set():
         check_model(settings, row)
 
 
+FINETUNING_PAGE = (DOCS / "finetuning.md").read_text()
+
+
+def test_the_page_on_fine_tuning_names_every_recipe():
+    tuning = {name for name in recipe_names() if read_recipe(name).settings.get("kind") == "finetune"}
+    named = re.search(r"\| recipe .*?\n\n", FINETUNING_PAGE, re.DOTALL)[0]
+    assert set(re.findall(r"`(\w+)`", named)) == tuning - {"small_finetune"}
+    cells = re.findall(r"^\| (`[\w.]+=[\w.]+.*?) \|", FINETUNING_PAGE, re.MULTILINE)
+    assert len(cells) == 4
+    for cell in cells:
+        over = [each for part in re.findall(r"`([^`]+=[^`]+)`", cell) for each in part.split()]
+        places = ["data.train=T", "data.val=V", "init=W"]
+        check(TrainSettings, override(read_settings("finetune_pets")[0], over + places), cell)
+
+
+def test_the_tasks_of_vtab_are_cropped_and_mirrored_as_bit_has_it():
+    rows = re.findall(r"^\| (`cifar`.*|`clevr.*|`dsprites.*) \|(?: `(.*)`)? \|$", FINETUNING_PAGE, re.MULTILINE)
+    places = np.dstack([*np.mgrid[0:200:2, 0:200:2], np.zeros((100, 100))]).astype(np.uint8)
+    found = {"whole": set(), "upright": set()}
+    for tasks, over in rows:
+        table = override(read_settings("finetune_vtab")[0], ["data.train=T", "init=W", *over.split()])
+        transform = training_transform(check(TrainSettings, table, tasks).data)
+        seen = [transform(places, (0, 0, position))[..., :2].astype(int) for position in range(20)]
+        for task in re.findall(r"`(\w+)`", tasks):
+            if all(each[..., 0].min() == 0 and each[..., 0].max() == 198 for each in seen):
+                found["whole"].add(task)
+            if all(each[0, 0, 1] < each[0, -1, 1] for each in seen):
+                found["upright"].add(task)
+            found.setdefault("all", set()).add(task)
+    assert found == {"all": paper.VTAB, "whole": paper.VTAB_WHOLE, "upright": paper.VTAB_UPRIGHT}
+    script = re.search(r"```sh\n(.*?)```", FINETUNING_PAGE, re.DOTALL)[1]
+    for task in paper.VTAB:  # the loop sets the same
+        case = re.search(r"case.*?esac", script, re.DOTALL)[0]
+        own = subprocess.run(
+            ["bash", "-c", f"task={task}; {case}; echo $own"], capture_output=True, text=True, check=True
+        )
+        assert own.stdout.strip() == next(over for tasks, over in rows if f"`{task}`" in tasks), task
+
+
 SCALE_PAGE = (DOCS / "scale.md").read_text()
 
 
@@ -172,3 +217,36 @@ def test_the_page_on_checkpoints_shows_every_setting_command_and_kind_of_row():
     rows = dict(re.findall(r"^\| (free|allowed|refused)[^|]*\| (.*) \|$", page, re.MULTILINE))
     for row, rule in RULES.items():
         assert "." in row or rule != "allowed" or f"`{row}`" in rows[rule], row
+
+
+def test_the_page_on_what_was_learned_shows_every_figure_and_no_large_ones():
+    page = (DOCS / "learned.md").read_text()
+    shown = re.findall(r"!\[[^]]*\]\((learned/[\w-]+\.png)\)", page)
+    assert sorted(shown) == sorted(f"learned/{path.name}" for path in (DOCS / "learned").iterdir())
+    assert sum((DOCS / each).stat().st_size for each in shown) < 400_000
+    named = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+    assert set(named) == set(CAPTIONS)
+    assert {Path(each).stem.split("-")[0] for each in shown} == set(named)
+    for number in ("6", "7", "10", "11", "14"):
+        assert re.search(rf"[Ff]igures? [\w ,]*\b{number}\b", page), number
+    for grid, span in ((14, 16), (7, 32), (16, 14)):
+        golden = patch_distances(grid, span).mean().item()
+        assert f"{golden:.2f}" in page
+        assert f"{grid} × {grid}" in page
+    assert f"(the grey line, {patch_distances(6, 8).mean().item():.1f} pixels)" in page
+
+
+def test_the_commands_of_the_page_on_what_was_learned_are_whole():
+    commands = re.findall(r"^    patchmill figures (.*)$", (DOCS / "learned.md").read_text(), re.MULTILINE)
+    assert len(commands) == 5
+    options = {each for parameter in typer.main.get_command(app).commands["figures"].params for each in parameter.opts}
+    for command in commands:
+        assert {word for word in shlex.split(command) if word.startswith("-")} <= options, command
+
+
+def test_the_page_on_the_report_names_every_section():
+    page = (DOCS / "report.md").read_text().lower()
+    text = (DOCS.parent / "pipeline" / "report" / "page.py").read_text()
+    sections = re.findall(r'^        "([A-Z][a-z ,-]+)": ', text, re.MULTILINE)
+    assert len(sections) == 11
+    assert [name for name in sections if f"| {name.lower()} |" not in page] == ["Stages"]

@@ -141,10 +141,12 @@ def add_buffers(
         if engine.offload_optimizer:
             device, host = device + max(sizes), sum(tensors) + max(sizes)
     elif engine.zero_stage == 3:
-        staying = sum(size for size in sizes if size <= persistent(zero))
-        live = min(sum(sizes) - staying, zero["stage3_max_live_parameters"] + BLOCK)
-        # What comes together is gathered in one piece and then copied into parameters.
-        device = zero["reduce_bucket_size"] + staying + live + min(sum(sizes), zero["stage3_prefetch_bucket_size"])
+        device = zero["reduce_bucket_size"]
+        if ranks > 1 or engine.offload_parameters:  # of one rank alone, gathered parameters are the weights themselves
+            staying = sum(size for size in sizes if size <= persistent(zero))
+            device += staying + min(sum(sizes) - staying, zero["stage3_max_live_parameters"] + BLOCK)
+        if ranks > 1:  # what comes together is gathered in one piece and then copied into parameters
+            device += min(sum(sizes), zero["stage3_prefetch_bucket_size"])
         if engine.offload_optimizer not in (None, "cpu"):
             host += SWAPPED * max(tensors)
         if engine.offload_parameters not in (None, "cpu"):

@@ -3,13 +3,13 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline import distributed
 from pipeline.evaluate.held_out import mean_over
 from pipeline.images import to_model_input
 from pipeline.losses import class_losses, class_targets
-from shards.augment import TRANSFORMS
+from shards.augment import Transform
 from shards.dataset import Dataset
 from shards.errors import UserError
 from shards.evaluation import EvaluationBatch
@@ -18,26 +18,24 @@ from shards.evaluation import EvaluationBatch
 def classify(
     model: Callable[[Tensor], Tensor],
     dataset: Dataset,
-    resolution: int,
+    transform: Transform,
     batch: int,
     threads: int = 2,
-    view: str = "resize",
     loss: str = "softmax",
 ) -> dict:
-    """Evaluate ``model(images [n,3,H,W]) -> logits [n,K]`` on every image of ``dataset``; collective over all ranks.
+    """Return means over every image of a data set, as ``predict`` sees them; collective over all ranks.
 
-    Args:
-        model: In evaluation mode.
-        dataset: Images with one label or several; of several, each is right.
-        resolution: Side of what the model sees.
-        batch: Images a rank takes at once; the padding of the last batch is left out of all sums.
-        threads: Decode threads.
-        view: ``"resize"``: all of the image, straight to the square (vit-paper 8); ``"center_crop"``: its middle.
+    Args: As of ``predict``, and
         loss: ``"softmax"`` or ``"sigmoid"`` cross-entropy.
 
     Returns:
-        ``loss``, ``top1``, ``top5`` in [0, 1], ``images`` counted over all ranks.
+        ``loss``, ``top1``, ``top5`` in [0, 1], where of several labels each is right, and ``images``: those that have
+        a label, over all ranks; the others are not counted.
+
+    Raises:
+        UserError: No image has a label.
     """
+    check_labelled(dataset)
     device = distributed.device()
 
     def prepare(part: EvaluationBatch) -> tuple[Tensor, ...]:
@@ -48,15 +46,27 @@ def classify(
         logits = model(images).float()  # [n, K]
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [n, 5]
         right = (ranked[:, :, None] == labels[:, None]).any(dim=2)
-        return torch.stack([class_losses(logits, targets, loss), right[:, 0], right.any(dim=1)], dim=1)
+        labelled = labels[:, 0] >= 0
+        found = [class_losses(logits, targets, loss), right[:, 0], right.any(dim=1), labelled]
+        return torch.stack(found, dim=1) * labelled[:, None]
 
-    transform = TRANSFORMS[view](resolution)
-    (mean, top1, top5), images = mean_over(dataset, transform, batch, threads, prepare, measure, labels="some")
-    return {"loss": mean, "top1": top1, "top5": top5, "images": images}
+    (*sums, share), images = mean_over(dataset, transform, batch, threads, prepare, measure)
+    mean, top1, top5 = (each / share for each in sums)
+    return {"loss": mean, "top1": top1, "top5": top5, "images": round(images * share)}
 
 
-def check_classes(classes: list[str], dataset: Dataset) -> None:
+def check_labelled(dataset: Dataset) -> None:
+    """Raise a UserError when no image of a data set has a label; its tables are read up to the first that has one."""
+    if not any(any(dataset.rows(shard).labels) for shard in range(len(dataset.shard_sizes))):
+        raise UserError(f"no image of {dataset.url} has a label; there is nothing to score")
+
+
+def check_classes(model: nn.Module, classes: list[str], dataset: Dataset) -> None:
     """Raise a UserError when a model's classes are not those of a data set."""
+    if not model.num_classes:
+        raise UserError(
+            "the model has no head of classes; fine-tune it, or see what its features are worth: `patchmill fewshot`"
+        )
     if not classes:
         raise UserError(
             "the model does not know the names of its classes; write them into a file, a line each in the order of its "
@@ -64,6 +74,11 @@ def check_classes(classes: list[str], dataset: Dataset) -> None:
         )
     if classes != dataset.classes:
         raise UserError(
-            f"the model knows {len(classes)} classes ({', '.join(classes[:3])} ...), {dataset.url} has "
-            f"{len(dataset.classes)} ({', '.join(dataset.classes[:3])} ...); evaluate on the data it was trained for"
+            f"the model knows {_some(classes)}, {dataset.url} has {_some(dataset.classes)}; evaluate on the data it "
+            "was trained for, or one built with the same list of classes"
         )
+
+
+def _some(classes: list[str]) -> str:
+    """Return how many classes there are, and the first of them."""
+    return f"{len(classes)} classes ({', '.join([*classes[:3], *['...'] * (len(classes) > 3)])})"

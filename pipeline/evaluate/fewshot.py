@@ -73,17 +73,19 @@ def fits(
     labels, n, d = np.asarray(labels), len(features if rows is None else rows), features.shape[1] + 1
     mean = sum(x.sum(0) for _, x in _parts(features, rows)) / n
     std = np.sqrt(sum(np.square(x - mean).sum(0) for _, x in _parts(features, rows)) / n) + STD_FLOOR
-    eye = np.eye(num_classes)
-    pairs = ((_standardised(x, mean, std), 2.0 * eye[labels[part]] - 1.0) for part, x in _parts(features, rows))
+    parts = ((labels[part], _standardised(x, mean, std)) for part, x in _parts(features, rows))
     if n < d:
-        x, y = (np.concatenate(each) for each in zip(*pairs, strict=True))  # [n, D + 1], [n, K]
-        gram = x @ x.T
-        solutions = [x.T @ np.linalg.solve(gram + l2 * np.eye(n), y) for l2 in penalties]
+        chosen, x = (np.concatenate(each) for each in zip(*parts, strict=True))  # [n], [n, D + 1]
+        gram, targets = x @ x.T, 2.0 * np.eye(num_classes)[chosen] - 1.0
+        solutions = [x.T @ np.linalg.solve(gram + l2 * np.eye(n), targets) for l2 in penalties]
     else:
-        gram, products = np.zeros((d, d)), np.zeros((d, num_classes))
-        for x, y in pairs:
+        gram, sums = np.zeros((d, d)), np.zeros((num_classes, d))
+        for chosen, x in parts:
             gram += x.T @ x
-            products += x.T @ y
+            order = np.argsort(chosen, kind="stable")
+            classes, starts = np.unique(chosen[order], return_index=True)
+            sums[classes] += np.add.reduceat(x[order], starts)
+        products = (2.0 * sums - sums.sum(0)).T  # x.T @ targets, without the targets: [D + 1, K]
         solutions = [np.linalg.solve(gram + l2 * np.eye(d), products) for l2 in penalties]
     return [LinearClassifier(mean, std, weights) for weights in solutions]
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pipeline import distributed
 from pipeline.evaluate.fewshot import check_shots, fewshot_accuracy, least_squares_accuracy
 from pipeline.evaluate.knn import knn_accuracy
+from pipeline.evaluate.linear import linear_accuracy
 from pipeline.images import to_model_input
 from pipeline.prefetch import prefetched
 from shards.augment import Resize
@@ -39,7 +40,12 @@ class Frozen(NamedTuple):
 
 
 def frozen_features_accuracy(
-    model: nn.Module, train: Dataset, test: Dataset, shots: Sequence[int], neighbours: int | None = None
+    model: nn.Module,
+    train: Dataset,
+    test: Dataset,
+    shots: Sequence[int],
+    neighbours: int | None = None,
+    linear: bool = False,
 ) -> dict[str, dict]:
     """Fit linear classifiers on training images, score them on test images (vit-paper 4); collective over all ranks.
 
@@ -49,11 +55,12 @@ def frozen_features_accuracy(
         test: The same, of the same classes.
         shots: Numbers of images a class.
         neighbours: Of the k nearest training images, k; None: they are not asked.
+        linear: Probe linearly, too: the features of a rank's share of the images are in its memory then.
 
     Returns:
         On rank 0, for ``features``, and for ``pixels`` (the same images, flattened) if the sets are small:
         ``shots`` (mean top-1 over three seeds, by number of shots), ``seeds`` (each of them), ``all`` (top-1 of least
-        squares on every training image) and its ``l2``; of features ``knn`` too. On other ranks nothing.
+        squares on every training image) and its ``l2``; of features ``knn`` and ``linear`` too. On other ranks nothing.
     """
     if train.classes != test.classes:
         raise UserError(f"{test.url} has other classes than {train.url}; build both with one command")
@@ -67,6 +74,9 @@ def frozen_features_accuracy(
         folder = Path(distributed.everyone(folder)[0])
         found = [extract(model, each, folder / name, with_pixels) for each, name in ((train, "train"), (test, "test"))]
         result = _scores(*found, shots, neighbours) if distributed.rank() == 0 else {}
+        probed = _probed(*found, len(train.classes)) if linear else None
+        if result and linear:
+            result["features"]["linear"] = probed
         distributed.everyone(None)  # before the files go
     return result
 
@@ -84,6 +94,13 @@ def _scores(train: Frozen, test: Frozen, shots: Sequence[int], neighbours: int |
             train.features, train.labels, test.features, test.labels, neighbours, distributed.device()
         )
     return result
+
+
+def _probed(train: Frozen, test: Frozen, classes: int) -> float:
+    """Return the accuracy of logistic regression, of which each rank has every so-many-th image; collective."""
+    mine = slice(distributed.rank(), None, distributed.world_size())
+    shares = [torch.from_numpy(np.array(each[mine])) for part in (train, test) for each in (part.features, part.labels)]
+    return linear_accuracy(*shares, classes)
 
 
 @torch.no_grad()
@@ -147,9 +164,12 @@ def _make_files(folder: Path, rows: int, sizes: dict[str, int]) -> UserError | N
 
 def single_labels(dataset: Dataset) -> np.ndarray:
     """Return the label of every image, int64 [n]; a UserError where one has none or several."""
-    found = list(chain.from_iterable(dataset.rows(shard).labels for shard in range(len(dataset.shard_sizes))))
-    wrong = next((place for place, labels in enumerate(found) if len(labels) != 1), None)
-    if wrong is not None:
-        number = len(found[wrong])
-        raise UserError(f"image {wrong} of {dataset.url} has {number} labels; features want images with one each")
-    return np.array(found, dtype=np.int64)[:, 0]
+    single = np.empty(len(dataset), dtype=np.int64)
+    every = chain.from_iterable(dataset.rows(shard).labels for shard in range(len(dataset.shard_sizes)))
+    for place, labels in enumerate(every):
+        if len(labels) != 1:
+            raise UserError(
+                f"image {place} of {dataset.url} has {len(labels)} labels; features want images with one each"
+            )
+        single[place] = labels[0]
+    return single

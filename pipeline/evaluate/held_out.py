@@ -1,6 +1,6 @@
 """Means over a whole data set: every image exactly once, on any number of ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -10,7 +10,34 @@ from pipeline.prefetch import prefetched
 from shards.augment import Transform
 from shards.dataset import Dataset
 from shards.evaluation import EvaluationBatch, EvaluationLoader
-from shards.manylabels import Accepts
+
+
+def each_batch(
+    dataset: Dataset,
+    transform: Transform,
+    batch: int,
+    threads: int,
+    prepare: Callable[[EvaluationBatch], tuple[Tensor, ...]],
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield this rank's batches on the device, as ``(*prepare(batch), positions, valid)``; as many on every rank.
+
+    Args:
+        dataset: Images.
+        transform: Makes squares of images.
+        batch: Images a rank takes at once; the last batch is filled up with rows that are not ``valid``.
+        threads: Decode threads.
+        prepare: Brings a batch, whose images may have any number of labels, to the device.
+    """
+    device = distributed.device()
+    parts = EvaluationLoader(
+        dataset, batch, transform=transform, rank=distributed.rank(), world_size=distributed.world_size(),
+        threads=threads, labels="any",
+    )  # fmt: skip
+
+    def whole(part: EvaluationBatch) -> tuple[Tensor, ...]:
+        return *prepare(part), *(torch.from_numpy(each).to(device) for each in (part.positions, part.valid))
+
+    yield from prefetched(iter(parts), whole, device)
 
 
 @torch.no_grad()
@@ -21,30 +48,14 @@ def mean_over(
     threads: int,
     prepare: Callable[[EvaluationBatch], tuple[Tensor, ...]],
     measure: Callable[..., Tensor],
-    labels: Accepts = "any",
 ) -> tuple[list[float], int]:
     """Return the mean of each thing that is measured, and the number of images; collective over all ranks.
 
-    Args:
-        dataset: Images.
-        transform: Makes squares of images.
-        batch: Images a rank takes at once; the padding of the last batch is left out of the means.
-        threads: Decode threads.
-        prepare: Brings a batch to the device.
+    Args: As of ``each_batch``, and
         measure: ``measure(*prepare(batch)) -> [n, things]``.
-        labels: How many an image may have.
     """
-    device = distributed.device()
-    parts = EvaluationLoader(
-        dataset, batch, transform=transform, rank=distributed.rank(), world_size=distributed.world_size(),
-        threads=threads, labels=labels,
-    )  # fmt: skip
     sums: Tensor | float = 0.0
-
-    def with_valid(part: EvaluationBatch) -> tuple[Tensor, ...]:
-        return *prepare(part), torch.from_numpy(part.valid).to(device)
-
-    for *inputs, valid in prefetched(iter(parts), with_valid, device):
+    for *inputs, _, valid in each_batch(dataset, transform, batch, threads, prepare):
         sums = sums + measure(*inputs)[valid].double().sum(dim=0).cpu()
     sums = distributed.sum_over_ranks(sums.tolist())
     return [each / len(dataset) for each in sums], len(dataset)

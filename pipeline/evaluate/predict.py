@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from pipeline import distributed
+from pipeline.evaluate.held_out import each_batch
 from pipeline.images import to_model_input
 from pipeline.losses import class_losses, class_targets
-from pipeline.prefetch import prefetched
-from shards.augment import TRANSFORMS
+from shards.augment import Transform
 from shards.dataset import Dataset
-from shards.evaluation import EvaluationBatch, EvaluationLoader
+from shards.evaluation import EvaluationBatch
 
 TOP = 5
 
@@ -34,44 +34,28 @@ class Predictions(NamedTuple):
 
 @torch.no_grad()
 def predict(
-    model: Callable[[Tensor], Tensor],
-    dataset: Dataset,
-    resolution: int,
-    batch: int,
-    threads: int = 2,
-    view: str = "resize",
+    model: Callable[[Tensor], Tensor], dataset: Dataset, transform: Transform, batch: int, threads: int = 2
 ) -> Predictions:
     """Return what ``model(images [n,3,H,W]) -> logits [n,K]`` says of every image; collective, the same on all ranks.
 
     Args:
         model: In evaluation mode.
         dataset: Images with no, one or several labels.
-        resolution: Side of what the model sees.
+        transform: Makes of an image the square that the model sees.
         batch: Images a rank takes at once.
         threads: Decode threads.
-        view: ``"resize"``: all of the image, straight to the square (vit-paper 8); ``"center_crop"``: its middle.
     """
     device = distributed.device()
-    parts = EvaluationLoader(
-        dataset, batch, transform=TRANSFORMS[view](resolution), rank=distributed.rank(),
-        world_size=distributed.world_size(), threads=threads, labels="any",
-    )  # fmt: skip
 
     def prepare(part: EvaluationBatch) -> tuple[Tensor, ...]:
-        targets = class_targets(part, len(dataset.classes), "softmax", device)
-        return (
-            to_model_input(part.images, device),
-            targets,
-            torch.from_numpy(part.positions),
-            torch.from_numpy(part.valid),
-        )
+        return to_model_input(part.images, device), class_targets(part, len(dataset.classes), "softmax", device)
 
     found = []
-    for images, targets, places, valid in prefetched(iter(parts), prepare, device):
+    for images, targets, places, valid in each_batch(dataset, transform, batch, threads, prepare):
         logits = model(images).float()  # [n, K]
         shares, ranked = logits.softmax(dim=1).topk(min(TOP, logits.shape[1]), dim=1)
         losses = class_losses(logits, targets, "softmax")
-        found.append([each[valid].numpy() for each in (places, ranked.cpu(), shares.cpu(), losses.cpu())])
+        found.append([each[valid].cpu().numpy() for each in (places, ranked, shares, losses)])
     mine = [np.concatenate(each) for each in zip(*found, strict=True)]
     places, *values = (np.concatenate(each) for each in zip(*distributed.everyone(mine), strict=True))
     order = np.argsort(places)

@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
+from pipeline.evaluate.classify import check_labelled
 from pipeline.evaluate.predict import Predictions
 from shards.atomic import whole_file
 from shards.dataset import Dataset
-from shards.errors import UserError
 from shards.manylabels import stacked
 
 BINS = 15  # of confidence: as in "On Calibration of Modern Neural Networks" (arXiv 1706.04599)
@@ -34,13 +34,12 @@ class Scores:
     """
 
     def __init__(self, predictions: Predictions, dataset: Dataset):
+        check_labelled(dataset)
         self._dataset, self._predictions = dataset, predictions
         shards = range(len(dataset.shard_sizes))
         self._labels: Sequence[tuple[int, ...]] = list(chain.from_iterable(dataset.rows(s).labels for s in shards))
         truth = stacked([(labels, ()) for labels in self._labels], "any")["label"]  # [n, m], -1 past the last
         self._labelled = truth[:, 0] >= 0
-        if not self._labelled.any():
-            raise UserError(f"no image of {dataset.url} has a label; there is nothing to score")
         right = (predictions.ranked[:, :, None] == truth[:, None]).any(axis=2)  # [n, k]
         self._right, self._right5 = right[:, 0], right.any(axis=1)
 

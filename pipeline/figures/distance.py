@@ -59,17 +59,17 @@ def attention_distances(model: VisionTransformer, images: Tensor) -> np.ndarray:
     return (total / len(images)).numpy()
 
 
-def draw(distances: np.ndarray, image_size: int, images: int) -> "Figure":
+def draw(distances: np.ndarray, grid: int, span: int, images: int) -> "Figure":
     """Draw distances [L, h] over the depth, a dot a head; grey is what a head that looks everywhere alike has."""
     figure = sheet(5.2, 4.0)
     axis = figure.subplots()
     for head in range(distances.shape[1]):
         axis.plot(range(1, len(distances) + 1), distances[:, head], "o", markersize=3)
-    # Two points at random in a square are so many sides apart on average.
-    axis.axhline(0.5214054 * image_size, color="0.7", linewidth=1, zorder=0)
+    axis.axhline(patch_distances(grid, span).mean().item(), color="0.7", linewidth=1, zorder=0)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel("block")
     axis.set_ylabel("mean attention distance (pixels)")
     axis.set_ylim(bottom=0)
-    axis.set_title(f"{distances.shape[1]} heads a block, mean of {images} images of {image_size} pixels", fontsize=9)
+    axis.set_title(f"{distances.shape[1]} heads a block, mean of {images} images of {grid * span} pixels", fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
     return figure

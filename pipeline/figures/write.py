@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
+from pipeline import distributed
 from pipeline.convert.checkpoint import find_checkpoint
 from pipeline.convert.recognise import load_model
 from pipeline.figures import distance, filters, positions, reconstruction, rollout
@@ -14,6 +13,7 @@ from pipeline.figures.canvas import png
 from pipeline.figures.pictures import read_pictures
 from pipeline.images import to_model_input
 from shards.atomic import whole_file
+from shards.dataset import Dataset
 
 SHOWN = 8  # images
 
@@ -24,9 +24,10 @@ class Drawn(NamedTuple):
     name: str
     data: bytes | None
     why_not: str = ""
+    wants_images: bool = False  # and there were none
 
 
-def draw_figures(source: str | Path, images: str | None, ema: bool = False) -> Iterator[Drawn]:
+def draw_figures(source: str | Path, images: str | Dataset | None, ema: bool = False) -> Iterator[Drawn]:
     """Draw figure by figure what can be drawn of a model.
 
     Args:
@@ -35,6 +36,7 @@ def draw_figures(source: str | Path, images: str | None, ema: bool = False) -> I
         ema: Of the moving average of the weights.
     """
     model, _ = load_model(source, ema)
+    model.to(distributed.device())
     yield Drawn("filters", png(filters.draw(model)))
     if not hasattr(model, "positions"):
         yield Drawn("positions", None, "the model has no tokens")
@@ -46,13 +48,13 @@ def draw_figures(source: str | Path, images: str | None, ema: bool = False) -> I
         yield Drawn("positions", png(positions.draw(table)))
     if images is None:
         for name in ("distance", "rollout", *(["reconstruction"] if reconstruction.tells_patches(model) else [])):
-            yield Drawn(name, None, "it wants images: give --images")
+            yield Drawn(name, None, "it wants images: give --images", wants_images=True)
         return
     pixels = read_pictures(images, distance.IMAGES, model.image_size)
-    inputs = to_model_input(pixels, torch.device("cpu"))
+    inputs = to_model_input(pixels, distributed.device())
     if attends_to_all(model):
         found = distance.attention_distances(model, inputs)
-        yield Drawn("distance", png(distance.draw(found, model.image_size, len(inputs))))
+        yield Drawn("distance", png(distance.draw(found, model.grid, model.image_size // model.grid, len(inputs))))
         yield Drawn("rollout", png(rollout.draw(model, inputs[:SHOWN], pixels[:SHOWN])))
     else:
         for name in ("distance", "rollout"):

@@ -379,6 +379,7 @@ class VisionTransformer(nn.Module):
         corruption: Tensor | None = None,
         visible: Tensor | None = None,
         features: bool = False,
+        positions_first: bool = False,
     ) -> Tensor:
         """Return the logits, or with ``features`` these; with ``corruption`` or ``visible`` what is told of patches.
 
@@ -388,8 +389,10 @@ class VisionTransformer(nn.Module):
                 attention and MLP branches, so that a sample's draws need not depend on its rank or batch.
                 Left out, a model in training mode draws its own.
             corruption: int64 [n, m, 2]: the corrupted patches of each image, and the patch whose embedding each gets,
-                ``MASK``, or ``UNTOLD`` as of pipeline/corruption.py. Of a model with a ``patch_target``.
+                of this image or of another, ``MASK``, or ``UNTOLD``, as pipeline/corruption.py has it. Of a model with
+                a ``patch_target``.
             visible: int64 [n, v]: the patches of each image that are seen. Of a model with a decoder.
+            positions_first: corrupt patches that have their position embeddings: a masked one does not know its place.
             features: return what the head sees. Under ZeRO-3 ``forward`` alone gathers the weights that this needs.
 
         Returns:
@@ -401,7 +404,8 @@ class VisionTransformer(nn.Module):
         if corruption is None:
             x = self.features(images, draws)
             return x if features else self.head(x)
-        x = self.tokens(images, draws, corruption)[:, self.positions.class_token :]  # [n, N, D]
+        x = self.tokens(images, draws, corruption, positions_first=positions_first)
+        x = x[:, self.positions.class_token :]  # [n, N, D]
         where = corruption[:, :, :1].expand(-1, -1, x.shape[2])
         return self.patch_head(x.gather(1, where))
 
@@ -421,14 +425,15 @@ class VisionTransformer(nn.Module):
         draws: Tensor | None = None,
         corruption: Tensor | None = None,
         visible: Tensor | None = None,
+        positions_first: bool = False,
     ) -> Tensor:
         """Return the normed tokens, [n, T - R, D]: a class token if there is one, then the patches that are seen.
 
         Arguments as in ``forward``.
         """
         x = self.patch_embed(images)  # [n, N, D]
-        if corruption is not None:
-            x = self._corrupted(x, *corruption.unbind(2))
+        if corruption is not None and not positions_first:
+            x = self._corrupted(x, corruption)
         parts = [token for token in (self.cls_token, x, self.reg_token) if token is not None]
         x = torch.cat([token.expand(len(x), -1, -1) for token in parts], dim=1)  # [n, T, D]
         x = x.to(self.norm.weight.dtype)  # autocast leaves the residuals in full precision
@@ -436,6 +441,9 @@ class VisionTransformer(nn.Module):
         if positions is not None and self.position != "relative":
             positions = self.positions.table(positions)
             x = x + positions
+        if corruption is not None and positions_first:
+            cls, x, registers = self._split(x)
+            x = torch.cat([cls, self._corrupted(x, corruption), registers], dim=1)
         if visible is not None:
             x = self._seen(x, visible)
         x = self.dropout(x)
@@ -449,16 +457,24 @@ class VisionTransformer(nn.Module):
             x = block(x, None if draws is None else draws[:, i], shared)
         return self.norm(x[:, : x.shape[1] - self.registers])
 
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the class token or none, the patches and the registers of tokens [n, T, D]."""
+        return x.split([int(self.positions.class_token), self.grid**2, self.registers], dim=1)
+
     def _seen(self, x: Tensor, visible: Tensor) -> Tensor:
         """Return the tokens [n, T, D] without the patches that are not ``visible`` [n, v]."""
-        cls, x, registers = x.split([int(self.positions.class_token), self.grid**2, self.registers], dim=1)
+        cls, x, registers = self._split(x)
         x = x.gather(1, visible[:, :, None].expand(-1, -1, x.shape[2]))
         return torch.cat([cls, x, registers], dim=1)
 
-    def _corrupted(self, x: Tensor, where: Tensor, source: Tensor) -> Tensor:
-        """Return patch embeddings [n, N, D], those at ``where`` [n, m] replaced by those at ``source`` or the mask."""
-        where, source = (each[:, :, None].expand(-1, -1, x.shape[2]) for each in (where, source))
-        instead = torch.where(source == MASK, self.mask_token.to(x.dtype), x.gather(1, source.clamp(min=0)))
+    def _corrupted(self, x: Tensor, corruption: Tensor) -> Tensor:
+        """Return patch embeddings [n, N, D], those that are told of [n, m, 2] replaced."""
+        n, patches, width = x.shape
+        where, source = corruption.unbind(2)
+        following = torch.arange(n, device=x.device)[:, None] * patches + source.clamp(min=0)  # [n, m], in a circle
+        others = x.flatten(0, 1).index_select(0, following.flatten() % (n * patches)).view(n, -1, width)
+        where, source = (each[:, :, None].expand(-1, -1, width) for each in (where, source))
+        instead = torch.where(source == MASK, self.mask_token.to(x.dtype), others)
         return x.scatter(1, where, torch.where(source == UNTOLD, x.gather(1, where), instead))
 
 

@@ -2,8 +2,9 @@
 
 Half of the patch embeddings are corrupted before the position embeddings are added: 80 % become a learned mask
 embedding, 10 % that of a random other patch, 10 % stay as they are. Each corrupted patch's own token then tells its
-target. What the paper leaves open is decided here and in corruption.py: exact counts in every image, if nothing else is
-set, others of the same image, bins that split 0 to 255 evenly, red the highest digit, means over all that is told.
+target. What the paper leaves open is decided here and in corruption.py: bins that split 0 to 255 evenly, red the
+highest digit, and, if nothing else is set, exact counts in every image, others of the same image, means over all that
+is told.
 """
 
 from collections.abc import Callable
@@ -14,13 +15,14 @@ from torch import Tensor
 
 from pipeline import distributed
 from pipeline.config import TrainSettings
-from pipeline.corruption import UNTOLD, corruption
+from pipeline.corruption import UNTOLD, corrupted_patches, corruption
 from pipeline.evaluate.held_out import mean_over
 from pipeline.images import to_model_input
 from pipeline.models.vit import BINS, VisionTransformer
 from shards.augment import TRANSFORMS
 from shards.batch import Batch
 from shards.dataset import Dataset
+from shards.errors import UserError
 from shards.evaluation import EvaluationBatch
 
 
@@ -31,24 +33,35 @@ class MaskedPatch:
         settings: Of the stage.
         template: The model, on any device; its values are not read.
         epoch: Samples of an epoch; None: nobody knows.
+
+    Raises:
+        UserError: positions to corrupt, where none are added.
     """
 
     def __init__(self, settings: TrainSettings, template: VisionTransformer, epoch: int | None):
         self._settings, self._epoch = settings, epoch
         self._grid, self._target = template.grid, template.patch_target
+        masked, patches = settings.masked_patch, self._grid**2
+        if masked.positions == "first" and template.position in ("none", "relative"):
+            raise UserError(
+                f"masked_patch.positions 'first' wants embeddings that are added to patches, and model.position is "
+                f"{template.position!r}; leave it out, or set model.position = 'learned'"
+            )
+        told = corrupted_patches(patches, masked.share) if masked.counts == "exact" else masked.share * patches
+        self._weight = told if masked.reduction == "sum" else 1
 
     def prepare(self, batch: Batch | EvaluationBatch) -> tuple[Tensor, Tensor]:
         """Return images, float32 [n, 3, H, W] in [-1, 1], and their corruption, int64 [n, m, 2], on the device."""
-        device, masked = distributed.device(), self._settings.masked_patch
+        device, masked, n = distributed.device(), self._settings.masked_patch, len(batch.positions)
         drawn = corruption(
             batch.positions, self._epoch, self._settings.seed, self._grid**2, masked.share, masked.mask, masked.other,
-            masked.counts == "exact",
+            masked.counts == "exact", min(n, self._settings.micro_batch or n) if masked.others == "batch" else 1,
         )  # fmt: skip
         return to_model_input(batch.images, device), torch.from_numpy(drawn).to(device)
 
     def loss(self, model: Callable[..., Tensor], images: Tensor, drawn: Tensor) -> Tensor:
-        """Return the mean loss of what ``model(images, corruption=drawn)`` tells of the corrupted patches."""
-        return self._mean(self._losses(*self._told(model, images, drawn)), drawn).mean()
+        """Return the images' mean loss of what ``model(images, corruption=drawn)`` tells of the corrupted patches."""
+        return self._loss(*self._told(model, images, drawn), drawn).mean()
 
     def evaluate(self, model: Callable[..., Tensor], dataset: Dataset) -> dict[str, float]:
         """Return ``loss``, ``images``, and of colours ``top1``, the share told right; collective over all ranks.
@@ -59,7 +72,7 @@ class MaskedPatch:
 
         def measure(images: Tensor, drawn: Tensor) -> Tensor:
             told, target = self._told(model, images, drawn)
-            values = [self._mean(self._losses(told, target), drawn)]
+            values = [self._loss(told, target, drawn)]
             if self._target != "pixels":
                 values.append(self._mean((told.argmax(dim=3) == target).float(), drawn))
             return torch.stack(values, dim=1)
@@ -77,7 +90,8 @@ class MaskedPatch:
         """Return what the model tells and what it should: [n, m, 3*P*P] both; or [n, m, c, 512] and [n, m, c]."""
         target = patch_targets(images, self._grid, self._target)  # [n, N, ...]
         target = target.gather(1, drawn[:, :, :1].expand(-1, -1, target.shape[2]))  # [n, m, ...]
-        told = model(images, corruption=drawn).float()
+        first = self._settings.masked_patch.positions == "first"
+        told = model(images, corruption=drawn, positions_first=first).float()
         return (told if self._target == "pixels" else told.unflatten(2, (-1, BINS**3))), target
 
     def _mean(self, values: Tensor, drawn: Tensor) -> Tensor:
@@ -91,10 +105,13 @@ class MaskedPatch:
         told = drawn[:, :, 1] != UNTOLD  # [n, N]
         return (values.mean(dim=2) * told).sum(dim=1) / (self._settings.masked_patch.share * self._grid**2)
 
-    def _losses(self, told: Tensor, target: Tensor) -> Tensor:
+    def _loss(self, told: Tensor, target: Tensor, drawn: Tensor) -> Tensor:
+        """Return the loss of each image, [n]."""
         if self._target == "pixels":
-            return F.mse_loss(told, target, reduction="none")
-        return F.cross_entropy(told.flatten(0, 2), target.flatten(), reduction="none").view(target.shape)
+            losses = F.mse_loss(told, target, reduction="none")
+        else:
+            losses = F.cross_entropy(told.flatten(0, 2), target.flatten(), reduction="none").view(target.shape)
+        return self._weight * self._mean(losses, drawn)
 
 
 def patch_targets(images: Tensor, grid: int, target: str) -> Tensor:

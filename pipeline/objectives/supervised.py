@@ -9,6 +9,7 @@ from pipeline.config import TrainSettings
 from pipeline.evaluate.classify import classify
 from pipeline.images import training_input
 from pipeline.losses import class_losses
+from shards.augment import TRANSFORMS
 from shards.batch import Batch
 from shards.dataset import Dataset
 
@@ -39,7 +40,8 @@ class Supervised:
     def evaluate(self, model: Callable[[Tensor], Tensor], dataset: Dataset) -> dict[str, float]:
         """Return what ``classify`` says of a held-out set, by the stage's own loss; collective over all ranks."""
         data, evaluate, loss = self._settings.data, self._settings.evaluate, self._settings.loss
-        return classify(model, dataset, data.resolution, evaluate.batch, data.threads, evaluate.view, loss)
+        transform = TRANSFORMS[evaluate.view](data.resolution)
+        return classify(model, dataset, transform, evaluate.batch, data.threads, loss)
 
     @staticmethod
     def better(val: dict[str, float], best: dict[str, float]) -> bool:

@@ -1,6 +1,6 @@
 """Where images come from: a file for each kind of source. All list what they hold; how bytes are read is one."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -26,21 +26,27 @@ class Item(NamedTuple):
 
 
 class Source(Protocol):
-    """What a kind of source gives the build.
+    """What a kind of source gives the build; each kind is a class below this one.
 
     Attributes:
-        kind: Its name: folder, table, parquet, cifar, imagenet, pets, flowers, lists, tars.
+        kind: Its name, as in ``KINDS`` of open.py.
         root: Folder or URL that relative files count from.
         classes: Names; labels index into them.
         multi_label: True if an image may have no, several or weighted labels.
         others: How many other things were left out, by kind; complete once ``items`` has ended.
+        mark: A file that no other kind has, by which a folder of this kind is known.
+        parts: That have images, or something is wrong with the source.
+        border: Pixels at each edge that are no part of an image, and not stored.
     """
 
     kind: str
     root: str
     classes: list[str]
-    multi_label: bool
+    multi_label: bool = False
     others: dict[str, int]
+    mark: str = ""
+    parts: Sequence[str] = ()
+    border: int = 0
 
     def items(self) -> Iterator[Item]:
         """Yield all images, in an order that depends on the source alone.

@@ -16,7 +16,7 @@ from PIL import Image
 
 from shards.errors import UserError
 from shards.objects import Entry
-from shards.sources import Item, place
+from shards.sources import Item, Source, place
 from shards.sources.unpack import harmless, look, unpack
 from shards.store import open_store
 
@@ -44,7 +44,7 @@ FORMS = [
 FOLDERS = ("cifar-10-batches-py", "cifar-10-batches-bin", "cifar-100-python", "cifar-100-binary")
 
 
-class Cifar:
+class Cifar(Source):
     """The images of CIFAR, as PNG, in the parts train and test; of CIFAR-100 the fine labels.
 
     Args:
@@ -56,7 +56,7 @@ class Cifar:
     """
 
     kind = "cifar"
-    multi_label = False
+    parts = ("train", "test")
 
     def __init__(self, url: str, unpacked: Path | None):
         self.url = url

@@ -8,13 +8,13 @@ import numpy as np
 
 from shards.errors import UserError
 from shards.sources import Item
-from shards.store import open_store
+from shards.sources.official import Official
 
-LABELS, MARK = "imagelabels.mat", "setid.mat"
+LABELS, SETS = "imagelabels.mat", "setid.mat"
 PARTS = {"train": "trnid", "val": "valid", "test": "tstid"}  # numbers of images from 1, in setid.mat
 
 
-class Flowers:
+class Flowers(Official):
     """The flowers: 102 classes, which have no names in the download, 1,020 images to train, 1,020 and 6,149 others.
 
     Args:
@@ -26,22 +26,22 @@ class Flowers:
     """
 
     kind = "flowers"
-    multi_label = False
+    mark = SETS
+    parts = tuple(PARTS)
 
     def __init__(self, root: str, unpacked: Path | None):
-        self.root, self.others = root, dict[str, int]()
-        self._store = open_store(root)
+        super().__init__(root, unpacked)
         self._labels = self._read(LABELS, "labels") - 1
-        self._parts = {part: self._read(MARK, key) for part, key in PARTS.items()}
+        self._ids = {part: self._read(SETS, key) for part, key in PARTS.items()}
+        ids = np.concatenate(list(self._ids.values()))
         number = len(self._labels)
-        if any(ids.min() < 1 or ids.max() > number for ids in self._parts.values()) or self._labels.min() < 0:
-            raise UserError(f"{MARK} and {LABELS} of {root} do not fit each other; get both again")
-        classes = int(self._labels.max()) + 1
-        self.classes = [f"{label:03d}" for label in range(1, classes + 1)]
+        if not (len(ids) and number and ids.min() >= 1 and ids.max() <= number and self._labels.min() >= 0):
+            raise UserError(f"{SETS} and {LABELS} of {root} do not fit each other; get both again")
+        self.classes = [f"{label + 1:03d}" for label in range(int(self._labels.max()) + 1)]
 
     def items(self) -> Iterator[Item]:
         """Yield the images part by part, by their numbers."""
-        for part, ids in self._parts.items():
+        for part, ids in self._ids.items():
             for number in np.sort(ids).tolist():
                 name = f"image_{number:05d}"
                 yield Item(name, f"jpg/{name}.jpg", 0, -1, (int(self._labels[number - 1]),), part=part)
@@ -52,9 +52,8 @@ class Flowers:
             from scipy.io import loadmat
         except ImportError as error:
             raise UserError("the flowers' lists need scipy; install it: pip install 'patchmill[imagenet]'") from error
-        if not self._store.exists(name):
-            raise UserError(f"{self.root} lacks {name}; get it from the page of the data set")
+        data = self._bytes(name, "get it from the page of the data set")
         try:
-            return loadmat(io.BytesIO(self._store.read(name)))[key].ravel().astype(np.int64)
+            return loadmat(io.BytesIO(data))[key].ravel().astype(np.int64)
         except Exception as error:  # a damaged file takes scipy anywhere
             raise UserError(f"{self.root}/{name} is damaged, or another file: {error}; get it again") from error

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shards.errors import UserError
-from shards.sources import Item, as_sample
+from shards.sources import Item, Source, as_sample
 from shards.store import open_store
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
@@ -15,7 +15,7 @@ PARTS = ("train", "val", "valid", "validation", "test")
 
 
 @dataclass
-class Folder:
+class Folder(Source):
     """The images below ``root``: its first-level folders are the classes; other files, and hidden ones, are counted.
 
     Raises:
@@ -26,7 +26,6 @@ class Folder:
     unpacked: Path
 
     kind = "folder"
-    multi_label = False
     classes: list[str] = field(init=False)
     others: dict[str, int] = field(init=False)
 

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from shards.errors import UserError
 from shards.objects import MissingError
-from shards.sources import Item, clean_key, place
+from shards.sources import Item, Source, clean_key, place
 from shards.sources.unpack import harmless, look, unpack
 from shards.store import Store, open_store
 from shards.tarscan import TarSample, TarScan
@@ -34,7 +34,7 @@ AHEAD = 16  # class tars of a remote tar that are gone through at once
 PIECE = 1 << 20  # bytes of a remote tar asked for at once: about ten images with the headers between them
 
 
-class ImageNet:
+class ImageNet(Source):
     """The images of ImageNet-1k or 21k. Classes are WordNet ids, sorted: the order that everybody uses.
 
     Args:
@@ -76,6 +76,7 @@ class ImageNet:
             elif not self._val:
                 self._tars = [self._class_tar(each) for each in names if CLASS_TAR.fullmatch(each)]
         self._val_part = "" if single else "val"
+        self.parts = sorted(filter(None, {*(each.part for each in self._tars), self._val and self._val_part}))
         wnids = sorted({tar.wnid for tar in self._tars})
         if len(wnids) < len(self._tars):
             raise UserError(f"{url} has two tars of one class; remove one")
@@ -90,7 +91,7 @@ class ImageNet:
                     f"{url}: the {len(wnids)} classes of {TRAIN} are not those of the devkit; get both again"
                 )
             if real:
-                self._truth = _read_real(real, len(self.classes))
+                self._truth = _read_real(real, len(self.classes), len(self._truth))
         elif real or devkit:
             raise UserError(f"{url} has no validation images, for which real and devkit are; leave them out")
 
@@ -304,7 +305,7 @@ def _synsets(meta: bytes) -> dict[int, str]:
     return {int(each["ILSVRC2012_ID"]): str(each["WNID"]) for each in synsets if int(each["num_children"]) == 0}
 
 
-def _read_real(url: str, classes: int) -> list[tuple[int, ...]]:
+def _read_real(url: str, classes: int, images: int) -> list[tuple[int, ...]]:
     folder, name = place(url)
     try:
         real = json.loads(open_store(folder).read(name))
@@ -316,4 +317,8 @@ def _read_real(url: str, classes: int) -> list[tuple[int, ...]]:
         good = False
     if not good:
         raise UserError(f"real labels {url} are no list of lists of class indices below {classes}; get real.json again")
+    if len(real) != images:
+        raise UserError(
+            f"real labels {url} are of {len(real)} images, and the devkit's of {images}; get real.json again"
+        )
     return [tuple(each) for each in real]

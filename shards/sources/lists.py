@@ -10,15 +10,13 @@ from pathlib import Path
 
 from shards.errors import UserError
 from shards.sources import Item, clean_key
-from shards.store import open_store
+from shards.sources.official import Official
 
-PARTS = ("train800", "val200", "test")
-MARK = "train800.txt"
-UNION = "train800val200.txt"  # of the first two, which a mixture of them is as well
+UNION = "train800val200.txt"  # of the first two parts, which a mixture of them is as well
 NAMES = "classes.txt"
 
 
-class Lists:
+class Lists(Official):
     """The images of a task of VTAB-1k, or of anything that is written down like one.
 
     Args:
@@ -30,12 +28,12 @@ class Lists:
     """
 
     kind = "lists"
-    multi_label = False
+    mark = "train800.txt"
+    parts = ("train800", "val200", "test")
 
     def __init__(self, root: str, unpacked: Path | None):
-        self.root = root
-        self._store = open_store(root)
-        self._rows = {part: self._read(f"{part}.txt") for part in PARTS}
+        super().__init__(root, unpacked)
+        self._rows = {part: self._read(f"{part}.txt") for part in self.parts}
         files = self._store.list("")
         self.others = dict(Counter(name for name in files if name == UNION))
         most = max(label for rows in self._rows.values() for _, label in rows)
@@ -56,10 +54,9 @@ class Lists:
                 yield Item(clean_key(path), f"./{path}" if path.startswith("@/") else path, 0, -1, (label,), part=part)
 
     def _read(self, name: str) -> list[tuple[str, int]]:
-        if not self._store.exists(name):
-            raise UserError(f"{self.root} lacks {name}; a task of VTAB-1k has {', '.join(f'{p}.txt' for p in PARTS)}")
-        rows = []
-        for number, line in enumerate(self._store.read(name).decode("utf-8", "replace").splitlines(), 1):
+        rows, every = [], ", ".join(f"{part}.txt" for part in self.parts)
+        text = self._bytes(name, f"a task of VTAB-1k has {every}").decode("utf-8", "replace")
+        for number, line in enumerate(text.splitlines(), 1):
             path, _, label = line.strip().rpartition(" ")
             if not line.strip():
                 continue

@@ -4,18 +4,18 @@ import inspect
 import re
 import tarfile
 import zlib
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from shards.errors import UserError
-from shards.sources import Source, cifar, flowers, lists, pets, place
+from shards.sources import Source, cifar, place
 from shards.sources.cifar import Cifar
 from shards.sources.flowers import Flowers
 from shards.sources.folder import EXTENSIONS, Folder
 from shards.sources.imagenet import CLASS_TAR, TRAIN, VAL, ImageNet, is_tar_of_tars, is_validation
 from shards.sources.lists import Lists
+from shards.sources.objectnet import ObjectNet
 from shards.sources.parquet import Parquet, image_columns, read_schema
 from shards.sources.pets import Pets
 from shards.sources.table import Table
@@ -23,7 +23,7 @@ from shards.sources.tars import Tars
 from shards.store import Store, open_store
 from shards.urls import refuse_secrets
 
-KINDS: dict[str, Callable[..., Source]] = {
+KINDS: dict[str, type[Source]] = {
     "folder": Folder,
     "table": Table,
     "parquet": Parquet,
@@ -32,17 +32,13 @@ KINDS: dict[str, Callable[..., Source]] = {
     "pets": Pets,
     "flowers": Flowers,
     "lists": Lists,
+    "objectnet": ObjectNet,
     "tars": Tars,
 }
-MARKS = {pets.MARK: "pets", flowers.MARK: "flowers", lists.MARK: "lists"}  # files that no other kind has
-ENDINGS = {  # of the files that a kind takes beside folders; a table tells its own
-    "folder": (),
+ENDINGS = {  # of the files that a kind takes beside folders
     "parquet": (".parquet",),
     "cifar": (".tar.gz", ".tgz", ".tar"),
     "imagenet": (".tar", ".tar.gz", ".tgz"),
-    "pets": (),
-    "flowers": (),
-    "lists": (),
     "tars": (".tar",),
 }
 LISTED = ("parquet", "cifar")  # kinds that can list images that they have not unpacked
@@ -72,9 +68,10 @@ def open_source(
         kind = find_kind(url)
     elif kind not in KINDS:
         raise UserError(f"no source of kind {kind}; the kinds are {', '.join(KINDS)}")
-    elif kind in ENDINGS and Path(url).is_file() and not url.lower().endswith(ENDINGS[kind]):
+    endings = ENDINGS.get(kind, ())
+    if kind != "table" and Path(url).is_file() and not url.lower().endswith(endings):  # a table tells its own
         raise UserError(
-            f"source {url} is a file, and one of kind {kind} is {' or '.join(['a folder', *ENDINGS[kind]])}; "
+            f"source {url} is a file, and one of kind {kind} is {' or '.join(['a folder', *endings])}; "
             "leave --kind away to have the kind found out"
         )
     takes = set(inspect.signature(KINDS[kind]).parameters) - {"root", "url", "unpacked"}
@@ -157,7 +154,8 @@ def _kinds_of_folder(store: Store) -> set[str]:
             kinds.add("folder")
     if "imagenet" in kinds:  # with other tars beside
         kinds.discard("tars")
-    return {kind for mark, kind in MARKS.items() if store.exists(mark)} or kinds or {"folder"}
+    marked = {name for name, kind in KINDS.items() if kind.mark and store.exists(kind.mark)}
+    return marked or kinds or {"folder"}
 
 
 def _plain(url: str) -> str:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from shards.classes import name_classes, read_classes
 from shards.errors import UserError
 from shards.objects import Entry
-from shards.sources import Item, clean_key, columns, place
+from shards.sources import Item, Source, clean_key, columns, place
 from shards.sources.columns import Batch, LabelCells
 from shards.sources.unpack import harmless, look, unpack
 from shards.store import Store, open_store
@@ -24,7 +24,7 @@ ROWS = 10_000  # of a batch without images
 IMAGES = 64  # of a batch with images
 
 
-class Parquet:
+class Parquet(Source):
     """The images inside Parquet files. Rows cannot be read one by one, so images are unpacked once, file by file.
 
     Rows without a label, where labels are single ones, are left out and counted: hubs write -1 into test sets.

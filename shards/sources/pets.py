@@ -6,14 +6,13 @@ from pathlib import Path
 
 from shards.errors import UserError
 from shards.sources import Item
-from shards.store import open_store
+from shards.sources.official import Official
 
-MARK = "annotations/trainval.txt"
-LISTS = {"train": MARK, "test": "annotations/test.txt"}  # a line an image: name, class from 1, species, breed
-_LINE = re.compile(r"(\S+)_\d+ (\d+) [12] \d+")
+LISTS = {"train": "annotations/trainval.txt", "test": "annotations/test.txt"}
+_LINE = re.compile(r"(\S+)_\d+ (\d+) [12] \d+")  # an image: name, class from 1, species, breed
 
 
-class Pets:
+class Pets(Official):
     """The pets: 37 breeds, 3,680 images to train (its ``trainval``) and 3,669 to test.
 
     Args:
@@ -25,20 +24,18 @@ class Pets:
     """
 
     kind = "pets"
-    multi_label = False
+    mark = LISTS["train"]
+    parts = tuple(LISTS)
 
     def __init__(self, root: str, unpacked: Path | None):
-        self.root, self.others = root, dict[str, int]()
-        self._store = open_store(root)
+        super().__init__(root, unpacked)
         self._rows = {part: list(self._read(path)) for part, path in LISTS.items()}
-        names = {label: breed for rows in self._rows.values() for _, breed, label in rows}
-        if sorted(names) != list(range(len(names))) or any(
-            names[label] != breed for rows in self._rows.values() for _, breed, label in rows
-        ):
+        named = {(label, breed) for rows in self._rows.values() for _, breed, label in rows}
+        if [label for label, _ in sorted(named)] != list(range(len(named))):
             raise UserError(
                 f"the lists of {root} give one class several names, or leave some out; get annotations.tar.gz again"
             )
-        self.classes = [names[label] for label in range(len(names))]
+        self.classes = [breed for _, breed in sorted(named)]
 
     def items(self) -> Iterator[Item]:
         """Yield the images to train, then those to test, in the order of the lists."""
@@ -47,9 +44,8 @@ class Pets:
                 yield Item(name.replace(".", "_"), f"images/{name}.jpg", 0, -1, (label,), part=part)
 
     def _read(self, path: str) -> Iterator[tuple[str, str, int]]:
-        if not self._store.exists(path):
-            raise UserError(f"{self.root} lacks {path}; unpack images.tar.gz and annotations.tar.gz there")
-        for number, line in enumerate(self._store.read(path).decode("utf-8", "replace").splitlines(), 1):
+        text = self._bytes(path, "unpack images.tar.gz and annotations.tar.gz there").decode("utf-8", "replace")
+        for number, line in enumerate(text.splitlines(), 1):
             if line.startswith("#") or not line.strip():
                 continue
             found = _LINE.fullmatch(line.strip())

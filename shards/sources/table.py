@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from shards.classes import name_classes, read_classes
 from shards.errors import UserError
-from shards.sources import Item, clean_key, columns, place
+from shards.sources import Item, Source, clean_key, columns, place
 from shards.sources.columns import Batch, LabelCells
 from shards.store import open_store
 
@@ -33,7 +33,7 @@ WEIGHT = ("weight", "weights", "label_weights")
 ROWS = 10_000  # of a batch
 
 
-class Table:
+class Table(Source):
     """The images that a table names.
 
     Args:

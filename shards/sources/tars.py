@@ -20,7 +20,7 @@ from shards.classes import name_classes, read_classes
 from shards.errors import UserError
 from shards.header import BrokenImageError
 from shards.labels import LabelError, LabelRule
-from shards.sources import Item, clean_key, columns
+from shards.sources import Item, Source, clean_key, columns
 from shards.sources.unpack import harmless, look, unpack
 from shards.store import Store, open_store
 from shards.tarindex import NoImageError, Reading, TwiceError
@@ -31,7 +31,7 @@ from shards.workers import cores, run_jobs
 TARS = 16  # to go through, for one more process to pay
 
 
-class Tars:
+class Tars(Source):
     """The images of WebDataset tars, under the same keys. Other members than image and labels are not kept.
 
     Where two tars have a key in common, as those that number their samples anew, all keys get the tar's name before

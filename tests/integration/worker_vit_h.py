@@ -23,7 +23,7 @@ def main(data: str, out: str, steps: str) -> None:
     settings = check(TrainSettings, {
         "duration": f"{steps} steps", "global_batch": 2, "micro_batch": 1, "log_every": "1 step",
         "data": {"train": data, "threads": 1, "window_bytes": 10**6}, "model": {"name": "vit_h14"},
-        "optim": {"lr": 1e-4, "clip": 1.0}, "checkpoint": {"every": "2 steps", "asynchronous": False},
+        "optim": {"lr": 1e-3, "clip": 1.0}, "checkpoint": {"every": "2 steps", "asynchronous": False},
         "engine": {"zero_stage": 3, "precision": "bfloat16", "recompute_every": 1},
     }, "test")  # fmt: skip
     Path(out).mkdir(exist_ok=True)

@@ -4,6 +4,9 @@ import pytest
 
 from launch.plan import read_plan
 from launch.run import _set_aside
+from pipeline.models import create_model
+from pipeline.weights import write_weights
+from shards.errors import UserError
 from tests.images import make_image_folder
 
 PLAN = """
@@ -22,10 +25,18 @@ data = { train = "{shards}" }
 """
 
 
+def weights(folder, **settings) -> None:
+    """Write weights that the stage can start from, or that ``settings`` make unfit."""
+    model = {"name": "vit_ti8", "embed_dim": 128, "num_heads": 4, "depth": 6, "image_size": 48, "num_classes": 3}
+    model |= {key: value for key, value in settings.items() if key != "seed"}
+    made = create_model(**model, seed=settings.get("seed", 0))
+    write_weights(folder / "w.safetensors", made.state_dict(), {"model": model, "classes": list("abc")})
+
+
 @pytest.fixture
 def plan(tmp_path):
     make_image_folder(tmp_path / "images", per_class=2)
-    (tmp_path / "w.safetensors").write_bytes(b"one")
+    weights(tmp_path, seed=1)
     (tmp_path / "plan.toml").write_text(PLAN)
     return tmp_path / "plan.toml"
 
@@ -53,7 +64,7 @@ def test_an_unfinished_stage_goes_on_while_its_inputs_are_the_same(plan):
 def test_an_unfinished_stage_with_other_inputs_is_set_aside_whole(plan, change, capsys):
     stage = begun(plan)
     if change == "weights":
-        (plan.parent / "w.safetensors").write_bytes(b"another")
+        weights(plan.parent, seed=2)
     else:
         (plan.parent / "images" / "red" / "000.png").unlink()
     _set_aside(read_plan(plan, plan.parent / "runs").stages[1])
@@ -66,3 +77,22 @@ def test_a_finished_stage_with_other_settings_is_set_aside(plan):
     stage = begun(plan, result={"digest": "of before"})
     _set_aside(stage)
     assert (stage.folder.parent / "tune.before-1" / "result.json").exists()
+
+
+def test_weights_that_a_stage_cannot_start_from_are_told_before_anything_starts(plan):
+    runs = plan.parent / "runs"
+    assert read_plan(plan, runs).stages[1].settings.init == str(plan.parent / "w.safetensors")
+    weights(plan.parent, depth=2)
+    with pytest.raises(
+        UserError, match=r"stage tune of .*w\.safetensors is a checkpoint of another model: its depth is 2"
+    ):
+        read_plan(plan, runs)
+    (plan.parent / "w.safetensors").write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"stage tune of .*plan\.toml: .*w\.safetensors"):
+        read_plan(plan, runs)
+    plan.write_text(PLAN.replace("w.safetensors", "./images"))
+    with pytest.raises(UserError, match=r"stage tune of .*images, nor other weights; give a checkpoint or"):
+        read_plan(plan, runs)
+    plan.write_text(PLAN.replace("w.safetensors", "s3://bucket/w.safetensors"))
+    with pytest.raises(UserError, match=r"stage tune of .*there is no s3:/bucket/w\.safetensors; give a checkpoint"):
+        read_plan(plan, runs)

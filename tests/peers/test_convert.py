@@ -1,4 +1,4 @@
-"""What we export opens in timm, and what timm and torchvision save converts, with the same logits."""
+"""What we export opens in timm and transformers 4, what they and torchvision save converts, with the same logits."""
 
 import json
 import subprocess
@@ -122,6 +122,31 @@ def test_timm_reads_our_npz_of_hybrids_and_bit_to_the_bit(name, theirs, over, tm
     assert state.keys() == ours.state_dict().keys()
     for key, value in ours.state_dict().items():
         assert state[key].equal(value), key
+
+
+@pytest.mark.parametrize(
+    "over", [{}, {"gelu": "exact", "norm_eps": 1e-12}, {"qkv_bias": False, "mlp_dim": 40}, {"position": "sincos_2d"}]
+)
+def test_transformers_4_opens_ours_with_our_logits(over, tmp_path):
+    model, images = {"name": "vit_ti16", **TINY} | over, pictures(32)
+    ours = randomized(**model)
+    convert(save(ours, tmp_path / "ours.safetensors", model), tmp_path / "theirs", "transformers")
+    found = ask(tmp_path, images, make="transformers.", open=str(tmp_path / "theirs"))
+    with torch.no_grad():
+        torch.testing.assert_close(found, ours(images), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("over", ["", ", hidden_act='gelu_pytorch_tanh', layer_norm_eps=1e-6", ", qkv_bias=False"])
+def test_folders_of_transformers_4_convert_with_their_logits(over, tmp_path):
+    images, sizes = pictures(32), "image_size=32, patch_size=8, hidden_size=48, intermediate_size=64, num_labels=7"
+    arguments = f"{sizes}, num_hidden_layers=3, num_attention_heads=3{over}"
+    made = {"make": "transformers.ViTForImageClassification", "arguments": arguments}
+    expected = ask(tmp_path, images, **made, save=str(tmp_path / "theirs"))
+    convert(tmp_path / "theirs", tmp_path / "ours.safetensors")
+    with torch.no_grad():
+        found = open_source(tmp_path / "ours.safetensors").build()(images)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * max(1, expected.abs().max().item()))
 
 
 def test_bicubic_is_timms(tmp_path):

@@ -120,6 +120,15 @@ TABLE_4 = {
     "finetune_vtab": (2_500, [0.01], 500),
 }
 
+# VTAB's tasks, and those that BiT (appendix F) does not crop, and does not mirror.
+VTAB = {
+    "cifar", "caltech101", "dtd", "oxford_flowers102", "oxford_iiit_pet", "svhn", "sun397", "patch_camelyon", "eurosat",
+    "resisc45", "diabetic_retinopathy", "clevr_count", "clevr_dist", "dmlab", "kitti", "dsprites_loc", "dsprites_ori",
+    "smallnorb_azi", "smallnorb_ele",
+}  # fmt: skip
+VTAB_WHOLE = {"clevr_count", "clevr_dist", "dmlab", "kitti", "dsprites_loc"}
+VTAB_UPRIGHT = {"dsprites_ori", "smallnorb_azi", "dsprites_loc"}
+
 # At the end of pre-training: on ImageNet-21k's validation images, and on ImageNet at 224 px.
 UPSTREAM = {
     "vit_b16_imagenet21k": 47.88, "vit_b32_imagenet21k": 44.04, "vit_l16_imagenet21k": 49.90,

@@ -55,6 +55,7 @@ def test_a_data_set_is_known_by_its_length(alone, folder, tmp_path):
     ("data", "words"),
     [
         ({"exclude": "v1"}, r"exclude is of a data set with a manifest, and .*\.tar' is a stream; unset it"),
+        ({"subset": 9}, r"subset is of a data set with a manifest, and .*\.tar' is a stream; unset it"),
         ({"train": [{"url": "a", "weight": 1}, {"url": "-", "weight": 1}]}, "the stream '-' cannot be one of several"),
     ],
 )

@@ -11,6 +11,7 @@ from tests.pipeline.minimal import MINIMAL, MIXED, settings
 def test_training_data_is_one_set_or_several_with_weights():
     assert [source.url for source in settings().data.sources] == ["somewhere"]
     assert [source.exclude for source in settings(data={"exclude": "v2"}).data.sources] == ["v2"]
+    assert [source.subset for source in settings(data={"subset": 9}).data.sources] == [9]
     mixed = settings(data={"train": MIXED})
     assert [(s.url, s.weight, s.exclude) for s in mixed.data.sources] == [("a", 3, None), ("b", 1, "v1")]
     text = ["data.train=[{url='a', weight=3}, {url='b', weight=1, exclude='v1'}]"]
@@ -34,6 +35,8 @@ def test_training_data_is_one_set_or_several_with_weights():
         ),
         ({"train": [{"url": "c", "weight": 0}]}, r"data\.train\.0\.weight = 0 "),
         ({"train": MIXED, "exclude": "v1"}, "train lists several; set exclude in their tables"),
+        ({"train": MIXED, "subset": 9}, "train lists several; set subset in their tables"),
+        ({"train": [{"url": "a", "weight": 1, "subset": 0}]}, r"data\.train\.0\.subset = 0 .* greater than 0"),
     ],
 )
 def test_a_mixture_that_makes_no_sense_is_refused(data, words):

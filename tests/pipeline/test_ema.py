@@ -12,6 +12,7 @@ from pipeline.engines.gate import Gate
 from pipeline.evaluate.classify import classify
 from pipeline.settings import check, merge
 from pipeline.train import train
+from shards.augment import Resize
 from shards.dataset import Dataset
 from shards.errors import UserError
 from tests.images import build_image_set
@@ -78,7 +79,7 @@ def test_the_average_is_evaluated_saved_converted_and_begun_in_a_run_without(tmp
     assert average.parameters().keys() == weights.parameters().keys()
     held_out = Dataset.open(folder / "val")
     for model, same in ((average.build(), True), (load_model(run, True)[0], True), (load_model(run)[0], False)):
-        found = classify(model, held_out, 16, 4)
+        found = classify(model, held_out, Resize(16), 4)
         assert (found["loss"] == pytest.approx(done["val"]["loss"], abs=1e-6)) == same
     with pytest.raises(UserError, match=r"average\.safetensors holds one set of weights; give the checkpoint"):
         load_model(tmp_path / "average.safetensors", True)

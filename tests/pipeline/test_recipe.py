@@ -28,7 +28,7 @@ NOTHING_EXPECTED = {  # no paper prints, and no author tells, what comes out of 
 
 
 # What is not from any paper, and the same in all recipes of a kind; and what all leave as it is.
-ALIKE = {"label_smoothing": 0.0, "optim.layer_decay": 1.0, "data.crop_area": (0.05, 1.0)}
+ALIKE = {"label_smoothing": 0.0, "optim.layer_decay": 1.0, "data.crop_area": (0.05, 1.0), "data.mirror": True}
 PRE_TRAINING = ALIKE | {
     "kind": "supervised", "data.resolution": 224, "engine.kind": "deepspeed", "engine.zero_stage": 1,
     "engine.precision": "bfloat16",

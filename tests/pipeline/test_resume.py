@@ -36,7 +36,9 @@ ROWS = {
     "data.scaled_decoding": ({"data": {"scaled_decoding": True}}, {}),
     "data.resize": ({"data": {"resize": 300}}, {"data": {"augment": "resize_crop"}}),
     "data.mixup": ({"data": {"mixup": 0.5}}, {}),
+    "data.mirror": ({"data": {"mirror": False}}, {}),
     "data.exclude": ({"data": {"exclude": "v1"}}, {}),
+    "data.subset": ({"data": {"subset": 9}}, {}),
     "data.window_bytes": ({"data": {"window_bytes": 10**9}}, {}),
     "data": (
         {"data": {"train": "moved", "threads": 7, "cache": "here", "cache_bytes": "1 GB", "decode": "process"}},

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from pipeline import distributed
@@ -31,6 +32,7 @@ def main(cases: str) -> None:
 
 
 def measure(settings: dict, model: dict, steps: int = 4) -> dict:
+    AcceleratorState._reset_state()  # there is one a process, of one precision
     with Storages([]) as counted:
         return run(check(TrainSettings, settings, "test"), model, steps, counted)
 

@@ -29,13 +29,13 @@ def write_numbered(folder: Path) -> Path:
 class Stage:
     """Starts, checkpoints and kills as the training loop has them."""
 
-    def __init__(self, folder: Path, *data: Path):
-        self.folder, self.data = folder, data
+    def __init__(self, folder: Path, *data: Path, subset: int | None = None):
+        self.folder, self.data, self.subset = folder, data, subset
         self.came: dict[int, int] = {}  # the sample of each position in the lineage, by its label
 
     def open(self) -> Dataset | Mixture:
         """Open the data set; of several, the first is drawn twice as often as each other."""
-        opened = [Dataset.open(each, "v1") for each in self.data]
+        opened = [Dataset.open(each, "v1", subset=self.subset) for each in self.data]
         return Mixture([(each, 2 - (i > 0)) for i, each in enumerate(opened)]) if len(opened) > 1 else opened[0]
 
     def start(self, ranks: int, steps: int, saves: set[int] = frozenset(), back: int = 0, batch: int = BATCH):

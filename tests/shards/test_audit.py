@@ -94,6 +94,18 @@ def test_whatever_is_killed_and_rolled_back_the_audit_follows_the_weights(
     shutil.rmtree(folder)
 
 
+def test_a_subset_is_audited_as_the_run_had_it(whole, tmp_path):
+    stage = Stage(tmp_path, whole, subset=20)
+    size = len(stage.open())
+    assert 20 <= size < 29
+    stage.start(2, steps=10)
+    stage.end()
+    found = audit(tmp_path)
+    assert found.misfits == []
+    (source,) = found.sources
+    assert (source.samples, source.epochs) == (size, 60 // size)
+
+
 @pytest.fixture(scope="module")
 def ran(whole, broken, tmp_path_factory):
     """Stages that ran 3 epochs and some steps, without and with broken images; copy them before you change them."""

@@ -1,4 +1,5 @@
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -48,6 +49,19 @@ def test_resize_crop_is_a_part_of_the_larger_square():
         seen.update(fits)
     assert len(seen) > 30
     assert {m for _, _, m in seen} == {1, -1}
+
+
+@pytest.mark.parametrize("transform", [InceptionCrop(64), ResizeCrop(64), InceptionCrop(64, shrink=True)])
+def test_without_a_mirror_it_is_the_same_part_never_mirrored(transform):
+    never, turned = replace(transform, mirror=False), 0
+    for position in range(30):
+        key = (1, 0, position)
+        image, plain = transform(PLACE.copy(), key), never(PLACE.copy(), key)
+        mirrored = not np.array_equal(image, plain)
+        assert np.array_equal(image[:, ::-1] if mirrored else image, plain)
+        assert plain[0, 0, 1] < plain[0, -1, 1]  # columns grow to the right
+        turned += mirrored
+    assert 5 < turned < 25
 
 
 def test_inception_crop_is_its_box_resized():

@@ -1,5 +1,6 @@
 """An opened data set: lazily read rows, samples, drop lists."""
 
+import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,9 +11,12 @@ import pytest
 
 from shards import dataset as dataset_module
 from shards import manifest
+from shards.augment import Resize
 from shards.build import build
 from shards.dataset import Dataset, write_exclude
 from shards.errors import UserError
+from shards.loader import Loader
+from tests.shards.datasets import Made, plain, write_dataset
 from tests.shards.images import make_source
 
 
@@ -201,3 +205,55 @@ def test_a_damaged_table_is_one_line_for_the_user(copy, how):
     spoilt(copy / manifest.SHARDS, how)
     with pytest.raises(UserError, match=r"manifest/shards\.parquet is damaged"):
         Dataset.open(copy)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """20 shards of 5 samples each, but for the last one, of 3; labels number the samples."""
+    made = [
+        [Made(f"image{n:03d}", plain((n, 9, 9)), (n,)) for n in range(5 * s, min(5 * s + 5, 98))] for s in range(20)
+    ]
+    return write_dataset(tmp_path_factory.mktemp("many"), [f"class{n}" for n in range(98)], made)
+
+
+def test_a_subset_is_of_whole_shards_and_part_of_every_larger_one(many):
+    whole, before = Dataset.open(many), set()
+    for samples in (1, 5, 6, 30, 60, 98):
+        dataset = Dataset.open(many, subset=samples)
+        inside = np.flatnonzero(dataset.shard_sizes)
+        assert (dataset.shard_sizes[inside] == whole.shard_sizes[inside]).all()
+        assert samples <= len(dataset) < samples + 5
+        labels = [label for shard in range(20) for (label,) in dataset.rows(shard).labels]
+        assert sorted(labels) == [n for shard in inside for n in range(5 * shard, min(5 * shard + 5, 98))]
+        assert sorted(dataset[place].labels[0] for place in range(len(dataset))) == sorted(labels)
+        assert before <= set(labels)
+        before = set(labels)
+        assert np.array_equal(pickle.loads(pickle.dumps(dataset)).shard_sizes, dataset.shard_sizes)
+        assert (dataset.digest == whole.digest) == (samples == 98)
+    assert len(before) == 98
+    few = Dataset.open(many, subset=5)
+    assert few.digest == Dataset.open(many, subset=4).digest != Dataset.open(many, subset=6).digest
+    # The shards are the same for ever: runs of one study may be years apart.
+    assert np.flatnonzero(Dataset.open(many, subset=20).shard_sizes).tolist() == [6, 12, 14, 17]
+    for samples in (0, 99):
+        with pytest.raises(UserError, match=rf"is {samples} samples, and there are 98; give a number from 1 to that"):
+            Dataset.open(many, subset=samples)
+
+
+def test_a_subset_trains_on_its_own_samples_once_an_epoch(many):
+    dataset = Dataset.open(many, subset=30)
+    loader = Loader(dataset, global_batch=5, transform=Resize(4), stop=2 * len(dataset), threads=1)
+    labels = [label for batch in loader for label in batch.labels.tolist()]
+    inside = [n for shard in np.flatnonzero(dataset.shard_sizes) for n in range(5 * shard, min(5 * shard + 5, 98))]
+    epochs = labels[: len(dataset)], labels[len(dataset) :]
+    assert [sorted(epoch) for epoch in epochs] == [inside, inside]
+
+
+def test_a_drop_list_counts_before_a_subset(many, tmp_path):
+    copy = shutil.copytree(many, tmp_path / "copy")
+    first = int(np.flatnonzero(Dataset.open(copy, subset=1).shard_sizes)[0])
+    write_exclude(copy, "v1", [(first, index, "test") for index in range(5)])
+    dataset = Dataset.open(copy, "v1", subset=5)
+    assert dataset.shard_sizes[first] == 0
+    assert len(dataset) == 5
+    assert dataset.dropped(first).tolist() == [0, 1, 2, 3, 4]

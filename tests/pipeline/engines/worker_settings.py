@@ -71,8 +71,9 @@ def main(folder: str, *names: str) -> None:
 
 
 def train(name: str, out: Path, source: Path | None, steps: int) -> dict:
+    micro_batch = 2 if distributed.world_size() < 4 else 1  # of four ranks each has three
     settings = check(TrainSettings, {
-        "duration": "1 epoch", "global_batch": GLOBAL_BATCH, "micro_batch": 2, "data": {"train": "-"},
+        "duration": "1 epoch", "global_batch": GLOBAL_BATCH, "micro_batch": micro_batch, "data": {"train": "-"},
         "model": {"name": "vit_ti16"}, "optim": {"clip": 1.0, "weight_decay": 0.1, "ema": DECAY, "decay": "kernels"},
         "engine": CASES[name],
     }, "test")  # fmt: skip
@@ -151,7 +152,7 @@ def take(engine, settings: TrainSettings, number: int, depth: int):
     labels = torch.randint(0, 5, (GLOBAL_BATCH,), generator=generator)[rank::world_size]
     draws = torch.rand(GLOBAL_BATCH, depth, 2, generator=generator)[rank::world_size]
     objective = Supervised(settings, None, 5)
-    batches = list(zip(*(each.split(2) for each in (images, labels, draws)), strict=True))
+    batches = list(zip(*(each.split(settings.micro_batch) for each in (images, labels, draws)), strict=True))
 
     def loss_fn(model, batch):
         images, labels, draws = batch

@@ -7,9 +7,10 @@ import torch
 from pipeline.evaluate.classify import classify
 from pipeline.models import create_model
 from pipeline.models.initial import initial_value
-from shards.augment import CenterCrop, Resize
+from shards.augment import TRANSFORMS, CenterCrop, Resize
 from shards.dataset import Dataset
 from shards.decode import decode
+from shards.errors import UserError
 from tests.images import build_image_set
 from tests.ranks import run_on_ranks
 from tests.shards.datasets import Made, plain, write_dataset
@@ -61,7 +62,7 @@ def test_a_model_sees_the_view_that_is_named(folder, alone):
             seen.append(pixels)
             return torch.zeros(len(pixels), 3)
 
-        assert classify(model, dataset, 16, 27, view=view)["images"] == 27
+        assert classify(model, dataset, TRANSFORMS[view](16), 27)["images"] == 27
         pixels = np.stack([transform(image, (0, 0, 0)) for image in images]).astype(np.float32) / 127.5 - 1
         assert np.abs(torch.cat(seen).numpy() - pixels.transpose(0, 3, 1, 2)).max() < 1e-6
 
@@ -72,7 +73,7 @@ def test_of_several_labels_each_is_right(tmp_path, alone, loss):
     made = [Made(f"k{i}", plain("red"), each) for i, each in enumerate(labels)]
     dataset = Dataset.open(write_dataset(tmp_path / "set", ["a", "b", "c"], [made]))
     logits = np.array([[3.0, 1, 2], [0, 1, 4], [0, 4, 1], [0.5, 1.5, 1]])
-    found = classify(lambda images: torch.from_numpy(logits), dataset, 8, 4, loss=loss)
+    found = classify(lambda images: torch.from_numpy(logits), dataset, Resize(8), 4, loss=loss)
     assert (found["top1"], found["top5"], found["images"]) == (0.75, 1.0, 4)
     losses = []
     for row, each in zip(logits, labels, strict=True):
@@ -82,3 +83,26 @@ def test_of_several_labels_each_is_right(tmp_path, alone, loss):
         else:
             losses.append((target * np.log1p(np.exp(-row)) + (1 - target) * np.log1p(np.exp(row))).sum())
     assert found["loss"] == pytest.approx(np.mean(losses), rel=1e-6)
+
+
+@pytest.mark.parametrize("batch", [2, 3, 8])
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_images_without_a_label_are_not_counted(tmp_path, alone, loss, batch):
+    """So a stage may be judged by ReaL labels."""
+    labels = [(0,), (), (1, 2), (2, 0), (), (1,), (2,)]
+    logits = np.random.default_rng(0).standard_normal((7, 3))
+    parts = {"all": range(7), "labelled": [place for place, each in enumerate(labels) if each]}
+    found = {}
+    for name, places in parts.items():
+        made = [Made(f"k{place}", plain((place, 0, 0)), labels[place]) for place in places]
+        dataset = Dataset.open(write_dataset(tmp_path / name, ["a", "b", "c"], [made]))
+
+        def model(pixels):
+            return torch.from_numpy(logits)[((pixels[:, 0, 0, 0] + 1) * 127.5).round().long()]
+
+        found[name] = classify(model, dataset, Resize(8), batch, loss=loss)
+    assert found["all"] == pytest.approx(found["labelled"])
+    assert found["all"]["images"] == 5
+    none = write_dataset(tmp_path / "none", ["a"], [[Made("k", plain("red"), ())]])
+    with pytest.raises(UserError, match=r"no image of .*none has a label; there is nothing to score"):
+        classify(lambda pixels: torch.zeros(len(pixels), 1), Dataset.open(none), Resize(8), batch, loss=loss)

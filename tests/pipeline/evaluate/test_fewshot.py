@@ -1,5 +1,7 @@
 """Few-shot least squares against independent solutions."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -54,6 +56,26 @@ def test_part_by_part_and_of_some_rows_it_is_the_same(monkeypatch, tmp_path, d):
     for one, other in zip(whole, parts, strict=True):
         np.testing.assert_allclose(one.weights, other.weights, rtol=0, atol=1e-9)
         assert one.accuracy(features[rows], labels[rows]) == other.accuracy(mapped, labels, rows)
+
+
+def test_a_million_images_need_no_more_memory_than_their_labels(tmp_path):
+    """Of what NumPy has at a time; the file of features is mapped, and of 128 MB as float64."""
+    n, d = 1_000_000, 16
+    features = np.lib.format.open_memmap(tmp_path / "features.npy", "w+", np.float32, (n, d))
+    labels = np.random.default_rng(0).integers(0, 10, n)
+    for start in range(0, n, 100_000):
+        part = slice(start, start + 100_000)
+        features[part] = np.random.default_rng(start).standard_normal((100_000, d), np.float32)
+        features[part, 0] += labels[part]
+    tracemalloc.start()
+    try:
+        few = fewshot_accuracy(features, labels, features, labels, 25)
+        every, _ = least_squares_accuracy(features, labels, features, labels)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 5 * labels.nbytes  # places of rows, halves of them, and parts of 4,096
+    assert min(few.mean(), every) > 0.15
 
 
 def test_fewshot_draws_per_class_in_class_order():

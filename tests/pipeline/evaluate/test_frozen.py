@@ -11,6 +11,7 @@ import torch
 from pipeline.evaluate import frozen
 from pipeline.evaluate.fewshot import fewshot_accuracy, least_squares_accuracy
 from pipeline.evaluate.frozen import frozen_features_accuracy
+from pipeline.evaluate.linear import linear_accuracy
 from pipeline.models import create_model
 from shards.augment import Resize
 from shards.dataset import Dataset
@@ -47,7 +48,7 @@ def by_hand(folder, name):
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_accuracies_are_those_of_features_made_by_hand_on_any_number_of_ranks(folder, ranks):
+def test_accuracies_are_those_of_features_made_by_hand_on_any_number_of_ranks(folder, alone, ranks):
     found, *others = run_on_ranks(WORKER, ranks, folder)
     assert others == [{}] * (ranks - 1)
     (train, train_labels), (test, test_labels) = (by_hand(folder, name) for name in ("train", "val"))
@@ -59,6 +60,9 @@ def test_accuracies_are_those_of_features_made_by_hand_on_any_number_of_ranks(fo
             assert found[kind]["shots"][str(shots)] == pytest.approx(expected.mean())
         assert (found[kind]["all"], found[kind]["l2"]) == least_squares_accuracy(*data)
     assert 0 <= found["features"]["knn"] <= 1
+    probed = (torch.from_numpy(each) for each in (train["features"], train_labels, test["features"], test_labels))
+    assert found["features"]["linear"] == pytest.approx(linear_accuracy(*probed, 3))
+    assert "linear" not in found["pixels"]
     assert "knn" not in found["pixels"]
 
 

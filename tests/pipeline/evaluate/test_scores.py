@@ -9,6 +9,7 @@ import torch
 
 from pipeline.evaluate.predict import predict
 from pipeline.evaluate.scores import Scores
+from shards.augment import Resize
 from shards.dataset import Dataset
 from shards.errors import UserError
 from tests.shards.datasets import Made, plain, write_dataset
@@ -34,7 +35,7 @@ def logits():
 
 @pytest.fixture
 def scores(dataset, logits, alone):
-    found = predict(lambda images: torch.from_numpy(logits), dataset, 8, len(LABELS))
+    found = predict(lambda images: torch.from_numpy(logits), dataset, Resize(8), len(LABELS))
     return Scores(found, dataset)
 
 
@@ -113,6 +114,6 @@ def test_files_hold_every_prediction_and_the_tables(scores, by_hand, tmp_path):
 
 def test_a_set_without_labels_cannot_be_scored(tmp_path, alone):
     dataset = Dataset.open(write_dataset(tmp_path / "set", CLASSES, [[Made("k", plain("red"), ())]]))
-    found = predict(lambda images: torch.zeros(1, 7), dataset, 8, 1)
+    found = predict(lambda images: torch.zeros(1, 7), dataset, Resize(8), 1)
     with pytest.raises(UserError, match=r"no image of .* has a label; there is nothing to score"):
         Scores(found, dataset)

@@ -9,14 +9,15 @@ from pipeline.evaluate.predict import predict
 from pipeline.evaluate.scores import Scores
 from pipeline.models import create_model
 from pipeline.models.initial import initial_value
+from shards.augment import Resize
 from shards.dataset import Dataset
 
 distributed.start()
 dataset, batch = Dataset.open(sys.argv[1]), int(sys.argv[2])
 model = create_model("vit_ti8", embed_dim=24, num_heads=3, depth=1, image_size=16, num_classes=3, seed=3).eval()
 model.head.weight.data = initial_value(model, "blocks.0.mlp.fc1.weight", (3, 24), 5)
-predictions = predict(model, dataset, 16, batch)
+predictions = predict(model, dataset, Resize(16), batch)
 scored = {**Scores(predictions, dataset).summary(), "best": predictions.ranked[:, 0].tolist()}
-print(json.dumps([classify(model, dataset, 16, batch), scored]))
+print(json.dumps([classify(model, dataset, Resize(16), batch), scored]))
 distributed.finish()
 distributed.end_process(0)

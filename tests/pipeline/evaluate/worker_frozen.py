@@ -14,6 +14,6 @@ distributed.start()
 tempfile.tempdir = sys.argv[2] if len(sys.argv) > 2 else None
 model = create_model("vit_ti8", embed_dim=24, num_heads=3, depth=1, image_size=16, num_classes=3, seed=3).eval()
 train, val = (Dataset.open(Path(sys.argv[1]) / name) for name in ("train", "val"))
-print(json.dumps(frozen_features_accuracy(model, train, val, [1, 4], 5)))
+print(json.dumps(frozen_features_accuracy(model, train, val, [1, 4], 5, linear=True)))
 distributed.finish()
 distributed.end_process(0)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.figures.distance import attention_distances, mean_attention_distance
+from pipeline.figures.distance import attention_distances, draw, mean_attention_distance
 from pipeline.models import create_model
 
 
@@ -52,3 +52,14 @@ def test_of_a_model_as_counted_by_hand():
                     apart = 8 * np.hypot(one // 3 - other // 3, one % 3 - other % 3)
                     expected[head] += weights[one, other] * apart / 9 / 6
     assert found[0] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("grid", "span", "expected"), [(14, 16, 116.4922), (7, 32, 115.5029), (16, 14, 116.5651)])
+def test_the_line_is_that_of_uniform_attention_and_every_head_has_its_dot(grid, span, expected):
+    distances = np.random.default_rng(0).uniform(0, 100, (5, 3))
+    (axis,) = draw(distances, grid, span, 128).axes
+    *heads, line = axis.lines
+    assert line.get_ydata() == pytest.approx([expected] * 2, abs=1e-4)
+    assert all(tick == round(tick) for tick in axis.get_xticks())
+    assert [list(head.get_xdata()) for head in heads] == [[1, 2, 3, 4, 5]] * 3
+    assert pytest.approx(distances) == np.array([head.get_ydata() for head in heads]).T

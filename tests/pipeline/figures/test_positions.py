@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.figures.positions import position_similarity, position_table
+from pipeline.figures.positions import mosaic, position_similarity, position_table
 from pipeline.models import create_model
 
 TINY = {"name": "vit_ti8", "image_size": 32, "embed_dim": 24, "num_heads": 3, "depth": 2}
@@ -16,6 +16,19 @@ def test_similarity_is_the_cosine():
         for other in range(9):
             cosine = rows[one] @ rows[other] / np.linalg.norm(rows[one]) / np.linalg.norm(rows[other])
             assert found[one, other] == pytest.approx(cosine, abs=1e-12)
+
+
+@pytest.mark.parametrize("grid", [2, 7])
+def test_the_tile_of_a_patch_lies_where_the_patch_does(grid):
+    similarity = position_similarity(torch.randn(grid**2, 6, generator=torch.Generator().manual_seed(1)))
+    found = mosaic(similarity, grid)
+    for row in range(grid):
+        for column in range(grid):
+            top, left = row * (grid + 1), column * (grid + 1)
+            tile = found[top : top + grid, left : left + grid]
+            assert (tile.ravel() == similarity[row * grid + column].numpy()).all()
+            assert tile[row, column] == pytest.approx(1)  # a patch is most like itself
+    assert np.isnan(found).sum() == found.size - grid**4
 
 
 def test_the_class_token_and_registers_have_no_tile():

@@ -180,6 +180,61 @@ def test_patch_embeddings_are_replaced_before_positions_are_added(batch):
         assert torch.allclose(model(images, corruption=drawn), expected, atol=1e-6)
 
 
+def test_patch_embeddings_may_be_replaced_with_their_positions(batch):
+    chosen = settings(masked_patch={"positions": "first"}, model={"name": "vit_ti8", "embed_dim": 24, "depth": 2,
+                      "num_heads": 3, "registers": 2})  # fmt: skip
+    model = model_of(chosen)
+    objective = MaskedPatch(chosen, model, epoch=1000)
+    images, drawn = objective.prepare(batch)
+    with torch.no_grad():
+        x = torch.cat([model.cls_token.expand(5, -1, -1), model.patch_embed(images)], dim=1) + model.pos_embed
+        for n, pairs in enumerate(drawn.tolist()):
+            before = x[n].clone()
+            for patch, source in pairs:
+                x[n, 1 + patch] = model.mask_token[0, 0] if source == MASK else before[1 + source]
+        x = torch.cat([x, model.reg_token.expand(5, -1, -1)], dim=1)
+        for block in model.blocks:
+            x = block(x)
+        x = model.norm(x)[:, 1:17]
+        told = model.patch_head(torch.stack([x[n, drawn[n, :, 0]] for n in range(5)]))  # [5, 8, 512]
+        target = patch_targets(images, GRID, "mean_color")[..., 0].gather(1, drawn[..., 0])
+        expected = torch.nn.functional.cross_entropy(told.flatten(0, 1), target.flatten()).item()
+        assert objective.loss(model, images, drawn).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_other_patches_may_be_of_any_image_of_the_micro_batch(batch):
+    found = corruption(np.arange(20_000), 100_000, 0, 4, 1.0, 0.0, 1.0, images=5)
+    where, source = found[..., 0], found[..., 1]
+    steps = np.bincount((source - where).ravel() % 20, minlength=20)
+    assert steps[0] == 0  # itself
+    assert np.abs(steps[1:] - 80_000 / 19).max() < 6 * np.sqrt(80_000 / 19)
+
+    chosen = settings(masked_patch={"others": "batch", "mask": 0.0, "other": 1.0}, global_batch=4, micro_batch=2)
+    model = model_of(chosen)
+    images, drawn = MaskedPatch(chosen, model, epoch=1000).prepare(batch)
+    assert set((drawn[..., 1] // 16).flatten().tolist()) == {0, 1}  # two go through the model at once
+    with torch.no_grad():
+        embedded = model.patch_embed(images[1:3])
+        found = model._corrupted(embedded, drawn[1:3])
+        for n, pairs in enumerate(drawn[1:3].tolist()):
+            for patch, source in pairs:
+                other, of_it = divmod(source, 16)
+                assert torch.equal(found[n, patch], embedded[(n + other) % 2, of_it])
+
+
+@pytest.mark.parametrize("counts", ["exact", "drawn"])
+def test_losses_may_be_summed_over_the_patches_of_an_image(batch, counts):
+    masked = {"counts": counts, "share": 0.3, "target": "mean_colors_4x4"}
+    losses = []
+    for reduction in ("mean", "sum"):
+        chosen = settings(masked_patch={**masked, "reduction": reduction})
+        model = model_of(chosen)
+        objective = MaskedPatch(chosen, model, epoch=1000)
+        with torch.no_grad():
+            losses.append(objective.loss(model, *objective.prepare(batch)).item())
+    assert losses[1] == pytest.approx(losses[0] * (5 if counts == "exact" else 0.3 * 16), rel=1e-6)
+
+
 def test_a_hybrid_and_models_without_a_class_token_can_do_it(batch):
     for over in ({"pooling": "mean", "position": "sincos_2d"}, {"backbone": [1], "patch_size": 2, "registers": 2}):
         model = create_model("vit_ti8", **TINY | {"num_classes": 0, "patch_target": "mean_color"} | over)
@@ -195,6 +250,9 @@ def test_what_does_not_go_together_is_told():
         settings(data={"train": "x", "augment": "light2"})
     with pytest.raises(UserError, match=r"mask 0.8 and other 0.3 are more than all"):
         settings(masked_patch={"other": 0.3})
+    first = settings(masked_patch={"positions": "first"})
+    with pytest.raises(UserError, match=r"'first' wants embeddings that are added .* and model.position is 'none'"):
+        MaskedPatch(first, create_model("vit_ti8", **TINY, position="none", patch_target="pixels"), epoch=None)
     with pytest.raises(UserError, match="'bit_r50x1' has no such head"):
         resolve_model(settings(model={"name": "bit_r50x1"}), None, 3)
     with pytest.raises(UserError, match="pooling 'map' has nothing to do"):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.io
 
+from shards.build import build
 from shards.errors import UserError
 from shards.sources import imagenet
 from shards.sources.open import open_source
@@ -152,6 +153,13 @@ def test_both_in_a_folder_are_two_parts(official, s3, tmp_path):
         assert parts == ["train"] * 3 * EACH + ["val"] * 6
 
 
+def test_a_part_without_images_is_told(official, tmp_path):
+    (official / imagenet.VAL).write_bytes(tar_of([("readme.txt", b"x")]))
+    with pytest.raises(UserError, match=r"imagenet has no images in its part val; get it again"):
+        build(official, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["fall11_whole.tar", "winter21_whole.tar.gz", "folder"])
 @pytest.mark.parametrize("where", ["disk", "s3"])
 def test_21k(name, where, request, tmp_path):
@@ -210,6 +218,12 @@ def test_what_is_missing_or_damaged(official, tmp_path):
     for text in ("[[0], [5]]", "{}", "[[true]]", "<html>"):
         (official / "real.json").write_text(text)
         with pytest.raises(UserError, match="no list of lists of class indices below 3"):
+            open_source(val, unpacked=tmp_path, real=str(official / "real.json"))
+    for real in ([[0]] * 5, [[0]] * 7):
+        (official / "real.json").write_text(json.dumps(real))
+        with pytest.raises(
+            UserError, match=rf"real.json are of {len(real)} images, and the devkit's of 6; get real.json"
+        ):
             open_source(val, unpacked=tmp_path, real=str(official / "real.json"))
     with pytest.raises(UserError, match="no validation images"):
         open_source(official / imagenet.TRAIN, unpacked=tmp_path, real=str(official / "real.json"))

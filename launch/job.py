@@ -1,0 +1,228 @@
+"""A stage inside its Slurm job: the batch script runs this on the first node, and this runs the ranks.
+
+    python -m launch.job RUN NAME
+
+When the ranks stopped because somebody asked them to (the time limit is near, a job of more weight needs the nodes,
+``scancel --signal``), or crashed, exactly this job or task of an array goes back into the queue, and goes on from its
+newest checkpoint when it runs again. Slurm itself does so where a node was lost.
+"""  # fmt: skip
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from launch.cluster import JobSettings
+from launch.local import free_port
+from launch.plan import Stage
+from launch.rank import ENDED
+from launch.run import begin, finish, is_done
+from launch.slurm import layout, slurm
+from launch.submission import Job, Record, log_of, read_submission
+from pipeline.checkpoint import samples_of, whole_checkpoints
+from shards.errors import PatchmillError, StoppedOnRequestError, UserError
+
+CHECK = 120.0  # seconds for the health check of all nodes
+KILLED = 90.0  # seconds that Slurm may take to end a job that goes back into the queue
+
+
+class Ranks:
+    """The ranks of a try: started, told to stop, awaited."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen | None = None
+        self.asked: set[int] = set()
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, self._stop)
+
+    def run(self, command: list[str], **environment: str) -> int:
+        """Run srun to its end; return its exit code, which is of the last rank to be ended."""
+        if self.asked:
+            return 128 + signal.SIGTERM
+        self._process = subprocess.Popen(command, env={**os.environ, **environment}, stdin=subprocess.DEVNULL)
+        return self._process.wait()
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        # Nothing is saved here: the ranks agree on a step. srun hands USR2 on; of TERM it would kill them.
+        self.asked.add(number)
+        if self._process and self._process.poll() is None:
+            self._process.send_signal(signal.SIGUSR2)
+
+
+def run_job(run: Path, name: str) -> None:
+    """Run a job of a run.
+
+    Raises:
+        PatchmillError: It did not finish; by its kind it is the user's to mend, or goes on from the queue.
+    """
+    ranks = Ranks()
+    submission = read_submission(run)
+    if submission is None or name not in submission.jobs:
+        raise UserError(f"{run} has no job {name}; submit its plan again")
+    job, record = submission.jobs[name], Record(run, name)
+    stages = {stage.table.name: stage for stage in submission.read_plan(run).stages}
+    stage = stages[job.stage]
+    if job.digest not in (None, stage.digest):
+        raise UserError(f"stage {job.stage} changed since it was submitted: a recipe beside the plan; submit it again")
+    if is_done(stage):
+        record.note("done", reason=None)
+        return
+    if lacking := [need for need in stage.needs if not is_done(stages[need])]:
+        raise UserError(f"stage {job.stage} needs {', '.join(lacking)}, which did not finish; submit the plan again")
+    samples = _samples(stage)
+    _say(f"{name}: try {record.table.get('tries', 0) + 1} on {os.environ['SLURM_JOB_NODELIST']}, from {_at(samples)}")
+    if record.begin(samples) > job.settings.retries + 1:  # Slurm brought it back, each time a node was lost
+        raise PatchmillError(f"{job.settings.retries + 1} tries in a row came no further than {_at(samples)}")
+    if sick := _sick_nodes(job.settings):
+        reason = f"health check failed on {', '.join(sick)}: excluded"
+        record.excuse("stopped", reason)
+        raise _requeue(reason, exclude=sick)
+    if job.slice is None:
+        begin(stage)
+    _try(run, name, job, stage, ranks)
+
+
+def _try(run: Path, name: str, job: Job, stage: Stage, ranks: Ranks) -> None:
+    record, logs, began = Record(run, name), stage.folder / "logs", time.monotonic()
+    if job.slice:  # of several at once
+        logs /= f"slice-{job.slice.partition('/')[0]}"
+    for stale in (stage.folder / "stopped.json", logs / ENDED):
+        stale.unlink(missing_ok=True)
+    said = Said([log_of(run, name), *(logs / f"rank-{rank}.log" for rank in range(1, stage.table.ranks))])
+    code = ranks.run(_command(job, stage, logs), **_meeting(stage.table.ranks))
+    if code == 0:
+        if job.slice in (None, "merge"):
+            finish(stage, (logs / "stdout.log").read_text(), time.monotonic() - began)
+        record.note("done", reason=None)
+        return
+    ended = int((logs / ENDED).read_text()) if (logs / ENDED).exists() else code
+    if ended == UserError.exit_code:
+        raise UserError(f"{said.error()}; mend it, then submit the plan again")
+    samples = _samples(stage)
+    if ranks.asked or (stage.folder / "stopped.json").exists():
+        reason = f"stopped on request, {_at(samples)} saved"
+    else:
+        reason = f"crashed: {said.error()}"
+    if reason.startswith("stopped") and signal.SIGUSR2 not in ranks.asked:
+        record.excuse("stopped", reason)
+    else:  # a time limit that is too short to come any further is no better than a crash
+        record.note(reason.partition(" ")[0].rstrip(":"), reason=reason)
+        if record.table["barren"] > job.settings.retries and samples <= record.table["samples"]:
+            raise PatchmillError(f"{record.table['barren']} tries came no further than {_at(samples)}; {reason}")
+    raise _requeue(reason)
+
+
+class Said:
+    """What logs say from now on.
+
+    Args:
+        logs: Files; they may not be there yet.
+    """
+
+    def __init__(self, logs: list[Path]):
+        self._from = {log: log.stat().st_size if log.exists() else 0 for log in logs}
+
+    def error(self) -> str:
+        """Return the line that tells best why the ranks ended."""
+        lines = []
+        for log, start in self._from.items():
+            if log.exists():
+                with open(log, encoding="utf-8", errors="replace") as file:
+                    file.seek(start)
+                    lines += file.read().splitlines()
+        for pattern in (r"error: (.*)", r"([\w.]*(?:Error|Exception)\b.*)", r"srun: error: (.*)"):
+            if found := [match[1] for line in lines if (match := re.match(pattern, line))]:
+                return found[0 if "srun" in pattern else -1]
+        return "no reason was given"
+
+
+def _command(job: Job, stage: Stage, logs: Path) -> list[str]:
+    settings, ranks = job.settings, stage.table.ranks
+    nodes, each = layout(ranks, settings, stage.table.name)
+    command = ["srun", "--kill-on-bad-exit=1", f"--nodes={nodes}", f"--ntasks={ranks}", f"--ntasks-per-node={each}"]
+    command += [f"--cpus-per-task={settings.cpus_per_rank}"] if settings.cpus_per_rank else []  # sbatch's is not enough
+    command += [*settings.srun, *settings.container, settings.python or sys.executable, "-P", "-m", "launch.rank"]
+    arguments = stage.arguments
+    if job.slice == "merge":
+        arguments = ["shards", "merge", str(stage.folder / "data")]
+    elif job.slice:
+        arguments = [*arguments, "--slice", job.slice]
+    return [*command, str(logs), *arguments, "--json"]
+
+
+def _meeting(ranks: int) -> dict[str, str]:
+    """Return where the ranks meet: on this node, which has rank 0, at a port that is free now."""
+    if ranks == 1:
+        return {}
+    return {"MASTER_ADDR": os.environ["SLURMD_NODENAME"], "MASTER_PORT": str(free_port())}
+
+
+def _sick_nodes(settings: JobSettings) -> list[str]:
+    """Return the nodes on which the health check fails, or does not end."""
+    if not settings.health:
+        return []
+    nodes = slurm("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
+    # The shell tells who passed, so that a node that says nothing did not; `$@` is the command, and no shell reads it.
+    told = ["sh", "-c", '"$@" >&2 && echo "$SLURMD_NODENAME"', "health", *settings.health]
+    command = ["srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1", "--no-kill", *told]
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, timeout=CHECK)
+        healthy = done.stdout
+    except subprocess.TimeoutExpired as late:
+        healthy = (late.stdout or b"").decode()
+    return [node for node in nodes if node not in healthy.split()]
+
+
+def _requeue(reason: str, exclude: list[str] | None = None) -> PatchmillError:
+    """Put this job, or task of an array, back into the queue, unless Slurm is ending it; return what to raise."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
+    try:
+        # What is ending for another reason than its time limit was cancelled, or is on its way back already.
+        state = slurm("squeue", "--noheader", f"--jobs={job}", "--format=%T %r").split()
+        if state[:1] != ["RUNNING"] and state[1:] != ["TimeLimit"]:
+            return StoppedOnRequestError(f"{reason}; Slurm ends this job: {' '.join(state)}")
+        _say(f"{reason}: back into the queue")
+        slurm("scontrol", "requeue", job)
+        if exclude:
+            before = slurm("squeue", "--noheader", f"--jobs={job}", "--format=%x").split()
+            slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join([*before, *exclude])}")
+    except PatchmillError as error:
+        return StoppedOnRequestError(f"{reason}, and it cannot go back into the queue: {error}; submit the plan again")
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(KILLED)  # until Slurm ends this
+    return StoppedOnRequestError(reason)
+
+
+def _samples(stage: Stage) -> int:
+    saved = whole_checkpoints(stage.folder / "checkpoints")
+    return samples_of(saved[0]) if saved else 0
+
+
+def _at(samples: int) -> str:
+    return f"{samples:,} samples" if samples else "the start"
+
+
+def _say(text: str) -> None:
+    print(f"[{time.strftime('%F %T')}] {text}", file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    """Run the job that the batch script names; its exit code is that of ``patchmill run``."""
+    run, name = Path(sys.argv[1]), sys.argv[2]
+    try:
+        run_job(run, name)
+    except PatchmillError as error:
+        record = Record(run, name)
+        record.note("stopped" if isinstance(error, StoppedOnRequestError) else "failed", reason=str(error))
+        _say(f"{name}: {error}")
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,301 @@
+"""A plan as Slurm jobs: a readable sbatch script for each stage, chained, in the run's folder."""
+
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.cluster import Cluster, JobSettings
+from launch.plan import Plan, Stage
+from launch.run import begin, is_done
+from launch.snapshot import take_snapshot
+from launch.stages import KINDS
+from launch.submission import Job, Record, Submission, folder_of, read_submission
+from shards.atomic import only_one, write_text
+from shards.errors import PatchmillError, UserError
+
+CODE = "code"  # the snapshot, in the folder of scripts
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one sbatch script runs: a stage, the runs of a sweep, the slices of a build, or what ends those.
+
+    Attributes:
+        name: Of script and job.
+        stages: One, or of a sweep those to be run, by their place in it.
+        late: A sweep that is still to run settles what it does.
+        needs: Names of jobs that must have ended well.
+        slices: Of a build; 1: it is not cut.
+        merge: It ends a build in slices.
+    """
+
+    name: str
+    stages: dict[int, Stage]
+    late: bool
+    needs: tuple[str, ...]
+    slices: int = 1
+    merge: bool = False
+
+    @property
+    def stage(self) -> Stage:
+        """The first of its stages; what is asked of Slurm for them is the same."""
+        return next(iter(self.stages.values()))
+
+    @property
+    def title(self) -> str:
+        """What it is, in words."""
+        if self.slices > 1 or self.merge:
+            return f"Stage {self.stage.table.name}, {'the end of its slices' if self.merge else 'in slices'},"
+        return f"Stage {self.stage.sweep.name}, a sweep," if self.stage.sweep else f"Stage {self.name}"
+
+    @property
+    def array(self) -> str | None:
+        """The tasks of the array, if it is one."""
+        if self.slices > 1:
+            return f"0-{self.slices - 1}"
+        return ",".join(map(str, self.stages)) if self.stage.sweep else None
+
+    @property
+    def log(self) -> str:
+        """The name of its log, as sbatch fills it in."""
+        return self.job.replace("$SLURM_ARRAY_TASK_ID", "%a")
+
+    @property
+    def job(self) -> str:
+        """The name of the job that runs, as the shell fills it in."""
+        if self.slices > 1:
+            return f"{self.stage.table.name}.$SLURM_ARRAY_TASK_ID"
+        return f"{self.stage.sweep.name}-$SLURM_ARRAY_TASK_ID" if self.stage.sweep else self.stage.table.name
+
+    def jobs(self, number: str, settings: JobSettings) -> dict[str, Job]:
+        """Return its jobs by name, given the number that Slurm gave it."""
+        name, shared = self.stage.table.name, {"needs": self.needs, "settings": settings}
+        if self.slices > 1:
+            return {
+                f"{name}.{each}": Job(id=f"{number}_{each}", stage=name, slice=f"{each}/{self.slices}", **shared)
+                for each in range(self.slices)
+            }
+        shared |= {"slice": "merge"} if self.merge else {}
+        return {
+            stage.table.name: Job(
+                id=f"{number}_{place}" if stage.sweep else number,
+                stage=stage.table.name,
+                digest=None if self.late else stage.digest,
+                **shared,
+            )
+            for place, stage in self.stages.items()
+        }
+
+
+def submit(plan: Plan, cluster: Cluster) -> dict[str, Job]:
+    """Submit every stage that is not finished; if one cannot be, none is. Return the jobs by name.
+
+    Raises:
+        UserError: Jobs of this run are in the queue, Slurm is not here, or it does not take a script.
+    """
+    if shutil.which("sbatch") is None:
+        raise UserError("there is no sbatch on this machine; submit from a login node, or use `patchmill run` here")
+    cluster.check_names(list(KINDS), [stage.name for stage in plan.table.stage])
+    folder = folder_of(plan.run)
+    with only_one(folder, "submit", wait=60):
+        before = read_submission(plan.run)
+        if before and (left := states(before.jobs)):
+            raise UserError(
+                f"jobs of {plan.run} are in the queue ({', '.join(left)}); wait for them, or end them: patchmill cancel"
+            )
+        parts = [(part, _settings(part, cluster)) for part in _parts(plan, cluster)]
+        scripts = [_script(plan, part, settings) for part, settings in parts]  # all that may be wrong is wrong by now
+        write_text(plan.run / "plan.toml", plan.path.read_text(encoding="utf-8"))
+        if not parts:
+            return {}
+        take_snapshot(folder / CODE)
+        table = {"plan": str(plan.path), "directory": os.getcwd(), "smoke": plan.smoke, "known": plan.inputs.known}
+        jobs: dict[str, Job] = {}
+        try:
+            for (part, settings), text in zip(parts, scripts, strict=True):
+                if part.slices > 1:
+                    begin(part.stage)  # not each slice for itself
+                script = folder / f"{part.name}.sbatch"
+                write_text(script, text)
+                number = _sbatch(script, part.needs, jobs)
+                jobs |= part.jobs(number, settings)
+                Submission(**table, jobs=jobs).write(plan.run)
+            for name in jobs:
+                Record(plan.run, name).path.unlink(missing_ok=True)  # of a job before
+            # Held until now: a job that starts finds itself in what was written, and one of half a plan never starts.
+            slurm("scontrol", "release", ",".join(_numbers(jobs)))
+        except PatchmillError as error:
+            cancel(jobs)
+            raise UserError(f"{error}; nothing was submitted, and the scripts are in {folder}") from None
+    return jobs
+
+
+@dataclass(frozen=True)
+class Queued:
+    """A job in the queue, in ``squeue``'s words."""
+
+    state: str
+    elapsed: str
+    reason: str
+    nodes: str
+
+
+def states(jobs: dict[str, Job]) -> dict[str, Queued]:
+    """Return those of some jobs that are in the queue, by name.
+
+    Raises:
+        PatchmillError: Slurm gives no answer.
+    """
+    if not jobs:
+        return {}
+    numbers = ",".join(dict.fromkeys(job.id.partition("_")[0] for job in jobs.values()))
+    # Of one number that it has forgotten squeue says that it is invalid, and of several nothing.
+    try:
+        told = slurm("squeue", "--noheader", "--array", f"--jobs={numbers}", "--format=%i|%T|%M|%r|%N")
+    except PatchmillError as error:
+        if "Invalid job id" not in str(error):
+            raise
+        return {}
+    lines = (line.split("|") for line in told.splitlines())
+    found = {number: Queued(state, elapsed, reason, nodes) for number, state, elapsed, reason, nodes in lines}
+    return {name: found[job.id] for name, job in jobs.items() if job.id in found}
+
+
+def cancel(jobs: dict[str, Job]) -> None:
+    """End jobs, those that wait too.
+
+    Raises:
+        PatchmillError: Slurm gives no answer.
+    """
+    if jobs:
+        slurm("scancel", *(job.id for job in jobs.values()))
+
+
+def layout(ranks: int, settings: JobSettings, where: str) -> tuple[int, int]:
+    """Return nodes and ranks on each.
+
+    Raises:
+        UserError: The ranks do not fill the nodes.
+    """
+    each = min(ranks, settings.ranks_per_node or settings.gpus_per_node or ranks)
+    if ranks % each:
+        raise UserError(
+            f"stage {where} has {ranks} ranks, and a node takes {each}; make ranks a multiple of that, or set "
+            "ranks_per_node"
+        )
+    return ranks // each, each
+
+
+def _parts(plan: Plan, cluster: Cluster) -> Iterator[Part]:
+    to_run: dict[str, bool] = {}  # names of jobs to wait for, and whether a sweep is to settle their digest
+    names: set[str] = set()
+
+    def part_of(name: str, stage: Stage) -> str:
+        return stage.sweep.name if stage.sweep else name
+
+    for name, group in itertools.groupby(plan.stages, lambda stage: part_of(stage.table.name, stage)):
+        stages = [stage for stage in group if not is_done(stage) or any(need in to_run for need in stage.needs)]
+        if not stages:
+            continue
+        needs = tuple(dict.fromkeys(need for stage in stages for need in stage.needs if need in to_run))
+        late = any(to_run[need] for need in needs)
+        first = stages[0]
+        to_run |= {stage.table.name: late or stage.sweep is not None for stage in stages}
+        slices = cluster.job(first.table.kind, name).slices if first.table.kind == "shards" else 1
+        if slices > 1:
+            yield Part(f"{name}.slices", {0: first}, late, needs, slices)
+            yield Part(name, {0: first}, late, tuple(f"{name}.{each}" for each in range(slices)), merge=True)
+            continue
+        unique = name if name not in names else first.table.name  # what a sweep's runs wait for may cut it in two
+        names.add(name)
+        yield Part(unique, {_place(stage): stage for stage in stages}, late, needs)
+
+
+def _place(stage: Stage) -> int:
+    return stage.sweep.members.index(stage.table.name) if stage.sweep else 0
+
+
+def _settings(part: Part, cluster: Cluster) -> JobSettings:
+    stage = part.stage
+    return cluster.job(stage.table.kind, stage.sweep.name if stage.sweep else stage.table.name)
+
+
+def _script(plan: Plan, part: Part, settings: JobSettings) -> str:
+    """Return the text of a script; whatever comes from settings is quoted, for sbatch and for the shell."""
+    folder, stage = folder_of(plan.run), part.stage
+    nodes, each = layout(stage.table.ranks, settings, stage.table.name)
+    if "\\" in str(folder) or not str(folder).isprintable():  # after a backslash Slurm takes each % for itself
+        raise UserError(f"Slurm writes no logs below {str(folder)!r}, for a character in it; choose another --runs")
+    log = f"{str(folder).replace('%', '%%')}/{part.log}.log"
+    options = {
+        "job-name": f"{plan.run.name}:{part.name}", "output": log, "open-mode": "append",
+        "array": part.array, "nodes": nodes, "ntasks-per-node": each, "cpus-per-task": settings.cpus_per_rank,
+        "gpus-per-node": min(settings.gpus_per_node, each) or None, "mem": settings.memory, "time": settings.time,
+        "signal": f"B:USR2@{settings.grace}", "partition": settings.partition, "account": settings.account,
+        "qos": settings.qos, "constraint": settings.constraint,
+    }  # fmt: skip
+    lines = ["#!/bin/bash -l" if settings.modules else "#!/bin/bash"]
+    lines += [f"# {part.title} of {_comment(plan.path)}, written by `patchmill submit`."]
+    lines += [f"#SBATCH --{name}={_option(str(value))}" for name, value in options.items() if value is not None]
+    lines += ["#SBATCH --requeue", *(f"#SBATCH {option}" for option in settings.sbatch), ""]
+    lines += ["trap '' USR2  # which warns of the time limit, until launch.job listens"]
+    lines += [f"module load {shlex.quote(module)}" for module in settings.modules]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in settings.env.items()]
+    lines += settings.setup
+    lines += [f"cd {shlex.quote(os.getcwd())} || exit"]
+    lines += [f"export PYTHONPATH={shlex.quote(str(folder / CODE))}${{PYTHONPATH:+:$PYTHONPATH}}"]
+    # -P: not the code that happens to be where it was submitted.
+    lines += [f"exec {shlex.quote(sys.executable)} -P -m launch.job {shlex.quote(str(plan.run))} {part.job}"]
+    return "\n".join(lines) + "\n"
+
+
+def _option(value: str) -> str:
+    """Quote a value for an ``#SBATCH`` line: sbatch knows quotes, and a backslash before any character."""
+    return value if re.fullmatch(r"[\w@%+=:,./&|*()\[\]-]+", value) else '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
+
+
+def _comment(path: Path) -> str:
+    return json.dumps(str(path), ensure_ascii=False)
+
+
+def _sbatch(script: Path, needs: tuple[str, ...], jobs: dict[str, Job]) -> str:
+    """Submit a script, held; return the number of its job."""
+    options = ["--parsable", "--hold", "--kill-on-invalid-dep=yes"]
+    if needs:
+        options.append(f"--dependency=afterok:{':'.join(_numbers(jobs, needs))}")
+    return slurm("sbatch", *options, str(script)).strip().partition(";")[0]
+
+
+def _numbers(jobs: dict[str, Job], names: Iterable[str] | None = None) -> list[str]:
+    """Return the numbers of some jobs, or of all; of an array its own, where all of its tasks are among them."""
+    some = {jobs[name].id for name in names or jobs}
+    array = {number: number.partition("_")[0] for number in some}
+    parted = {each.id.partition("_")[0] for each in jobs.values() if each.id not in some}
+    return sorted({number if array[number] in parted else array[number] for number in some})
+
+
+def slurm(*command: str) -> str:
+    """Run a command of Slurm's, as from a shell outside of any job.
+
+    Raises:
+        PatchmillError: It fails.
+    """
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name == "SLURM_CONF"
+    }
+    try:
+        done = subprocess.run(command, env=inherited, capture_output=True, text=True, timeout=120, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise PatchmillError(f"{command[0]} does not run: {error}") from None
+    if done.returncode:
+        reason = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        raise PatchmillError(f"{command[0]} says: {reason}")
+    return done.stdout

@@ -1,0 +1,228 @@
+"""How a run is: from its folder alone, and with Slurm's queue where there is one."""
+
+import datetime
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from launch.results import result_of
+from launch.slurm import Queued, cancel, states
+from launch.submission import Record, Submission, check_run, log_of, read_submission
+from pipeline.settings import Duration, read_toml
+from pipeline.telemetry import read_metrics
+from shards.errors import PatchmillError, UserError
+
+WORDS = {"PENDING": "waiting", "RUNNING": "running", "COMPLETING": "ending", "CONFIGURING": "starting"}
+LIVE = ("waiting", "starting", "running", "ending")  # of jobs in the queue
+COLOURS = {"done": "green", "running": "bold", "failed": "red", "lost": "red", "cancelled": "yellow"}
+SECONDS = 5.0  # between two looks
+GONE = 90.0  # seconds in which cancelled jobs should have ended; Slurm kills what does not listen after 30
+
+
+@dataclass(frozen=True)
+class Status:
+    """How one stage is, or one slice of a build.
+
+    Attributes:
+        name: Of the stage.
+        state: ``done``, ``running``, ``waiting``, ``stopped``, ``crashed`` (both will come back), ``failed``,
+            ``cancelled``, ``lost`` (its job is gone without a word), ``begun`` or ``not begun``.
+        job: Its number, if it has one.
+        step: Taken by now, of a training stage; likewise ``share`` of the way, in [0, 1], and ``images_per_second``.
+        seconds_left: At that speed.
+        restarts: How often the job came back.
+        why: The last error, or what it waits for.
+        log: Where it says more.
+    """
+
+    name: str
+    state: str
+    job: str | None = None
+    step: int | None = None
+    share: float | None = None
+    images_per_second: float | None = None
+    seconds_left: float | None = None
+    restarts: int = 0
+    why: str = ""
+    log: str = ""
+
+
+def status_of(run: Path) -> list[Status]:
+    """Return how the stages of a run are, in the plan's order.
+
+    Raises:
+        UserError: The folder is no run's.
+    """
+    check_run(run)
+    submission = read_submission(run)
+    queue = _queue(submission) if submission else None
+    found: dict[str, Status] = {}
+    for name in _names(run, submission):
+        found[name] = _status(run, name, submission, queue, found)
+    return list(found.values())
+
+
+def print_status(run: Path, watch: bool = False) -> None:
+    """Show how a run is, on stdout; with ``watch`` until no job of it is in the queue."""
+    console = Console(width=None if sys.stdout.isatty() else 250)  # a file has no edge
+    while True:
+        stages = status_of(run)
+        if watch and console.is_terminal:
+            console.clear()
+        console.print(_table(run, stages))
+        if not watch or not any(stage.state in LIVE for stage in stages):
+            return
+        time.sleep(SECONDS)
+
+
+def cancel_run(run: Path) -> list[str]:
+    """End all jobs of a run, and wait until they are gone; return their names.
+
+    Raises:
+        PatchmillError: Some do not end.
+    """
+    check_run(run)
+    submission, cancelled, deadline = read_submission(run), {}, time.monotonic() + GONE
+    while submission and (left := states(submission.jobs)):
+        cancelled |= left
+        if time.monotonic() > deadline:
+            raise PatchmillError(f"{', '.join(left)} were cancelled, and do not end; does their node answer?")
+        cancel({name: submission.jobs[name] for name in left})  # again: one may just have gone back into the queue
+        time.sleep(1)
+    return list(cancelled)
+
+
+def newest_run(runs: Path) -> Path:
+    """Return the run that was begun last.
+
+    Raises:
+        UserError: There is none.
+    """
+    found = sorted(runs.glob("*/plan.toml"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError(f"there is no run in {runs}; give one: --run RUNS/NAME")
+    return found[-1].parent
+
+
+def print_log(run: Path, stage: str, rank: int, lines: int, follow: bool) -> None:
+    """Show the end of what a stage said, on stdout, and with ``follow`` what it says from now on.
+
+    Raises:
+        UserError: There is no such stage, or nothing was said.
+    """
+    check_run(run)
+    names = list(_names(run, read_submission(run)))
+    if stage not in names:
+        raise UserError(f"{run} has no stage {stage!r}; it has {', '.join(names)}")
+    beside = run / "stages" / stage / "logs"
+    log = beside / f"rank-{rank}.log" if rank else log_of(run, stage)
+    if not log.exists():
+        others = ", ".join(str(path) for path in sorted(beside.glob("*.log"))) or "nothing else is there"
+        raise UserError(f"there is no {log} yet; {others}")
+    print(f"==> {log}", file=sys.stderr)
+    with open(log, encoding="utf-8", errors="replace") as file:
+        sys.stdout.write("".join(file.readlines()[-lines:]))
+        while follow:
+            sys.stdout.write(file.read())
+            sys.stdout.flush()
+            time.sleep(1)
+
+
+def _queue(submission: Submission) -> dict[str, Queued] | None:
+    """Return what the queue has of a run's jobs; None: nobody knows."""
+    if shutil.which("squeue") is None:
+        return None
+    try:
+        return states(submission.jobs)
+    except PatchmillError as error:
+        print(f"warning: {error}; this is what the run's folder says", file=sys.stderr)
+        return None
+
+
+def _names(run: Path, submission: Submission | None) -> Iterator[str]:
+    jobs = list(submission.jobs) if submission else []
+    for stage in read_toml(run / "plan.toml")["stage"]:
+        name = stage["name"]
+        pattern = rf"{re.escape(name)}-\d+" if "sweep" in stage else rf"{re.escape(name)}\.\d+"
+        folders = [path.name for path in (run / "stages").glob(f"{name}-*")] if "sweep" in stage else []
+        parts = {each for each in [*jobs, *folders] if re.fullmatch(pattern, each)}
+        yield from sorted(parts, key=lambda each: int(re.search(r"\d+$", each)[0]))
+        if "sweep" not in stage:
+            yield name
+
+
+def _status(
+    run: Path, name: str, submission: Submission | None, queue: dict[str, Queued] | None, before: dict[str, Status]
+) -> Status:
+    folder, record = run / "stages" / name, Record(run, name).table
+    job = submission.jobs.get(name) if submission else None
+    queued = (queue or {}).get(name)
+    why = record.get("reason") or ""
+    if queued:
+        state = WORDS.get(queued.state, queued.state.lower())
+        if queued.reason == "Dependency":
+            why = f"after {', '.join(need for need in job.needs if before[need].state != 'done')}"
+        elif queued.state == "PENDING" and queued.reason != "None":
+            why = ", ".join(filter(None, (why, f"waits: {queued.reason}")))
+    elif result_of(folder) or record.get("state") == "done":
+        state, why = "done", ""
+    elif job is None:
+        state = "begun" if folder.exists() else "not begun"
+    elif queue is None or record.get("state") == "failed":
+        state = record.get("state", "waiting")
+    elif record.get("state") == "running":
+        state, why = "lost", "its job is gone without a word: killed, or its node was"
+    else:
+        state = "cancelled"
+        ended = [before[need] for need in job.needs if before[need].state not in ("done", *LIVE)]
+        why = why or ", ".join(f"{need.name} {need.state}" for need in ended)
+    log = log_of(run, name) if job else folder / "logs"
+    return Status(
+        name, state, job and job.id, **(_progress(folder, state == "running") if name == folder.name else {}),
+        restarts=max(0, record.get("tries", 0) - 1), why=why, log=os.path.relpath(log) if log.exists() else "",
+    )  # fmt: skip
+
+
+def _progress(folder: Path, running: bool) -> dict[str, Any]:
+    """Return how far a training stage is."""
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if "step" in line]  # others are of held-out images
+    settings = folder / "resolved.toml"
+    if not lines or not settings.exists():
+        return {}
+    line, table = lines[-1], read_toml(settings)
+    epoch = round(line["samples"] / line["epoch"]) if line.get("epoch") else None
+    try:
+        total = Duration(table["duration"]).samples(epoch, table["global_batch"])
+    except UserError:  # in epochs of what has none, before it has a line
+        return {"step": line["step"]}
+    speed = line["images_per_second"]
+    return {
+        "step": line["step"], "share": min(1.0, line["samples"] / max(total, 1)), "images_per_second": speed,
+        "seconds_left": max(0.0, total - line["samples"]) / speed if speed and running else None,
+    }  # fmt: skip
+
+
+def _table(run: Path, stages: list[Status]) -> Table:
+    table = Table(title=escape(str(run)), title_justify="left", box=None, pad_edge=False)
+    for heading in ("stage", "state", "job", "step", "", "images/s", "left", "restarts", "", "log"):
+        table.add_column(heading, justify="right" if heading in ("step", "images/s", "left", "restarts") else "left")
+    for stage in stages:
+        left = datetime.timedelta(seconds=round(stage.seconds_left)) if stage.seconds_left is not None else ""
+        table.add_row(
+            stage.name, f"[{COLOURS.get(stage.state, 'default')}]{stage.state}[/]", stage.job or "",
+            f"{stage.step:,}" if stage.step is not None else "",
+            f"{100 * stage.share:.0f}%" if stage.share is not None else "",
+            f"{stage.images_per_second:,.0f}" if stage.images_per_second else "", str(left),
+            str(stage.restarts) if stage.restarts else "", escape(stage.why), escape(stage.log),
+        )  # fmt: skip
+    return table

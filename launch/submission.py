@@ -1,0 +1,121 @@
+"""What ``patchmill submit`` leaves in a run's folder, for its jobs and for who asks how they are.
+
+RUN/plan.toml   slurm/{submission.json, code/, NAME.sbatch, NAME.log, NAME.json}
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from launch.cluster import JobSettings
+from launch.plan import Plan, read_submitted
+from launch.results import read_json
+from pipeline.settings import Settings, check
+from shards.atomic import write_text
+from shards.errors import UserError
+
+
+class Job(Settings):
+    """One job, or one task of an array.
+
+    Attributes:
+        id: As Slurm's commands take it: ``12``, or ``12_3`` of an array.
+        stage: That it runs.
+        slice: ``I/N``, of a build of shards in slices; ``merge``: it ends such a build.
+        digest: Of the stage when it was submitted; None: a sweep is to settle it.
+        needs: Names of the jobs that it waits for.
+        settings: From the profile.
+    """
+
+    id: str
+    stage: str
+    needs: tuple[str, ...] = ()
+    slice: str | None = None
+    digest: str | None = None
+    settings: JobSettings
+
+
+class Submission(Settings):
+    """All jobs of a run, and what they go by.
+
+    Attributes:
+        plan: Path of the plan's file; its text then is ``RUN/plan.toml``.
+        directory: That it was submitted from, which its jobs run in.
+        smoke: As of ``patchmill run``.
+        known: Digests of the plan's inputs, by path.
+        jobs: By name, in the plan's order.
+    """
+
+    plan: str
+    directory: str
+    smoke: bool
+    known: dict[str, str]
+    jobs: dict[str, Job]
+
+    def read_plan(self, run: Path) -> Plan:
+        """Return the plan as it was submitted."""
+        text = (run / "plan.toml").read_text(encoding="utf-8")
+        return read_submitted(text, Path(self.plan), run, self.smoke, dict(self.known))
+
+    def write(self, run: Path) -> None:
+        """Write it into the run's folder."""
+        write_text(folder_of(run) / "submission.json", self.model_dump_json(indent=1, exclude_unset=True))
+
+
+def folder_of(run: Path) -> Path:
+    """Return where scripts, logs and records of a run's jobs are."""
+    return run / "slurm"
+
+
+def log_of(run: Path, name: str) -> Path:
+    """Return where a job of a run writes what it says."""
+    return folder_of(run) / f"{name}.log"
+
+
+def read_submission(run: Path) -> Submission | None:
+    """Return the last submission of a run; None: there was none."""
+    table = read_json(folder_of(run) / "submission.json")
+    return check(Submission, table, str(run)) if table else None
+
+
+def check_run(run: Path) -> None:
+    """Check that a folder is a run's.
+
+    Raises:
+        UserError: It is not.
+    """
+    if not (run / "plan.toml").is_file():
+        raise UserError(
+            f"{run} is no run: it holds no plan.toml; give the folder RUNS/NAME of `patchmill run` or submit"
+        )
+
+
+class Record:
+    """What is known of the tries of a job, in ``NAME.json``; the job alone writes it.
+
+    Attributes:
+        table: ``state`` (running, stopped, crashed, failed, done), ``tries``, ``barren`` (tries in a row that came no
+            further than the one before), ``samples`` (where the last began), ``nodes`` and ``reason``.
+    """
+
+    def __init__(self, run: Path, name: str):
+        self.path = folder_of(run) / f"{name}.json"
+        self.table: dict[str, Any] = read_json(self.path)
+
+    def begin(self, samples: int) -> int:
+        """Note that a try begins, with so many samples behind it; return how many came no further, with this one."""
+        barren = self.table.get("barren", 0) if samples <= self.table.get("samples", 0) else 0
+        tries = self.table.get("tries", 0) + 1
+        nodes = os.environ.get("SLURM_JOB_NODELIST", "")
+        self.note("running", tries=tries, barren=barren + 1, samples=samples, nodes=nodes, reason=None)
+        return barren + 1
+
+    def note(self, state: str, **more: Any) -> None:
+        """Note how it is."""
+        self.table |= {"state": state, **more}
+        write_text(self.path, json.dumps(self.table))
+
+    def excuse(self, state: str, reason: str) -> None:
+        """Note that the try was ended from outside, which is no fault of it."""
+        self.note(state, barren=max(0, self.table.get("barren", 0) - 1), reason=reason)

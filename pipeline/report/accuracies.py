@@ -1,0 +1,112 @@
+"""Top-1 on held-out images of everything a run measured, next to honest baselines."""
+
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+
+from pipeline.convert.recognise import open_source
+from pipeline.report.heldout import held_out
+from pipeline.report.run import Run, Stage
+from shards.errors import PatchmillError, UserError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table of accuracies: ``top1`` in [0, 1]; ``main`` marks what the run is about."""
+
+    what: str
+    top1: float
+    how: str
+    main: bool = False
+
+
+def accuracies(run: Run) -> list[Row]:
+    """Return top-1 on held-out images of everything the run measured, chance first."""
+    sets = run.finished("shards")
+    rows = [_chance(stage, f" in {stage.name}" if len(sets) > 1 else "") for stage in sets]
+    rows += _most_frequent(run)
+    for stage in run.finished("fewshot"):
+        rows += _closed_form(stage)
+    for stage in [*run.of("supervised"), *run.of("finetune")]:
+        if stage.val is not None and "top1" in stage.val:
+            rows.append(_trained(run, stage))
+    for stage in run.finished("evaluate"):
+        how = f"{stage.result['images']} images, each once; top-5 {100 * stage.result['top5']:.1f} %"
+        rows.append(Row(f"{stage.name} (evaluate)", stage.result["top1"], how))
+    return _seeds_together(run, rows)
+
+
+def _chance(stage: Stage, where: str) -> Row:
+    classes = stage.result["classes"]
+    return Row(f"chance{where}", 1 / max(len(classes), 1), f"a guess among {len(classes)} classes")
+
+
+def _most_frequent(run: Run) -> list[Row]:
+    """Return what always saying the most frequent class of the held-out images comes to."""
+    stage = next((stage for stage in reversed(run.of("masked_patch", "mae", "supervised", "finetune"))), None)
+    try:
+        val = stage and held_out(stage)
+    except PatchmillError:
+        return []  # it is not there any more
+    if val is None:
+        return []
+    labels = chain.from_iterable(val.rows(shard).labels for shard in range(len(val.shard_sizes)))
+    counts = np.bincount(list(chain.from_iterable(labels)))
+    if not len(counts):
+        return []
+    return [Row("most frequent class", counts.max() / len(val), f"always saying {val.classes[counts.argmax()]}")]
+
+
+def _closed_form(stage: Stage) -> list[Row]:
+    features, pixels = stage.result["features"], stage.result.get("pixels")  # which a large set has not
+    rows = []
+    if pixels:
+        rows.append(Row("raw pixels, least squares", pixels["all"], "closed form, every training image"))
+    rows.append(Row("frozen features, least squares", features["all"], "closed form, every training image"))
+    for shots, top1 in features["shots"].items():
+        beside = f"; raw pixels {100 * pixels['shots'][shots]:.1f} %" if pixels else ""
+        rows.append(Row(f"frozen features, {shots}-shot", top1, f"mean of 3 seeds{beside}"))
+    if "linear" in features:
+        rows.append(Row("frozen features, linear probing", features["linear"], "logistic regression, every image"))
+    if "knn" in features:
+        rows.append(Row("frozen features, nearest neighbours", features["knn"], "weighted vote, every training image"))
+    return rows
+
+
+def _trained(run: Run, stage: Stage) -> Row:
+    so_far = "" if stage.result is not None else " so far"
+    how = f"{stage.settings['data']['resolution']} px, {stage.samples:,} images seen{so_far}"
+    init = stage.settings.get("init")
+    pretrained = stage.kind == "finetune" and init is not None
+    if pretrained:
+        seen = _samples_behind(run, init)
+        how += f", after {seen:,} in pre-training" if seen else f", from {init}"
+    else:
+        how += ", from scratch"
+    return Row(f"{stage.name} ({stage.kind})", stage.val["top1"], how, main=pretrained)
+
+
+def _samples_behind(run: Run, init: str) -> int | None:
+    """Return how many samples the weights of a path have seen, if that is told: by the run, or else by them."""
+    if stage := run.at(init):
+        return (stage.result or {}).get("samples") or stage.samples or None
+    try:
+        return open_source(init).note.get("samples")
+    except UserError:
+        return None  # they are not there any more
+
+
+def _seeds_together(run: Run, rows: list[Row]) -> list[Row]:
+    """Put the runs of a sweep over seeds into one row: their mean, and the standard deviation."""
+    for names in run.sweeps.values():
+        table, kind = run.stages[names[0]].table, run.stages[names[0]].kind
+        if not isinstance(table["sweep"], dict) or table["sweep"].keys() != {"seed"}:
+            continue
+        mine = [row for row in rows if row.what in [f"{name} ({kind})" for name in names]]
+        if len(mine) > 1:
+            top1 = np.array([row.top1 for row in mine])
+            how = f"{mine[0].how}; mean of {len(mine)} seeds, ± {100 * top1.std(ddof=1):.2f}"
+            one = Row(f"{table['name']} ({kind})", top1.mean(), how, mine[0].main)
+            rows = [one if row is mine[0] else row for row in rows if row is mine[0] or row not in mine]
+    return rows

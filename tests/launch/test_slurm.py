@@ -1,0 +1,191 @@
+"""Scripts and profiles, without a cluster; tests/slurm has one."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from launch.cluster import Cluster, JobSettings
+from launch.plan import read_plan
+from launch.slurm import CODE, _numbers, _parts, _script, _settings, layout
+from launch.snapshot import take_snapshot
+from launch.stages import KINDS
+from launch.submission import Job, Record, folder_of
+from pipeline import provenance
+from shards.errors import UserError
+from tests.command import ROOT
+from tests.images import make_image_folder
+
+PLAN = """
+name = "x"
+[[stage]]
+name = "shards"
+kind = "shards"
+set = { source = "images" }
+[[stage]]
+name = "rates"
+kind = "supervised"
+ranks = 16
+sweep = { "optim.lr" = [0.1, 0.2, 0.3] }
+[stage.set]
+duration = "1 epoch"
+global_batch = 48
+data = { train = "{shards}", val = "{shards}" }  # whose best is copied
+model = { name = "vit_ti8" }
+[[stage]]
+name = "copy"
+kind = "convert"
+set = { source = "{rates}" }
+"""
+
+
+def plan_of(folder: Path):
+    make_image_folder(folder / "images", per_class=2)
+    (folder / "plan.toml").write_text(PLAN)
+    return read_plan(folder / "plan.toml", folder / "runs")
+
+
+def scripts(plan, profile: str) -> dict[str, str]:
+    (plan.path.parent / "cluster.toml").write_text(profile)
+    cluster = Cluster(plan.path.parent / "cluster.toml")
+    return {part.name: _script(plan, part, _settings(part, cluster)) for part in _parts(plan, cluster)}
+
+
+def options(script: str) -> list[str]:
+    return re.findall(r"^#SBATCH (.*)$", script, re.MULTILINE)
+
+
+def test_a_script_a_stage_with_what_the_profile_says_of_it(tmp_path):
+    profile = """
+        partition = "gpu"
+        gpus_per_node = 8
+        time = "1-0"
+        sbatch = ["--exclusive"]
+        modules = ["cuda/12.4"]
+        setup = ["ulimit -n 4096"]
+        [kind.shards]
+        partition = "cpu"
+        slices = 4
+        [stage.rates]
+        time = "3-0"
+    """
+    found = scripts(plan_of(tmp_path), profile)
+    assert list(found) == ["shards.slices", "shards", "rates", "copy"]
+    rates = options(found["rates"])
+    told = "nodes=2 ntasks-per-node=8 gpus-per-node=8 array=0,1,2 time=3-0 exclusive partition=gpu requeue"
+    assert {f"--{option}" for option in told.split()} <= set(rates)
+    assert {"--open-mode=append", "--signal=B:USR2@120"} <= set(rates)
+    assert f"--output={tmp_path}/runs/x/slurm/rates-%a.log" in rates
+    assert found["rates"].startswith("#!/bin/bash -l\n")  # `module` is a function of login shells
+    assert "\nmodule load cuda/12.4\nulimit -n 4096\n" in found["rates"]
+    assert found["rates"].endswith(f"-P -m launch.job {tmp_path}/runs/x rates-$SLURM_ARRAY_TASK_ID\n")
+    assert "--gpus-per-node=1" in options(found["copy"])  # one rank
+    assert {"--partition=cpu", "--array=0-3", "--time=1-0"} <= set(options(found["shards.slices"]))
+    assert found["shards.slices"].endswith(" shards.$SLURM_ARRAY_TASK_ID\n")
+
+
+@pytest.mark.parametrize(
+    "text", ["a b", "it's", '"', "$(touch hacked)", "`touch hacked`", "; touch hacked #", "& x", "\\"]
+)
+def test_no_setting_and_no_path_is_read_by_the_shell(tmp_path, text):
+    folder = tmp_path / text.replace("/", "") if text != "\\" else tmp_path
+    profile = f"env = {{ VALUE = {json.dumps(text)} }}\nmodules = [{json.dumps(text)}]\naccount = {json.dumps(text)}"
+    script = scripts(plan_of(folder), profile)["shards"]
+    # The same script, with what it would start in place of the program that starts it.
+    shown = 'printf "%s\\0" "$VALUE" "$PYTHONPATH" '
+    script = script.replace("exec ", shown).replace("#!/bin/bash -l", 'module() { printf "%s\\0" "$2"; }')
+    bare = {"PATH": os.environ["PATH"]}
+    said = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env=bare, capture_output=True, text=True, check=True
+    ).stdout
+    run = str(folder / "runs" / "x")
+    assert said.split("\0")[:-1] == [
+        text, text, f"{run}/slurm/{CODE}", sys.executable, "-P", "-m", "launch.job", run, "shards"
+    ]  # fmt: skip
+    assert not list(tmp_path.rglob("hacked"))
+    account = next(option for option in options(script) if option.startswith("--account="))
+    assert re.sub(r"\\(.)", r"\1", account.removeprefix("--account=")[1:-1]) == text
+
+
+def test_a_folder_that_slurm_cannot_write_logs_to_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"choose another --runs"):
+        scripts(plan_of(tmp_path / "back\\slash"), "")
+
+
+def test_ranks_must_fill_nodes():
+    assert layout(1, JobSettings(gpus_per_node=8), "x") == (1, 1)
+    assert layout(4, JobSettings(), "x") == (1, 4)
+    assert layout(16, JobSettings(gpus_per_node=8), "x") == (2, 8)
+    assert layout(16, JobSettings(gpus_per_node=8, ranks_per_node=4), "x") == (4, 4)
+    with pytest.raises(UserError, match="stage x has 12 ranks, and a node takes 8; make ranks a multiple"):
+        layout(12, JobSettings(gpus_per_node=8), "x")
+
+
+@pytest.mark.parametrize(
+    ("profile", "told"),
+    [
+        ("partitions = 1", r"unknown setting partitions in .*did you mean 'partition'"),
+        ("[kind.shard]", r"there is no such kind \(did you mean 'shards'\?\)"),
+        ("[stage.x]\ntimes = 1", r"unknown setting times in \[stage.x\] of .*did you mean 'time'"),
+        ('qos = "a\\nb"', "must be one line of printable characters"),
+        ('env = { "A B" = "1" }', "is no name of an environment variable"),
+    ],
+)
+def test_what_is_wrong_in_a_profile_is_told(tmp_path, profile, told):
+    (tmp_path / "cluster.toml").write_text(profile)
+    with pytest.raises(UserError, match=told):
+        Cluster(tmp_path / "cluster.toml").check_names(list(KINDS), ["x"])
+
+
+def test_the_profile_of_the_docs_fits_and_every_key_is_told():
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    shown = tomllib.loads(re.search(r"```toml\n(.*?)```", page, re.DOTALL)[1])
+    for table in (shown, *shown["kind"].values(), *shown["stage"].values()):
+        JobSettings.model_validate({key: value for key, value in table.items() if key not in ("kind", "stage")})
+    rows = " ".join(re.findall(r"^\| (`.*?) \|", page, re.MULTILINE))
+    assert set(re.findall(r"`(\w+)`", rows)) >= JobSettings.model_fields.keys()
+
+
+def test_an_array_is_waited_for_by_its_number_if_all_of_it_is():
+    jobs = {
+        name: Job(id=number, stage=name, settings=JobSettings())
+        for name, number in {"a": "1", "b-0": "2_0", "b-1": "2_1", "c-0": "3_0", "c-1": "3_1"}.items()
+    }
+    assert _numbers(jobs, ["a", "b-0", "b-1", "c-1"]) == ["1", "2", "3_1"]
+    assert _numbers(jobs) == ["1", "2", "3"]
+
+
+def test_tries_that_come_no_further_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
+    folder_of(tmp_path).mkdir()
+    assert [Record(tmp_path, "x").begin(samples) for samples in (0, 0, 8, 8, 8, 9)] == [1, 2, 1, 2, 3, 1]
+    record = Record(tmp_path, "x")
+    record.excuse("stopped", "asked")
+    assert Record(tmp_path, "x").begin(9) == 1  # the one before was no fault of its own
+    assert Record(tmp_path, "x").table["tries"] == 7
+
+
+def test_a_snapshot_is_whole_and_says_its_commit(tmp_path):
+    (tmp_path / CODE).mkdir()
+    (tmp_path / CODE / "of before").touch()
+    take_snapshot(tmp_path / CODE)
+    assert {path.name for path in (tmp_path / CODE).iterdir()} == {"launch", "pipeline", "shards", provenance.SNAPSHOT}
+    code = "from pipeline import provenance; print(provenance.__file__, provenance.commit())"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / CODE)}
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == [str(tmp_path / CODE / "pipeline/provenance.py"), str(provenance.commit())]
+
+
+def test_a_submitted_plan_does_not_look_at_its_images_again(tmp_path):
+    from launch.plan import read_submitted
+
+    plan = plan_of(tmp_path)
+    (tmp_path / "images").rename(tmp_path / "gone")
+    (tmp_path / "plan.toml").unlink()
+    again = read_submitted(PLAN, plan.path, plan.run, False, plan.inputs.known)
+    assert [stage.digest for stage in again.stages] == [stage.digest for stage in plan.stages]

@@ -1,0 +1,104 @@
+import shutil
+
+import pytest
+
+from pipeline.report.accuracies import accuracies
+from pipeline.report.page import names
+from pipeline.report.run import read_run
+from shards.errors import UserError
+from tests.pipeline.report.made import made_run, trained
+
+PLAN = """
+[[stage]]
+name = "big"
+kind = "supervised"
+recipe = "vit_b16_imagenet21k"
+
+[[stage]]
+name = "rates"
+kind = "finetune"
+recipe = "finetune_cifar10"
+init = "big"
+sweep = { "optim.lr" = [0.001, 0.003, 0.01] }
+
+[[stage]]
+name = "seeds"
+kind = "finetune"
+recipe = "finetune_cifar10"
+init = "big"
+best = "rates"
+sweep = { seed = [0, 1] }
+
+[[stage]]
+name = "later"
+kind = "evaluate"
+set = { weights = "{seeds}", data = "there" }
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = made_run(tmp_path / "runs" / "a", PLAN)
+    big = trained(run, "big", "vit_b16_imagenet21k", 0.4)
+    for number, top1 in enumerate((0.7, 0.9, 0.9)):
+        trained(run, f"rates-{number}", "finetune_cifar10", top1, init=str(big))
+    return run
+
+
+def test_a_run_has_its_stages_those_of_sweeps_too_begun_or_not(run):
+    found = read_run(run)
+    assert found.name == "a"
+    assert list(found.stages) == ["big", "rates-0", "rates-1", "rates-2", "later"]
+    assert found.sweeps == {"rates": ["rates-0", "rates-1", "rates-2"]}
+    assert found.stages["later"].result is None
+    assert found.named("rates").name == "rates-1"  # of equals the first
+    assert found.named("later").name == "later"
+    assert found.named("seeds") is None
+    assert [stage.name for stage in found.finished("finetune")] == ["rates-0", "rates-1", "rates-2"]
+
+
+def test_paths_of_a_run_that_moved_are_still_of_its_stages(run, tmp_path):
+    shutil.move(run, tmp_path / "elsewhere" / "a")
+    found = read_run(tmp_path / "elsewhere" / "a")
+    assert found.at(found.stages["rates-0"].settings["init"]).name == "big"
+    assert found.at("/other/b/stages/big/model.safetensors") is None  # of another run
+    assert found.at("/weights/big.npz") is None
+    rows = {row.what: row for row in accuracies(found)}
+    assert rows["rates-1 (finetune)"].how == "384 px, 200 images seen, after 200 in pre-training"
+    assert rows["rates-1 (finetune)"].main
+
+
+def test_a_stage_that_is_under_way_tells_what_it_has(run):
+    (run / "stages/big/result.json").unlink()
+    stage = read_run(run).stages["big"]
+    assert (stage.samples, stage.val, stage.seconds) == (200, {"loss": 1.0, "top1": 0.4}, None)
+    rows = {row.what: row for row in accuracies(read_run(run))}
+    assert rows["big (supervised)"].how == "224 px, 200 images seen so far, from scratch"
+
+
+def test_a_training_stage_by_hand_is_a_run_of_one(run):
+    found = read_run(run / "stages" / "rates-0")
+    assert (found.name, list(found.stages), found.plan) == ("rates-0", ["rates-0"], None)
+    assert found.stages["rates-0"].kind == "finetune"
+    assert [row.top1 for row in accuracies(found)] == [0.7]
+
+
+def test_weights_that_are_gone_are_named(tmp_path):
+    run = made_run(tmp_path / "a", PLAN)
+    trained(run, "rates-0", "finetune_cifar10", 0.5, init="/gone/model.npz")
+    assert accuracies(read_run(run))[-1].how == "384 px, 200 images seen, from /gone/model.npz"
+
+
+def test_a_folder_that_is_no_run(tmp_path):
+    with pytest.raises(UserError, match=r"is no run: it holds no plan\.toml; give the folder RUNS/NAME"):
+        read_run(tmp_path)
+
+
+def test_runs_of_one_name_are_told_apart_by_their_paths(run, tmp_path):
+    shutil.copytree(run, tmp_path / "others" / "a")
+    shutil.copytree(run, tmp_path / "others" / "b")
+    runs = [read_run(tmp_path / each / name) for each, name in (("runs", "a"), ("others", "a"), ("others", "b"))]
+    assert names(runs[:2]) == ["runs/a", "others/a"]
+    assert names(runs[1:]) == ["a", "b"]
+    with pytest.raises(UserError, match="one run is given twice"):
+        names([runs[0], runs[0]])

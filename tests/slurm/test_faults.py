@@ -1,0 +1,130 @@
+"""What goes wrong on a cluster, and what becomes of the jobs; see also test_submit.py for stops of all kinds."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.command import environment, losses, patchmill, refused
+from tests.slurm.cluster import wait_for
+from tests.slurm.runs import SHARDS, TRAIN, Submitted, write_plan
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
+
+
+def test_a_lost_node_and_a_restarted_controller(cluster, tmp_path):
+    run = Submitted(cluster, write_plan(tmp_path, SHARDS, TRAIN))
+    run.wait_for_steps("train", 60)
+    cluster.end("slurmctld", signal.SIGKILL)
+    run.wait_for_steps("train", losses(run.stage("train"))[-1][0] // 12 + 20)  # nobody noticed
+    cluster.start_controller()
+    wait_for(lambda: run.shown("train").get("JobState") == "RUNNING", 30, "the controller to know its jobs")
+
+    saved = {path.parent.name for path in run.stage("train").glob("checkpoints/*/checkpoint.json")}
+    cluster.kill_node("n2")
+    wait_for(lambda: run.shown("train")["Restarts"] == "1", 90, "the node to be missed")
+    assert saved
+    cluster.start_node("n2")
+    run.wait_for_end()
+    assert run.result("train")["samples"] == 700 * 12
+    assert "from the start" not in run.log("train").split("train: try 2 on")[1]
+
+
+def test_of_an_array_the_one_that_was_stopped_comes_back_alone(cluster, tmp_path):
+    sweep = TRAIN.replace("ranks = 2", 'sweep = { "optim.lr" = [0.001, 0.01] }').replace('"train"', '"rates"')
+    best = TRAIN.replace("ranks = 2", 'best = "rates"').replace('"train"', '"final"').replace("700 steps", "20 steps")
+    held_out = 'train = "{shards}/train", val = "{shards}/val"'
+    parts = [part.replace('train = "{shards}/train"', held_out) for part in (sweep, best)]
+    run = Submitted(cluster, write_plan(tmp_path, SHARDS, *parts), "[kind.shards]\nslices = 2")
+    assert list(run.jobs) == ["shards.0", "shards.1", "shards", "rates-0", "rates-1", "final"]
+    run.wait_for_steps("rates-1", 60)
+    cluster.run("scancel", "--signal=TERM", run.jobs["rates-1"])
+    run.wait_for_end()
+    assert (run.record("rates-0")["tries"], run.record("rates-1")["tries"]) == (1, 2)
+    scores = [run.result(f"rates-{number}")["val"]["top1"] for number in (0, 1)]
+    rate = [0.001, 0.01][max((0, 1), key=scores.__getitem__)]
+    assert f"lr = {rate}" in (run.stage("final") / "resolved.toml").read_text()
+    assert run.result("final")["steps"] == 20
+
+
+def test_the_time_limit_stops_it_and_it_goes_on(cluster, tmp_path):
+    long = TRAIN.replace("700 steps", "1400 steps")
+    run = Submitted(cluster, write_plan(tmp_path, SHARDS, long), 'ranks_per_node = 2\ntime = "1"\ngrace = 30')
+    run.wait_for_end(400)
+    assert run.result("train")["samples"] == 1400 * 12
+    record = run.record("train")
+    assert record["tries"] >= 2
+    assert run.log("train").count("stopped on request") == 2 * (record["tries"] - 1)  # the ranks say so, and the job
+    assert "TIME LIMIT" not in run.log("train")
+
+
+def test_a_job_of_more_weight_takes_the_nodes_and_gives_them_back(cluster, tmp_path):
+    run = Submitted(cluster, write_plan(tmp_path, SHARDS, TRAIN), 'partition = "low"\nranks_per_node = 1')
+    run.wait_for_steps("train", 60)
+    above = ("--partition=high", "--nodes=2", "--exclusive", f"--output={tmp_path}/above.log", "--wrap=sleep 5")
+    cluster.run("sbatch", *above)
+    wait_for(lambda: run.shown("train")["Restarts"] == "1", 60, "the job to make room")
+    assert run.record("train")["reason"].startswith("stopped on request")
+    run.wait_for_end()
+    assert run.result("train")["samples"] == 700 * 12
+    assert run.record("train")["tries"] == 2
+
+
+def test_what_never_comes_further_ends_with_the_reason(cluster, tmp_path):
+    profile = 'retries = 1\n[stage.shards]\ncontainer = ["sh", "-c", "echo error: no such image >&2; exit 1"]'
+    run = Submitted(cluster, write_plan(tmp_path, SHARDS), profile)
+    run.wait_for_end()
+    record = run.record("shards")
+    assert (record["state"], record["tries"]) == ("failed", 2)
+    assert record["reason"] == "2 tries came no further than the start; crashed: no such image"
+    assert run.shown("shards")["JobState"] == "FAILED"
+
+
+def test_a_node_that_fails_its_health_check_is_excluded(cluster, tmp_path):
+    profile = """health = ["sh", "-c", 'test "$SLURMD_NODENAME" != n1']"""
+    run = Submitted(cluster, write_plan(tmp_path, SHARDS), profile)
+    run.wait_for_end()
+    assert run.result("shards")
+    assert run.record("shards")["nodes"] == "n2"
+    assert run.shown("shards")["ExcNodeList"] == "n1"
+    assert "health check failed on n1: excluded" in run.log("shards")
+
+
+def test_of_two_submits_at_once_one_is_refused(cluster, tmp_path):
+    plan = write_plan(tmp_path, SHARDS, TRAIN)
+    command = [sys.executable, "-m", "launch.cli", "submit", str(plan)]
+    both = [
+        subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    told = {process.wait(120): process.stderr.read() for process in both}
+    assert sorted(told) == [0, 2]
+    assert "are in the queue (shards, train)" in told[2]
+    assert len(cluster.run("squeue", "-h").splitlines()) == 2
+    cancelled = patchmill("cancel", tmp_path / "runs/tiny", "--json", cwd=tmp_path).stdout
+    assert cancelled == '["shards", "train"]\n'
+
+
+@pytest.mark.parametrize(
+    ("profile", "told"),
+    [
+        ('partition = "none"', "invalid partition specified: none"),
+        ('[stage.train]\nconstraint = "; touch hacked"', "Invalid feature specification"),
+        ("[stage.trian]", "[stage.trian] of cluster.toml: there is no such stage (did you mean 'train'?)"),
+        ("partitions = 1", "unknown setting partitions in cluster.toml (did you mean 'partition'?)"),
+        ('account = "a\\nb"', "must be one line of printable characters"),
+    ],
+)
+def test_what_slurm_does_not_take_is_told_and_nothing_is_submitted(cluster, tmp_path, profile, told):
+    plan = write_plan(tmp_path, SHARDS, TRAIN)
+    (tmp_path / "cluster.toml").write_text(profile)
+    done = patchmill("submit", plan, "--cluster", "cluster.toml", cwd=tmp_path)
+    assert told in refused(done)
+    assert not cluster.run("squeue", "-h")
+    assert not list(tmp_path.rglob("hacked"))
+
+
+def test_without_slurm_or_profile(tmp_path):
+    plan = write_plan(tmp_path, SHARDS)
+    assert "there is no sbatch on this machine" in refused(patchmill("submit", plan, cwd=tmp_path, PATH="/nowhere"))
+    assert "there is no settings file" in refused(patchmill("submit", plan, "--cluster", "none.toml", cwd=tmp_path))

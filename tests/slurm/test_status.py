@@ -1,0 +1,92 @@
+"""What `patchmill status`, `logs` and `cancel` tell of jobs on a real cluster."""
+
+import json
+import re
+
+import pytest
+
+from tests.command import patchmill, refused
+from tests.slurm.runs import SHARDS, TRAIN, Submitted, write_plan
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+BROKEN = """
+[[stage]]
+name = "broken"
+kind = "convert"
+set = { source = "weights.safetensors" }
+
+[[stage]]
+name = "follower"
+kind = "evaluate"
+set = { weights = "{broken}", data = "{shards}/val" }
+"""
+
+
+def status(run: Submitted, **env: str) -> dict[str, dict]:
+    done = patchmill("status", run.run, "--json", cwd=run.run, **env)
+    assert done.returncode == 0, done.stderr
+    return {stage["name"]: stage for stage in json.loads(done.stdout)}
+
+
+def test_a_run_is_followed_cancelled_and_goes_on(cluster, tmp_path):
+    later = '\n[stage.shards]\nsbatch = ["--begin=now+12"]'
+    run = Submitted(cluster, write_plan(tmp_path, SHARDS, TRAIN.replace("700", "2000")), "ranks_per_node = 2" + later)
+    stages = status(run)
+    assert [stages[name]["state"] for name in ("shards", "train")] == ["waiting", "waiting"]
+    assert [stages[name]["why"] for name in ("shards", "train")] == ["waits: BeginTime", "after shards"]
+    run.wait_for_steps("train", 60)
+    train = status(run)["train"]
+    assert (train["state"], train["job"]) == ("running", run.jobs["train"])
+    assert train["step"] >= 60
+    assert train["share"] == train["step"] / 2000
+    assert train["seconds_left"] == pytest.approx((2000 - train["step"]) * 12 / train["images_per_second"])
+    without = status(run, PATH="/nowhere")["train"]  # the folder alone
+    assert without["state"] == "running"
+
+    again = refused(patchmill("submit", tmp_path / "plan.toml", cwd=tmp_path))
+    assert "jobs of" in again
+    assert "are in the queue (train)" in again
+
+    log = patchmill("logs", "train", "--run", run.run, cwd=tmp_path)
+    assert re.search(r"train: try 1 on n[12], from the start", log.stdout)
+    done = patchmill("cancel", run.run, cwd=tmp_path)
+    assert done.stdout == "cancelled: train\n"
+    assert status(run)["train"]["state"] == "cancelled"
+    assert not cluster.run("squeue", "-h")
+    assert run.shown("train")["JobState"] == "CANCELLED"
+
+    run = Submitted(cluster, tmp_path / "plan.toml")  # goes on, on two nodes in place of one
+    assert list(run.jobs) == ["train"]
+    run.wait_for_end()
+    train = status(run)["train"]
+    assert (train["state"], train["step"], train["share"]) == ("done", 2000, 1.0)
+    assert run.record("train")["nodes"] == "n[1-2]"
+    assert "from the start" not in run.log("train").split("train: try 1 on")[2]
+
+
+def test_a_stage_that_fails_takes_its_followers_with_it_and_status_says_why(cluster, tmp_path):
+    plan = write_plan(tmp_path, SHARDS, BROKEN)
+    (tmp_path / "weights.safetensors").write_bytes(b"no weights at all")
+    run = Submitted(cluster, plan)
+    run.wait_for_end()
+    stages = status(run)
+    assert stages["shards"]["state"] == "done"
+    assert stages["broken"]["state"] == "failed"
+    assert "weights.safetensors" in stages["broken"]["why"]
+    assert stages["broken"]["restarts"] == 0  # it would fail again
+    assert (stages["follower"]["state"], stages["follower"]["why"]) == ("cancelled", "broken failed")
+    shown = patchmill("status", run.run, cwd=tmp_path).stdout
+    assert "broken failed" in shown
+    assert run.shown("broken")["ExitCode"] == "2:0"
+
+
+def test_without_a_queue_and_with_a_wrong_name(tmp_path):
+    plan = write_plan(tmp_path, SHARDS)
+    assert patchmill("run", plan, cwd=tmp_path).returncode == 0
+    run = tmp_path / "runs" / "tiny"
+    stages = json.loads(patchmill("status", run, "--json", cwd=tmp_path).stdout)
+    assert [(stage["name"], stage["state"], stage["job"]) for stage in stages] == [("shards", "done", None)]
+    assert "no job of" in patchmill("cancel", run, cwd=tmp_path).stdout
+    assert "has no stage 'shard'; it has shards" in refused(patchmill("logs", "shard", cwd=tmp_path))
+    assert "is no run" in refused(patchmill("status", "images", cwd=tmp_path))
+    assert "is no run" in refused(patchmill("cancel", "images", cwd=tmp_path))
