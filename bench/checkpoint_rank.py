@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from common import memory
@@ -21,9 +22,6 @@ from pipeline.models import create_model
 from pipeline.saver import Saver
 from pipeline.settings import check
 
-CLASSES = 1000
-RING = 2**27  # values, far more than caches hold: a second whole copy of ViT-H/14 would not fit
-
 
 def main():
     what, model, folder, rounds = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
@@ -34,7 +32,7 @@ def main():
     }, "bench")  # fmt: skip
 
     def build():
-        return create_model(**model, num_classes=CLASSES, seed=None)
+        return create_model(**model, seed=None)
 
     with torch.device("meta"):
         shapes = {name: tuple(parameter.shape) for name, parameter in build().named_parameters()}
@@ -49,11 +47,12 @@ def main():
 
 
 def write(engine, shapes: dict, settings: TrainSettings, folder: Path, rounds: int) -> dict[str, list[float]]:
-    """Save in all ways, in turns."""
+    """Save in all ways, in turns, forth and back."""
     rank, found = distributed.rank(), {}
     share = sum(tensor.nbytes for *_, tensor in engine.pieces())
-    there = torch.ones(min(RING, share // 4))
+    there = torch.from_numpy(np.full(share // 4, 1, np.float32))
     size = int(sum(distributed.gather_floats([float(share)])[:, 0]))
+    saved = []
 
     def note(name: str, value: float) -> None:
         found.setdefault(name, []).append(value)
@@ -61,9 +60,33 @@ def write(engine, shapes: dict, settings: TrainSettings, folder: Path, rounds: i
     def plain_copy() -> None:
         at = 0
         for *_, tensor in engine.pieces():
-            at = 0 if at + len(tensor) > len(there) else at
             there[at : at + len(tensor)].copy_(tensor)
             at += len(tensor)
+
+    def patchmill() -> None:
+        before = reset_peak()
+        dist.barrier()
+        began = perf_counter()
+        saved.append(saver.save(1 + len(saved), engine.pieces(), {}))
+        stalled = perf_counter() - began
+        saver.wait()
+        durable = perf_counter() - began
+        if len(saved) == 1:
+            note("patchmill: the first save stalls the loop, s", stalled)
+            return
+        note("patchmill: the loop stalls, s", stalled)
+        note("patchmill: until it is durable, s", durable)
+        note("patchmill: memory at its peak above that before, MB", memory("VmHWM") - before)
+        remove(saved[-2])  # else the next save would delete it
+
+    def peer(name: str, action: Callable[[], object], left: str) -> Callable[[], None]:
+        def save() -> None:
+            before = reset_peak()
+            note(f"{name}: the loop stalls, s", timed(action))
+            note(f"{name}: memory at its peak above that before, MB", memory("VmHWM") - before)
+            remove(folder / left)
+
+        return save
 
     def torch_save() -> None:
         with open(folder / f"torch-{rank}", "wb") as file:
@@ -80,54 +103,65 @@ def write(engine, shapes: dict, settings: TrainSettings, folder: Path, rounds: i
 
     def dd() -> None:
         if rank == 0:
-            command = [
-                "dd",
-                "if=/dev/zero",
-                f"of={folder / 'dd'}",
-                "bs=16M",
-                f"count={-(-size // 2**24)}",
-                "conv=fsync",
-            ]
+            many = f"count={-(-size // 2**24)}"
+            command = ["dd", "if=/dev/zero", f"of={folder / 'dd'}", "bs=16M", many, "conv=fsync"]
             subprocess.run(command, check=True, capture_output=True)
 
+    def dd_alone() -> None:
+        note("dd with fsync, s", timed(dd))
+        remove(folder / "dd")
+
+    def copy_alone() -> None:
+        note("memory copy, s", timed(plain_copy))
+
+    ways = [
+        copy_alone,
+        patchmill,
+        peer("torch.save", torch_save, f"torch-{rank}"),
+        peer("DeepSpeed", deepspeed_save, "deepspeed"),
+        dd_alone,
+    ]
     with Saver(folder / "checkpoints", shapes, settings) as saver:
-        note("patchmill: the first save stalls the loop, s", timed(lambda: saver.save(1, engine.pieces(), {})))
-        saver.wait()
+        saver.prepare()
+        note("patchmill: memory for the copy is taken beside the loop in, s", timed(saver.wait))
+        patchmill()
         for number in range(rounds):
-            note("memory copy, s", timed(plain_copy))
-            before = reset_peak()
-            dist.barrier()
-            began = perf_counter()
-            saver.save(2 + number, engine.pieces(), {})
-            note("patchmill: the loop stalls, s", perf_counter() - began)
-            saver.wait()
-            note("patchmill: until it is durable, s", perf_counter() - began)
-            note("patchmill: memory at its peak above that before, MB", memory("VmHWM") - before)
-            for name, action, left in (
-                ("torch.save", torch_save, f"torch-{rank}"), ("DeepSpeed", deepspeed_save, "deepspeed"),
-            ):  # fmt: skip
-                before = reset_peak()
-                note(f"{name}: the loop stalls, s", timed(action))
-                note(f"{name}: memory at its peak above that before, MB", memory("VmHWM") - before)
-                dist.barrier()
-                remove(folder / left)
-            note("dd with fsync, s", timed(dd))
-            remove(folder / "dd")
+            for way in reversed(ways) if number % 2 else ways:
+                settle(size)
+                way()
     note("the copy that is kept, MB", share / 1e6)
     note("files of a checkpoint, MB", size / 1e6)
     return found
 
 
 def read(engine, folder: Path, rounds: int) -> dict[str, list[float]]:
-    """Load the newest checkpoint: every file is verified, and then read."""
-    found = {"verifying, s": [], "loading, s": []}
+    """Load the newest checkpoint, which no cache holds: every file is verified, and then read; and read its files."""
+    found = {
+        name: []
+        for name in ("reading the files, s", "verifying, s", "loading, s", "memory at its peak above that before, MB")
+    }
+    files = sorted((folder / "checkpoints").glob("samples-*/*.safetensors"))
+    mine = files[distributed.rank() :: distributed.world_size()]
+
+    def read_mine() -> None:
+        buffer = bytearray(2**20)
+        for file in mine:
+            with open(file, "rb", buffering=0) as opened:
+                while opened.readinto(buffer):
+                    pass
+
     for _ in range(rounds):
+        forget(files)
+        found["reading the files, s"].append(timed(read_mine))
+        forget(files)
+        before = reset_peak()
         dist.barrier()
         began = perf_counter()
         loaded = checkpoint.newest(folder / "checkpoints")
         found["verifying, s"].append(perf_counter() - began)
         found["loading, s"].append(timed(lambda loaded=loaded: engine.load(loaded.read)))
         loaded.close()
+        found["memory at its peak above that before, MB"].append(memory("VmHWM") - before)
     return found
 
 
@@ -150,6 +184,27 @@ def remove(path: Path) -> None:
     """Remove what was written, whoever comes first."""
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+    dist.barrier()
+
+
+def settle(size: int = 0) -> None:
+    """Wait until the disk has everything that anybody wrote or removed before, and touch as much memory as comes next.
+
+    A virtual machine gets memory from its host when it first uses it: whoever comes first would pay for that.
+    """
+    if distributed.rank() == 0:
+        os.sync()
+        np.full(size, 1, np.uint8)
+    dist.barrier()
+
+
+def forget(files: list[Path]) -> None:
+    """Have the system read files from the disk the next time."""
+    settle()
+    if distributed.rank() == 0:
+        for file in files:
+            with open(file, "rb") as opened:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     dist.barrier()
 
 

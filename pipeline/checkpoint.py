@@ -7,7 +7,6 @@ Layout of ``checkpoints/``::
     latest, best                                      one line each: the name of a folder
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from pipeline import distributed
+from pipeline import checksum, distributed
 from pipeline.checkpointindex import FORMAT_VERSION, BrokenCheckpointError, read_index
 from pipeline.engines.fragments import MissingPieceError, Piece
 from pipeline.mapped import Mapped
@@ -250,9 +249,9 @@ class Checkpoint:
         for file in self.files if files is None else files:
             self.verify_sizes([file])
             path = self.path / file["name"]
-            with _reading(path), open(path, "rb") as opened:
-                digest = hashlib.file_digest(opened, "sha256").hexdigest()
-            if digest != file["sha256"]:
+            with _reading(path):
+                matches = checksum.matches(path, file)
+            if not matches:
                 raise BrokenCheckpointError(
                     f"{path} does not have the checksum it was written with; use another checkpoint"
                 )
@@ -273,6 +272,8 @@ class Checkpoint:
     def read(self, kind: str, parameter: str, start: int, count: int) -> Tensor:
         """Return values [start, start + count) of a flattened parameter's kind, float32, whichever ranks wrote them.
 
+        Those of one piece are not copied: they are the file's, mapped, and to be copied to wherever they are kept.
+
         Raises:
             MissingPieceError: The checkpoint lacks some of them.
         """
@@ -288,7 +289,7 @@ class Checkpoint:
                 f"checkpoint {self.path} holds no {kind} of {parameter} at [{at}, {start + count}); "
                 "it is of another model or optimizer: use the settings that wrote it"
             )
-        return torch.cat(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def close(self) -> None:
         """Let go of the files; another read opens them again."""

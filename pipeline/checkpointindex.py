@@ -4,9 +4,10 @@ import json
 import re
 from typing import Any, NamedTuple
 
+from pipeline import checksum
 from shards.errors import PatchmillError, UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class BrokenCheckpointError(PatchmillError):
@@ -20,7 +21,7 @@ class Index(NamedTuple):
         format_version: Of its layout.
         samples: Samples consumed when it was written.
         world_size: Number of ranks that wrote it.
-        files: ``name``, ``bytes`` and ``sha256`` of each.
+        files: ``name``, ``bytes`` and checksum of each, under the checksum's name.
         shapes: Full shape of every parameter, by name.
         state: The run state given to ``checkpoint.save``.
     """
@@ -65,7 +66,8 @@ def _file(told: dict[str, Any]) -> dict[str, Any]:
     name = _be(str, told["name"])
     if not re.fullmatch(r"rank-\d{5,}\.safetensors", name):  # it might lie, or be written to, anywhere
         raise ValueError(f"it names a file {name!r}")
-    return {"name": name, "bytes": _be(int, told["bytes"]), "sha256": _be(str, told["sha256"])}
+    kind = checksum.kind(told)
+    return {"name": name, "bytes": _be(int, told["bytes"]), kind: _be(str, told[kind])}
 
 
 def _be(kind: type, value: Any) -> Any:

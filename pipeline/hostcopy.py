@@ -18,6 +18,15 @@ class HostCopy:
     def __init__(self):
         self._slabs: list[Tensor] = []
 
+    def reserve(self, values: int, device: torch.device) -> None:
+        """Take the memory for so many values before there is anything to copy, for a copy from ``device``."""
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # of this thread, which else pins on the first one
+            self._slabs = [_empty(SLAB, pinned=True) for _ in range(0, values, SLAB)]
+        else:
+            self._slabs = [_empty(values, pinned=False)]
+            self._slabs[0].numpy().fill(0)  # the system gives memory when it is written to
+
     def take(self, pieces: Iterable[Piece]) -> list[Piece]:
         """Return copies of all pieces, written over those of the call before; waits until they are there."""
         copied, at, used, on_gpu = [], 0, 0, False

@@ -4,7 +4,6 @@ They lie there as on disk, and appear as there: files first, then ``checkpoint.j
 """
 
 import fnmatch
-import hashlib
 import shutil
 import sys
 import threading
@@ -14,7 +13,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from pipeline import checkpoint, distributed
+from pipeline import checkpoint, checksum, distributed
 from pipeline.checkpoint import Checkpoint
 from pipeline.checkpointindex import BrokenCheckpointError, read_index
 from pipeline.troubles import INTERVALS, LEDGER
@@ -296,18 +295,15 @@ def _lacking(folder: Path, files: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _is_there(path: Path, file: dict[str, Any]) -> bool:
     if not path.is_file() or path.stat().st_size != file["bytes"]:
         return False
-    with open(path, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest() == file["sha256"]
+    return checksum.matches(path, file)
 
 
 def _fetch_file(store: Store, name: str, file: dict[str, Any], folder: Path) -> None:
-    digest = hashlib.sha256()
     source = f"{name}/{file['name']}"
-    with whole_file(folder / file["name"]) as target, open(target, "wb") as out, store.stream(source) as stream:
-        while block := stream.read(2**24):
-            digest.update(block)
-            out.write(block)
-    if digest.hexdigest() != file["sha256"]:
-        raise BrokenCheckpointError(
-            f"{store.url}/{source} does not have the checksum it was written with; use another checkpoint"
-        )
+    with whole_file(folder / file["name"]) as target:
+        with open(target, "wb") as out, store.stream(source) as stream:
+            shutil.copyfileobj(stream, out, 2**24)
+        if not checksum.matches(target, file):
+            raise BrokenCheckpointError(
+                f"{store.url}/{source} does not have the checksum it was written with; use another checkpoint"
+            )

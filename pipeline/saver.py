@@ -8,10 +8,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline import checkpoint, distributed
 from pipeline.config import TrainSettings
 from pipeline.engines.fragments import Piece
-from pipeline.engines.states import checkpoint_bytes
+from pipeline.engines.states import FLOAT, checkpoint_bytes
 from pipeline.hostcopy import HostCopy
 from pipeline.hostmemory import free_memory
 from pipeline.mirror import Mirror
@@ -49,13 +51,26 @@ class Saver:
         self._folder, self._shapes, self._settings = folder, shapes, settings.checkpoint
         self._size = checkpoint_bytes(settings.optim, sum(math.prod(shape) for shape in shapes.values()))
         self._keep_every, self._at = keep_every, at
+        self._source = torch.device("cpu") if settings.engine.offload_optimizer else distributed.device()
         self._group = distributed.group_beside()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._saving: Future[None] | None = None
-        self._copy: HostCopy | None = None
+        self._copy = HostCopy()
         self._asynchronous: bool | None = None if self._settings.asynchronous else False  # None: not known yet
         self._mirror: Mirror | None = None  # rank 0 has it
         checkpoint.together(folder, self._prepare, distributed.rank() == 0)
+
+    def prepare(self) -> None:
+        """Begin to take the memory of the copy, so that the first save waits for a copy alone; once, collective.
+
+        Not before the first steps: until then the rest of what training holds is not there, or nobody wrote to it, and
+        memory seems to be free that is not.
+        """
+        if self._asynchronous is None:
+            self._asynchronous = self._copy_fits()
+            if self._asynchronous:
+                share = self._size // FLOAT // distributed.world_size()
+                self._saving = self._thread.submit(self._copy.reserve, share, self._source)
 
     def save(self, samples: int, pieces: Iterable[Piece], state: dict[str, Any], best: bool = False) -> Path:
         """Begin to write a checkpoint, as ``checkpoint.save`` does, once the one before is whole; return its path."""
@@ -64,7 +79,6 @@ class Saver:
         if self._asynchronous is None:
             self._asynchronous = self._copy_fits()
         if self._asynchronous:
-            self._copy = self._copy or HostCopy()
             pieces = self._copy.take(pieces)
         self._saving = self._thread.submit(self._write, samples, pieces, copy.deepcopy(state), best)
         if not self._asynchronous:

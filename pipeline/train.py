@@ -117,9 +117,8 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
         (out / "stopped.json").unlink(missing_ok=True)
         telemetry = Telemetry(out, out.name, schedule.total, samples, mirrors(settings, out, samples))
         ending.callback(telemetry.close)
-    kept = schedule.periods.get("keep")
-    saver = Saver(out / "checkpoints", shapes, settings, kept, lambda what: watch.at(what, samples))
-    ending.enter_context(saver)
+    kept, at = schedule.periods.get("keep"), lambda what: watch.at(what, samples)
+    saver = ending.enter_context(Saver(out / "checkpoints", shapes, settings, kept, at))
     profiler = ending.enter_context(Profiler(out / "profile", settings.profile.first, settings.profile.steps))
     lookout = Lookout(settings.checkpoint.minutes, saver=saver)
     ending.enter_context(collected_between_steps())
@@ -175,6 +174,7 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
                 **window.measure(), "skipped": troubles.skipped,
             }  # fmt: skip
             window.clear()
+            saver.prepare()
             if telemetry:
                 telemetry.log(samples, values)
         watch.at(watchdog.EVALUATING, samples)

@@ -58,7 +58,7 @@ def source(found: checkpoint.Checkpoint, ema: bool) -> Source:
 
     def tensor(name: str) -> Tensor:
         shape = torch.Size(found.shapes[name])
-        return found.read("ema" if ema else "weight", name, 0, shape.numel()).reshape(shape)
+        return found.read("ema" if ema else "weight", name, 0, shape.numel()).reshape(shape).clone()
 
     settings = state["settings"]
     note = {

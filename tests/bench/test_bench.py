@@ -31,7 +31,7 @@ PEERS = ("webdataset,", "dali,", "streaming,", "timm,", "transformers,")  # whos
         ),
         pytest.param(
             "checkpoint",
-            16,
+            21,
             {
                 f"{peer}, tiny"
                 for peer in (

@@ -1,5 +1,7 @@
 """Saving on a real device, beside the loop or not: what is written is what was there when it began."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -25,6 +27,17 @@ def test_weights_that_change_right_after_the_copy_are_copied_as_they_were():
             each.fill_(-1)
         assert [(float(each.min()), float(each.max())) for *_, each in taken] == [(step, step)] * len(live)
         assert all(each.is_pinned() for *_, each in taken)
+
+
+def test_memory_that_was_reserved_in_a_thread_is_pinned_and_used():
+    live, copy = torch.arange(float(COUNT), device="cuda"), HostCopy()
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(copy.reserve, COUNT, live.device).result()
+    (slab,) = copy._slabs
+    ((*_, taken),) = copy.take([("weight", "a", 0, live)])
+    assert taken.is_pinned()
+    assert taken.data_ptr() == slab.data_ptr()
+    assert torch.equal(taken, live.cpu())
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])

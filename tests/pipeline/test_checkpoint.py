@@ -1,5 +1,4 @@
 import errno
-import hashlib
 import json
 import re
 import shutil
@@ -8,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import checkpoint
+from pipeline import checkpoint, checksum
 from pipeline.checkpoint import BrokenCheckpointError, Checkpoint
 from shards.errors import UserError
 from tests.pipeline.parameters import parameters
@@ -39,6 +38,15 @@ class TestOneRank:
         assert weights["a"].tolist() == [[0, 1, 2], [3, 4, 5]]
         assert (tmp_path / "latest").read_text().strip() == path.name
         assert not list(tmp_path.glob(".*"))
+
+    def test_who_changes_what_was_read_changes_no_file(self, tmp_path):
+        path = write(tmp_path, 64)
+        found = Checkpoint(path)
+        for values in (found.read("weight", "b", 0, 4), found.read("weight", "a", 0, 6)):  # of one piece, and of two
+            values.fill_(-1)
+        found.close()
+        Checkpoint(path).verify()
+        assert Checkpoint(path).read("weight", "b", 0, 4).tolist() == [9, 9, 9, 9]
 
     def test_what_is_not_there_is_another_model(self, tmp_path):
         found = Checkpoint(write(tmp_path, 64))
@@ -101,14 +109,14 @@ class TestOneRank:
 
     def test_a_file_that_the_disk_does_not_give_is_passed_over(self, tmp_path, monkeypatch, capsys):
         write(tmp_path, 10)
-        newest, digest = write(tmp_path, 20), hashlib.file_digest
+        newest, digest = write(tmp_path, 20), checksum.hashlib.file_digest
 
         def of_a_broken_disk(file, *how):
             if Path(file.name).parent == newest:
                 raise OSError(errno.EIO, "Input/output error")
             return digest(file, *how)
 
-        monkeypatch.setattr(checkpoint.hashlib, "file_digest", of_a_broken_disk)
+        monkeypatch.setattr(checksum.hashlib, "file_digest", of_a_broken_disk)
         assert checkpoint.newest(tmp_path).samples == 10
         assert "000020/rank-00000.safetensors cannot be read: Input/output error" in capsys.readouterr().err
 

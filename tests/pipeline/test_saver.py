@@ -1,6 +1,7 @@
 """Saving beside the loop: what is written is what was there when it began, and no failure is missed."""
 
 import os
+import re
 import subprocess
 import threading
 import weakref
@@ -95,6 +96,7 @@ class TestOneRank:
         live = torch.arange(10.0)
         with saver_of(tmp_path) as saving:
             for samples in (8, 16):
+                saving.prepare()
                 path = saving.save(samples, pieces(live), {})
                 Checkpoint(path).verify()
         told = capsys.readouterr().err
@@ -186,15 +188,16 @@ class TestOneRank:
         with saver_of(tmp_path):
             assert not left.exists()
 
-    @pytest.mark.parametrize("byte", [0, -1])  # of the header, of the values
-    def test_a_file_that_does_not_hold_what_was_written_is_no_checkpoint(self, tmp_path, monkeypatch, byte):
+    @pytest.mark.parametrize("header", [True, False])  # and values
+    def test_a_file_that_does_not_hold_what_was_written_is_no_checkpoint(self, tmp_path, monkeypatch, header):
         read_back = rankfile._read_back
 
-        def read_back_wrong(path: Path, *written) -> str:
-            content = bytearray(path.read_bytes())
-            content[byte] ^= 1
-            path.write_bytes(content)
-            return read_back(path, *written)
+        def read_back_wrong(file, start: int, found) -> int:
+            file.flush()
+            if header == (start == 0):
+                byte = os.pread(file.fileno(), 1, start + 9)
+                os.pwrite(file.fileno(), bytes([byte[0] ^ 1]), start + 9)
+            return read_back(file, start, found)
 
         monkeypatch.setattr(rankfile, "_read_back", read_back_wrong)
         with saver_of(tmp_path) as saving:
@@ -258,6 +261,27 @@ def test_a_copy_is_written_over_the_one_before_and_takes_memory_once(monkeypatch
         addresses.append([each.data_ptr() for *_, each in taken])
     assert addresses[0] == addresses[1]
     assert len(set(addresses[0])) == 5
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux how much memory is held")
+def test_memory_that_was_reserved_is_there_before_the_first_copy(alone, tmp_path):
+    def held() -> int:
+        return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+    live, size = torch.zeros(2**22), 3 * 2**24  # bytes, with two states of AdamW
+    settings = check(TrainSettings, SETTINGS, "test")
+    with Saver(tmp_path, {"a": live.shape}, settings) as saving:
+        before = held()
+        for _ in range(3):  # as often as there is a line to log
+            saving.prepare()
+        saving.wait()
+        there = held()
+        assert there - before == pytest.approx(size, rel=0.1)
+        pieces = [(kind, "a", 0, live) for kind in ("weight", "exp_avg", "exp_avg_sq")]
+        path = saving.save(8, pieces, {})
+        saving.wait()
+        Checkpoint(path).verify()
+        assert held() - there < size / 4
 
 
 def test_what_fails_on_one_rank_is_raised_on_both_at_the_same_look(tmp_path):
