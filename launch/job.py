@@ -185,6 +185,7 @@ def _requeue(reason: str, exclude: list[str] | None = None) -> PatchmillError:
         if state[:1] != ["RUNNING"] and state[1:] != ["TimeLimit"]:
             return StoppedOnRequestError(f"{reason}; Slurm ends this job: {' '.join(state)}")
         _say(f"{reason}: back into the queue")
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # with which Slurm ends this: not before all is said
         slurm("scontrol", "requeue", job)
         if exclude:
             before = slurm("squeue", "--noheader", f"--jobs={job}", "--format=%x").split()
@@ -192,7 +193,8 @@ def _requeue(reason: str, exclude: list[str] | None = None) -> PatchmillError:
     except PatchmillError as error:
         return StoppedOnRequestError(f"{reason}, and it cannot go back into the queue: {error}; submit the plan again")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(KILLED)  # until Slurm ends this
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    time.sleep(KILLED)
     return StoppedOnRequestError(reason)
 
 

@@ -10,7 +10,7 @@ from tests.command import environment, losses, patchmill, refused
 from tests.slurm.cluster import wait_for
 from tests.slurm.runs import SHARDS, TRAIN, Submitted, write_plan
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 
 def test_a_lost_node_and_a_restarted_controller(cluster, tmp_path):
@@ -49,10 +49,12 @@ def test_of_an_array_the_one_that_was_stopped_comes_back_alone(cluster, tmp_path
 
 
 def test_the_time_limit_stops_it_and_it_goes_on(cluster, tmp_path):
-    long = TRAIN.replace("700 steps", "1400 steps")
-    run = Submitted(cluster, write_plan(tmp_path, SHARDS, long), 'ranks_per_node = 2\ntime = "1"\ngrace = 30')
+    long = TRAIN.replace("700 steps", "4000 steps")
+    run = Submitted(
+        cluster, write_plan(tmp_path, SHARDS, long), 'ranks_per_node = 2\ntime = "2"\ngrace = 60'
+    )  # heard 15 to 45 s on
     run.wait_for_end(400)
-    assert run.result("train")["samples"] == 1400 * 12
+    assert run.result("train")["samples"] == 4000 * 12
     record = run.record("train")
     assert record["tries"] >= 2
     assert run.log("train").count("stopped on request") == 2 * (record["tries"] - 1)  # the ranks say so, and the job
