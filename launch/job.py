@@ -104,7 +104,7 @@ def _try(run: Path, name: str, job: Job, stage: Stage, ranks: Ranks) -> None:
         raise UserError(f"{said.error()}; mend it, then submit the plan again")
     samples = _samples(stage)
     stopped = bool(ranks.asked) or (stage.folder / "stopped.json").exists()
-    reason = f"stopped on request, {_at(samples)} saved" if stopped else f"crashed: {said.error()}"
+    reason = f"stopped on request at {_at(samples)}" if stopped else f"crashed: {said.error()}"
     if stopped and signal.SIGUSR2 not in ranks.asked:
         record.excuse("stopped", reason)
     else:  # a time limit that is too short to come any further is no better than a crash
