@@ -103,14 +103,12 @@ def _try(run: Path, name: str, job: Job, stage: Stage, ranks: Ranks) -> None:
     if ended == UserError.exit_code:
         raise UserError(f"{said.error()}; mend it, then submit the plan again")
     samples = _samples(stage)
-    if ranks.asked or (stage.folder / "stopped.json").exists():
-        reason = f"stopped on request, {_at(samples)} saved"
-    else:
-        reason = f"crashed: {said.error()}"
-    if reason.startswith("stopped") and signal.SIGUSR2 not in ranks.asked:
+    stopped = bool(ranks.asked) or (stage.folder / "stopped.json").exists()
+    reason = f"stopped on request at {_at(samples)}" if stopped else f"crashed: {said.error()}"
+    if stopped and signal.SIGUSR2 not in ranks.asked:
         record.excuse("stopped", reason)
     else:  # a time limit that is too short to come any further is no better than a crash
-        record.note(reason.partition(" ")[0].rstrip(":"), reason=reason)
+        record.note("stopped" if stopped else "crashed", reason=reason)
         if record.table["barren"] > job.settings.retries and samples <= record.table["samples"]:
             raise PatchmillError(f"{record.table['barren']} tries came no further than {_at(samples)}; {reason}")
     raise _requeue(reason)
@@ -187,6 +185,7 @@ def _requeue(reason: str, exclude: list[str] | None = None) -> PatchmillError:
         if state[:1] != ["RUNNING"] and state[1:] != ["TimeLimit"]:
             return StoppedOnRequestError(f"{reason}; Slurm ends this job: {' '.join(state)}")
         _say(f"{reason}: back into the queue")
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # with which Slurm ends this: not before all is said
         slurm("scontrol", "requeue", job)
         if exclude:
             before = slurm("squeue", "--noheader", f"--jobs={job}", "--format=%x").split()
@@ -194,7 +193,8 @@ def _requeue(reason: str, exclude: list[str] | None = None) -> PatchmillError:
     except PatchmillError as error:
         return StoppedOnRequestError(f"{reason}, and it cannot go back into the queue: {error}; submit the plan again")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(KILLED)  # until Slurm ends this
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    time.sleep(KILLED)
     return StoppedOnRequestError(reason)
 
 

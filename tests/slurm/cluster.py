@@ -190,7 +190,7 @@ class Cluster:
     def _runs(self, pid: int) -> bool:
         """Tell whether a process was started by a daemon of this cluster: where its logs are."""
         try:
-            return os.readlink(f"/proc/{pid}/cwd").startswith(str(self.folder))
+            return os.readlink(f"/proc/{pid}/cwd").startswith(f"{self.folder}/")
         except OSError:
             return False
 
