@@ -83,8 +83,8 @@ def test_rounds_of_the_training_step_end(monkeypatch):
     from train_step import LIMITS
 
     cpu, gpu = LIMITS["cpu"], LIMITS["cuda"]
-    assert [cpu.want_more(done, 59.0, late=False) for done in (0, 14, 15)] == [True, True, False]
-    assert [cpu.want_more(done, 61.0, late=False) for done in (4, 5)] == [True, False]
+    assert [cpu.want_more(done, 89.0, late=False) for done in (0, 19, 20)] == [True, True, False]
+    assert [cpu.want_more(done, 91.0, late=False) for done in (6, 7)] == [True, False]
     assert [gpu.want_more(done, 21.0, late=False) for done in (2, 3)] == [True, False]
     assert [gpu.want_more(done, 0.0, late=True) for done in (0, 1)] == [True, False]
     assert 6 * gpu.enough < gpu.all < 8 * 60
