@@ -18,6 +18,7 @@ from common import memory
 from pipeline import checkpoint, distributed
 from pipeline.config import TrainSettings
 from pipeline.engines import create_engine
+from pipeline.hostmemory import free_memory
 from pipeline.models import create_model
 from pipeline.saver import Saver
 from pipeline.settings import check
@@ -190,11 +191,12 @@ def remove(path: Path) -> None:
 def settle(size: int = 0) -> None:
     """Wait until the disk has everything that anybody wrote or removed before, and touch as much memory as comes next.
 
-    A virtual machine gets memory from its host when it first uses it: whoever comes first would pay for that.
+    A virtual machine gets memory from its host when it first uses it: whoever comes first would pay for that. Where
+    there is not as much, no more than most of what is free.
     """
     if distributed.rank() == 0:
         os.sync()
-        np.full(size, 1, np.uint8)
+        np.full(min(size, int(0.7 * free_memory())), 1, np.uint8)
     dist.barrier()
 
 
