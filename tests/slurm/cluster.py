@@ -11,6 +11,7 @@ Partitions: ``debug``; and ``low``, whose jobs those of ``high`` pre-empt, 20 se
 """
 
 import contextlib
+import glob
 import os
 import shutil
 import signal
@@ -155,10 +156,14 @@ class Cluster:
     def kill_node(self, node: str) -> None:
         """Let a node die: its slurmd and everything that runs on it, at once."""
         self.end(f"slurmd.{node}", signal.SIGKILL)
-        tasks = self.tasks(node)
-        steps = {parent for parent in map(_parent, tasks) if _program(parent) == "slurmstepd"}
-        for pid in [*steps, *tasks]:
-            _signal(pid, signal.SIGKILL)
+
+        def is_empty() -> bool:
+            running = [*self._steps(node), *self.tasks(node)]  # the steps first: they could start more tasks
+            for pid in running:
+                _signal(pid, signal.SIGKILL)
+            return not running
+
+        wait_for(is_empty, 10, f"everything on {node} to be gone")  # what is killed goes a little later
 
     def tasks(self, node: str) -> list[int]:
         """Return the processes of jobs on a node."""
@@ -168,6 +173,11 @@ class Cluster:
             if variables.get("SLURM_CONF") == str(self.conf) and variables.get("SLURMD_NODENAME") == node:
                 found.append(pid)
         return found
+
+    def _steps(self, node: str) -> list[int]:
+        """Return the processes that start and watch the tasks on a node: they write into the log of its slurmd."""
+        log = str(self.folder / "log" / f"slurmd.{node}.log")
+        return [pid for pid in _processes() if _program(pid) == "slurmstepd" and log in _open_files(pid)]
 
     def end(self, daemon: str, number: int) -> None:
         """Send a signal to a daemon of this cluster, and wait until it is gone."""
@@ -289,25 +299,22 @@ def _environment(pid: int) -> dict[str, str]:
     return dict(line.split("=", 1) for line in text.split("\0") if "=" in line)
 
 
-def _status(pid: int) -> tuple[str, str, int]:
-    """Return a process's program, state and parent; nothing of one that is gone."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return "", "Z", 0
-    program, _, rest = text.partition("(")[2].rpartition(")")
-    state, parent = rest.split()[:2]
-    return program, state, int(parent)
+def _open_files(pid: int) -> set[str]:
+    found = set()
+    for entry in glob.glob(f"/proc/{pid}/fd/*"):
+        with contextlib.suppress(OSError):  # it was closed, or the process ended
+            found.add(os.readlink(entry))
+    return found
 
 
 def _program(pid: int) -> str:
-    """Return which program a process runs; of a zombie, which ended, none."""
-    program, state, _ = _status(pid)
-    return "" if state == "Z" else program
-
-
-def _parent(pid: int) -> int:
-    return _status(pid)[2]
+    """Return which program a process runs; of one that ended, none, be it a zombie still."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ""
+    program, _, rest = text.partition("(")[2].rpartition(")")
+    return "" if rest.split()[0] == "Z" else program
 
 
 def _signal(pid: int, number: int) -> None:
