@@ -4,8 +4,8 @@
 # make test-slow   the long ones
 # make slurm       a real Slurm cluster of two nodes on this machine (Debian's packages, as root); make slurm-stop ends it
 # make test-slurm  submitting, stopping, going on and faults on such a cluster
-# make peers       other projects' readers and loaders, into .venv-peers
-# make test-peers  our shards in their hands
+# make peers       other projects' readers, loaders and models, into .venv-peers
+# make test-peers  our shards in their hands; our models and converted weights beside theirs
 # make bench       speed and memory, on a quiet machine; what needs no other project
 # make bench-peers the same, then ours beside other projects'
 PYTHON ?= python3

@@ -28,7 +28,7 @@ def corruption(
     exact: bool = True,
     images: int = 1,
 ) -> np.ndarray:
-    """Return what becomes of which patches, the same on any number of ranks (paper, appendix B.1.2).
+    """Return what becomes of which patches (paper, appendix B.1.2): of one image the same on any number of ranks.
 
     The paper gives shares only; here every image has exactly those counts, rounded, or each patch is drawn for itself.
     A random other patch is one of the same image, if nothing else is asked for.

@@ -85,10 +85,10 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
         template = create_model(**model_settings, seed=None)
     shapes = {name: tuple(parameter.shape) for name, parameter in template.named_parameters()}
     value_of = first_values(template, init, settings)
+    objective = create_objective(settings, template, data.epoch, len(data.classes))
     guard = Guard(settings.guard.sigmas, distributed.device())
     engine = create_engine(lambda: create_model(**model_settings, seed=None), value_of, settings, guard)
     ending.push(lambda error, *_: engine.close() if error is RollBack else None)  # there will be another one
-    objective = create_objective(settings, template, data.epoch, len(data.classes))
 
     def loss_fn(model: Any, batch: MicroBatch) -> Tensor:
         seed_dropout(batch.seed)

@@ -35,10 +35,14 @@ def pays(x: Tensor, weight: Tensor) -> bool:
         and _used.get()
         and x.device.type == "cpu"
         and x.numel() * len(weight) >= LEAST
-        and torch.backends.mkldnn.is_available()
         and _known(x, weight)
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # not every build of PyTorch has it
+        and is_available()
     )
+
+
+def is_available() -> bool:
+    """Tell whether this build of PyTorch has oneDNN's linear layer."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _known(x: Tensor, weight: Tensor) -> bool:
@@ -46,6 +50,11 @@ def _known(x: Tensor, weight: Tensor) -> bool:
     if not torch.is_autocast_enabled("cpu"):
         return x.dtype == weight.dtype == torch.float32
     return torch.get_autocast_dtype("cpu") == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Return the product of matrices [n, k] and [k, m]: [n, m]."""
+    return _called(a, b.t())
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -64,7 +73,7 @@ class _Linear(torch.autograd.Function):
         # The parameter itself is saved, not a view of its values: under ZeRO 3 those are elsewhere until the backward.
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
-        return _product(x, weight, bias)
+        return _called(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -81,8 +90,8 @@ class _Linear(torch.autograd.Function):
 
 def _of_inputs(grad: Tensor, weight: Tensor) -> Tensor:
     """Return the gradient of the inputs, [..., inputs], of one of the outputs, [..., outputs]."""
-    return _product(grad, weight.t()) if grad.dtype == torch.float32 else grad @ weight
+    return _called(grad, weight.t()) if grad.dtype == torch.float32 else grad @ weight
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _called(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

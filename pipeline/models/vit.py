@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from pipeline.corruption import MASK, UNTOLD
+from pipeline.corruption import MASK
 from pipeline.models import cpuattention
 from pipeline.models.hybrid import HybridPatchEmbed, downsampling
 from pipeline.models.layers import (
@@ -471,11 +471,12 @@ class VisionTransformer(nn.Module):
         """Return patch embeddings [n, N, D], those that are told of [n, m, 2] replaced."""
         n, patches, width = x.shape
         where, source = corruption.unbind(2)
-        following = torch.arange(n, device=x.device)[:, None] * patches + source.clamp(min=0)  # [n, m], in a circle
+        taken = torch.where(source < 0, where, source)  # of those that take none from elsewhere, their own
+        following = torch.arange(n, device=x.device)[:, None] * patches + taken  # [n, m], in a circle
         others = x.flatten(0, 1).index_select(0, following.flatten() % (n * patches)).view(n, -1, width)
         where, source = (each[:, :, None].expand(-1, -1, width) for each in (where, source))
         instead = torch.where(source == MASK, self.mask_token.to(x.dtype), others)
-        return x.scatter(1, where, torch.where(source == UNTOLD, x.gather(1, where), instead))
+        return x.scatter(1, where, instead)
 
 
 def _check_heads(of: str, width: int, name: str, heads: int) -> None:

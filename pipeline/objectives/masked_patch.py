@@ -35,27 +35,41 @@ class MaskedPatch:
         epoch: Samples of an epoch; None: nobody knows.
 
     Raises:
-        UserError: positions to corrupt, where none are added.
+        UserError: positions to corrupt, where none are added, or in every block; other images, where there are none.
     """
 
     def __init__(self, settings: TrainSettings, template: VisionTransformer, epoch: int | None):
         self._settings, self._epoch = settings, epoch
         self._grid, self._target = template.grid, template.patch_target
         masked, patches = settings.masked_patch, self._grid**2
-        if masked.positions == "first" and template.position in ("none", "relative"):
-            raise UserError(
-                f"masked_patch.positions 'first' wants embeddings that are added to patches, and model.position is "
-                f"{template.position!r}; leave it out, or set model.position = 'learned'"
-            )
+        for name, value, fits in (
+            ("position", template.position, template.position not in ("none", "relative")),
+            ("position_at", template.position_at, template.position_at == "stem"),  # later blocks would add them again
+        ):
+            if masked.positions == "first" and not fits:
+                raise UserError(
+                    f"masked_patch.positions 'first' wants embeddings that are added to patches once, and model.{name} "
+                    f"is {value!r}; leave it out, or set model.position = 'learned' and position_at = 'stem'"
+                )
+        self._images = 1  # that another patch may be of
+        if masked.others == "batch":
+            self._images = settings.micro_batch or settings.global_batch // distributed.world_size()
+            if self._images == 1:
+                raise UserError(
+                    "masked_patch.others 'batch' takes patches of other images, and a micro_batch has one; make it "
+                    "larger, or leave others out"
+                )
         told = corrupted_patches(patches, masked.share) if masked.counts == "exact" else masked.share * patches
         self._weight = told if masked.reduction == "sum" else 1
 
     def prepare(self, batch: Batch | EvaluationBatch) -> tuple[Tensor, Tensor]:
         """Return images, float32 [n, 3, H, W] in [-1, 1], and their corruption, int64 [n, m, 2], on the device."""
-        device, masked, n = distributed.device(), self._settings.masked_patch, len(batch.positions)
+        device, masked = distributed.device(), self._settings.masked_patch
+        # Held-out images are drawn from each alone: what they come to must depend on no batch.
+        images = self._images if isinstance(batch, Batch) else 1
         drawn = corruption(
             batch.positions, self._epoch, self._settings.seed, self._grid**2, masked.share, masked.mask, masked.other,
-            masked.counts == "exact", min(n, self._settings.micro_batch or n) if masked.others == "batch" else 1,
+            masked.counts == "exact", images,
         )  # fmt: skip
         return to_model_input(batch.images, device), torch.from_numpy(drawn).to(device)
 

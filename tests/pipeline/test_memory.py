@@ -41,7 +41,8 @@ CASES = {
         {"name": "bit_r50x1", "image_size": 64, "units": [1, 2], "width": 32, "num_classes": 10},
     ),
     "zero2-masked-offloaded": (
-        {"kind": "masked_patch", "engine": {"zero_stage": 2, "precision": "bfloat16", "offload_optimizer": "cpu"}},
+        {"kind": "masked_patch", "masked_patch": {"positions": "first"},
+         "engine": {"zero_stage": 2, "precision": "bfloat16", "offload_optimizer": "cpu"}},
         {**TINY, "patch_target": "mean_color"},
     ),
     "accelerate-hybrid": (

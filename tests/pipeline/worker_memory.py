@@ -9,6 +9,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
@@ -16,15 +17,14 @@ from torch import Tensor
 from pipeline import distributed
 from pipeline.activations import Storages
 from pipeline.config import TrainSettings
-from pipeline.corruption import corruption
 from pipeline.droppath import drop_path_draws
 from pipeline.engines import accelerate, create_engine, deepspeed  # noqa: F401 (what imports take is there before)
-from pipeline.masking import visible_patches
 from pipeline.microbatch import micro_batches
 from pipeline.models import create_model
 from pipeline.models.initial import initial_value
 from pipeline.objectives import create_objective
 from pipeline.settings import check
+from shards.batch import Batch
 
 
 def main(cases: str) -> None:
@@ -65,7 +65,7 @@ def run(settings: TrainSettings, model: dict, steps: int, counted: Storages) -> 
     peaks = [counted.peak]
     for step in range(steps):
         counted.peak = 0  # of this step
-        batch = inputs(settings, template, model, local, step)
+        batch = inputs(template, objective, model["num_classes"], local, step)
         engine.step(list(micro_batches(batch, settings.micro_batch or local, 0, 0, 0)), loss_fn, 1e-3)
         peaks.append(counted.peak)
     states = states_of(engine)
@@ -94,20 +94,13 @@ def value_of(template, name: str, shape: tuple) -> Tensor:
     return initial_value(template, name, shape, seed=0)
 
 
-def inputs(settings: TrainSettings, template, model: dict, n: int, step: int) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(step)
-    images = torch.randn(n, 3, template.image_size, template.image_size, generator=generator)
-    positions = torch.arange(n).numpy()
-    draws = torch.from_numpy(drop_path_draws(positions, None, 0, len(template.blocks) if template.drop_path else 0))
-    if settings.kind == "masked_patch":
-        drawn = corruption(positions, None, 0, template.grid**2, settings.masked_patch.share, 0.8, 0.1, True)
-        return images, torch.from_numpy(drawn), draws
-    if settings.kind == "mae":
-        visible = visible_patches(positions, None, 0, template.grid**2, settings.mae.share)
-        return images, torch.from_numpy(visible), draws
-    if settings.data.mixup_alpha:
-        return images, torch.rand(n, model["num_classes"], generator=generator), draws
-    return images, torch.randint(0, model["num_classes"], (n,), generator=generator), draws
+def inputs(template, objective, classes: int, n: int, step: int) -> tuple[Tensor, ...]:
+    """Return a batch of noise as a stage prepares it, with the draws of stochastic depth."""
+    generator = np.random.default_rng(step)
+    images = generator.integers(0, 256, (n, template.image_size, template.image_size, 3), dtype=np.uint8)
+    batch = Batch(images, generator.integers(0, classes, n), np.arange(n))
+    draws = drop_path_draws(batch.positions, None, 0, len(template.blocks) if template.drop_path else 0)
+    return *objective.prepare(batch), torch.from_numpy(draws).to(distributed.device())
 
 
 def status(field: str) -> int:

@@ -10,6 +10,7 @@ from pipeline.settings import check
 from pipeline.weights import resolve_model
 from shards.batch import Batch
 from shards.errors import UserError
+from shards.evaluation import EvaluationBatch
 from tests.pipeline.objectives.reference_masked_patch import cross_entropy, mean_colors
 
 SIDE, GRID = 32, 4
@@ -213,6 +214,8 @@ def test_other_patches_may_be_of_any_image_of_the_micro_batch(batch):
     model = model_of(chosen)
     images, drawn = MaskedPatch(chosen, model, epoch=1000).prepare(batch)
     assert set((drawn[..., 1] // 16).flatten().tolist()) == {0, 1}  # two go through the model at once
+    held_out = EvaluationBatch(batch.images, batch.labels, batch.positions, np.ones(5, dtype=bool))
+    assert set((MaskedPatch(chosen, model, epoch=1000).prepare(held_out)[1][..., 1] // 16).flatten().tolist()) == {0}
     with torch.no_grad():
         embedded = model.patch_embed(images[1:3])
         found = model._corrupted(embedded, drawn[1:3])
@@ -253,6 +256,11 @@ def test_what_does_not_go_together_is_told():
     first = settings(masked_patch={"positions": "first"})
     with pytest.raises(UserError, match=r"'first' wants embeddings that are added .* and model.position is 'none'"):
         MaskedPatch(first, create_model("vit_ti8", **TINY, position="none", patch_target="pixels"), epoch=None)
+    with pytest.raises(UserError, match=r"'first' wants embeddings .* model.position_at is 'every'"):
+        MaskedPatch(first, create_model("vit_ti8", **TINY, position_at="every", patch_target="pixels"), epoch=None)
+    alone = settings(masked_patch={"others": "batch"}, global_batch=4, micro_batch=1)
+    with pytest.raises(UserError, match="'batch' takes patches of other images, and a micro_batch has one; make it"):
+        MaskedPatch(alone, create_model("vit_ti8", **TINY, patch_target="pixels"), epoch=None)
     with pytest.raises(UserError, match="'bit_r50x1' has no such head"):
         resolve_model(settings(model={"name": "bit_r50x1"}), None, 3)
     with pytest.raises(UserError, match="pooling 'map' has nothing to do"):
