@@ -199,7 +199,7 @@ def test_every_command_within_a_line_has_its_options(name):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_every_command_of_the_quickstart_runs(tmp_path):
     blocks = re.findall(r"^```sh\n(.*?)^```$", (DOCS / "quickstart.md").read_text(), re.MULTILINE | re.DOTALL)
     assert blocks[0].startswith("make ")  # has been run, or there would be no tests
@@ -213,7 +213,7 @@ def test_every_command_of_the_quickstart_runs(tmp_path):
     path = {"PATH": f"{bin}:{environment()['PATH']}"}
     done = subprocess.run(
         ["bash", "-ex"], input="\n".join(blocks[1:]), text=True, cwd=tmp_path, env=environment(**path),
-        capture_output=True, timeout=900,
+        capture_output=True, timeout=1800,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     for made in ("sheet.png", "model.safetensors", "model.README.md", "report.html", "runs/clipart-smoke/report.html"):
