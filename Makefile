@@ -26,7 +26,7 @@ demo: setup
 	$(BIN)/patchmill run examples/clipart.toml
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
@@ -38,7 +38,7 @@ slurm-stop:
 	@$(PYTHON) tests/slurm/cluster.py stop
 
 test-slurm: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm tests/slurm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slurm and not slow" tests/slurm
 
 test-peers: setup peers
 	$(BIN)/python -m pytest -m peers tests/peers

@@ -1,7 +1,8 @@
-"""Tiny plans on a cluster: written, submitted, disturbed, awaited."""
+"""Plans on a cluster: tiny ones written; submitted, disturbed, awaited."""
 
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import torch
@@ -49,12 +50,14 @@ class Submitted:
         cluster: Where.
         plan: Its file.
         profile: Text of the cluster's profile.
+        folder: To submit it from; None: the plan's.
     """
 
-    def __init__(self, cluster: Cluster, plan: Path, profile: str = "ranks_per_node = 1"):
-        self.cluster, self.run = cluster, plan.parent / "runs" / "tiny"
-        (plan.parent / "cluster.toml").write_text(profile)
-        done = patchmill("submit", plan, "--cluster", "cluster.toml", "--json", cwd=plan.parent)
+    def __init__(self, cluster: Cluster, plan: Path, profile: str = "ranks_per_node = 1", folder: Path | None = None):
+        folder = folder or plan.parent
+        self.cluster, self.run = cluster, folder / "runs" / tomllib.loads(plan.read_text())["name"]
+        (folder / "cluster.toml").write_text(profile)
+        done = patchmill("submit", plan, "--cluster", "cluster.toml", "--json", cwd=folder)
         assert done.returncode == 0, done.stderr
         self.jobs: dict[str, str] = json.loads(done.stdout)
 
@@ -76,8 +79,12 @@ class Submitted:
         return dict(re.findall(r"(\w+)=(\S*)", told))
 
     def wait_for_steps(self, name: str, steps: int) -> None:
-        """Wait until a stage has logged so many steps."""
-        wait_for(lambda: [each for each in losses(self.stage(name)) if each[0] >= 12 * steps], 120, f"{steps} steps")
+        """Wait until a stage of a tiny plan has logged so many steps."""
+        self.wait_for_samples(name, 12 * steps, 120)
+
+    def wait_for_samples(self, name: str, samples: int, seconds: float) -> None:
+        """Wait until a stage has logged so many samples."""
+        wait_for(lambda: [1 for at, _ in losses(self.stage(name)) if at >= samples], seconds, f"{samples} samples")
 
     def wait_for_end(self, seconds: float = 200) -> None:
         """Wait until no job of it is in the queue."""
