@@ -48,8 +48,8 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 
 docs: setup
-	for page in commands settings python; do $(BIN)/python docs/reference.py $$page > docs/$$page.md || exit 1; done
-	for picture in order architecture; do $(BIN)/python docs/$${picture}_picture.py > docs/$$picture.svg || exit 1; done
+	for page in commands settings python; do PYTHONPATH=. $(BIN)/python docs/reference.py $$page > docs/$$page.md || exit 1; done
+	for picture in order architecture; do PYTHONPATH=. $(BIN)/python docs/$${picture}_picture.py > docs/$$picture.svg || exit 1; done
 	$(BIN)/python -m pytest tests/test_docs.py tests/test_docs_build.py
 
 bench: setup

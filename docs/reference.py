@@ -65,6 +65,13 @@ PUBLIC = {
 }  # fmt: skip
 """What a program of yours may use, by heading; everything else may change without notice."""
 
+EXPLAINED = {
+    "masked_patch": "objectives", "mae": "objectives", "probe": "objectives", "evaluate": "objectives",
+    "data": "streaming", "data.train": "mixtures", "data.store": "stores", "model": "models", "engine": "training",
+    "guard": "training", "track": "training", "profile": "training", "checkpoint": "checkpoints",
+}  # fmt: skip
+"""Tables of a training stage, and the page that each is explained on."""
+
 
 # ---- commands
 
@@ -153,6 +160,8 @@ def _table(name: str, model: type[BaseModel], level: int, path: str = "") -> Ite
     if name:
         yield from ("", f"{'#' * level} `{name}`")
     yield from ("", _prose(inspect.getdoc(model).partition("\nRaises:")[0].strip()), "")
+    if page := EXPLAINED.get(name.strip("[]")):
+        yield from (f"More: [{page}.md]({page}.md).", "")
     if fields:
         yield from ("| key | value | default | |", "|---|---|---|---|")
     for key, field in fields:

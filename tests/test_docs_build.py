@@ -83,6 +83,13 @@ def test_what_is_written_in_a_language_is_of_that_language(name):
             subprocess.run(["bash", "-n"], input=text, text=True, check=True, timeout=10)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_row_of_a_table_has_as_many_cells_as_its_head(name):
+    for table in re.findall(r"(?:^\|.*\n)+", prose((ROOT / name).read_text()), re.MULTILINE):
+        rows = [len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()]
+        assert set(rows) == {rows[0]}, f"{name}: {table.splitlines()[0]}"  # more would be dropped without a word
+
+
 # ---- names of files
 
 
