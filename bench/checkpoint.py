@@ -25,7 +25,7 @@ CASES = {
 }
 QUICK = {"tiny": {"name": "vit_ti16", "num_classes": 1000, "depth": 2}}
 RANKS = 2
-ROUNDS = 4
+ROUNDS = 8
 WORKER = Path(__file__).with_name("checkpoint_rank.py")
 MEMORY = 16 + 12 + 1.25 * 12
 """Bytes a parameter: weights, masters and AdamW's two; a plain copy; ours, and what of it is on its way to the disk."""
