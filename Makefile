@@ -6,6 +6,7 @@
 # make test-slurm  submitting, stopping, going on and faults on such a cluster
 # make peers       other projects' readers, loaders and models, into .venv-peers
 # make test-peers  our shards in their hands; our models and converted weights beside theirs
+# make docs        the pages and pictures that are made of the code, and a check of every page
 # make bench       speed and memory, on a quiet machine; what needs no other project
 # make bench-peers the same, then ours beside other projects'
 PYTHON ?= python3
@@ -15,7 +16,7 @@ READY  := $(VENV)/.ready
 PEERS  := .venv-peers
 PIP    := python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo test test-slow slurm slurm-stop test-slurm test-peers peers lint bench bench-peers clean
+.PHONY: setup demo test test-slow slurm slurm-stop test-slurm test-peers peers lint docs bench bench-peers clean
 
 # The native JPEG decoder is built at once if it is not there, and gone on without if it cannot be.
 setup: $(READY)
@@ -45,6 +46,11 @@ test-peers: setup peers
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: setup
+	for page in commands settings python; do PYTHONPATH=. $(BIN)/python docs/reference.py $$page > docs/$$page.md || exit 1; done
+	for picture in order architecture; do PYTHONPATH=. $(BIN)/python docs/$${picture}_picture.py > docs/$$picture.svg || exit 1; done
+	$(BIN)/python -m pytest tests/test_docs.py tests/test_docs_build.py
 
 bench: setup
 	for name in order seek memory beside manifest ledger build step_overhead scale features checkpoint; do $(BIN)/python bench/$$name.py || exit 1; done

@@ -46,9 +46,9 @@ class OptimSettings(Settings):
     """The optimizer (vit-paper 2.4: decay is decoupled and multiplied by the learning rate)."""
 
     name: Literal["adamw", "sgd"] = "adamw"
-    lr: float = Field(1e-3, gt=0)
-    betas: tuple[Rate, Rate] = (0.9, 0.999)
-    momentum: Rate = 0.9
+    lr: float = Field(1e-3, gt=0, description="at the end of the warm-up")
+    betas: tuple[Rate, Rate] = Field((0.9, 0.999), description="of adamw")
+    momentum: Rate = Field(0.9, description="of sgd")
     weight_decay: float = Field(
         0.0, ge=0, description="adamw: a share of the weights, times the learning rate; sgd: added to the gradient"
     )
@@ -80,7 +80,7 @@ class ScheduleSettings(Settings):
     """Linear warm-up, then linear or cosine decay or steps down, as functions of samples seen."""
 
     shape: Literal["linear", "cosine", "steps"] = "cosine"
-    warmup: Duration = Duration("0 samples")
+    warmup: Duration = Field(Duration("0 samples"), description="in which the rate rises from 0 to optim.lr")
     end_lr: float = Field(0.0, ge=0, description="of linear and cosine decay")
     milestones: tuple[Period, ...] = Field((), description='of "steps": after each the rate is multiplied by factor')
     factor: float = Field(0.1, gt=0, lt=1)
@@ -221,7 +221,7 @@ class ProfileSettings(Settings):
     """Steps to record with torch.profiler, into the stage's ``profile/rank-R.json.gz``."""
 
     first: int = Field(10, ge=0, description="steps after each start before those that are recorded")
-    steps: int = Field(0, ge=0)
+    steps: int = Field(0, ge=0, description="recorded then; 0: none")
 
 
 class MaeSettings(Settings):
@@ -257,7 +257,7 @@ class EvaluateSettings(Settings):
     """When the held-out set is evaluated, and its batch a rank."""
 
     every: Period = Duration("1 epoch")
-    batch: int = Field(64, gt=0)
+    batch: int = Field(64, gt=0, description="images a rank takes at once")
     view: Literal["resize", "center_crop"] = Field(
         "resize", description="the whole image, squeezed; or its middle, of 8/7 of the resolution on the short side"
     )
@@ -288,9 +288,9 @@ class TrainSettings(Settings):
     """One training stage."""
 
     kind: Literal["supervised", "masked_patch", "mae", "finetune"] = "supervised"
-    seed: int = 0
-    duration: Period
-    global_batch: int = Field(gt=0)
+    seed: int = Field(0, description="of first values, order, augmentation, masks and dropout")
+    duration: Period = Field(description="of the whole stage")
+    global_batch: int = Field(gt=0, description="samples of a step over all ranks")
     micro_batch: int | None = Field(
         None, gt=0, description="samples a rank takes through the model at once; unset: all"
     )
@@ -301,11 +301,11 @@ class TrainSettings(Settings):
         None,
         description="checkpoint, or folder of a training stage, of another run to go on from, if there is none here",
     )
-    loss: Literal["softmax", "sigmoid"] = "softmax"
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    loss: Literal["softmax", "sigmoid"] = Field("softmax", description="of one class of many; of each class for itself")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share that is spread over all classes")
     masked_patch: MaskedPatchSettings = MaskedPatchSettings()
     mae: MaeSettings = MaeSettings()
-    log_every: Period = Duration("10 steps")
+    log_every: Period = Field(Duration("10 steps"), description="a line in metrics.jsonl")
     data: DataSettings
     model: ModelSettings = ModelSettings()
     optim: OptimSettings = OptimSettings()

@@ -190,7 +190,7 @@ class StreamLoader:
                     usable, unusable = usable + 1, 0
                     yield sample
         if not usable:
-            raise UserError(f"{self.source} holds no sample with an image and a label; see docs/index.md for both")
+            raise UserError(f"{self.source} holds no sample with an image and a label; see docs/indexing.md for both")
 
     def _decode(self, sample: StreamedSample, number: int) -> _Decoded | Rejected:
         began = perf_counter()
