@@ -279,6 +279,7 @@ def _prepare(
         if settings.kind != stage.kind:
             raise UserError(f"{where} is of kind {stage.kind}, its settings of kind {settings.kind}; make them one")
         settings.accumulation(stage.ranks)
+        settings.data.check_stream()
         check_model(settings, where)
         _check_weights(settings, inputs["init"], where)
         command += ["--smoke"] if smoke else []

@@ -79,6 +79,18 @@ def read_submission(run: Path) -> Submission | None:
     return check(Submission, table, str(run)) if table else None
 
 
+def read_submitted_plan(run: Path) -> Plan:
+    """Return the plan of a run as it was submitted.
+
+    Raises:
+        UserError: The folder is no run's, or it was not submitted.
+    """
+    check_run(run)
+    if (submission := read_submission(run)) is None:
+        raise UserError(f"{run} was never submitted; give the file of its plan")
+    return submission.read_plan(run.resolve())
+
+
 def check_run(run: Path) -> None:
     """Check that a folder is a run's.
 
