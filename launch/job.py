@@ -82,13 +82,12 @@ def run_job(run: Path, name: str) -> None:
         reason = f"health check failed on {', '.join(sick)}: excluded"
         record.excuse("stopped", reason)
         raise _requeue(reason, exclude=sick)
-    if job.settings.doctor:
-        findings = _examined(run, name, job, stage, ranks)
-        slow = list(dict.fromkeys(host for each in findings for host in each.hosts))
-        if slow and record.table["barren"] <= job.settings.retries and can_do_without(slow, run):
-            reason = f"slower than the others: {', '.join(slow)}: excluded"
-            record.note("stopped", reason=reason)
-            raise _requeue(reason, exclude=slow)
+    if job.settings.doctor and (slow := _slow_nodes(run, name, job, stage, ranks)):
+        told = f"slower than the others: {', '.join(slow)}"
+        if record.table["barren"] <= job.settings.retries and can_do_without(slow, run):
+            record.note("stopped", reason=f"{told}: excluded")
+            raise _requeue(f"{told}: excluded", exclude=slow)
+        _say(f"{told}; goes on with them, for want of others")
     if job.slice is None:
         begin(stage)
     _try(run, name, job, stage, ranks)
@@ -132,8 +131,8 @@ def _step(run: Path, name: str, job: Job, stage: Stage, ranks: Ranks, logs: Path
     raise _requeue(reason)
 
 
-def _examined(run: Path, name: str, job: Job, stage: Stage, ranks: Ranks) -> list[Finding]:
-    """Let the doctor look at a stage, on all its ranks; return what it found, after it is told in the job's log.
+def _slow_nodes(run: Path, name: str, job: Job, stage: Stage, ranks: Ranks) -> list[str]:
+    """Let the doctor look at a stage, on all its ranks, and tell in the job's log; return the nodes that are slow.
 
     Raises:
         PatchmillError: The stage will not run on these nodes; or as of ``run_job``.
@@ -147,7 +146,7 @@ def _examined(run: Path, name: str, job: Job, stage: Stage, ranks: Ranks) -> lis
     print_findings(findings, file=sys.stderr)
     if failed:
         raise failed
-    return findings
+    return list(dict.fromkeys(host for each in findings for host in each.hosts))
 
 
 class Said:

@@ -87,11 +87,11 @@ def _products(ranks: list[dict[str, Any]]) -> Finding:
 def _links(ranks: list[dict[str, Any]]) -> Finding:
     """Compare what pairs of ranks exchanged: each link of a slow rank is slow, and of its neighbours only that one."""
     links = {tuple(sorted((number, peer))): speed for number, rank in enumerate(ranks) for peer, speed in rank["links"]}
-    usual = median(links.values())
+    best = {number: max(speed for _, speed in rank["links"]) for number, rank in enumerate(ranks)}
+    usual = median(best.values())
     told = f"{_with_prefix(usual, 'B/s')} each way between two ranks"
     if len(ranks) < 3:
         return Finding("links", "ok", f"{told}, with no others to compare them with")
-    best = {number: max(speed for _, speed in rank["links"]) for number, rank in enumerate(ranks)}
     if slow := {number: speed for number, speed in best.items() if speed < SLOW * usual}:
         return _slow("links", told, ranks, slow, "B/s")
     if pairs := {pair: speed for pair, speed in links.items() if speed < SLOW * usual}:

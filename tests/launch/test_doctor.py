@@ -194,19 +194,20 @@ def test_a_slow_rank_and_a_clock_that_is_wrong_are_named():
 
 
 def test_a_rank_whose_links_are_all_slow_is_told_from_a_link_that_is():
-    def told(*slow: tuple[int, int]) -> tuple:
-        links = [[((number + step) % 5, 1e9) for step in (1, 4)] for number in range(5)]
+    def told(*slow: tuple[int, int], ranks: int = 5) -> tuple:
+        links = [[((number + step) % ranks, 1e9) for step in (1, ranks - 1)] for number in range(ranks)]
         links = [
             [(peer, 1e8 if (number, peer) in slow or (peer, number) in slow else speed) for peer, speed in each]
             for number, each in enumerate(links)
         ]
-        ranks = [{**RANK, "host": host, "links": each} for host, each in zip("abcde", links, strict=True)]
+        ranks = [{**RANK, "host": host, "links": each} for host, each in zip("abcde"[:ranks], links, strict=True)]
         return next(each for each in ranks_together(ranks) if each.what == "links")[1:]
 
     assert told() == ("ok", "1 GB/s each way between two ranks, the slowest 1 GB/s", ())
     state, said, hosts = told((2, 3), (3, 4))
     assert (state, hosts) == ("warning", ("d",))
     assert "but rank 3 on d 0.1 GB/s; look at those machines" in said
+    assert told((0, 1), (1, 2), ranks=3)[2] == ("b",)
     state, said, hosts = told((4, 0))
     assert (state, hosts) == ("warning", ())
     assert said.endswith("but 0.1 GB/s between rank 0 on a and rank 4 on e; look at what connects them")

@@ -52,4 +52,5 @@ def test_a_slow_node_that_the_job_cannot_do_without_is_named(cluster, tmp_path):
     run.wait_for_end()
     assert run.result("train")["steps"] == 60
     assert "but rank 1 on n2" in run.log("train")
+    assert "slower than the others: n2; goes on with them, for want of others" in run.log("train")
     assert (run.record("train")["nodes"], run.record("train")["tries"]) == ("n[1-2]", 1)
