@@ -53,7 +53,7 @@ def ranks_together(ranks: list[dict[str, Any]]) -> Iterator[Finding]:
     yield _products(ranks)
     if len(ranks) > 1:
         sent = _with_prefix(median(rank["reduce"] for rank in ranks), "B/s")
-        yield Finding("all-reduce", "ok", f"{sent} a rank, of all together: no faster than the slowest lets them")
+        yield Finding("all-reduce", "ok", f"{sent} a rank; all end together, and links tell of each alone")
         yield _links(ranks)
 
 

@@ -15,11 +15,11 @@ import torch.distributed as dist
 from launch.local import run_ranks
 from launch.machines import software
 from pipeline import distributed, provenance
+from pipeline.ceiling import rank_flops
 from pipeline.hostmemory import free_memory
 from shards.errors import PatchmillError, UserError
 
 REDUCED = {"cpu": 2**22, "cuda": 2**26}  # values of float32 that are summed over all ranks: 17 and 268 MB
-SIDES = {"cpu": 1024, "cuda": 8192}
 ROUNDS = 5
 
 
@@ -38,7 +38,7 @@ def probe_ranks() -> list[dict[str, Any]]:
     """Return what each rank measured, in rank order, as plain JSON values.
 
     ``host``; ``versions``; ``device``, in words; ``free``, bytes of its host's memory; ``clock``, in seconds since
-    1970, read right after all ranks met; ``product``, operations a second of a square matrix product in float32, ranks
+    1970, read right after all ranks met; ``product``, operations a second of square matrix products in float32, ranks
     of a machine all at once; ``reduce``, bytes a second that each rank sends in an all-reduce, 2 (R - 1) / R of the
     tensor, or None of a single rank; ``links``, pairs of another rank and the bytes a second to it and from it.
     """
@@ -46,7 +46,7 @@ def probe_ranks() -> list[dict[str, Any]]:
     found = {
         "host": _host(), "versions": provenance.versions(), "free": free_memory(), "clock": _clock(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "product": _product(device), "reduce": _reduce(device), "links": _links(device, hosts),
+        "product": rank_flops("float32"), "reduce": _reduce(device), "links": _links(device, hosts),
     }  # fmt: skip
     return distributed.everyone(found)
 
@@ -74,14 +74,6 @@ def _clock() -> float:
     dist.barrier()  # the first makes connections
     dist.barrier()
     return time.time()
-
-
-def _product(device: torch.device) -> float:
-    side = SIDES[device.type]
-    a, b = (torch.randn(side, side, device=device) for _ in range(2))
-    torch.mm(a, b)
-    dist.barrier()
-    return 2 * side**3 / _best(lambda: torch.mm(a, b), device)
 
 
 def _reduce(device: torch.device) -> float | None:
