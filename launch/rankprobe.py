@@ -20,7 +20,8 @@ from pipeline.hostmemory import free_memory
 from shards.errors import PatchmillError, UserError
 
 REDUCED = {"cpu": 2**22, "cuda": 2**26}  # values of float32 that are summed over all ranks: 17 and 268 MB
-ROUNDS = 5
+EXCHANGED = {"cpu": 2**22, "cuda": 2**24}  # values of float32 that two ranks send each other: 17 and 67 MB
+ROUNDS = {"reduce": 5, "exchange": 10}  # others may use the machine, too, and two ranks alone meet them more often
 
 
 def check_card() -> None:
@@ -81,20 +82,19 @@ def _reduce(device: torch.device) -> float | None:
     if ranks == 1:
         return None
     values = torch.zeros(REDUCED[device.type], device=device)
-    dist.all_reduce(values)
-    seconds = _best(lambda: dist.all_reduce(values), device)
+    seconds = _best(lambda: dist.all_reduce(values), device, ROUNDS["reduce"])
     return 2 * (ranks - 1) / ranks * values.nbytes / seconds
 
 
 def _links(device: torch.device, hosts: list[str]) -> list[tuple[int, float]]:
     """Return the speed of exchanges with both neighbours: an all-reduce ends for all ranks together, a pair alone."""
-    found, mine, other = [], *(torch.zeros(REDUCED[device.type], device=device) for _ in range(2))
+    found, mine, other = [], *(torch.zeros(EXCHANGED[device.type], device=device) for _ in range(2))
     for pairs in pairings(hosts):
         dist.barrier()
         for pair in pairs:
             if distributed.rank() in pair:
                 peer = sum(pair) - distributed.rank()
-                seconds = _best(lambda peer=peer: _exchange(mine, other, peer), device)
+                seconds = _best(lambda peer=peer: _exchange(mine, other, peer), device, ROUNDS["exchange"])
                 found.append((peer, mine.nbytes / seconds))
     return found
 
@@ -121,11 +121,12 @@ def pairings(hosts: list[str]) -> Iterator[list[tuple[int, int]]]:
     yield from filter(None, (links[:even:2], links[1:even:2], links[even:]))
 
 
-def _best(work: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of the quickest of some rounds: others may use the machine, too."""
+def _best(work: Callable[[], object], device: torch.device, rounds: int) -> float:
+    """Return the seconds of the quickest of some rounds, the first of which is not counted."""
+    work()
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     took = []
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         wait()
         began = time.perf_counter()
         work()

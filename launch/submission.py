@@ -1,6 +1,6 @@
 """What ``patchmill submit`` leaves in a run's folder, for its jobs and for who asks how they are.
 
-RUN/plan.toml   slurm/{submission.json, code/, NAME.sbatch, NAME.log, NAME.json}
+RUN/plan.toml   slurm/{submission.json, code/, NAME.sbatch, NAME.log, NAME.json, NAME.doctor/}
 """
 
 import json
