@@ -200,8 +200,12 @@ def _memory(settings: TrainSettings, ranks: int, room: Room) -> Finding:
         host += found.device_peak
     host *= room.ranks
     if host > room.free:
-        return Finding("memory", "error", _too_much(f"{room.ranks} ranks on {room.host}", host, room.free, None))
+        return Finding("memory", "error", _too_much(f"{_counted(room.ranks)} on {room.host}", host, room.free, None))
     return Finding("memory", "ok", f"{told}{host / 1e9:.1f} of {room.free / 1e9:.1f} GB of {room.host}")
+
+
+def _counted(ranks: int) -> str:
+    return "1 rank" if ranks == 1 else f"{ranks} ranks"
 
 
 def _too_much(where: str, wanted: float, room: float, largest: int | None) -> str:

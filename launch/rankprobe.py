@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from launch.local import run_ranks
-from launch.machines import software
+from launch.machines import NVIDIA, software
 from pipeline import distributed, provenance
 from pipeline.ceiling import rank_flops
 from pipeline.hostmemory import free_memory
@@ -24,13 +24,16 @@ EXCHANGED = {"cpu": 2**22, "cuda": 2**24}  # values of float32 that two ranks se
 ROUNDS = {"reduce": 5, "exchange": 10}  # others may use the machine, too, and two ranks alone meet them more often
 
 
-def check_card() -> None:
+def check_card(nvidia: Path = NVIDIA) -> None:
     """Check, before ranks meet, that this one can use its card: on its CPU, the others would wait for it in vain.
+
+    Args:
+        nvidia: What is there where there is a card.
 
     Raises:
         UserError: It cannot.
     """
-    for each in software():
+    for each in software(nvidia):
         if each.state == "error" and distributed.world_size() > 1:
             raise UserError(f"{each.told} (rank {distributed.rank()} on {_host()})")
 

@@ -10,9 +10,10 @@ import pytest
 from launch.doctor import diagnose
 from launch.machines import SLOW, ranks_together, software
 from launch.plan import read_plan
-from launch.rankprobe import pairings
+from launch.rankprobe import check_card, pairings
 from shards.dataset import Dataset, write_exclude
-from tests.command import patchmill, refused
+from shards.errors import UserError
+from tests.command import patchmill
 from tests.images import build_image_set
 from tests.shards.servers import serve_faults
 
@@ -136,8 +137,8 @@ def test_all_checkpoints_that_are_kept_for_good_need_room(images, tmp_path):
 
 def test_what_a_stream_and_an_empty_data_set_lack_is_told(images, tmp_path):
     tars = f"{images}/shards/{{000000..000005}}.tar"
-    told = refused(patchmill("doctor", plan(tmp_path, tars), cwd=tmp_path))
-    assert "does not tell its classes; set data.val to a data set that has them" in told
+    with pytest.raises(UserError, match=r"does not tell its classes; set data\.val to a data set that has them"):
+        found(tmp_path, tars)
     often = 'checkpoint = { every = "1 steps" }\nevaluate = { every = "1 steps" }'
     told = found(tmp_path, f'{tars}", val = "{images}', often)
     assert told["data"] == ("ok", f"a stream of 6 tars in {images}/shards")
@@ -164,12 +165,18 @@ def test_a_mirror_that_takes_nothing_is_an_error(images, tmp_path):
     assert not list((tmp_path / "there").iterdir())
 
 
-def test_a_card_beside_a_build_for_cpus_is_an_error(tmp_path):
+def test_a_card_beside_a_build_for_cpus_is_an_error(tmp_path, monkeypatch):
     assert {each.state for each in software(tmp_path / "none")} == {"ok"}
     (tmp_path / "nvidiactl").touch()
     states = {each.what: each for each in software(tmp_path / "nvidiactl")}
     assert states["devices"].state == "error"
     assert "is a build for CPUs; install torch with CUDA" in states["devices"].told
+    check_card(tmp_path / "nvidiactl")  # alone it waits for nobody, and has all else told
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    check_card(tmp_path / "none")
+    with pytest.raises(UserError, match=r"is a build for CPUs; .* says \(rank 1 on "):
+        check_card(tmp_path / "nvidiactl")
 
 
 def test_a_slow_rank_and_a_clock_that_is_wrong_are_named():
