@@ -18,8 +18,8 @@ from pathlib import Path
 from types import FrameType
 
 from launch.findings import Finding, print_findings
+from launch.jobnodes import can_do_without, excluded, job_number, sick_nodes
 from launch.local import free_port
-from launch.nodes import can_do_without, excluded, job_number, sick_nodes
 from launch.plan import Stage
 from launch.rank import ENDED
 from launch.run import begin, finish, is_done
@@ -131,24 +131,6 @@ def _step(run: Path, name: str, job: Job, stage: Stage, ranks: Ranks, logs: Path
     raise _requeue(reason)
 
 
-def _slow_nodes(run: Path, name: str, job: Job, stage: Stage, ranks: Ranks) -> list[str]:
-    """Let the doctor look at a stage, on all its ranks, and tell in the job's log; return the nodes that are slow.
-
-    Raises:
-        PatchmillError: The stage will not run on these nodes; or as of ``run_job``.
-    """
-    logs, failed = folder_of(run) / f"{name}.doctor", None
-    try:
-        said = _step(run, name, job, stage, ranks, logs, ["doctor", str(run), "--only", stage.table.name])
-    except UserError as error:
-        said, failed = (logs / "stdout.log").read_text(), error
-    findings = [Finding(**each) for each in json.loads((said.splitlines() or ["[]"])[-1])]
-    print_findings(findings, file=sys.stderr)
-    if failed:
-        raise failed
-    return list(dict.fromkeys(host for each in findings for host in each.hosts))
-
-
 class Said:
     """What logs say from now on.
 
@@ -193,6 +175,24 @@ def _meeting(ranks: int) -> dict[str, str]:
     if ranks == 1:
         return {}
     return {"MASTER_ADDR": os.environ["SLURMD_NODENAME"], "MASTER_PORT": str(free_port())}
+
+
+def _slow_nodes(run: Path, name: str, job: Job, stage: Stage, ranks: Ranks) -> list[str]:
+    """Let the doctor look at a stage, on all its ranks, and tell in the job's log; return the nodes that are slow.
+
+    Raises:
+        PatchmillError: The stage will not run on these nodes; or as of ``run_job``.
+    """
+    logs, failed = folder_of(run) / f"{name}.doctor", None
+    try:
+        said = _step(run, name, job, stage, ranks, logs, ["doctor", str(run), "--only", stage.table.name])
+    except UserError as error:
+        said, failed = (logs / "stdout.log").read_text(), error
+    findings = [Finding(**each) for each in json.loads((said.splitlines() or ["[]"])[-1])]
+    print_findings(findings, file=sys.stderr)
+    if failed:
+        raise failed
+    return list(dict.fromkeys(host for each in findings for host in each.hosts))
 
 
 def _requeue(reason: str, exclude: list[str] | None = None) -> PatchmillError:
