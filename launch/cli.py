@@ -68,31 +68,37 @@ def run(
 
 @app.command()
 def doctor(
-    plan: Annotated[Path, typer.Argument(help="Plan file.")],
+    plan: Annotated[Path, typer.Argument(metavar="PLAN|RUN", help="Plan file, or folder of a submitted run.")],
     runs: Annotated[Path, typer.Option(help="Folder of runs; this one gets RUNS/NAME.")] = Path("runs"),
+    only: Annotated[str | None, typer.Option(metavar="STAGE", help="Look at this stage or sweep alone.")] = None,
     as_json: Json = False,
 ) -> None:
     """Look whether a plan will run here: versions, data, memory, disks, and every rank's clock, arithmetic and network.
 
     By hand it starts as many ranks as the plan's largest stage; under a launcher it is one of the job's.
     """
-    from launch.doctor import diagnose, print_findings, ranks_of
+    from launch.doctor import diagnose, stages_of
+    from launch.findings import print_result
     from launch.plan import read_plan
-    from launch.rankprobe import probe_ranks, started_to_probe
+    from launch.rankprobe import check_card, probe_ranks, started_to_probe
+    from launch.submission import read_submitted_plan
     from pipeline import distributed
 
-    checked = read_plan(plan, runs)
-    if "RANK" not in os.environ and (ranks := ranks_of(checked)) > 1:
-        findings = diagnose(checked, started_to_probe(ranks))
+    stages = stages_of(read_submitted_plan(plan) if plan.is_dir() else read_plan(plan, runs), only)
+    if "RANK" not in os.environ and (ranks := max(stage.table.ranks for stage in stages)) > 1:
+        findings = diagnose(stages, started_to_probe(ranks))
+        print_result(findings, as_json)
     else:
+        check_card()
         with distributed.together():
             measured = probe_ranks()
-            findings = distributed.everyone(diagnose(checked, measured) if distributed.rank() == 0 else [])[0]
-    if distributed.rank() == 0:
-        width = Console().width if sys.stdout.isatty() else None
-        print(json.dumps([each._asdict() for each in findings])) if as_json else print_findings(findings, width)
-    if errors := [each.what for each in findings if each.state == "error"]:
-        raise UserError(f"the plan will not run here: {', '.join(errors)}; see above what to do")
+            findings = distributed.everyone(diagnose(stages, measured) if distributed.rank() == 0 else [])[0]
+            if distributed.rank() == 0:  # before others end with an error, at which a launcher kills the rest
+                print_result(findings, as_json)
+    if errors := [each for each in findings if each.state == "error"]:
+        if as_json:
+            raise UserError(f"the plan will not run here: {'; '.join(f'{each.what}: {each.told}' for each in errors)}")
+        raise UserError(f"the plan will not run here: {', '.join(each.what for each in errors)}; see above what to do")
 
 
 @app.command(hidden=True)

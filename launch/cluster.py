@@ -42,6 +42,7 @@ class JobSettings(Settings):
     grace: int = Field(120, gt=0, description="seconds before the time limit at which the ranks are told to save")
     retries: int = Field(3, ge=0, description="after crashes without progress between them")
     health: list[Line] = Field([], description="command that a node must pass before each try, or it is excluded")
+    doctor: bool = Field(False, description="look at all that the stage needs on the nodes of each try, before it")
     modules: list[Line] = []
     env: dict[Variable, Line] = {}
     setup: list[str] = Field([], description="lines of shell, run as they are on the first node")

@@ -6,25 +6,24 @@ import time
 from collections.abc import Callable, Iterator
 from math import gcd
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from launch.choice import meant
+from launch.findings import Finding
+from launch.machines import ranks_together, software
 from launch.plan import Plan, Stage
-from pipeline import provenance
-from pipeline.checkpoint import whole_checkpoints
+from pipeline.checkpoint import path_of, superseded, whole_checkpoints
 from pipeline.config import TrainSettings
 from pipeline.convert.recognise import open_source
 from pipeline.data import training_set
+from pipeline.datasettings import DataSettings
 from pipeline.engines.states import checkpoint_bytes
 from pipeline.estimate import ROOM, estimate_model
-from pipeline.hostmemory import free_memory
 from pipeline.memory import MemoryEstimate
 from pipeline.mirror import open_mirror
+from pipeline.schedule import Schedule
 from pipeline.shuffleroom import window_of_rank
 from pipeline.weights import resolve_model
 from shards.dataset import Dataset
@@ -34,126 +33,81 @@ from shards.storesettings import StoreSettings
 from shards.tarlist import find_tars
 from shards.tarstream import is_stream
 
-NVIDIA = Path("/dev/nvidiactl")  # there is one wherever the driver of a card is
 HASTE = {"retry_seconds": 5.0}  # where a job would ask a store that does not answer for minutes
-CLOCKS = 5.0  # seconds that clocks may be apart; at minutes stores refuse what is signed
-SLOW = 0.7  # of the ranks' median: slower ones hold all others up
 
 
-class Finding(NamedTuple):
-    """One thing that was looked at.
+class Room(NamedTuple):
+    """The host that has the least memory for each of a stage's ranks.
 
     Attributes:
-        what: It is.
-        state: "ok"; "warning", when a run can be gone on with; or "error".
-        told: What was found; where it is not good, what to do.
+        host: Its name.
+        ranks: Those of the stage that are there.
+        free: Bytes of its memory.
     """
 
-    what: str
-    state: str
-    told: str
+    host: str
+    ranks: int
+    free: float
 
 
-def diagnose(plan: Plan, ranks: list[dict[str, Any]]) -> list[Finding]:
-    """Look at all that a plan needs.
+def diagnose(stages: list[Stage], ranks: list[dict[str, Any]]) -> list[Finding]:
+    """Look at all that some stages of a plan need.
 
     Args:
-        plan: Checked already: settings that do not fit each other are found by reading it.
+        stages: Checked already: settings that do not fit each other are found by reading the plan.
         ranks: Of ``probe_ranks``.
     """
     found = [*software(), *ranks_together(ranks)]
-    for stage in plan.stages:
+    for stage in stages:
         if isinstance(stage.settings, TrainSettings):
-            found += [Finding(f"{stage.table.name}: {each.what}", *each[1:]) for each in _of_stage(stage)]
+            found += [each._replace(what=f"{stage.table.name}: {each.what}") for each in _of_stage(stage, ranks)]
     return found
 
 
-def ranks_of(plan: Plan) -> int:
-    """Return the ranks of the plan's largest stage."""
-    return max(stage.table.ranks for stage in plan.stages)
+def stages_of(plan: Plan, only: str | None) -> list[Stage]:
+    """Return the stages of a plan to be looked at: all, or those that a name means.
+
+    Raises:
+        UserError: There is no such stage.
+    """
+    names = meant(plan, only) if only is not None else None
+    return [stage for stage in plan.stages if names is None or stage.table.name in names]
 
 
-def software(nvidia: Path = NVIDIA) -> Iterator[Finding]:
-    """Tell versions, and whether torch is one that can use the card that is here."""
-    versions = provenance.versions()
-    yield Finding("versions", "ok", ", ".join(f"{name} {version}" for name, version in versions.items() if version))
-    if torch.cuda.is_available():
-        nccl = ".".join(map(str, torch.cuda.nccl.version()))
-        cards = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-        yield Finding("devices", "ok", f"{len(cards)} x {cards[0]}, CUDA {torch.version.cuda}, NCCL {nccl}")
-    elif nvidia.exists() and torch.version.cuda is None:
-        yield Finding(
-            "devices", "error",
-            f"there is an NVIDIA card, and torch {torch.__version__} is a build for CPUs; install torch with CUDA as "
-            "the README says",
-        )  # fmt: skip
-    elif nvidia.exists():
-        yield Finding(
-            "devices", "error",
-            f"there is an NVIDIA card, and torch {torch.__version__} for CUDA {torch.version.cuda} cannot use it; see "
-            "nvidia-smi, and CUDA_VISIBLE_DEVICES",
-        )  # fmt: skip
-    else:
-        yield Finding("devices", "ok", f"no GPU, {len(os.sched_getaffinity(0))} cores")
-
-
-def ranks_together(ranks: list[dict[str, Any]]) -> Iterator[Finding]:
-    """Compare what the ranks measured: clocks that are apart, and ranks that are slower than the others."""
-    hosts = list(dict.fromkeys(rank["host"] for rank in ranks))
-    yield Finding("ranks", "ok", f"{len(ranks)} on {', '.join(hosts)}, each on {ranks[0]['device']}")
-    clocks = [rank["clock"] for rank in ranks]
-    apart = max(clocks) - min(clocks)
-    late = ranks[clocks.index(min(clocks))]["host"], ranks[clocks.index(max(clocks))]["host"]
-    yield (
-        Finding("clocks", "ok", f"{apart:.3f} s apart at most")
-        if apart <= CLOCKS
-        else Finding(
-            "clocks", "warning", f"that of {late[0]} is {apart:.0f} s behind that of {late[1]}; set them by NTP"
-        )
-    )
-    for key, what, unit in (("product", "matrix products", "FLOP/s"), ("reduce", "all-reduce", "B/s")):
-        speeds = [rank[key] for rank in ranks]
-        if None in speeds:
-            continue
-        told = f"{_with_prefix(median(speeds), unit)} a rank"
-        slow = [
-            f"rank {number} on {rank['host']} {_with_prefix(rank[key], unit)}"
-            for number, rank in enumerate(ranks)
-            if rank[key] < SLOW * median(speeds)
-        ]
-        if slow:
-            yield Finding(what, "warning", f"{told}, but {', '.join(slow)}; look at those machines, or leave them out")
-        else:
-            yield Finding(what, "ok", f"{told}, the slowest {_with_prefix(min(speeds), unit)}")
-
-
-def _with_prefix(value: float, unit: str) -> str:
-    scale, prefix = (1e12, "T") if value >= 1e12 else (1e9, "G")
-    return f"{value / scale:.3g} {prefix}{unit}"
-
-
-def _of_stage(stage: Stage) -> Iterator[Finding]:
+def _of_stage(stage: Stage, started: list[dict[str, Any]]) -> Iterator[Finding]:
     """Look at what a training stage reads, holds and writes."""
-    data = stage.settings.data
+    data, ranks = stage.settings.data, stage.table.ranks
     hasty = data.model_copy(update={"store": data.store.model_copy(update=HASTE)})
-    settings, ranks = stage.settings.model_copy(update={"data": hasty}), stage.table.ranks
+    settings, room = stage.settings.model_copy(update={"data": hasty}), _least_room(started[:ranks])
+    if len(started) < ranks:
+        told = f"{ranks} in the plan, and {len(started)} were looked at; look again with all, as a step of its job"
+        yield Finding("ranks", "warning", told)
     if waiting := _made_later(stage):
         yield Finding("data", "ok", f"{', '.join(waiting)}: to be made by the stages before")
     else:
-        read = list(_data(settings, ranks))
+        read = list(_data(settings, ranks, room))
         yield from read
         if all(each.state != "error" for each in read):
-            yield from _guarded("memory", lambda: _memory(settings, ranks))
+            yield from _guarded("memory", lambda: _memory(settings, ranks, room))
             yield from _guarded("checkpoints", lambda: _disk(settings, stage.folder))
     yield from _guarded("folder", lambda: _written(stage.folder))
     if settings.checkpoint.mirror:
         yield from _guarded("mirror", lambda: _mirrored(settings.checkpoint.mirror))
 
 
+def _least_room(ranks: list[dict[str, Any]]) -> Room:
+    hosts = [rank["host"] for rank in ranks]
+    rooms = [Room(rank["host"], hosts.count(rank["host"]), rank["free"]) for rank in ranks]
+    return min(rooms, key=lambda room: room.free / room.ranks)
+
+
 def _made_later(stage: Stage) -> list[str]:
     """Return the paths of a stage's settings that stages before it have yet to make."""
     data, run = stage.settings.data, stage.folder.parents[1]
-    paths = [Path(url) for url in (*(source.url for source in data.sources), data.val, stage.settings.init) if url]
+    probe = stage.settings.probe
+    urls = [*(source.url for source in data.sources), data.val, stage.settings.init]
+    urls += [probe.train, probe.test] if probe else []
+    paths = [Path(url) for url in urls if url]
     return [str(path.relative_to(run)) for path in paths if path.is_relative_to(run) and not path.exists()]
 
 
@@ -164,12 +118,12 @@ def _guarded(what: str, look: Callable[[], Finding]) -> Iterator[Finding]:
         yield Finding(what, "error", str(error))
 
 
-def _data(settings: TrainSettings, ranks: int) -> Iterator[Finding]:
-    data = settings.data
-    if data.val is not None:
-        yield from _guarded(
-            "held-out data", lambda: _read("held-out data", Dataset.open(data.val, settings=data.store))
-        )
+def _data(settings: TrainSettings, ranks: int, room: Room) -> Iterator[Finding]:
+    data, probe = settings.data, settings.probe
+    others = {"held-out data": data.val, "training data of the probe": probe and probe.train}
+    for what, url in (others | {"test data of the probe": probe and probe.test}).items():
+        if url is not None:
+            yield from _guarded(what, lambda w=what, u=url: _read(w, Dataset.open(u, settings=data.store)))
     if is_stream(data.train):
         yield from _guarded("data", lambda: _stream(data))
         return
@@ -178,12 +132,13 @@ def _data(settings: TrainSettings, ranks: int) -> Iterator[Finding]:
     except (PatchmillError, OSError) as error:
         yield Finding("data", "error", str(error))
         return
-    for each in dataset.datasets:
-        yield from _guarded("data", lambda each=each: _read("data", each))
-    yield from _window(dataset, settings, ranks)
+    read = [each for one in dataset.datasets for each in _guarded("data", lambda one=one: _read("data", one))]
+    yield from read
+    if all(each.state != "error" for each in read):
+        yield from _window(dataset, settings, ranks, room)
 
 
-def _stream(data) -> Finding:
+def _stream(data: DataSettings) -> Finding:
     if not data.train.startswith(("-", "pipe:")):
         store, tars = find_tars(data.train, data.store)
         return Finding("data", "ok", f"a stream of {len(tars)} tars in {store.url}")
@@ -193,6 +148,8 @@ def _stream(data) -> Finding:
 def _read(what: str, dataset: Dataset) -> Finding:
     """Read a sample of the first and the last shard that has any."""
     there = [shard for shard, size in enumerate(dataset.shard_sizes) if size]
+    if not there:
+        raise UserError(f"drop list {dataset.exclude} leaves no sample of {dataset.url}; take another, or none")
     began = time.monotonic()
     for shard in {there[0], there[-1]}:
         dataset.read(shard, 0)
@@ -201,7 +158,7 @@ def _read(what: str, dataset: Dataset) -> Finding:
     return Finding(what, "ok", told)
 
 
-def _window(dataset: Dataset | Mixture, settings: TrainSettings, ranks: int) -> Iterator[Finding]:
+def _window(dataset: Dataset | Mixture, settings: TrainSettings, ranks: int, room: Room) -> Iterator[Finding]:
     order = dataset.order(settings.seed, settings.data.window_bytes)
     wanted = 0.0
     for each, part in zip(dataset.datasets, getattr(order, "orders", [order]), strict=True):
@@ -213,36 +170,42 @@ def _window(dataset: Dataset | Mixture, settings: TrainSettings, ranks: int) -> 
             yield Finding("readers", "warning", f"{told}; take a number of ranks that divides {part.shuffle.lanes}")
         else:
             yield Finding("readers", "ok", told)
-    here, free = min(ranks, torch.cuda.device_count() or ranks), free_memory()
-    told = f"{here * wanted / 1e9:.2f} GB of this machine's memory, {free / 1e9:.1f} GB are free"
-    if here * wanted > free:
+    wanted *= room.ranks
+    told = f"{wanted / 1e9:.2f} GB of the memory of {room.host}, {room.free / 1e9:.1f} GB are free"
+    if wanted > room.free:
         yield Finding("shuffle window", "error", f"{told}; make data.window_bytes smaller, or set data.cache to a disk")
     else:
         yield Finding("shuffle window", "ok", told)
 
 
-def _model(settings: TrainSettings) -> dict[str, Any]:
-    data = settings.data
-    labelled = Dataset.open(data.val, settings=data.store) if is_stream(data.train) else training_set(data)
-    return resolve_model(settings, open_source(settings.init) if settings.init else None, len(labelled.classes))
+def _model(settings: TrainSettings) -> tuple[dict[str, Any], int | None]:
+    """Return what ``create_model`` takes, and the samples of an epoch; nobody knows those of a stream."""
+    data, stream = settings.data, is_stream(settings.data.train)
+    labelled = Dataset.open(data.val, settings=data.store) if stream else training_set(data)
+    init = open_source(settings.init) if settings.init else None
+    return resolve_model(settings, init, len(labelled.classes)), None if stream else len(labelled)
 
 
-def _memory(settings: TrainSettings, ranks: int) -> Finding:
+def _memory(settings: TrainSettings, ranks: int, room: Room) -> Finding:
     cuda = torch.cuda.is_available()
-    memory = MemoryEstimate(settings, _model(settings), ranks, cuda)
+    memory = MemoryEstimate(settings, _model(settings)[0], ranks, cuda)
     found = memory.at(settings.micro_batch or memory.local)
-    host = sum(found.host.values())
+    host, told = sum(found.host.values()), ""
     if cuda:
-        room, here = ROOM * torch.cuda.get_device_properties(0).total_memory, min(ranks, torch.cuda.device_count())
-        if found.device_peak > room:
-            return Finding("memory", "error", _too_much("this card", found.device_peak, room, memory.largest(room)))
-        told = f"{found.device_peak / 1e9:.1f} of {room / 1e9:.1f} GB of the card, "
+        card = ROOM * torch.cuda.get_device_properties(0).total_memory
+        if found.device_peak > card:
+            return Finding("memory", "error", _too_much("this card", found.device_peak, card, memory.largest(card)))
+        told = f"{found.device_peak / 1e9:.1f} of {card / 1e9:.1f} GB of the card, "
     else:
-        host, here, told = host + found.device_peak, ranks, ""
-    free = free_memory()
-    if here * host > free:
-        return Finding("memory", "error", _too_much(f"{here} ranks on this machine", here * host, free, None))
-    return Finding("memory", "ok", f"{told}{here * host / 1e9:.1f} of {free / 1e9:.1f} GB of this machine")
+        host += found.device_peak
+    host *= room.ranks
+    if host > room.free:
+        return Finding("memory", "error", _too_much(f"{_counted(room.ranks)} on {room.host}", host, room.free, None))
+    return Finding("memory", "ok", f"{told}{host / 1e9:.1f} of {room.free / 1e9:.1f} GB of {room.host}")
+
+
+def _counted(ranks: int) -> str:
+    return "1 rank" if ranks == 1 else f"{ranks} ranks"
 
 
 def _too_much(where: str, wanted: float, room: float, largest: int | None) -> str:
@@ -253,14 +216,25 @@ def _too_much(where: str, wanted: float, room: float, largest: int | None) -> st
 def _disk(settings: TrainSettings, stage: Path) -> Finding:
     """Tell whether the checkpoints that are kept, and the one that is being written, have room beside those there."""
     there, folder = _existing(stage), stage / "checkpoints"
-    size = checkpoint_bytes(settings.optim, estimate_model(_model(settings), None)["parameters"])
-    count = settings.checkpoint.keep + 1 + (settings.data.val is not None)  # and the best
+    model, epoch = _model(settings)
+    size = checkpoint_bytes(settings.optim, estimate_model(model, None)["parameters"])
+    count = _most_kept(settings, epoch) + 1 + (settings.data.val is not None)  # and the best
     present = sum(file.stat().st_size for each in whole_checkpoints(folder) for file in each.iterdir())
     free = shutil.disk_usage(there).free
     told = f"{count} of {size / 1e9:.2f} GB, {present / 1e9:.2f} GB there, {free / 1e9:.1f} GB are free in {there}"
     if count * size - present > free:
         return Finding("checkpoints", "error", f"{told}: no room; make some, or give another --runs")
     return Finding("checkpoints", "ok", told)
+
+
+def _most_kept(settings: TrainSettings, epoch: int | None) -> int:
+    """Return how many checkpoints stay while the last one is written, those that are kept for good among them."""
+    schedule, batch = Schedule.of(settings, epoch, settings.global_batch), settings.global_batch
+    period = max(schedule.periods["save"], batch)  # at most one a step
+    due = range(period, schedule.total - batch + 1, period)
+    names = sorted({path_of(Path(), -(-each // batch) * batch).name for each in due})
+    keep, every = settings.checkpoint.keep, schedule.periods.get("keep")
+    return max(keep, len(names) - len(superseded(names, None, None, keep, every)))
 
 
 def _existing(folder: Path) -> Path:
@@ -292,14 +266,3 @@ def _mirrored(url: str) -> Finding:
     finally:
         store.delete(name)
     return Finding("mirror", "ok", f"{url} can be written and read")
-
-
-def print_findings(findings: list[Finding], width: int | None = None) -> None:
-    """Print what was found, a line each."""
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for _ in range(3):
-        table.add_column(overflow="fold")
-    styles = {"ok": "green", "warning": "yellow", "error": "bold red"}
-    for each in findings:
-        table.add_row(Text(each.state, styles[each.state]), each.what, Text(each.told))
-    Console(width=width, highlight=False).print(table)

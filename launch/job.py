@@ -7,6 +7,7 @@ When the ranks stopped because somebody asked them to (the time limit is near, a
 newest checkpoint when it runs again. Slurm itself does so where a node was lost.
 """  # fmt: skip
 
+import json
 import os
 import re
 import signal
@@ -16,17 +17,17 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from launch.cluster import JobSettings
+from launch.findings import Finding, print_findings
+from launch.jobnodes import can_do_without, excluded, job_number, sick_nodes
 from launch.local import free_port
 from launch.plan import Stage
 from launch.rank import ENDED
 from launch.run import begin, finish, is_done
 from launch.slurm import layout, slurm
-from launch.submission import Job, Record, log_of, read_submission
+from launch.submission import Job, Record, folder_of, log_of, read_submission
 from pipeline.checkpoint import samples_of, whole_checkpoints
 from shards.errors import PatchmillError, StoppedOnRequestError, UserError
 
-CHECK = 120.0  # seconds for the health check of all nodes
 KILLED = 90.0  # seconds that Slurm may take to end a job that goes back into the queue
 
 
@@ -77,28 +78,44 @@ def run_job(run: Path, name: str) -> None:
     _say(f"{name}: try {record.table.get('tries', 0) + 1} on {os.environ['SLURM_JOB_NODELIST']}, from {_at(samples)}")
     if record.begin(samples) > job.settings.retries + 1:  # Slurm brought it back, each time a node was lost
         raise PatchmillError(f"{job.settings.retries + 1} tries in a row came no further than {_at(samples)}")
-    if sick := _sick_nodes(job.settings):
+    if sick := sick_nodes(job.settings.health):
         reason = f"health check failed on {', '.join(sick)}: excluded"
         record.excuse("stopped", reason)
         raise _requeue(reason, exclude=sick)
+    if job.settings.doctor and (slow := _slow_nodes(run, name, job, stage, ranks)):
+        told = f"slower than the others: {', '.join(slow)}"
+        if record.table["barren"] <= job.settings.retries and can_do_without(slow, run):
+            record.note("stopped", reason=f"{told}: excluded")
+            raise _requeue(f"{told}: excluded", exclude=slow)
+        _say(f"{told}; goes on with them, for want of others")
     if job.slice is None:
         begin(stage)
     _try(run, name, job, stage, ranks)
 
 
 def _try(run: Path, name: str, job: Job, stage: Stage, ranks: Ranks) -> None:
-    record, logs, began = Record(run, name), stage.folder / "logs", time.monotonic()
+    logs, began = stage.folder / "logs", time.monotonic()
     if job.slice:  # of several at once
         logs /= f"slice-{job.slice.partition('/')[0]}"
-    for stale in (stage.folder / "stopped.json", logs / ENDED):
+    said = _step(run, name, job, stage, ranks, logs, _arguments(job, stage))
+    if job.slice in (None, "merge"):
+        finish(stage, said, time.monotonic() - began)
+    Record(run, name).note("done", reason=None)
+
+
+def _step(run: Path, name: str, job: Job, stage: Stage, ranks: Ranks, logs: Path, arguments: list[str]) -> str:
+    """Run a command on all ranks; return rank 0's stdout.
+
+    Raises:
+        PatchmillError: It did not end well; as of ``run_job``.
+    """
+    record = Record(run, name)
+    for stale in (stage.folder / "stopped.json", logs / ENDED, logs / "stdout.log"):
         stale.unlink(missing_ok=True)
     said = Said([log_of(run, name), *(logs / f"rank-{rank}.log" for rank in range(1, stage.table.ranks))])
-    code = ranks.run(_command(job, stage, logs), **_meeting(stage.table.ranks))
+    code = ranks.run(_command(job, stage, logs, arguments), **_meeting(stage.table.ranks))
     if code == 0:
-        if job.slice in (None, "merge"):
-            finish(stage, (logs / "stdout.log").read_text(), time.monotonic() - began)
-        record.note("done", reason=None)
-        return
+        return (logs / "stdout.log").read_text()
     ended = int((logs / ENDED).read_text()) if (logs / ENDED).exists() else code
     if ended == UserError.exit_code:
         raise UserError(f"{said.error()}; mend it, then submit the plan again")
@@ -138,18 +155,19 @@ class Said:
         return "no reason was given"
 
 
-def _command(job: Job, stage: Stage, logs: Path) -> list[str]:
+def _command(job: Job, stage: Stage, logs: Path, arguments: list[str]) -> list[str]:
     settings, ranks = job.settings, stage.table.ranks
     nodes, each = layout(ranks, settings, stage.table.name)
     command = ["srun", "--kill-on-bad-exit=1", f"--nodes={nodes}", f"--ntasks={ranks}", f"--ntasks-per-node={each}"]
     command += [f"--cpus-per-task={settings.cpus_per_rank}"] if settings.cpus_per_rank else []  # sbatch's is not enough
     command += [*settings.srun, *settings.container, settings.python or sys.executable, "-P", "-m", "launch.rank"]
-    arguments = stage.arguments
-    if job.slice == "merge":
-        arguments = ["shards", "merge", str(stage.folder / "data")]
-    elif job.slice:
-        arguments = [*arguments, "--slice", job.slice]
     return [*command, str(logs), *arguments, "--json"]
+
+
+def _arguments(job: Job, stage: Stage) -> list[str]:
+    if job.slice == "merge":
+        return ["shards", "merge", str(stage.folder / "data")]
+    return [*stage.arguments, "--slice", job.slice] if job.slice else stage.arguments
 
 
 def _meeting(ranks: int) -> dict[str, str]:
@@ -159,26 +177,27 @@ def _meeting(ranks: int) -> dict[str, str]:
     return {"MASTER_ADDR": os.environ["SLURMD_NODENAME"], "MASTER_PORT": str(free_port())}
 
 
-def _sick_nodes(settings: JobSettings) -> list[str]:
-    """Return the nodes on which the health check fails, or does not end."""
-    if not settings.health:
-        return []
-    nodes = slurm("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
-    # The shell tells who passed, so that a node that says nothing did not; `$@` is the command, and no shell reads it.
-    told = ["sh", "-c", '"$@" >&2 && echo "$SLURMD_NODENAME"', "health", *settings.health]
-    command = ["srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1", "--no-kill", *told]
+def _slow_nodes(run: Path, name: str, job: Job, stage: Stage, ranks: Ranks) -> list[str]:
+    """Let the doctor look at a stage, on all its ranks, and tell in the job's log; return the nodes that are slow.
+
+    Raises:
+        PatchmillError: The stage will not run on these nodes; or as of ``run_job``.
+    """
+    logs, failed = folder_of(run) / f"{name}.doctor", None
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, timeout=CHECK)
-        healthy = done.stdout
-    except subprocess.TimeoutExpired as late:
-        healthy = (late.stdout or b"").decode()
-    return [node for node in nodes if node not in healthy.split()]
+        said = _step(run, name, job, stage, ranks, logs, ["doctor", str(run), "--only", stage.table.name])
+    except UserError as error:
+        said, failed = (logs / "stdout.log").read_text(), error
+    findings = [Finding(**each) for each in json.loads((said.splitlines() or ["[]"])[-1])]
+    print_findings(findings, file=sys.stderr)
+    if failed:
+        raise failed
+    return list(dict.fromkeys(host for each in findings for host in each.hosts))
 
 
 def _requeue(reason: str, exclude: list[str] | None = None) -> PatchmillError:
     """Put this job, or task of an array, back into the queue, unless Slurm is ending it; return what to raise."""
-    array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
+    job = job_number()
     try:
         # What is ending for another reason than its time limit was cancelled, or is on its way back already.
         state = slurm("squeue", "--noheader", f"--jobs={job}", "--format=%T %r").split()
@@ -188,8 +207,7 @@ def _requeue(reason: str, exclude: list[str] | None = None) -> PatchmillError:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # with which Slurm ends this: not before all is said
         slurm("scontrol", "requeue", job)
         if exclude:
-            before = slurm("squeue", "--noheader", f"--jobs={job}", "--format=%x").split()
-            slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join([*before, *exclude])}")
+            slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join([*excluded(job), *exclude])}")
     except PatchmillError as error:
         return StoppedOnRequestError(f"{reason}, and it cannot go back into the queue: {error}; submit the plan again")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

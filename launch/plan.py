@@ -280,6 +280,7 @@ def _prepare(
             raise UserError(f"{where} is of kind {stage.kind}, its settings of kind {settings.kind}; make them one")
         settings.accumulation(stage.ranks)
         check_model(settings, where)
+        settings.data.check_stream()
         _check_weights(settings, inputs["init"], where)
         command += ["--smoke"] if smoke else []
     return Stage(stage, settings, needs, digest([stage.kind, table, inputs]), digest(inputs), folder, command, sweep)

@@ -1,6 +1,6 @@
 """What ``patchmill submit`` leaves in a run's folder, for its jobs and for who asks how they are.
 
-RUN/plan.toml   slurm/{submission.json, code/, NAME.sbatch, NAME.log, NAME.json}
+RUN/plan.toml   slurm/{submission.json, code/, NAME.sbatch, NAME.log, NAME.json, NAME.doctor/}
 """
 
 import json
@@ -77,6 +77,18 @@ def read_submission(run: Path) -> Submission | None:
     """Return the last submission of a run; None: there was none."""
     table = read_json(folder_of(run) / "submission.json")
     return check(Submission, table, str(run)) if table else None
+
+
+def read_submitted_plan(run: Path) -> Plan:
+    """Return the plan of a run as it was submitted.
+
+    Raises:
+        UserError: The folder is no run's, or it was not submitted.
+    """
+    check_run(run)
+    if (submission := read_submission(run)) is None:
+        raise UserError(f"{run} was never submitted; give the file of its plan")
+    return submission.read_plan(run.resolve())
 
 
 def check_run(run: Path) -> None:

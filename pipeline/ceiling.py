@@ -26,6 +26,11 @@ def product_flops(precision: str) -> float:
     Args:
         precision: "float32", "bfloat16" or "float16".
     """
+    return sum(distributed.gather_floats([rank_flops(precision)])[:, 0])
+
+
+def rank_flops(precision: str) -> float:
+    """Return those of this rank alone, while all others multiply too; collective."""
     device = distributed.device()
     side = SIDES[device.type]
     # Random numbers: a GPU draws less power for equal ones, and keeps a higher clock than training ever sees.
@@ -41,4 +46,4 @@ def product_flops(precision: str) -> float:
             multiply(a, b)
             wait()
             best = min(best, time.perf_counter() - began)
-    return sum(distributed.gather_floats([2 * side**3 / best])[:, 0])
+    return 2 * side**3 / best

@@ -69,11 +69,8 @@ def open_data(settings: TrainSettings, out: Path, first_batch: int) -> TrainingD
         "seed": settings.seed, "transform": training_transform(data), "threads": data.threads,
         "quarantine": out / "quarantine.jsonl", "labels": _labels(settings),
     }  # fmt: skip
+    data.check_stream()
     if is_stream(data.train):
-        if held_out is None:
-            raise UserError(
-                f"the stream {data.train} does not tell its classes; set data.val to a data set that has them"
-            )
         schedule = Schedule.of(settings, None, first_batch)
         loader = StreamLoader(
             data.train, held_out.classes, stop=schedule.total, allow_pipe=data.allow_pipe, store=data.store,

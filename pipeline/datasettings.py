@@ -7,6 +7,7 @@ from pydantic import ByteSize, Discriminator, Field, Tag, field_validator, model
 from pipeline.settings import Settings, Url
 from shards.augreg import PRESETS
 from shards.cache import ChunkCache
+from shards.errors import UserError
 from shards.storesettings import StoreSettings
 from shards.tarstream import is_stream
 
@@ -129,6 +130,13 @@ class DataSettings(Settings):
     def open_cache(self) -> ChunkCache | None:
         """Return the cache of remote chunks, if one is set; a folder that cannot be one is a UserError."""
         return ChunkCache(self.cache, self.cache_bytes) if self.cache else None
+
+    def check_stream(self) -> None:
+        """Raise a UserError where nothing tells the classes of a stream."""
+        if is_stream(self.train) and self.val is None:
+            raise UserError(
+                f"the stream {self.train} does not tell its classes; set data.val to a data set that has them"
+            )
 
     @property
     def sources(self) -> tuple[TrainSource, ...]:

@@ -1,13 +1,18 @@
 """``patchmill doctor``: what would end a run is said before it starts, each with what to do."""
 
 import json
+import socket
 import textwrap
 from pathlib import Path
 
 import pytest
 
-from launch.doctor import SLOW, diagnose, ranks_together, software
+from launch.doctor import diagnose
+from launch.machines import SLOW, ranks_together, software
 from launch.plan import read_plan
+from launch.rankprobe import check_card, pairings
+from shards.dataset import Dataset, write_exclude
+from shards.errors import UserError
 from tests.command import patchmill
 from tests.images import build_image_set
 from tests.shards.servers import serve_faults
@@ -19,13 +24,16 @@ name = "pretrain"
 kind = "supervised"
 ranks = {ranks}
 [stage.set]
-duration = "2 steps"
+duration = "{duration}"
 global_batch = {batch}
 model = {{ name = "vit_ti16", depth = 2 }}
 data = {{ train = "{train}", resolution = 32 }}
 {more}
 """
-RANK = {"host": "a", "clock": 1000.0, "device": "CPU", "product": 1e11, "reduce": 1e9}
+RANK = {
+    "host": "a", "versions": {"torch": "2.13.0"}, "device": "CPU", "free": 8e9, "clock": 1000.0, "product": 1e11,
+    "reduce": 1e9, "links": [],
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -33,38 +41,43 @@ def images(tmp_path_factory) -> Path:
     return build_image_set(tmp_path_factory.mktemp("images"), per_class=8, shard_samples=4)
 
 
-def plan(folder: Path, train: str | Path, more: str = "", ranks: int = 2, batch: int = 14) -> Path:
+def plan(
+    folder: Path, train: str | Path, more: str = "", ranks: int = 2, batch: int = 14, duration: str = "2 steps"
+) -> Path:
     path = folder / "plan.toml"
-    path.write_text(textwrap.dedent(PLAN.format(train=train, more=more, ranks=ranks, batch=batch)))
+    path.write_text(textwrap.dedent(PLAN.format(train=train, more=more, ranks=ranks, batch=batch, duration=duration)))
     return path
 
 
-def found(folder: Path, *arguments, ranks: int = 2, **more) -> dict[str, tuple[str, str]]:
-    """Return what is said of each thing, of a plan on so many ranks."""
+def found(folder: Path, *arguments, ranks: int = 2, hosts: str = "", **more) -> dict[str, tuple[str, str]]:
+    """Return what is said of each thing, of a plan on so many ranks; ``hosts``: of each a letter."""
     checked = read_plan(plan(folder, *arguments, ranks=ranks, **more), folder / "runs")
-    return {each.what.removeprefix("pretrain: "): each[1:] for each in diagnose(checked, [RANK] * ranks)}
+    hosts = hosts or "a" * ranks
+    started = [{**RANK, "host": host, "links": [((at + 1) % len(hosts), 1e9)]} for at, host in enumerate(hosts)]
+    return {each.what.removeprefix("pretrain: "): each[1:3] for each in diagnose(checked.stages, started)}
 
 
 def test_a_plan_that_will_run_is_told_in_every_part(images, tmp_path):
     done = patchmill("doctor", plan(tmp_path, images), "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     told = {each["what"]: each for each in json.loads(done.stdout)}
-    rest = told.keys() - {"matrix products", "all-reduce"}  # others may use these cores
+    rest = told.keys() - {"matrix products", "links"}  # others may use these cores
     assert {told[what]["state"] for what in rest} == {"ok"}
     assert "torch 2." in told["versions"]["told"]
     assert told["ranks"]["told"].startswith("2 on ")
     assert "GFLOP/s a rank" in told["matrix products"]["told"]
     assert "GB/s a rank" in told["all-reduce"]["told"]
+    assert "GB/s each way between two ranks, with no others to compare them with" in told["links"]["told"]
     assert told["pretrain: data"]["told"].startswith(f"24 samples in 6 shards of {images}, two read in ")
     assert told["pretrain: readers"]["told"] == f"each byte of {images} is read by 1 of 2 ranks"
-    assert "GB of this machine" in told["pretrain: memory"]["told"]
+    assert f"GB of {socket.gethostname()}" in told["pretrain: memory"]["told"]
     assert told["pretrain: checkpoints"]["told"].startswith("3 of 0.0")  # two are kept, and one is being written
     assert not (tmp_path / "runs").exists()  # nothing is left behind
 
 
 def test_what_will_not_run_is_told_on_one_page_and_ends_with_2(images, tmp_path):
     more = "checkpoint = { keep = 10_000_000 }"
-    done = patchmill("doctor", plan(tmp_path, images, more), cwd=tmp_path)
+    done = patchmill("doctor", plan(tmp_path, images, more, ranks=1), "--only", "pretrain", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr == "error: the plan will not run here: pretrain: checkpoints; see above what to do\n"
     assert "no room; make some, or give another --runs" in " ".join(done.stdout.split())
@@ -93,7 +106,53 @@ def test_ranks_that_read_the_same_bytes_over_a_network_are_a_warning(images, tmp
 def test_too_little_memory_is_an_error_with_both_numbers(images, tmp_path):
     state, told = found(tmp_path, images, batch=140_000_000)["memory"]
     assert state == "error"
-    assert "GB are estimated for 2 ranks on this machine, and there are" in told
+    assert "GB are estimated for 2 ranks on a, and there are 8.0" in told
+    assert (
+        "GB are estimated for 3 ranks on b, and there"
+        in found(tmp_path, images, batch=140_000_000, ranks=4, hosts="abbb")["memory"][1]
+    )
+
+
+def test_memory_is_that_of_the_ranks_of_one_host(images, tmp_path):
+    def told(hosts: str) -> str:
+        return found(tmp_path, images, ranks=4, batch=4096, hosts=hosts)["memory"][1]
+
+    together, apart = (float(told(hosts).split()[0]) for hosts in ("aaaa", "abcd"))
+    assert together == pytest.approx(4 * apart, abs=0.3)  # of numbers with one place
+    assert apart > 0
+    state, said = found(tmp_path, images, ranks=4, batch=16, hosts="ab")["ranks"]
+    assert state == "warning"
+    assert said.startswith("4 in the plan, and 2 were looked at")
+
+
+def test_all_checkpoints_that_are_kept_for_good_need_room(images, tmp_path):
+    def count(more: str, duration: str = "20 steps") -> str:
+        return found(tmp_path, images, f"checkpoint = {{ {more} }}", duration=duration)["checkpoints"][1].split()[0]
+
+    assert count('every = "1 steps"') == "3"
+    assert count('every = "1 steps", keep_every = "5 steps"') == "6"  # 5, 10, 15, 18, 19, and 20 that is being written
+    assert count('every = "2 steps", keep_every = "1 steps"') == "10"  # each that there is
+    assert count('every = "1 steps", keep_every = "30 steps"') == "3"
+
+
+def test_what_a_stream_and_an_empty_data_set_lack_is_told(images, tmp_path):
+    tars = f"{images}/shards/{{000000..000005}}.tar"
+    with pytest.raises(UserError, match=r"does not tell its classes; set data\.val to a data set that has them"):
+        found(tmp_path, tars)
+    often = 'checkpoint = { every = "1 steps" }\nevaluate = { every = "1 steps" }'
+    told = found(tmp_path, f'{tars}", val = "{images}', often)
+    assert told["data"] == ("ok", f"a stream of 6 tars in {images}/shards")
+    assert told["memory"][0] == told["checkpoints"][0] == "ok"
+    state, said = found(tmp_path, f'{tars}", val = "{images}')["checkpoints"]
+    assert (state, "nobody knows the epoch of a stream" in said) == ("error", True)
+
+    everything = Dataset.open(images)
+    rows = [(shard, index, "") for shard, size in enumerate(everything.shard_sizes) for index in range(size)]
+    empty = build_image_set(tmp_path / "empty", per_class=8, shard_samples=4)
+    write_exclude(empty, "all", rows)
+    assert found(tmp_path, f'{empty}", exclude = "all')["data"] == (
+        "error", f"drop list all leaves no sample of {empty}; take another, or none"
+    )  # fmt: skip
 
 
 def test_a_mirror_that_takes_nothing_is_an_error(images, tmp_path):
@@ -106,20 +165,70 @@ def test_a_mirror_that_takes_nothing_is_an_error(images, tmp_path):
     assert not list((tmp_path / "there").iterdir())
 
 
-def test_a_card_beside_a_build_for_cpus_is_an_error(tmp_path):
+def test_a_card_beside_a_build_for_cpus_is_an_error(tmp_path, monkeypatch):
     assert {each.state for each in software(tmp_path / "none")} == {"ok"}
     (tmp_path / "nvidiactl").touch()
     states = {each.what: each for each in software(tmp_path / "nvidiactl")}
     assert states["devices"].state == "error"
     assert "is a build for CPUs; install torch with CUDA" in states["devices"].told
+    check_card(tmp_path / "nvidiactl")  # alone it waits for nobody, and has all else told
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    check_card(tmp_path / "none")
+    with pytest.raises(UserError, match=r"is a build for CPUs; .* says \(rank 1 on "):
+        check_card(tmp_path / "nvidiactl")
 
 
 def test_a_slow_rank_and_a_clock_that_is_wrong_are_named():
     ranks = [RANK, RANK, {**RANK, "host": "b", "product": SLOW * 0.9e11}, {**RANK, "host": "c", "clock": 900.0}]
+    ranks = [{**rank, "links": [((number + step) % 4, 1e9) for step in (1, 3)]} for number, rank in enumerate(ranks)]
     told = {each.what: each for each in ranks_together(ranks)}
     assert told["ranks"].told == "4 on a, b, c, each on CPU"
-    assert told["clocks"][1:] == ("warning", "that of c is 100 s behind that of a; set them by NTP")
+    assert told["clocks"][1:] == ("warning", "that of c is 100 s behind that of a; set them by NTP", ())
     assert told["matrix products"].state == "warning"
     assert "but rank 2 on b 63 GFLOP/s; look at those machines" in told["matrix products"].told
-    assert told["all-reduce"].state == "ok"
-    assert "all-reduce" not in {each.what for each in ranks_together([{**RANK, "reduce": None}])}
+    assert told["matrix products"].hosts == ("b",)
+    assert told["all-reduce"].state == told["links"].state == "ok"
+    assert not {"all-reduce", "links"} & {each.what for each in ranks_together([{**RANK, "reduce": None}])}
+    strange = [RANK, {**RANK, "host": "b", "versions": {"torch": "2.12.0"}, "device": "H200"}]
+    strange = [{**rank, "links": [(1 - number, 1e9)]} for number, rank in enumerate(strange)]
+    told = {each.what: each for each in ranks_together(strange)}
+    assert told["ranks"][1:3] == (
+        "warning", "2 on a, b, each on CPU or H200: the slower ones hold all others up; take hosts that are alike"
+    )  # fmt: skip
+    assert told["versions"].state == "error"
+    assert told["versions"].told.startswith("rank 1 on b has torch 2.12.0, rank 0 has others")
+
+
+def test_a_rank_whose_links_are_all_slow_is_told_from_a_link_that_is():
+    def told(*slow: tuple[int, int], ranks: int = 5) -> tuple:
+        links = [[((number + step) % ranks, 1e9) for step in (1, ranks - 1)] for number in range(ranks)]
+        links = [
+            [(peer, 1e8 if (number, peer) in slow or (peer, number) in slow else speed) for peer, speed in each]
+            for number, each in enumerate(links)
+        ]
+        ranks = [{**RANK, "host": host, "links": each} for host, each in zip("abcde"[:ranks], links, strict=True)]
+        return next(each for each in ranks_together(ranks) if each.what == "links")[1:]
+
+    assert told() == ("ok", "1 GB/s each way between two ranks, the slowest 1 GB/s", ())
+    state, said, hosts = told((2, 3), (3, 4))
+    assert (state, hosts) == ("warning", ("d",))
+    assert "but rank 3 on d 0.1 GB/s; look at those machines" in said
+    assert told((0, 1), (1, 2), ranks=3)[2] == ("b",)
+    state, said, hosts = told((4, 0))
+    assert (state, hosts) == ("warning", ())
+    assert said.endswith("but 0.1 GB/s between rank 0 on a and rank 4 on e; look at what connects them")
+
+
+@pytest.mark.parametrize("hosts", ["a", "aa", "ab", "aaa", "abc", "aabb", "aabbcc", "aaab", "abcde", "aaabbbccc"])
+def test_each_rank_exchanges_with_two_others_and_with_one_at_a_time(hosts):
+    together = list(pairings(list(hosts)))
+    for pairs in together:
+        ranks = [rank for pair in pairs for rank in pair]
+        assert len(set(ranks)) == len(ranks)
+    pairs = [pair for each in together for pair in each]
+    assert len(set(pairs)) == len(pairs)
+    degrees = [sum(rank in pair for pair in pairs) for rank in range(len(hosts))]
+    assert degrees == [min(2, len(hosts) - 1)] * len(hosts)
+    if len({hosts.count(host) for host in hosts}) == 1 < len(set(hosts)):  # all have a way out of their host
+        assert all(hosts[one] != hosts[other] for one, other in pairs)

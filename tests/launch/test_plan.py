@@ -94,6 +94,8 @@ def test_a_stage_may_train_on_a_stream(write, tmp_path):
         assert stage(source).settings.data.train == source
     with pytest.raises(UserError, match="standard input comes once, and a plan may run again"):
         stage("-")
+    with pytest.raises(UserError, match="does not tell its classes; set data"):
+        read_plan(write((HEAD + STREAM).replace("SOURCE", "x-*.tar").replace('val = "images", ', "")))
     with pytest.raises(UserError, match=r"no object .*missing.tar"):
         stage("missing.tar")
 

@@ -15,7 +15,7 @@ from launch.plan import read_plan
 from launch.slurm import CODE, _numbers, _parts, _script, _settings, layout
 from launch.snapshot import take_snapshot
 from launch.stages import KINDS
-from launch.submission import Job, Record, folder_of
+from launch.submission import Job, Record, folder_of, read_submitted_plan
 from pipeline import provenance
 from shards.errors import UserError
 from tests.command import ROOT
@@ -187,5 +187,11 @@ def test_a_submitted_plan_does_not_look_at_its_images_again(tmp_path):
     plan = plan_of(tmp_path)
     (tmp_path / "images").rename(tmp_path / "gone")
     (tmp_path / "plan.toml").unlink()
+    with pytest.raises(UserError, match="is no run: it holds no plan"):
+        read_submitted_plan(plan.run)
+    (plan.run / "slurm").mkdir(parents=True)
+    (plan.run / "plan.toml").write_text(PLAN)
+    with pytest.raises(UserError, match="was never submitted; give the file of its plan"):
+        read_submitted_plan(plan.run)
     again = read_submitted(PLAN, plan.path, plan.run, False, plan.inputs.known)
     assert [stage.digest for stage in again.stages] == [stage.digest for stage in plan.stages]
