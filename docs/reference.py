@@ -18,7 +18,7 @@ from pydantic import BaseModel, ByteSize
 from pydantic_core import PydanticUndefined
 
 from launch.cli import app
-from launch.cluster import JobSettings
+from launch.cluster import JobSettings, PodSettings
 from launch.plan import PlanTable, StageTable
 from launch.stages import KINDS
 from pipeline.config import TrainSettings
@@ -146,6 +146,13 @@ def settings() -> Iterator[str]:
             yield from _table(f'kind = "{name}"', kind.settings, 3)
     yield from ("", "## A cluster's profile", "", "What `--cluster` reads: [cluster.md](cluster.md).")
     yield from _table("", JobSettings, 3)
+    yield from (
+        "",
+        "## A profile of Kubernetes",
+        "",
+        "What `patchmill manifest` reads: [launchers.md](launchers.md#kubernetes).",
+    )
+    yield from _table("", PodSettings, 3)
 
 
 def _table(name: str, model: type[BaseModel], level: int, path: str = "") -> Iterator[str]:

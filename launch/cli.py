@@ -44,20 +44,47 @@ def run(
     ] = None,
     smoke: Smoke = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the plan, and tell what would run.")] = False,
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Processes of each training, evaluate and fewshot stage; default: the plan's, else one a GPU."
+        ),
+    ] = None,
+    launcher: Annotated[str, typer.Option(help="What starts them: local, torchrun, accelerate, deepspeed.")] = "local",
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Nodes (torchrun, accelerate): give the same command on each of them ...")
+    ] = None,
+    node_rank: Annotated[int | None, typer.Option(min=0, help="... with its own number, from 0 ...")] = None,
+    rdzv_endpoint: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="... and node 0 with a free port of it.")
+    ] = None,
+    hostfile: Annotated[Path | None, typer.Option(help="Nodes of deepspeed: lines like node1 slots=8.")] = None,
+    remote: Annotated[str | None, typer.Option(help="How deepspeed reaches them: pdsh (default) or openmpi.")] = None,
+    print_only: Annotated[bool, typer.Option("--print", help="Print what would be started, node by node.")] = False,
 ) -> None:
     """Run a plan on this machine; finished stages are skipped, interrupted ones go on. --smoke: in RUNS/NAME-smoke."""
-    from launch.choice import anew, chosen, print_choice
+    from launch.choice import anew, chosen, is_done, print_choice
+    from launch.launchers import Launch, print_commands
     from launch.plan import read_plan
     from launch.run import run_plan
 
     if start is not None and only is not None:
         raise UserError("--from makes all that follows, and --only nothing else; give one of them")
-    checked = read_plan(plan, runs, smoke)
+    launch = Launch(launcher, nodes, node_rank, rdzv_endpoint, hostfile and hostfile.absolute(), remote)
+    checked = read_plan(plan, runs, smoke, ranks, unsaid=launch.unsaid_ranks())
     names = chosen(checked, only)
+    launch.check([stage for stage in checked.stages if stage.table.name in names])
     if dry_run:
         print_choice(checked, names, anew(checked, start))
         return
-    run_plan(checked, start, only)
+    if print_only:
+        print_commands(launch, checked, names)
+        return
+    if launch.follows():
+        if not all(is_done(stage) for stage in checked.stages if stage.table.name in names):
+            launch.follow()
+        return
+    run_plan(checked, start, only, launch)
     if any(stage.table.kind == "report" for stage in checked.stages if stage.table.name in names):
         from pipeline.report.run import read_run
         from pipeline.report.terminal import print_table
@@ -134,6 +161,21 @@ def submit(
     _print({name: job.id for name, job in jobs.items()}, as_json)
     how = f"patchmill status {shlex.quote(str(checked.run))} --watch" if jobs else "all stages are done"
     print(how, file=sys.stderr)
+
+
+@app.command()
+def manifest(
+    plan: Annotated[Path, typer.Argument(help="Plan file, as the pods find it, too.")],
+    cluster: Annotated[Path, typer.Option(help="Profile of the cluster, a TOML file: image, volumes, GPUs a node.")],
+    runs: Annotated[Path, typer.Option(help="Folder of runs, likewise; this one gets RUNS/NAME.")] = Path("runs"),
+    smoke: Smoke = False,
+) -> None:
+    """Print a plan as a Kubernetes manifest, a JobSet: for `kubectl apply -f -`, or a file."""
+    from launch.cluster import Cluster
+    from launch.kubernetes import manifest as text_of
+    from launch.plan import read_plan
+
+    print(text_of(read_plan(plan, runs, smoke), Cluster(cluster, of="Kubernetes"), plan, runs), end="")
 
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run: RUNS/NAME.")]

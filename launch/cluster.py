@@ -1,10 +1,10 @@
-"""What a Slurm cluster asks of a job: the profile, a TOML file that ``patchmill submit --cluster`` reads."""
+"""What a cluster asks of a job: the profile, a TOML file that ``patchmill submit`` and ``manifest --cluster`` read."""
 
 import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, create_model
 
 from pipeline.settings import Settings, check, merge, nearest, read_toml
 from shards.errors import UserError
@@ -26,25 +26,30 @@ Line = Annotated[str, AfterValidator(_one_line)]
 Variable = Annotated[str, AfterValidator(_variable)]
 
 
-class JobSettings(Settings):
-    """The job of a stage; what is not said, the cluster decides."""
+class NodeSettings(Settings):
+    """What a stage takes of nodes, and what it may suffer, on any cluster."""
+
+    gpus_per_node: int = Field(0, ge=0, description="of a whole node; a job of fewer ranks asks for fewer")
+    ranks_per_node: int | None = Field(None, gt=0, description="default: gpus_per_node, else all on one node")
+    cpus_per_rank: int | None = Field(None, gt=0)
+    memory: Line | None = Field(None, description="of a node: 480G, of a pod 480Gi")
+    env: dict[Variable, Line] = {}
+    grace: int = Field(120, gt=0, description="seconds that ranks get to save before the end: of the time limit, a pod")
+    retries: int = Field(3, ge=0, description="after crashes without progress between them")
+
+
+class JobSettings(NodeSettings):
+    """The job of a stage on Slurm; what is not said, the cluster decides."""
 
     partition: Line | None = None
     account: Line | None = None
     qos: Line | None = None
     constraint: Line | None = None
     time: Line | None = Field(None, description="limit of one try, as sbatch takes it: 1-12:00:00")
-    gpus_per_node: int = Field(0, ge=0, description="of a whole node; a job of fewer ranks asks for fewer")
-    ranks_per_node: int | None = Field(None, gt=0, description="default: gpus_per_node, else all on one node")
-    cpus_per_rank: int | None = Field(None, gt=0)
-    memory: Line | None = Field(None, description="of a node: 480G")
     slices: int = Field(1, gt=0, description="of a stage of kind shards: so many jobs of an array build it")
-    grace: int = Field(120, gt=0, description="seconds before the time limit at which the ranks are told to save")
-    retries: int = Field(3, ge=0, description="after crashes without progress between them")
     health: list[Line] = Field([], description="command that a node must pass before each try, or it is excluded")
     doctor: bool = Field(False, description="look at all that the stage needs on the nodes of each try, before it")
     modules: list[Line] = []
-    env: dict[Variable, Line] = {}
     setup: list[str] = Field([], description="lines of shell, run as they are on the first node")
     container: list[Line] = Field([], description="words before a rank's command: apptainer exec --nv image.sif")
     python: Line | None = Field(None, description="of the ranks; default: the one that submits")
@@ -52,27 +57,44 @@ class JobSettings(Settings):
     srun: list[Line] = Field([], description="more options of srun: --container-image=...")
 
 
-class ClusterTable(JobSettings):
-    """A profile file: settings of all jobs, and what differs for stages of a kind, and of a name."""
+class PodSettings(NodeSettings):
+    """The pods of a stage on Kubernetes, one a node."""
 
-    kind: dict[str, dict[str, Any]] = {}
-    stage: dict[str, dict[str, Any]] = {}
+    image: Line | None = Field(None, description="with Patchmill in it")
+    command: list[Line] = Field(["patchmill"], min_length=1, description="that is Patchmill in the image")
+    directory: Line | None = Field(None, description="in the container, that paths count from; default: this one")
+    volumes: dict[Line, Line] = Field({}, description="persistent volume claim by the path that it is mounted at")
+    namespace: Line | None = None
+    queue: Line | None = Field(None, description="of Kueue")
+    node_selector: dict[Line, Line] = {}
+    gpu_resource: Line = Field("nvidia.com/gpu", description="what a GPU is called")
+
+
+CLUSTERS = {"Slurm": JobSettings, "Kubernetes": PodSettings}
 
 
 class Cluster:
-    """A profile.
+    """A profile: settings of all jobs, and in ``[kind.NAME]`` and ``[stage.NAME]`` what differs.
 
     Args:
-        path: Of the TOML file; None: none, and Slurm's defaults hold.
+        path: Of the TOML file; None: none, and the cluster's defaults hold.
+        of: What runs the jobs, of ``CLUSTERS``.
 
     Raises:
         UserError: There is no such file, or it does not fit.
     """
 
-    def __init__(self, path: str | Path | None = None):
-        self._path = str(path) if path else "no profile"
+    def __init__(self, path: str | Path | None = None, of: str = "Slurm"):
+        self._path, self._of, self._settings = str(path) if path else "no profile", of, CLUSTERS[of]
         self._table = read_toml(path) if path else {}
-        check(ClusterTable, self._table, self._path)
+        table = create_model(
+            "Profile",
+            __base__=self._settings,
+            kind=(dict[str, dict[str, Any]], {}),
+            stage=(dict[str, dict[str, Any]], {}),
+        )
+        self._refuse_others(self._table, self._path)
+        check(table, self._table, self._path)
 
     def check_names(self, kinds: list[str], stages: list[str]) -> None:
         """Check that kinds and stages that have settings of their own are there.
@@ -85,11 +107,21 @@ class Cluster:
                 if name not in known:
                     there = f"{nearest(name, known)}; name one of {', '.join(known)}"
                     raise UserError(f"[{what}.{name}] of {self._path}: there is no such {what}{there}")
-                check(JobSettings, self._table[what][name], f"[{what}.{name}] of {self._path}")
+                where = f"[{what}.{name}] of {self._path}"
+                self._refuse_others(self._table[what][name], where)
+                check(self._settings, self._table[what][name], where)
 
-    def job(self, kind: str, stage: str) -> JobSettings:
+    def job(self, kind: str, stage: str) -> Any:
         """Return the settings of a stage's job: its own go before those of its kind, and those before all jobs'."""
         table = {key: value for key, value in self._table.items() if key not in ("kind", "stage")}
         for what, name in (("kind", kind), ("stage", stage)):
             table = merge(table, self._table.get(what, {}).get(name, {}))
-        return check(JobSettings, table, self._path)
+        return check(self._settings, table, self._path)
+
+    def _refuse_others(self, table: dict[str, Any], where: str) -> None:
+        for other, settings in CLUSTERS.items():
+            for key in table:
+                if key in settings.model_fields and key not in self._settings.model_fields:
+                    raise UserError(
+                        f"{key} in {where} is a setting of {other}, and this is for {self._of}; leave it out"
+                    )

@@ -9,7 +9,6 @@ newest checkpoint when it runs again. Slurm itself does so where a node was lost
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -21,8 +20,9 @@ from launch.findings import Finding, print_findings
 from launch.jobnodes import can_do_without, excluded, job_number, sick_nodes
 from launch.local import free_port
 from launch.plan import Stage
-from launch.rank import ENDED
+from launch.rank import ENDED, NAMES
 from launch.run import begin, finish, is_done
+from launch.said import Said
 from launch.slurm import layout, slurm
 from launch.submission import Job, Record, folder_of, log_of, read_submission
 from pipeline.checkpoint import samples_of, whole_checkpoints
@@ -44,7 +44,8 @@ class Ranks:
         """Run srun to its end; return its exit code, which is of the last rank to be ended."""
         if self.asked:
             return 128 + signal.SIGTERM
-        self._process = subprocess.Popen(command, env={**os.environ, **environment}, stdin=subprocess.DEVNULL)
+        inherited = {name: value for name, value in os.environ.items() if name not in NAMES}  # srun's are the ranks'
+        self._process = subprocess.Popen(command, env={**inherited, **environment}, stdin=subprocess.DEVNULL)
         return self._process.wait()
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
@@ -129,30 +130,6 @@ def _step(run: Path, name: str, job: Job, stage: Stage, ranks: Ranks, logs: Path
         if record.table["barren"] > job.settings.retries and samples <= record.table["samples"]:
             raise PatchmillError(f"{record.table['barren']} tries came no further than {_at(samples)}; {reason}")
     raise _requeue(reason)
-
-
-class Said:
-    """What logs say from now on.
-
-    Args:
-        logs: Files; they may not be there yet.
-    """
-
-    def __init__(self, logs: list[Path]):
-        self._from = {log: log.stat().st_size if log.exists() else 0 for log in logs}
-
-    def error(self) -> str:
-        """Return the line that tells best why the ranks ended."""
-        lines = []
-        for log, start in self._from.items():
-            if log.exists():
-                with open(log, encoding="utf-8", errors="replace") as file:
-                    file.seek(start)
-                    lines += file.read().splitlines()
-        for pattern in (r"error: (.*)", r"([\w.]*(?:Error|Exception)\b.*)", r"srun: error: (.*)"):
-            if found := [match[1] for line in lines if (match := re.match(pattern, line))]:
-                return found[0 if "srun" in pattern else -1]
-        return "no reason was given"
 
 
 def _command(job: Job, stage: Stage, logs: Path, arguments: list[str]) -> list[str]:

@@ -1,7 +1,6 @@
 """Ranks of one command on this machine: start them, watch them, end them together."""
 
 import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -10,10 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+from launch.rank import die_with_parent
 from pipeline import stop
 
 GRACE = 20.0  # seconds that the other ranks get to end by themselves when one has failed
-PR_SET_PDEATHSIG = 1
 
 
 def run_ranks(arguments: list[str], ranks: int, logs: Path) -> tuple[int, str]:
@@ -36,7 +35,7 @@ def run_ranks(arguments: list[str], ranks: int, logs: Path) -> tuple[int, str]:
             else:
                 out = err = stack.enter_context(open(logs / f"rank-{rank}.log", "a", encoding="utf-8"))
             processes.append(
-                subprocess.Popen(command, env=environment, stdout=out, stderr=err, preexec_fn=_die_with_parent)
+                subprocess.Popen(command, env=environment, stdout=out, stderr=err, preexec_fn=die_with_parent)
             )
         previous = {number: signal.signal(number, _forward(processes)) for number in stop.SIGNALS}
         try:
@@ -103,11 +102,6 @@ def _forward(processes: list[subprocess.Popen]):
                 process.send_signal(signal.SIGTERM)
 
     return handler
-
-
-def _die_with_parent() -> None:
-    """Ask the kernel to end this rank when its launcher is killed: SIGTERM saves and stops."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _name(code: int) -> str:

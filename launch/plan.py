@@ -100,19 +100,24 @@ class Plan:
     inputs: Inputs
 
 
-def read_plan(path: str | Path, runs: str | Path = "runs", smoke: bool = False) -> Plan:
+def read_plan(
+    path: str | Path, runs: str | Path = "runs", smoke: bool = False, ranks: int | None = None, unsaid: int = 1
+) -> Plan:
     """Read and check a plan.
 
     Args:
         path: The TOML file. Relative paths in it count from its folder.
         runs: Folder that holds the run's folder, ``RUNS/NAME``.
         smoke: Shrink every training stage; the run's folder is then ``RUNS/NAME-smoke``.
+        ranks: Of every stage that can have several, in place of the plan's.
+        unsaid: Ranks of a training stage of which the plan does not say how many.
 
     Raises:
         UserError: Anything wrong with any stage.
     """
     path = Path(path)
     table = check(PlanTable, read_toml(path), str(path))
+    table = table.model_copy(update={"stage": [_with_ranks(stage, ranks, unsaid, path) for stage in table.stage]})
     run = Path(runs).resolve() / (f"{table.name}-smoke" if smoke else table.name)
     return _plan(path, table, run, smoke, Inputs(path.parent))
 
@@ -169,6 +174,20 @@ def _plan(path: Path, table: PlanTable, run: Path, smoke: bool, files: Inputs, r
             sweep = of_sweep.get(name)
             stages[name] = _prepare(by_name[name], by_name, sweeps, stages, run, path, smoke, sweep, files)
     return Plan(path, table, run, smoke, list(stages.values()), files)
+
+
+def _with_ranks(stage: StageTable, ranks: int | None, unsaid: int, path: Path) -> StageTable:
+    kind = KINDS[stage.kind]
+    if not kind.parallel:
+        if stage.ranks > 1:
+            raise UserError(
+                f"stage {stage.name} of {path} has {stage.ranks} ranks, but a stage of kind {stage.kind} is one "
+                "process; remove ranks"
+            )
+        return stage
+    if ranks is None:
+        ranks = unsaid if "ranks" not in stage.model_fields_set and kind.settings is TrainSettings else stage.ranks
+    return stage.model_copy(update={"ranks": ranks})
 
 
 def _sweep(stage: StageTable, path: Path, before: dict[str, Sweep]) -> Sweep:
@@ -278,12 +297,19 @@ def _prepare(
     if isinstance(settings, TrainSettings):
         if settings.kind != stage.kind:
             raise UserError(f"{where} is of kind {stage.kind}, its settings of kind {settings.kind}; make them one")
-        settings.accumulation(stage.ranks)
+        _check_ranks(settings, stage.ranks, where)
         check_model(settings, where)
         settings.data.check_stream()
         _check_weights(settings, inputs["init"], where)
         command += ["--smoke"] if smoke else []
     return Stage(stage, settings, needs, digest([stage.kind, table, inputs]), digest(inputs), folder, command, sweep)
+
+
+def _check_ranks(settings: TrainSettings, ranks: int, where: str) -> None:
+    try:
+        settings.accumulation(ranks)
+    except UserError as error:
+        raise UserError(f"{where}: {error}, or take another number of ranks") from None
 
 
 def _best(sweep: Sweep, ready: dict[str, Stage], where: str) -> int:

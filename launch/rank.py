@@ -1,41 +1,150 @@
-"""One rank of a step that srun started: SLURM_* say which, and the rest of the code knows it by torchrun's names.
+"""One rank of a command, whoever started it: their variables say which, and the rest of the code knows torchrun's.
 
-    srun python -m launch.rank LOGS train CONFIG ...
+    srun     python -m launch.rank LOGS train CONFIG ...
+    mpirun   python -m launch.rank --meet HOST:PORT LOGS train CONFIG ...
+    torchrun --module  launch.rank LOGS train CONFIG ...
 
 As on one machine (``launch.local``), rank 0 speaks on stderr and leaves its stdout in ``LOGS/stdout.log``, and the
-others write ``LOGS/rank-N.log``. srun ends the others when one has ended with an error, and tells of the last: so
-the exit code of a rank that knows why it ends is in ``LOGS/ended``.
+others write ``LOGS/rank-N.log``. Launchers lose exit codes, or tell of the last rank to end: that of a rank that knows
+why it ends is in ``LOGS/ended``. Whoever makes a file ``LOGS/stop`` asks all ranks to save and end, on any node.
 """
 
+import argparse
+import contextlib
+import ctypes
+import fcntl
 import os
+import re
+import signal
 import sys
+import threading
+import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 ENDED = "ended"
+STOP = "stop"
+DRIVER = "driver"  # in LOGS: locked by the patchmill run that started the ranks' launcher, as long as it lives
+SECONDS = 1.0  # between two looks
+PR_SET_PDEATHSIG = 1
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # that the rest of the code goes by
+
+
+class Who(NamedTuple):
+    """Which rank of how many this process is; ``local`` of those ``here``, on its node."""
+
+    rank: int
+    ranks: int
+    local: int
+    here: int
+
+
+def who(environment: Mapping[str, str]) -> Who:
+    """Return which rank a process with these variables is; nobody's is alone.
+
+    What is started inside something else comes first: torchrun in a job of Slurm, say.
+    """
+    sources = (
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in environment else "LOCAL_SIZE"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+    )
+    for rank, ranks, local, here in sources:
+        if rank in environment:
+            numbers = (environment[rank], environment[ranks], environment[local], environment.get(here, "1"))
+            return Who(*map(int, numbers))
+    return Who(0, 1, 0, 1)
+
+
+def plain(word: str) -> str:
+    """Return a word in which no shell finds anything to do: what is not plain as ``=`` and its byte, in hex."""
+    return re.sub(rb"[^A-Za-z0-9_./,:@+-]", lambda found: b"=%02X" % found[0][0], word.encode()).decode()
+
+
+def original(word: str) -> str:
+    """Return what ``plain`` was given."""
+    return re.sub(rb"=([0-9A-F]{2})", lambda found: bytes.fromhex(found[1].decode()), word.encode()).decode()
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to end this process when the one that started it is killed: SIGTERM saves and stops."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def main() -> None:
     """Run a command as this rank."""
-    logs, sys.argv = Path(sys.argv[1]), [sys.argv[0], *sys.argv[2:]]
-    rank, ranks = int(os.environ["SLURM_PROCID"]), os.environ["SLURM_NTASKS"]
-    if ranks != "1":
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": ranks, "LOCAL_RANK": os.environ["SLURM_LOCALID"]}
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("SLURM_NTASKS_PER_NODE", "1"))
-    os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", str(max(1, cores))))
-    logs.mkdir(parents=True, exist_ok=True)
-    if rank == 0:
-        os.dup2(os.open(logs / "stdout.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), 1)
-    else:
-        log = os.open(logs / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
+    asked = _arguments(sys.argv[1:])
+    logs, sys.argv = Path(asked.logs), [sys.argv[0], *asked.command]
+    if asked.folder:
+        os.chdir(asked.folder)
+    if asked.meet:
+        os.environ["MASTER_ADDR"], _, os.environ["MASTER_PORT"] = asked.meet.rpartition(":")
+    if "RANK" in os.environ:  # torchrun and the like leave their ranks behind when they are killed
+        die_with_parent()
+    rank, ranks, local, here = who(os.environ)
+    if ranks > 1:
+        os.environ |= dict(zip(NAMES, map(str, (rank, ranks, local)), strict=True))
+    cores = max(1, len(os.sched_getaffinity(0)) // here)
+    os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", str(cores)))
+    _speak_into(logs, rank, asked.quiet)
 
     from launch.cli import end, run_command
 
     code = run_command()
-    if code:
+    if code and (code in (2, 75) or not (logs / ENDED).exists()):  # these know more than those that lost a peer
         (logs / ENDED).write_text(str(code))
     end(code)
+
+
+def _arguments(words: list[str]) -> argparse.Namespace:
+    if words[:1] == ["--plain"]:  # for launchers that go through a shell, and quote nothing
+        words = [original(word) for word in words[1:]]
+    parser = argparse.ArgumentParser("python -m launch.rank", usage="%(prog)s [--quiet] [--meet HOST:PORT] LOGS ...")
+    parser.add_argument("--quiet", action="store_true", help="rank 0, too, writes a log and not on stderr")
+    parser.add_argument("--meet", help="where the ranks meet, if their launcher does not tell: HOST:PORT, of rank 0")
+    parser.add_argument("--folder", help="to work in")
+    parser.add_argument("logs")
+    parser.add_argument("command", nargs=argparse.REMAINDER)
+    return parser.parse_args(words)
+
+
+def _speak_into(logs: Path, rank: int, quiet: bool) -> None:
+    logs.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):  # some network file systems lock nothing
+        fcntl.flock(os.open(logs, os.O_RDONLY), fcntl.LOCK_SH)  # until this process ends: so the launcher sees it has
+    if rank or quiet:
+        written = os.open(logs / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(written, 1)
+        os.dup2(written, 2)
+    if rank == 0:
+        os.dup2(os.open(logs / "stdout.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), 1)
+        threading.Thread(target=_await_stop, args=[logs], daemon=True).start()
+
+
+def _await_stop(logs: Path) -> None:
+    driven = _driven(logs, unknown=False)
+    while not (logs / STOP).exists() and _driven(logs, unknown=driven) == driven:
+        time.sleep(SECONDS)
+    (logs / STOP).unlink(missing_ok=True)  # or who goes on by hand would stop at once
+    os.kill(os.getpid(), signal.SIGTERM)  # one rank is enough: they agree on a step
+
+
+def _driven(logs: Path, unknown: bool) -> bool:
+    """Tell whether somebody who started this lives, and would be told how it ends."""
+    try:
+        folder = os.open(logs / DRIVER, os.O_RDONLY)
+    except OSError:
+        return unknown
+    try:
+        fcntl.flock(folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return unknown
+    finally:
+        os.close(folder)
+    return False
 
 
 if __name__ == "__main__":

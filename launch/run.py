@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from launch.choice import anew, chosen, goes_on, is_done
-from launch.local import run_ranks
+from launch.launchers import LOCAL, Launch
 from launch.plan import Plan, Stage, after_a_sweep
 from launch.results import result_of
 from pipeline.config import TrainSettings
@@ -19,19 +19,24 @@ from shards.errors import PatchmillError, StoppedOnRequestError, UserError
 FAMILY = {2: UserError, 75: StoppedOnRequestError}
 
 
-def run_plan(plan: Plan, start: str | None = None, only: str | None = None) -> None:
+def run_plan(plan: Plan, start: str | None = None, only: str | None = None, launch: Launch = LOCAL) -> None:
     """Run every stage that is not finished; one that was killed goes on from its last checkpoint.
 
     Args:
         plan: To run.
         start: A stage or sweep to make anew, and with it all that follows, finished or not.
         only: A stage or sweep that alone is run.
+        launch: How ranks are started; where it goes over several nodes, this is node 0.
 
     Raises:
         UserError: There is no such stage, or what is to run needs others that have not finished.
         PatchmillError: A stage failed; its own message is already on stderr.
     """
-    names, again = chosen(plan, only), anew(plan, start)
+    with launch.leading():
+        _run_plan(plan, chosen(plan, only), anew(plan, start), launch)
+
+
+def _run_plan(plan: Plan, names: set[str], again: set[str], launch: Launch) -> None:
     say = Console(stderr=True, highlight=False)
     plan.run.mkdir(parents=True, exist_ok=True)
     write_text(plan.run / "plan.toml", plan.path.read_text(encoding="utf-8"))
@@ -53,7 +58,7 @@ def run_plan(plan: Plan, start: str | None = None, only: str | None = None) -> N
             ranks = f", {stage.table.ranks} ranks" if stage.table.ranks > 1 else ""
             say.print(f"{title} ({stage.table.kind}{ranks})", style="bold", markup=False)
             began = time.monotonic()
-            _run(stage)
+            _run(stage, launch)
             say.print(f"{title}: done in {time.monotonic() - began:.0f} s", style="green", markup=False)
         ran = {each.table.name: each for each in plan.stages[: number + 1]}
         if stage.sweep and ran.keys() >= set(stage.sweep.members) <= names:
@@ -79,10 +84,10 @@ def finish(stage: Stage, stdout: str, seconds: float) -> None:
     write_text(stage.folder / "result.json", json.dumps(result, indent=1))
 
 
-def _run(stage: Stage) -> None:
+def _run(stage: Stage, launch: Launch) -> None:
     began = time.monotonic()
     begin(stage)
-    code, stdout = run_ranks([*stage.arguments, "--json"], stage.table.ranks, stage.folder / "logs")
+    code, stdout = launch.run([*stage.arguments, "--json"], stage.table.ranks, stage.folder)
     if code:
         remedy = {2: "mend it", 75: "all is saved"}.get(code, f"see {stage.folder / 'logs'}")
         raise FAMILY.get(code, PatchmillError)(

@@ -90,12 +90,14 @@ class Kind:
         paths: Keys of ``set`` that are paths: relative ones count from the plan's folder; what they hold is an input.
         output: ``output(settings)``, what ``{stage}`` stands for in other stages: this path inside the stage's folder.
         command: ``command(settings, folder, run) -> arguments`` of ``patchmill``, without ``--json``.
+        parallel: It can run on several ranks.
     """
 
     settings: type[Settings]
     paths: tuple[str, ...]
     output: Callable[[Any], str]
     command: Callable[[Settings, Path, Path], list[str]]
+    parallel: bool = False
 
 
 def _shards(s: ShardsStage, folder: Path, run: Path) -> list[str]:
@@ -160,13 +162,13 @@ CONVERTED = {"safetensors": "model.safetensors", "transformers": "model", "npz":
 TRAINING_PATHS = ("init", "resume", "data.train", "data.val", "probe.train", "probe.test")
 KINDS = {
     "shards": Kind(ShardsStage, ("source",), lambda s: "data", _shards),
-    "supervised": Kind(TrainSettings, TRAINING_PATHS, lambda s: "", _train),
-    "masked_patch": Kind(TrainSettings, TRAINING_PATHS, lambda s: "", _train),
-    "mae": Kind(TrainSettings, TRAINING_PATHS, lambda s: "", _train),
-    "finetune": Kind(TrainSettings, TRAINING_PATHS, lambda s: "", _train),
+    "supervised": Kind(TrainSettings, TRAINING_PATHS, lambda s: "", _train, True),
+    "masked_patch": Kind(TrainSettings, TRAINING_PATHS, lambda s: "", _train, True),
+    "mae": Kind(TrainSettings, TRAINING_PATHS, lambda s: "", _train, True),
+    "finetune": Kind(TrainSettings, TRAINING_PATHS, lambda s: "", _train, True),
     "convert": Kind(ConvertStage, ("source", "classes"), lambda s: CONVERTED[s.to], _convert),
-    "evaluate": Kind(EvaluateStage, ("weights", "data"), lambda s: "result.json", _evaluate),
-    "fewshot": Kind(FewshotStage, ("weights", "train", "test"), lambda s: "result.json", _fewshot),
+    "evaluate": Kind(EvaluateStage, ("weights", "data"), lambda s: "result.json", _evaluate, True),
+    "fewshot": Kind(FewshotStage, ("weights", "train", "test"), lambda s: "result.json", _fewshot, True),
     "figures": Kind(FiguresStage, ("weights", "images"), lambda s: "figures", _figures),
     "report": Kind(ReportStage, (), lambda s: "result.json", _report),
 }

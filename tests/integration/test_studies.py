@@ -58,7 +58,7 @@ def _cut(table: dict, values: int) -> None:
 
 def ran(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: int | None = None) -> dict[str, dict]:
     """Run a study; return the table of each sweep."""
-    monkeypatch.setattr("launch.run.run_ranks", forked.run_ranks)
+    monkeypatch.setattr("launch.launchers.run_ranks", forked.run_ranks)
     checked = read_plan(small(name, tmp_path, runs), tmp_path / "runs", smoke=True)
     run_plan(checked)
     run = tmp_path / "runs" / f"{name}-smoke"

@@ -45,7 +45,7 @@ def suite(tmp_path):
 
 @pytest.mark.slow
 def test_the_whole_suite_runs_on_two_data_sets_from_one_plan(suite, tmp_path, monkeypatch):
-    monkeypatch.setattr("launch.run.run_ranks", forked.run_ranks)
+    monkeypatch.setattr("launch.launchers.run_ranks", forked.run_ranks)
     run_plan(read_plan(suite, tmp_path / "runs", smoke=True))
     run = tmp_path / "runs" / "suite-smoke"
     assert [swept.name for swept in read_sweeps(run)] == [

@@ -106,7 +106,7 @@ def test_a_dry_run_tells_what_would_happen_and_touches_nothing(plan):
 
 def test_a_run_from_a_stage_on_makes_it_anew_with_what_follows_even_if_it_fails_in_between(plan, monkeypatch, capsys):
     plan.write_text(PLAN[: PLAN.index('[[stage]]\nname = "rates"')])
-    monkeypatch.setattr("launch.run.run_ranks", forked.run_ranks)
+    monkeypatch.setattr("launch.launchers.run_ranks", forked.run_ranks)
     run_plan(read(plan), only="three")
     assert [stage.table.name for stage in read(plan).stages if stage.folder.exists()] == ["three"]
     run_plan(read(plan))
@@ -117,7 +117,7 @@ def test_a_run_from_a_stage_on_makes_it_anew_with_what_follows_even_if_it_fails_
     with pytest.raises(PatchmillError, match="out of order"):
         run_plan(read(plan), start="one")
     monkeypatch.undo()
-    monkeypatch.setattr("launch.run.run_ranks", forked.run_ranks)
+    monkeypatch.setattr("launch.launchers.run_ranks", forked.run_ranks)
     run_plan(read(plan))
     assert (stages["three"] / "result.json").stat().st_mtime_ns == written["three"]
     for name in ("one", "two"):

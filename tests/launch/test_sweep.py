@@ -225,7 +225,7 @@ set = { data = { train = "{shards}/train", val = "{shards}/val" } }
     plan.write_text(early + tune + late)
     checked = read_plan(plan, tmp_path / "runs")
     assert [stage.table.name for stage in checked.stages] == ["shards", "start", "tune-1", "late", "tune-0"]
-    monkeypatch.setattr("launch.run.run_ranks", forked.run_ranks)
+    monkeypatch.setattr("launch.launchers.run_ranks", forked.run_ranks)
     for stage in checked.stages[:-1]:
         result(checked, stage.table.name, {"top1": 0.25})
     with pytest.raises(UserError, match="stage tune-0 ended with exit code 2"):  # nobody made its weights
@@ -278,7 +278,7 @@ def test_a_run_without_a_finite_loss_is_never_the_best():
 
 
 def test_a_sweep_runs_its_best_goes_on_and_the_report_has_the_mean_of_the_seeds(plan, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("launch.run.run_ranks", forked.run_ranks)
+    monkeypatch.setattr("launch.launchers.run_ranks", forked.run_ranks)
     run_plan(read_plan(plan, tmp_path / "runs", smoke=True))
     said = capsys.readouterr().err
     run = tmp_path / "runs" / "x-smoke"

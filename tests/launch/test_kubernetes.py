@@ -1,0 +1,182 @@
+"""The manifest, parsed as Kubernetes parses it, and held against what JobSet and Job ask for."""
+
+import json
+
+import pytest
+import yaml
+
+from launch.cluster import Cluster
+from launch.kubernetes import manifest
+from launch.plan import read_plan
+from shards.errors import UserError
+from tests.images import make_image_folder
+
+PLAN = """
+name = "My_plan"
+[[stage]]
+name = "shards"
+kind = "shards"
+set = { source = "images" }
+[[stage]]
+name = "rates"
+kind = "supervised"
+ranks = 16
+sweep = { "optim.lr" = [0.1, 0.2] }
+[stage.set]
+duration = "1 epoch"
+global_batch = 48
+data = { train = "{shards}" }
+model = { name = "vit_ti8" }
+"""
+PROFILE = """
+image = "registry.example/patchmill:0.1"
+directory = "/data/me"
+volumes = { "/data" = "shared", "/scratch" = "fast" }
+gpus_per_node = 8
+cpus_per_rank = 12
+memory = "480Gi"
+retries = 2
+grace = 300
+namespace = "vision"
+queue = "nights"
+node_selector = { "gpu.kind" = "h100" }
+[kind.shards]
+gpus_per_node = 0
+[stage.rates]
+memory = "900Gi"
+"""
+
+
+def table_of(folder, profile: str = PROFILE, plan: str = PLAN, name: str = "plan.toml") -> dict:
+    make_image_folder(folder / "images", per_class=2)
+    (folder / name).write_text(plan)
+    (folder / "pods.toml").write_text(profile)
+    cluster = Cluster(folder / "pods.toml", of="Kubernetes")
+    return yaml.safe_load(manifest(read_plan(folder / name, folder / "runs"), cluster, name, "my runs"))
+
+
+def holds(table: dict, **kinds: type) -> None:
+    """Check that a table has these keys and no other, each of its kind."""
+    assert {key: type(value) for key, value in table.items()} == kinds
+
+
+def test_a_jobset_of_a_job_a_stage_and_a_pod_a_node(tmp_path):
+    table = table_of(tmp_path)
+    holds(table, apiVersion=str, kind=str, metadata=dict, spec=dict)
+    assert (table["apiVersion"], table["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert table["metadata"] == {
+        "name": "my-plan", "namespace": "vision", "labels": {"kueue.x-k8s.io/queue-name": "nights"}
+    }  # fmt: skip
+    holds(table["spec"], network=dict, replicatedJobs=list)
+    jobs = table["spec"]["replicatedJobs"]
+    assert [job["name"] for job in jobs] == ["shards", "rates-0", "rates-1"]
+    assert "dependsOn" not in jobs[0]  # which JobSet refuses
+    assert [job["dependsOn"] for job in jobs[1:]] == [
+        [{"name": "shards", "status": "Complete"}], [{"name": "rates-0", "status": "Complete"}]
+    ]  # fmt: skip
+    for job in jobs:
+        job.pop("dependsOn", None)
+        holds(job, name=str, replicas=int, template=dict)
+        spec = job["template"]["spec"]
+        holds(spec, completionMode=str, completions=int, parallelism=int, backoffLimit=int, podFailurePolicy=dict,
+              template=dict)  # fmt: skip
+        assert spec["completionMode"] == "Indexed"
+        pod = spec["template"]["spec"]
+        holds(pod, restartPolicy=str, terminationGracePeriodSeconds=int, containers=list, volumes=list,
+              nodeSelector=dict)  # fmt: skip
+        assert pod["restartPolicy"] == "Never"  # or podFailurePolicy is refused
+        assert pod["terminationGracePeriodSeconds"] == 300
+        assert {volume["name"] for volume in pod["volumes"]} == {
+            mount["name"] for mount in pod["containers"][0]["volumeMounts"]
+        }
+        holds(pod["containers"][0], name=str, image=str, workingDir=str, command=list, args=list, env=list,
+              resources=dict, volumeMounts=list)  # fmt: skip
+    shards, rates = (job["template"]["spec"] for job in jobs[:2])
+    assert (shards["completions"], shards["backoffLimit"]) == (1, 2)
+    assert (rates["completions"], rates["parallelism"], rates["backoffLimit"]) == (2, 2, 4)
+
+
+def test_exit_codes_decide_what_becomes_of_a_pod(tmp_path):
+    spec = table_of(tmp_path)["spec"]["replicatedJobs"][1]["template"]["spec"]
+    rules = spec["podFailurePolicy"]["rules"]
+    of = spec["template"]["spec"]["containers"][0]["name"]
+    assert rules == [
+        {"action": "FailJob", "onExitCodes": {"containerName": of, "operator": "In", "values": [2]}},
+        {"action": "Ignore", "onExitCodes": {"containerName": of, "operator": "In", "values": [75]}},
+        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+    ]
+
+
+def test_a_pod_runs_its_stage_with_what_the_profile_gives_it(tmp_path):
+    jobs = table_of(tmp_path)["spec"]["replicatedJobs"]
+    shards, rates = (job["template"]["spec"]["template"]["spec"]["containers"][0] for job in jobs[:2])
+    assert [*shards["command"], *shards["args"]] == [
+        "patchmill", "run", "plan.toml", "--runs", "my runs", "--only", "shards"
+    ]  # fmt: skip
+    assert rates["args"][5:] == [
+        "rates-0", "--ranks", "16", "--launcher", "torchrun", "--nodes", "2", "--node-rank", "$(NODE_RANK)",
+        "--rdzv-endpoint", "my-plan-rates-0-0-0.my-plan:29400",
+    ]  # fmt: skip
+    assert shards["resources"] == {"requests": {"cpu": "12", "memory": "480Gi"}, "limits": {"memory": "480Gi"}}
+    assert rates["resources"] == {
+        "requests": {"cpu": "96", "memory": "900Gi"}, "limits": {"nvidia.com/gpu": "8", "memory": "900Gi"}
+    }  # fmt: skip
+    assert rates["workingDir"] == "/data/me"
+    assert [mount["mountPath"] for mount in rates["volumeMounts"]] == ["/data", "/scratch", "/dev/shm"]
+
+
+ODD = ["a b", "it's", '"', "$(NODE_RANK)", "$$", "`x`", "yes", "1e3", "0x1f", "a: b", "- x", "# x", "\\", "~"]
+
+
+def test_no_setting_and_no_path_becomes_anything_else(tmp_path):
+    values = "\n".join(f"V{number} = {json.dumps(text)}" for number, text in enumerate(ODD))
+    name = "".join(ODD) + ".toml"
+    profile = PROFILE + f"\n[kind.supervised]\ncommand = {json.dumps(ODD)}\n[kind.supervised.env]\n{values}\n"
+    jobs = table_of(tmp_path, profile=profile, name=name)["spec"]["replicatedJobs"]
+    container = jobs[1]["template"]["spec"]["template"]["spec"]["containers"][0]
+    literal = [text.replace("$", "$$") for text in ODD]  # of two dollars Kubernetes makes one, which begins no $(NAME)
+    assert [each["value"] for each in container["env"][1:]] == literal
+    assert container["command"] == literal
+    assert container["args"][1] == name.replace("$", "$$")
+    cluster = Cluster(tmp_path / "pods.toml", of="Kubernetes")
+    raw = manifest(read_plan(tmp_path / name, tmp_path / "runs"), cluster, tmp_path, tmp_path)
+    for text in ("yes", "1e3", "0x1f", "~"):  # which other readers of YAML take for no string
+        assert f'value: "{text}"\n' in raw
+
+
+@pytest.mark.parametrize(
+    ("profile", "told"),
+    [
+        (
+            'partition = "gpu"',
+            r"partition in .*pods.toml is a setting of Slurm, and this is for Kubernetes; leave it out",
+        ),
+        ('image = "x"\n[stage.rates]\ntime = "1-0"', r"time in \[stage.rates\] of .* is a setting of Slurm"),
+        ("gpus_per_node = 8", r"no image is said for stage shards; set image in the profile"),
+        ('image = "x"\nranks_per_node = 3', r"stage rates-0 has 16 ranks, and a node takes 3"),
+        ('image = "x"\n[stage.rate]\nmemory = "1Gi"', r"there is no such stage .did you mean 'rates'"),
+    ],
+)
+def test_a_profile_that_does_not_fit(tmp_path, profile, told):
+    with pytest.raises(UserError, match=told):
+        table_of(tmp_path, profile=profile)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("My_plan", "9plan", "the plan is called '9plan'; names in Kubernetes begin with a letter"),
+        ("My_plan", "p" * 50, r"a pod would be called p+-shards-0-0, 61 letters of 57; shorten"),
+        ('name = "rates"', 'name = "Shards"', "stages shards and Shards are both shards to Kubernetes; rename one"),
+    ],
+)
+def test_a_name_that_kubernetes_does_not_take(tmp_path, old, new, told):
+    plan = PLAN.replace('sweep = { "optim.lr" = [0.1, 0.2] }', "")
+    with pytest.raises(UserError, match=told):
+        table_of(tmp_path, profile='image = "x"', plan=plan.replace(old, new))
+
+
+def test_a_setting_of_kubernetes_is_none_of_slurm(tmp_path):
+    (tmp_path / "cluster.toml").write_text('image = "x"')
+    with pytest.raises(UserError, match=r"image in .* is a setting of Kubernetes, and this is for Slurm; leave it out"):
+        Cluster(tmp_path / "cluster.toml")
