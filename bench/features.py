@@ -21,7 +21,7 @@ from photographs import little_noise, photographs
 from pipeline.models.vit import SETTINGS
 from shards.dataset import Dataset
 
-ROUNDS = 7
+ROUNDS = 5
 NEEDED = ("transformers", "torchvision")  # in the peers' environment
 
 
