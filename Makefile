@@ -53,10 +53,10 @@ docs: setup
 	$(BIN)/python -m pytest tests/test_docs.py tests/test_docs_build.py
 
 bench: setup
-	for name in order seek memory beside manifest ledger build step_overhead scale features checkpoint; do $(BIN)/python bench/$$name.py || exit 1; done
+	for name in order seek memory beside manifest ledger build step_overhead scale checkpoint; do $(BIN)/python bench/$$name.py || exit 1; done
 
 bench-peers: setup peers bench
-	for name in loader shuffle train_step; do $(BIN)/python bench/$$name.py || exit 1; done
+	for name in loader shuffle train_step features; do $(BIN)/python bench/$$name.py || exit 1; done
 
 # Made anew only when what is installed changes.
 $(READY): pyproject.toml constraints.txt

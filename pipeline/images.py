@@ -29,6 +29,11 @@ def training_transform(data: DataSettings) -> Transform:
 
 def to_model_input(images: np.ndarray, device: torch.device) -> Tensor:
     """Turn uint8 [n, H, W, 3] into float32 [n, 3, H, W] in [-1, 1] (vit-paper 8), on the device."""
+    if device.type == "cpu":  # by this thread alone: torch's would spin while they wait for cores that decode images
+        floats = images.astype(np.float32)
+        floats /= np.float32(127.5)
+        floats -= np.float32(1)
+        return torch.from_numpy(floats).permute(0, 3, 1, 2)
     pixels = torch.from_numpy(images).to(device, non_blocking=True)
     return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 

@@ -204,4 +204,8 @@ def transform_encoded(transform: Transform, data: bytes, name: str, key: Key) ->
     if hasattr(transform, "box") and hasattr(transform, "finish"):
         short = transform.size if getattr(transform, "shrink", False) else 0
         return transform.finish(decode(data, name, partial(transform.box, key=key), short), key)
-    return transform(decode(data, name), key)
+    return transform(decode(data, name, _whole), key)  # as a part, which the native decoder is asked for
+
+
+def _whole(height: int, width: int) -> Box:
+    return 0, 0, height, width

@@ -4,7 +4,7 @@ import torch
 
 from pipeline.config import TrainSettings
 from pipeline.datasettings import DataSettings
-from pipeline.images import training_input, training_transform
+from pipeline.images import to_model_input, training_input, training_transform
 from pipeline.settings import check
 from shards.augment import InceptionCrop, ResizeCrop
 from shards.batch import Batch
@@ -27,6 +27,21 @@ def batch_of(positions) -> Batch:
         [np.random.default_rng(p).integers(0, 256, (4, 5, 3), dtype=np.uint8) for p in positions.tolist()]
     )
     return Batch(images, positions % 7, positions)
+
+
+def test_pixels_become_the_floats_of_torch_in_the_same_order():
+    images = np.random.default_rng(0).integers(0, 256, (3, 5, 7, 3), dtype=np.uint8)
+    images[0, :, :, 0].flat[:2] = 0, 255
+    kept = images.copy()
+    want = torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+    for part, wanted in ((images, want), (images[:0], want[:0]), (images[::2, 1:], want[::2, :, 1:])):
+        got = to_model_input(part, CPU)
+        assert got.dtype == torch.float32
+        assert got.equal(wanted)
+        assert got.stride() == wanted.contiguous(memory_format=torch.channels_last).stride() or not len(part)
+    assert (images == kept).all()
+    assert want.min() == -1
+    assert want.max() == 1
 
 
 @pytest.mark.parametrize("augment", ["medium1", "strong2"])

@@ -264,6 +264,18 @@ def test_transforms_of_files_are_those_of_images(native, monkeypatch, name, ther
             assert (transform_encoded(transform, data, "a", key) == want).all()
 
 
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_of_the_whole_image_take_the_native_decoder_too(native, monkeypatch, name):
+    data = saved(image_of(np.random.default_rng(4), 130, 170))
+    want = TRANSFORMS[name](48)(decode(data, "a"), (7, 0, 1))
+
+    def by_simplejpeg(*_, **__):
+        raise AssertionError("simplejpeg was asked for the pixels")
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", by_simplejpeg)
+    assert (transform_encoded(TRANSFORMS[name](48), data, "a", (7, 0, 1)) == want).all()
+
+
 def test_its_absence_is_said_once_and_only_when_a_part_is_asked_for(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(jpegcrop, "_library", lambda: tmp_path / "none.so")
     jpegcrop._native.cache_clear()
