@@ -32,7 +32,7 @@ def test_pre_empted_twice_and_without_a_node_once_it_ends_with_the_same_weights(
     assert other.result("evaluate")["top1"] == one.result("evaluate")["top1"]
     assert other.record("pretrain")["tries"] == 4
     assert [other.record(stage)["state"] for stage in other.jobs] == ["done"] * 8
-    assert (other.stage("report") / "report.html").stat().st_size > 100_000
+    assert (other.run / "report.html").stat().st_size > 100_000
 
 
 def disturb(run: Submitted) -> None:
