@@ -65,6 +65,23 @@ def test_bursts_of_faults_change_no_batch(server, expected, fault):
     assert server.bad == 0
 
 
+def test_bits_that_a_network_turns_change_no_batch(server, expected):
+    dataset = Dataset.open(server.url, settings=QUICK)
+    read_tables(dataset)
+    server.fault, server.good, server.bad = "flip", 2, 6
+    assert batches(dataset) == expected
+    assert server.bad == 0
+    assert dataset.retries > 0
+
+
+def test_bits_that_a_network_turns_each_time_are_one_clear_error(server):
+    dataset = Dataset.open(server.url, settings=QUICK)
+    read_tables(dataset)
+    server.fault, server.bad = "flip", 10**9
+    with pytest.raises(PatchmillError, match=rf"{server.url}/shards/\d+\.tar comes otherwise each time.*the network"):
+        batches(dataset)
+
+
 def test_a_table_that_comes_too_short_is_an_error(server):
     dataset = Dataset.open(server.url, settings=QUICK)
     server.fault, server.bad = "wrong length", 1
