@@ -3,7 +3,8 @@
 # make test   the tests (10 minutes at most on 2 cores)
 # make test-slow   the long ones
 # make slurm       a real Slurm cluster of two nodes on this machine (Debian's packages, as root); make slurm-stop ends it
-# make test-slurm  submitting, stopping, going on and faults on such a cluster
+# make test-slurm  submitting, stopping, going on and faults on such a cluster, and the short form of:
+# make proof       four stages under 50 faults, drawn from SEED, beside the same ones undisturbed (root; half an hour)
 # make peers       other projects' readers, loaders and models, into .venv-peers
 # make test-peers  our shards in their hands; our models and converted weights beside theirs
 # make bench       speed and memory, on a quiet machine; what needs no other project
@@ -13,9 +14,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PEERS  := .venv-peers
+SEED   ?= 1
 PIP    := python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo test test-slow slurm slurm-stop test-slurm test-peers peers lint bench bench-peers clean
+.PHONY: setup demo test test-slow slurm slurm-stop test-slurm proof test-peers peers lint bench bench-peers clean
 
 # The native JPEG decoder is built at once if it is not there, and gone on without if it cannot be.
 setup: $(READY)
@@ -37,7 +39,10 @@ slurm-stop:
 	@$(PYTHON) tests/slurm/cluster.py stop
 
 test-slurm: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm tests/slurm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slurm and not slow" tests/slurm tests/proof
+
+proof: setup
+	$(BIN)/python tests/proof/prove.py --seed $(SEED)
 
 test-peers: setup peers
 	$(BIN)/python -m pytest -m peers tests/peers
