@@ -10,7 +10,7 @@ import pytest
 
 from shards.augment import InceptionCrop
 from shards.build import build
-from shards.dataset import Dataset
+from shards.dataset import ROW_COLUMNS, Dataset
 from shards.errors import PatchmillError, UserError
 from shards.index import index
 from shards.loader import Loader
@@ -82,9 +82,17 @@ def test_bits_that_a_network_turns_each_time_are_one_clear_error(server):
         batches(dataset)
 
 
+def test_bits_that_a_network_turns_in_tables_change_nothing(server, ninety):
+    dataset = Dataset.open(server.url, settings=QUICK)
+    server.fault, server.bad = "flip", 6
+    tables = [dataset.table(shard, ROW_COLUMNS) for shard in range(len(dataset.paths))]
+    assert server.bad == 0
+    assert tables == [Dataset.open(ninety).table(shard, ROW_COLUMNS) for shard in range(len(dataset.paths))]
+
+
 def test_a_table_that_comes_too_short_is_an_error(server):
     dataset = Dataset.open(server.url, settings=QUICK)
-    server.fault, server.bad = "wrong length", 1
+    server.fault, server.bad = "wrong length", 10**9  # the same each time: it is so on the server
     with pytest.raises(UserError, match=rf"{server.url}/manifest/samples/\d+\.parquet is damaged"):
         batches(dataset)
 
