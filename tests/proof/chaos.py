@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launch.submission import Record
 from tests.command import losses
-from tests.proof.faults import CYCLE, DISK, RANKS, Fault
+from tests.proof.faults import CYCLE, DISK, KILLS, RANKS, Fault
 from tests.proof.storage import Storage
 from tests.slurm.cluster import ClusterError, wait_for
 from tests.slurm.runs import Submitted
@@ -40,17 +40,20 @@ class Chaos:
         for number, fault in enumerate(faults, start=1):
             try:
                 self._disturb(fault)
-            except (ClusterError, AssertionError) as error:
+            except (ClusterError, AssertionError, OSError) as error:
                 fault.outcome = f"failed: {' '.join(str(error).split())[-300:]}"
             print(f"{number}/{len(faults)} {fault}", file=sys.stderr, flush=True)
             if fault.outcome.startswith("failed"):
                 return
 
     def _disturb(self, fault: Fault) -> None:
-        wait_for(
-            lambda: self._at(fault.stage) >= fault.samples and self._ranks(fault.stage), NEXT,
-            f"{fault.stage} to be at {fault.samples} samples",
-        )  # fmt: skip
+        ranks: list[tuple[str, int]] = []
+
+        def is_time() -> bool:
+            ranks[:] = self._ranks(fault.stage)
+            return self._ended(fault.stage) or bool(ranks and self._at(fault.stage) >= fault.samples)
+
+        wait_for(is_time, NEXT, f"{fault.stage} to be at {fault.samples} samples")
         began = time.monotonic()
         if self._ended(fault.stage):
             fault.outcome = "came too late"
@@ -64,8 +67,10 @@ class Chaos:
         elif fault.kind in (RANKS, "job cancelled and submitted again"):
             self._submit_again(fault)
         else:
-            self._kill(fault)
-        before = self._at(fault.stage)  # what was killed logs no more, and what comes back is not as far yet
+            self._kill(fault, *self._draw.choice(ranks))
+        if fault.kind in (*KILLS, RANKS, DISK):  # who is ending may log still
+            wait_for(lambda: not set(ranks) & set(self._ranks(fault.stage)), 60, "the ranks to be gone")
+        before = self._at(fault.stage)
         wait_for(lambda: self._at(fault.stage) > before or self._ended(fault.stage), BACK, "a step beyond the fault")
         fault.seconds = time.monotonic() - began
         fault.outcome = "went on"
@@ -113,10 +118,9 @@ class Chaos:
             fault.detail = f"{before} to {ranks}"
         self._run.submit()
 
-    def _kill(self, fault: Fault) -> None:
+    def _kill(self, fault: Fault, node: str, rank: int) -> None:
         number = self._run.jobs[fault.stage]
         restarts, cluster = self._restarts(fault.stage), self._run.cluster
-        node, rank = self._draw.choice(self._ranks(fault.stage))
         if fault.kind == "rank killed":
             fault.detail = f"on {node}"
             os.kill(rank, signal.SIGKILL)
@@ -155,9 +159,7 @@ class Chaos:
         return (self._run.stage(stage) / "result.json").exists()
 
     def _ranks(self, stage: str) -> list[tuple[str, int]]:
-        """Return node and process of each rank of a stage that runs now; of one that has ended, something too."""
-        if self._ended(stage):
-            return [("", 0)]
+        """Return node and process of each rank of a stage that runs now."""
         found, folder = [], str(self._run.stage(stage))
         for node in self._run.cluster.nodes:
             for pid in self._run.cluster.tasks(node):

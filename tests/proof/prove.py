@@ -68,9 +68,11 @@ def small_disk(folder: Path) -> Iterator[Path]:
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}m", "tmpfs", folder], check=True, timeout=30)
     try:
         yield folder
-        shutil.copytree(folder, folder.with_name("left"))
     finally:
-        subprocess.run(["umount", "--lazy", folder], check=False, timeout=30)
+        try:
+            shutil.copytree(folder, folder.with_name("left"))
+        finally:
+            subprocess.run(["umount", "--lazy", folder], check=False, timeout=30)
 
 
 def prove(folder: Path, seed: int, faults: int, steps: int) -> tuple[list[Fault], list[Claim]]:
