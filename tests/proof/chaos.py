@@ -78,7 +78,7 @@ class Chaos:
     def _spoil(self, fault: Fault) -> None:
         before, count = self._storage.spoiled, COUNTS[fault.kind]
         self._storage.spoil(fault.kind, count)
-        wait_for(lambda: self._storage.spoiled > before or self._ended(fault.stage), NEXT, "somebody to read")
+        wait_for(lambda: self._storage.spoiled >= before + count or self._ended(fault.stage), NEXT, "so many reads")
         fault.detail = f"{self._storage.spoiled - before} answers"
 
     def _kill_server(self, fault: Fault) -> None:

@@ -16,7 +16,7 @@ FAULTS = 8
 def test_under_eight_faults_everything_holds():
     program = ROOT / "tests/proof/prove.py"
     process = subprocess.Popen(
-        [sys.executable, program, "--faults", str(FAULTS), "--steps", "800", "--json"],
+        [sys.executable, program, "--faults", str(FAULTS), "--steps", "500", "--json"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
     )  # fmt: skip
     try:
