@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from xxhash import xxh3_128_digest
 
 from shards import manifest
-from shards.errors import UserError
+from shards.errors import PatchmillError, UserError
 from shards.hashing import hash_array, hash_int
 from shards.objects import ExistsError, MissingError
 from shards.order import DEFAULT_WINDOW_BYTES, Order, choose_shuffle
@@ -23,9 +24,10 @@ from shards.storesettings import StoreSettings
 from shards.tuples import Tuples
 
 _SUBSET = 12  # what a hash is for; shards/hashing.py lists all
-ROW_COLUMNS = ["key", "offset", "size", "format", "labels", "weights", "width", "height", "member"]
+ROW_COLUMNS = ["key", "offset", "size", "format", "labels", "weights", "width", "height", "member", "xxh128"]
 BLOCK = 512  # bytes of a tar header, which precedes each image
-CACHED_ROWS = 4_000_000  # kept in memory per open data set: about 50 to 100 bytes each
+CACHED_ROWS = 4_000_000  # kept in memory per open data set: about 70 to 120 bytes each
+TRIES = 10  # of bytes that a server sends otherwise each time
 
 Through = Callable[[str, list[int], Callable[[], list[bytes]]], list[bytes] | list[memoryview]]
 """Gives the bytes of several samples, by a name for them (40 hex digits), their lengths, and what fetches them."""
@@ -69,6 +71,7 @@ class Rows:
         labels: n tuples of class indices.
         weights: n tuples of their weights, empty where all are 1; None if they are so everywhere.
         member: (n,) uint32, CRC-32 of the tar header before each image.
+        xxh128: n times 16 bytes, XXH3-128 of each image.
         keys: n strings in compact form; ``key`` is the same as a list.
     """
 
@@ -81,6 +84,7 @@ class Rows:
     labels: Sequence[tuple[int, ...]]
     weights: Sequence[tuple[float, ...]] | None
     member: np.ndarray
+    xxh128: pa.ChunkedArray
     keys: pa.ChunkedArray
 
     @cached_property
@@ -90,6 +94,14 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.offset)
+
+    def is_whole(self, index: int, data: bytes) -> bool:
+        """Tell whether bytes of the tar are the tar header of a sample and its image, as they were when made."""
+        return self.begins(index, data) and xxh3_128_digest(memoryview(data)[BLOCK:]) == self.xxh128[index].as_py()
+
+    def begins(self, index: int, data: bytes) -> bool:
+        """Tell whether bytes of the tar begin with the tar header of a sample."""
+        return zlib.crc32(data[:BLOCK]) == self.member[index]
 
 
 class Dataset:
@@ -129,6 +141,7 @@ class Dataset:
             self.tars = open_store(info.tars, settings=settings) if info.tars else store
         except MissingError as error:
             raise UserError(f"the tars of {store.url} are not at {info.tars}; index them where they are") from error
+        self._read_again = 0
         self._remedy = "index them" if info.build.get("source") == "index" else "copy or build the data set"
         self.classes = info.classes
         self.mean_bytes = info.image_bytes / info.samples
@@ -217,7 +230,7 @@ class Dataset:
     @property
     def retries(self) -> int:
         """Reads from its stores that were asked again so far."""
-        return sum(store.retries for store in {self.store, self.tars})
+        return self._read_again + sum(store.retries for store in {self.store, self.tars})
 
     def place(self, shard: int) -> tuple["Dataset", int]:
         """Return the data set that a shard is of, and its number there; as of a ``Mixture``, which has several."""
@@ -261,6 +274,7 @@ class Dataset:
             labels=Tuples(table["labels"]),
             weights=None if table["weights"].null_count == len(table) else Tuples(table["weights"]),
             member=table["member"].to_numpy(),
+            xxh128=table["xxh128"],
             keys=table["key"],
         )
 
@@ -269,11 +283,10 @@ class Dataset:
 
         Raises:
             UserError: The tar is not the one that was built or indexed, or the sample's label is of no class.
+            PatchmillError: It cannot be read.
         """
         rows = self.rows(shard)
-        start, length = int(rows.offset[index]) - BLOCK, int(rows.size[index]) + BLOCK
-        data = self.tars.read_range(self.paths[shard], start, length)
-        self._check(rows, shard, index, data)
+        (data,) = self._read(rows, shard, [index])
         return self._sample(rows, shard, index, data)
 
     def read_many(self, shard: int, start: int, stop: int, through: Through | None = None) -> list[Sample]:
@@ -287,16 +300,14 @@ class Dataset:
 
         Raises:
             UserError: The tar is not the one that was built or indexed, or a sample's label is of no class.
+            PatchmillError: It cannot be read.
         """
         rows = self.rows(shard)
         here = range(*slice(start, stop).indices(len(rows)))
         starts, lengths = rows.offset[start:stop] - BLOCK, rows.size[start:stop] + BLOCK
 
         def fetch() -> list[bytes]:
-            found = self.tars.read_ranges(self.paths[shard], starts.tolist(), lengths.tolist()) if here else []
-            for index, data in zip(here, found, strict=True):
-                self._check(rows, shard, index, data)
-            return found
+            return self._read(rows, shard, here) if here else []
 
         if through:
             digest = hashlib.blake2b(
@@ -310,9 +321,39 @@ class Dataset:
             found[place] = self._sample(rows, shard, index, found[place])
         return found
 
+    def _read(self, rows: Rows, shard: int, indices: Sequence[int]) -> list[bytes]:
+        """Return the bytes of samples in the tar, each with the tar header before it.
+
+        A network may turn bits, and the next time others. So what came wrong from a remote store is asked for again,
+        until it is right, or the same twice: then the tar itself is so. Of a damaged image the decoder tells.
+        """
+        places = {index: (int(rows.offset[index]) - BLOCK, int(rows.size[index]) + BLOCK) for index in indices}
+
+        def ask(some: Iterable[int]) -> dict[int, bytes]:
+            starts, lengths = zip(*(places[index] for index in some), strict=True)
+            return dict(zip(some, self.tars.read_ranges(self.paths[shard], starts, lengths), strict=True))
+
+        found = ask(indices)
+        wrong = {} if self.tars.local else {i: data for i, data in found.items() if not rows.is_whole(i, data)}
+        for _ in range(TRIES):
+            if not wrong:
+                break
+            self._read_again += len(wrong)
+            again = ask(list(wrong))
+            found |= again
+            wrong = {i: data for i, data in again.items() if data != wrong[i] and not rows.is_whole(i, data)}
+        if wrong:
+            raise PatchmillError(
+                f"{self.tars.url}/{self.paths[shard]} comes otherwise each time, {TRIES + 1} times, at byte "
+                f"{places[min(wrong)][0]}; check the network and what is between this machine and the server"
+            )
+        for index, data in found.items():
+            self._check(rows, shard, index, data)
+        return list(found.values())
+
     def _check(self, rows: Rows, shard: int, index: int, data: bytes) -> None:
         """Raise a UserError unless bytes of the tar begin with the tar header of a sample."""
-        if zlib.crc32(data[:BLOCK]) != rows.member[index]:
+        if not rows.begins(index, data):
             raise UserError(
                 f"{self.tars.url}/{self.paths[shard]} is not the tar that {self.url} knows: "
                 f"{rows.keys[index].as_py()} is not at byte {rows.offset[index]}: the tars changed; "

@@ -115,32 +115,46 @@ def digest_with_exclude(base: str, shard: np.ndarray, index: np.ndarray) -> str:
 def write_table(store: Store, path: str, table: pa.Table, **encoding: Any) -> None:
     """Write a parquet file that appears whole or not at all; ``encoding`` is ``pyarrow.parquet.write_table``'s."""
     with store.new_file(path) as file:
-        pq.write_table(table, file, compression="zstd", **encoding)
+        pq.write_table(table, file, compression="zstd", write_page_checksum=True, **encoding)
 
 
 def table_bytes(table: pa.Table) -> bytes:
     """Return the content of a parquet file."""
     file = io.BytesIO()
-    pq.write_table(table, file, compression="zstd")
+    pq.write_table(table, file, compression="zstd", write_page_checksum=True)
     return file.getvalue()
 
 
 def read_table(data: bytes, columns: list[str] | None = None) -> pa.Table:
     """Read the content of a parquet file, or those of some columns that it has, on the calling thread."""
-    return pq.ParquetFile(io.BytesIO(data)).read(columns=columns, use_threads=False)
+    file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)  # where there are checksums
+    return file.read(columns=columns, use_threads=False)
 
 
 REMEDY = "copy or build the data set again"
+TRIES = 10  # of a table that comes damaged, and otherwise each time
 
 
 def open_table(store: Store, path: str, columns: list[str], remedy: str = REMEDY) -> pa.Table:
-    """Read columns of a parquet file, in the order of the file.
+    """Read columns of a parquet file, in the order of the file; again if a network damaged it: it comes otherwise then.
 
     Raises:
         MissingError: There is no such file.
         UserError: It is damaged, or lacks one of the columns.
     """
     data = store.read(path)
+    for _ in range(TRIES):
+        try:
+            return _table(store, path, data, columns, remedy)
+        except UserError:
+            again = store.read(path)
+            if again == data:
+                raise
+            data = again
+    return _table(store, path, data, columns, remedy)
+
+
+def _table(store: Store, path: str, data: bytes, columns: list[str], remedy: str) -> pa.Table:
     with _damage_told(store, path, remedy):
         table = read_table(data, columns)
         if missing := set(columns) - set(table.column_names):

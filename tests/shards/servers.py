@@ -1,5 +1,6 @@
 """A real web server with byte ranges on a free port, which misbehaves when it is told to."""
 
+import random
 import re
 import socket
 import struct
@@ -19,8 +20,9 @@ class FaultServer(ThreadingHTTPServer):
         url: Of the folder.
         ranges: Set it to False for a server that answers every request with the whole file.
         fault: ``error`` (500), ``reset`` (of the connection, before an answer), ``silence`` (no answer), ``half body``
-            (then the connection ends), ``reset inside``, ``stall`` (half a body, then nothing), ``short range`` or
-            ``wrong length`` (a range that is shorter than the answer says).
+            (then the connection ends), ``reset inside``, ``stall`` (half a body, then nothing), ``short range``,
+            ``wrong length`` (a range that is shorter than the answer says), or ``flip`` (in a range, one bit of every
+            kilobyte is another, each time elsewhere).
         requests: Asked so far.
         paths: That they asked for.
         authorizations: Their headers of that name, or None.
@@ -85,6 +87,10 @@ class RangeHandler(SimpleHTTPRequestHandler):
         if start >= len(data) > 0:
             return self.send_error(416)
         half = start + (stop - start) // 2
+        if fault == "flip":
+            data = bytearray(data)
+            for at in range(start, stop, 1024):
+                data[random.randrange(at, min(at + 1024, stop))] ^= 1 << random.randrange(8)
         part = data[start : half if fault == "short range" else stop]
         self.send_response(206 if found else 200)
         self.send_header("Last-Modified", self.date_time_string())

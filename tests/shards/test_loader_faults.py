@@ -10,7 +10,7 @@ import pytest
 
 from shards.augment import InceptionCrop
 from shards.build import build
-from shards.dataset import Dataset
+from shards.dataset import ROW_COLUMNS, Dataset
 from shards.errors import PatchmillError, UserError
 from shards.index import index
 from shards.loader import Loader
@@ -65,9 +65,34 @@ def test_bursts_of_faults_change_no_batch(server, expected, fault):
     assert server.bad == 0
 
 
+def test_bits_that_a_network_turns_change_no_batch(server, expected):
+    dataset = Dataset.open(server.url, settings=QUICK)
+    read_tables(dataset)
+    server.fault, server.good, server.bad = "flip", 2, 6
+    assert batches(dataset) == expected
+    assert server.bad == 0
+    assert dataset.retries > 0
+
+
+def test_bits_that_a_network_turns_each_time_are_one_clear_error(server):
+    dataset = Dataset.open(server.url, settings=QUICK)
+    read_tables(dataset)
+    server.fault, server.bad = "flip", 10**9
+    with pytest.raises(PatchmillError, match=rf"{server.url}/shards/\d+\.tar comes otherwise each time.*the network"):
+        batches(dataset)
+
+
+def test_bits_that_a_network_turns_in_tables_change_nothing(server, ninety):
+    dataset = Dataset.open(server.url, settings=QUICK)
+    server.fault, server.bad = "flip", 6
+    tables = [dataset.table(shard, ROW_COLUMNS) for shard in range(len(dataset.paths))]
+    assert server.bad == 0
+    assert tables == [Dataset.open(ninety).table(shard, ROW_COLUMNS) for shard in range(len(dataset.paths))]
+
+
 def test_a_table_that_comes_too_short_is_an_error(server):
     dataset = Dataset.open(server.url, settings=QUICK)
-    server.fault, server.bad = "wrong length", 1
+    server.fault, server.bad = "wrong length", 10**9  # the same each time: it is so on the server
     with pytest.raises(UserError, match=rf"{server.url}/manifest/samples/\d+\.parquet is damaged"):
         batches(dataset)
 

@@ -54,12 +54,22 @@ class Submitted:
     """
 
     def __init__(self, cluster: Cluster, plan: Path, profile: str = "ranks_per_node = 1", folder: Path | None = None):
-        folder = folder or plan.parent
-        self.cluster, self.run = cluster, folder / "runs" / tomllib.loads(plan.read_text())["name"]
-        (folder / "cluster.toml").write_text(profile)
-        done = patchmill("submit", plan, "--cluster", "cluster.toml", "--json", cwd=folder)
+        self.cluster, self.plan, self._folder = cluster, plan, folder or plan.parent
+        self.run = self._folder / "runs" / tomllib.loads(plan.read_text())["name"]
+        (self._folder / "cluster.toml").write_text(profile)
+        self.jobs: dict[str, str] = {}
+        self.submit()
+
+    def submit(self) -> None:
+        """Submit what is left of it."""
+        done = patchmill("submit", self.plan, "--cluster", "cluster.toml", "--json", cwd=self._folder)
         assert done.returncode == 0, done.stderr
-        self.jobs: dict[str, str] = json.loads(done.stdout)
+        self.jobs |= json.loads(done.stdout)
+
+    def cancel(self) -> None:
+        """End all its jobs."""
+        done = patchmill("cancel", self.run, cwd=self._folder)
+        assert done.returncode == 0, done.stderr
 
     def stage(self, name: str) -> Path:
         """Return a stage's folder."""

@@ -1,0 +1,176 @@
+"""Does the faults that faults.py drew to a run on the cluster, one after the other, and notes what became of each."""
+
+import os
+import random
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+from launch.submission import Record
+from tests.command import losses
+from tests.proof.faults import CYCLE, DISK, KILLS, RANKS, Fault
+from tests.proof.storage import Storage
+from tests.slurm.cluster import ClusterError, wait_for
+from tests.slurm.runs import Submitted
+
+BACK = 240.0  # seconds, at most, from a fault to the first step beyond it, on a machine that others use too
+NEXT = 600.0  # seconds, at most, from one fault to the next moment
+LEFT = 150_000  # bytes on a full disk: a few lines more, and no checkpoint
+COUNTS = {"error": 6, "reset": 6, "cut": 4, "stall": 2, "flip": 4}  # answers that are spoiled at once
+
+
+class Chaos:
+    """Disturbs a run.
+
+    Args:
+        run: Submitted.
+        storage: That it reads from.
+        disk: The small file system that the run's folder is on.
+        seed: Of what is drawn while it goes on: which rank, which node.
+    """
+
+    def __init__(self, run: Submitted, storage: Storage, disk: Path, seed: int):
+        self._run, self._storage, self._disk, self._draw = run, storage, disk, random.Random(seed)
+        self._cycle = iter(CYCLE * 10)
+
+    def disturb(self, faults: list[Fault]) -> None:
+        """Do all faults, in order, as far as the run survives them."""
+        for number, fault in enumerate(faults, start=1):
+            try:
+                self._disturb(fault)
+            except (ClusterError, AssertionError, OSError) as error:
+                fault.outcome = f"failed: {' '.join(str(error).split())[-300:]}"
+            print(f"{number}/{len(faults)} {fault}", file=sys.stderr, flush=True)
+            if fault.outcome.startswith("failed"):
+                return
+
+    def _disturb(self, fault: Fault) -> None:
+        ranks: list[tuple[str, int]] = []
+
+        def is_time() -> bool:
+            ranks[:] = self._ranks(fault.stage)
+            return self._ended(fault.stage) or bool(ranks and self._at(fault.stage) >= fault.samples)
+
+        wait_for(is_time, NEXT, f"{fault.stage} to be at {fault.samples} samples")
+        began = time.monotonic()
+        if self._ended(fault.stage):
+            fault.outcome = "came too late"
+            return
+        if fault.kind in COUNTS:
+            self._spoil(fault)
+        elif fault.kind == "server killed":
+            self._kill_server(fault)
+        elif fault.kind == DISK:
+            self._fill_disk(fault)
+        elif fault.kind in (RANKS, "job cancelled and submitted again"):
+            self._submit_again(fault)
+        else:
+            self._kill(fault, *self._draw.choice(ranks))
+        if fault.kind in (*KILLS, RANKS, DISK):  # who is ending may log still
+            wait_for(lambda: not set(ranks) & set(self._ranks(fault.stage)), 60, "the ranks to be gone")
+        before = self._at(fault.stage)
+        wait_for(lambda: self._at(fault.stage) > before or self._ended(fault.stage), BACK, "a step beyond the fault")
+        fault.seconds = time.monotonic() - began
+        fault.outcome = "went on"
+
+    def _spoil(self, fault: Fault) -> None:
+        before, count = self._storage.spoiled, COUNTS[fault.kind]
+        self._storage.spoil(fault.kind, count)
+        wait_for(lambda: self._storage.spoiled >= before + count or self._ended(fault.stage), NEXT, "so many reads")
+        fault.detail = f"{self._storage.spoiled - before} answers"
+
+    def _kill_server(self, fault: Fault) -> None:
+        self._storage.kill()
+        away = self._draw.uniform(2, 10)
+        time.sleep(away)
+        self._storage.start()
+        fault.detail = f"away for {away:.0f} s"
+
+    def _fill_disk(self, fault: Fault) -> None:
+        filler, log = self._disk / "filler", self._run.run / "slurm" / f"{fault.stage}.log"
+        restarts = self._restarts(fault.stage)
+        said = len(log.read_text())
+        free = os.statvfs(self._disk)
+        try:
+            with open(filler, "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_bsize - LEFT)
+            found = []
+
+            def is_told() -> bool:
+                found[:] = re.findall(r"^error: (.*make room.*)$", log.read_text()[said:], re.MULTILINE)
+                return bool(found)
+
+            wait_for(is_told, 120, "a save to fail")
+            self._wait_until_back(fault.stage, restarts)
+        finally:
+            filler.unlink(missing_ok=True)
+        fault.detail = found[0].replace(f"{self._run.run}/", "").partition("; make room")[0]
+
+    def _submit_again(self, fault: Fault) -> None:
+        self._run.cancel()
+        if fault.kind == RANKS:
+            text = self._run.plan.read_text()
+            pattern = rf'(name = "{fault.stage}".*\n.*\nranks = )(\d+)'
+            before, ranks = re.search(pattern, text)[2], next(self._cycle)
+            self._run.plan.write_text(re.sub(pattern, rf"\g<1>{ranks}", text))
+            fault.detail = f"{before} to {ranks}"
+        self._run.submit()
+
+    def _kill(self, fault: Fault, node: str, rank: int) -> None:
+        number = self._run.jobs[fault.stage]
+        restarts, cluster = self._restarts(fault.stage), self._run.cluster
+        if fault.kind == "rank killed":
+            fault.detail = f"on {node}"
+            os.kill(rank, signal.SIGKILL)
+        elif fault.kind == "node killed":
+            fault.detail = node
+            cluster.kill_node(node)
+        elif fault.kind == "job requeued":
+            cluster.run("scontrol", "requeue", number)
+        else:
+            cluster.run("scancel", "--signal=TERM", number)
+        self._wait_until_back(fault.stage, restarts)
+        if fault.kind == "node killed":
+            cluster.start_node(node)
+
+    def _restarts(self, stage: str) -> int:
+        return int(self._run.shown(stage)["Restarts"])
+
+    def _wait_until_back(self, stage: str, restarts: int) -> None:
+        wait_for(
+            lambda: self._restarts(stage) > restarts or self._ended(stage), 120, "the job to go back into the queue"
+        )
+
+    def _at(self, stage: str) -> int:
+        """Return how many samples a stage has behind it, by its log.
+
+        Raises:
+            ClusterError: Its job has failed for good.
+        """
+        record = Record(self._run.run, stage).table
+        if record.get("state") == "failed":
+            raise ClusterError(f"{stage} failed: {record['reason']}")
+        lines = losses(self._run.stage(stage))
+        return lines[-1][0] if lines else 0
+
+    def _ended(self, stage: str) -> bool:
+        return (self._run.stage(stage) / "result.json").exists()
+
+    def _ranks(self, stage: str) -> list[tuple[str, int]]:
+        """Return node and process of each rank of a stage that runs now."""
+        found, folder = [], str(self._run.stage(stage))
+        for node in self._run.cluster.nodes:
+            for pid in self._run.cluster.tasks(node):
+                words = _words(pid)
+                if "launch.rank" in words and "srun" not in words and any(word.startswith(folder) for word in words):
+                    found.append((node, pid))
+        return sorted(found)
+
+
+def _words(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+    except OSError:  # it just ended
+        return []
