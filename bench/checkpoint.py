@@ -1,8 +1,9 @@
 """Saving and going on: what a save costs the loop, how long until it is on disk, how long to load it, and memory.
 
 Two CPU ranks hold the states of a ViT under ZeRO 3 with AdamW, no gradients. In turns, forth and back: a plain copy of
-a rank's share into memory that is there already; our save; torch.save of the same share, flushed; DeepSpeed's own
-save_checkpoint, flushed; dd of as many bytes as our files have, with fsync. The loop waits for all of the last three.
+a rank's share into memory that is there already, and our save, of which the loop's stall counts. Then, in turns again:
+our save until it is on disk; torch.save of the same share, flushed; DeepSpeed's own save_checkpoint, flushed; dd of as
+many bytes as our files have, with fsync. The loop waits for all of the last three.
 Loading is of files that no cache holds, on two ranks again and on one, beside reading these files and no more. A model
 that memory or disk has no room for loses blocks until it fits, and says so.
 """

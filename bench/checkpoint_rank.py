@@ -48,7 +48,7 @@ def main():
 
 
 def write(engine, shapes: dict, settings: TrainSettings, folder: Path, rounds: int) -> dict[str, list[float]]:
-    """Save in all ways, in turns, forth and back."""
+    """Save in all ways, in turns, forth and back: first beside a copy alone, whose time others' writing disturbs."""
     rank, found = distributed.rank(), {}
     share = sum(tensor.nbytes for *_, tensor in engine.pieces())
     there = torch.from_numpy(np.full(share // 4, 1, np.float32))
@@ -64,7 +64,8 @@ def write(engine, shapes: dict, settings: TrainSettings, folder: Path, rounds: i
             there[at : at + len(tensor)].copy_(tensor)
             at += len(tensor)
 
-    def patchmill() -> None:
+    def patchmill() -> tuple[float, float, float]:
+        """Return the seconds that the loop stalls and those until it is durable, and the MB above those before."""
         before = reset_peak()
         dist.barrier()
         began = perf_counter()
@@ -72,13 +73,17 @@ def write(engine, shapes: dict, settings: TrainSettings, folder: Path, rounds: i
         stalled = perf_counter() - began
         saver.wait()
         durable = perf_counter() - began
-        if len(saved) == 1:
-            note("patchmill: the first save stalls the loop, s", stalled)
-            return
-        note("patchmill: the loop stalls, s", stalled)
+        if len(saved) > 1:
+            remove(saved[-2])  # else the next save would delete it
+        return stalled, durable, memory("VmHWM") - before
+
+    def stall_alone() -> None:
+        note("patchmill: the loop stalls, s", patchmill()[0])
+
+    def until_durable() -> None:
+        _, durable, above = patchmill()
         note("patchmill: until it is durable, s", durable)
-        note("patchmill: memory at its peak above that before, MB", memory("VmHWM") - before)
-        remove(saved[-2])  # else the next save would delete it
+        note("patchmill: memory at its peak above that before, MB", above)
 
     def peer(name: str, action: Callable[[], object], left: str) -> Callable[[], None]:
         def save() -> None:
@@ -115,21 +120,19 @@ def write(engine, shapes: dict, settings: TrainSettings, folder: Path, rounds: i
     def copy_alone() -> None:
         note("memory copy, s", timed(plain_copy))
 
-    ways = [
-        copy_alone,
-        patchmill,
-        peer("torch.save", torch_save, f"torch-{rank}"),
-        peer("DeepSpeed", deepspeed_save, "deepspeed"),
-        dd_alone,
-    ]
+    def in_turns(ways: list[Callable[[], None]], settled: int) -> None:
+        for number in range(rounds):
+            for way in reversed(ways) if number % 2 else ways:
+                settle(settled)
+                way()
+
+    peers = [peer("torch.save", torch_save, f"torch-{rank}"), peer("DeepSpeed", deepspeed_save, "deepspeed")]
     with Saver(folder / "checkpoints", shapes, settings) as saver:
         saver.prepare()
         note("patchmill: memory for the copy is taken beside the loop in, s", timed(saver.wait))
-        patchmill()
-        for number in range(rounds):
-            for way in reversed(ways) if number % 2 else ways:
-                settle(size)
-                way()
+        note("patchmill: the first save stalls the loop, s", patchmill()[0])
+        in_turns([copy_alone, stall_alone], 0)
+        in_turns([until_durable, *peers, dd_alone], size)
     note("the copy that is kept, MB", share / 1e6)
     note("files of a checkpoint, MB", size / 1e6)
     return found
