@@ -214,9 +214,9 @@ def pointer(folder: Path, name: str) -> Path | None:
     """Return the checkpoint that ``latest`` or ``best`` names, or None."""
     try:
         target = folder / (folder / name).read_text().strip()
-    except FileNotFoundError:
+        return target if (target / "checkpoint.json").is_file() else None
+    except (OSError, ValueError):  # it is not there, or damaged
         return None
-    return target if (target / "checkpoint.json").is_file() else None
 
 
 class Checkpoint:

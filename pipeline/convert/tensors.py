@@ -129,6 +129,15 @@ def _state(loaded: Any, path: Path, ema: bool) -> dict[str, Tensor]:
     return tensors
 
 
+def _note(comment: bytes) -> dict[str, str]:
+    """Return the note in an archive's comment; of what others wrote there, nothing."""
+    try:
+        note = json.loads(zlib.decompress(comment))
+    except (zlib.error, ValueError):
+        return {}
+    return note if isinstance(note, dict) else {}
+
+
 def of_npz(path: Path) -> Tensors:
     """Read a .npz archive, never with pickle. NumPy keeps bfloat16 as 2 bytes of void, which is known."""
     archive = zipfile.ZipFile(path)
@@ -141,7 +150,7 @@ def of_npz(path: Path) -> Tensors:
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise UserError(f"{name} of {path} cannot be read ({error}); get or make the file again") from None
 
-    note = json.loads(zlib.decompress(archive.comment)) if archive.comment[:1] == b"\x78" else {}
+    note = _note(archive.comment)
     members = {each.filename.removesuffix(".npy"): each for each in archive.infolist()}
     headers = {}
     for name in members:

@@ -1,6 +1,6 @@
 """Top-1 on held-out images of everything a run measured, next to honest baselines."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -26,8 +26,10 @@ def accuracies(run: Run) -> list[Row]:
     sets = run.finished("shards")
     rows = [_chance(stage, f" in {stage.name}" if len(sets) > 1 else "") for stage in sets]
     rows += _most_frequent(run)
-    for stage in run.finished("fewshot"):
-        rows += _closed_form(stage)
+    few = run.finished("fewshot")
+    for stage in few:
+        where = f" ({stage.name})" if len(few) > 1 else ""
+        rows += [replace(row, what=row.what + where) for row in _closed_form(stage)]
     for stage in [*run.of("supervised"), *run.of("finetune")]:
         if stage.val is not None and "top1" in stage.val:
             rows.append(_trained(run, stage))

@@ -64,8 +64,8 @@ def test_a_write_that_fails_is_one_line_and_what_was_saved_stays(tmp_path):
 
 def test_a_pointer_to_nowhere_is_not_needed(tmp_path):
     first = write(tmp_path, 8)
-    for text in ("samples-000000000099\n", "", "../elsewhere\n"):
-        (tmp_path / "latest").write_text(text)
+    for text in (b"samples-000000000099\n", b"", b"../elsewhere\n", b"\xff\xfe", b"samples\0", b"x" * 5000):
+        (tmp_path / "latest").write_bytes(text)
         assert checkpoint.pointer(tmp_path, "latest") is None
         assert checkpoint.newest(tmp_path).path == first
     (tmp_path / "latest").unlink()

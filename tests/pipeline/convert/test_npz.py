@@ -1,6 +1,7 @@
 """Official .npz files, made here with their own names, against their own arithmetic, and both ways."""
 
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -183,6 +184,14 @@ def test_bfloat16_is_kept_as_void_and_known(tmp_path):
     found = open_source(tmp_path / "half.npz")
     for name, parameter in made.named_parameters():
         assert found.tensor(name).equal(parameter.detach().bfloat16()), name
+
+
+@pytest.mark.parametrize("comment", [b"x: made by hand", zlib.compress(b"[1]"), zlib.compress(b"\xff"), b"\x78\x9c"])
+def test_comments_of_others_are_none_of_ours(comment, tmp_path):
+    np.savez(tmp_path / "a.npz", **FILES["vit"])
+    with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive:
+        archive.comment = comment
+    assert open_source(tmp_path / "a.npz", given={"num_heads": 3}).tensor("head.bias").shape == (7,)
 
 
 def test_nothing_is_unpickled(tmp_path):

@@ -6,7 +6,7 @@ from pipeline.report.accuracies import accuracies
 from pipeline.report.page import names
 from pipeline.report.run import read_run
 from shards.errors import UserError
-from tests.pipeline.report.made import made_run, trained
+from tests.pipeline.report.made import ended, made_run, trained
 
 PLAN = """
 [[stage]]
@@ -87,6 +87,22 @@ def test_weights_that_are_gone_are_named(tmp_path):
     run = made_run(tmp_path / "a", PLAN)
     trained(run, "rates-0", "finetune_cifar10", 0.5, init="/gone/model.npz")
     assert accuracies(read_run(run))[-1].how == "384 px, 200 images seen, from /gone/model.npz"
+
+
+def test_few_shot_results_of_several_data_sets_are_told_apart(tmp_path):
+    run = made_run(
+        tmp_path / "a", "".join(f'[[stage]]\nname = "{name}"\nkind = "fewshot"\n' for name in ("one", "two"))
+    )
+    for name, top1 in (("one", 0.5), ("two", 0.6)):
+        ended(run, name, "fewshot", {"features": {"all": top1, "shots": {"5": top1 - 0.1}}})
+        rows = [(row.what, row.top1) for row in accuracies(read_run(run))]
+        if name == "one":
+            assert rows == [("frozen features, least squares", 0.5), ("frozen features, 5-shot", 0.4)]
+    assert [what for what, _ in rows] == [
+        "frozen features, least squares (one)", "frozen features, 5-shot (one)",
+        "frozen features, least squares (two)", "frozen features, 5-shot (two)",
+    ]  # fmt: skip
+    assert [top1 for _, top1 in rows] == [0.5, 0.4, 0.6, 0.5]
 
 
 def test_a_folder_that_is_no_run(tmp_path):
