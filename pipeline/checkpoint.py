@@ -7,7 +7,6 @@ Layout of ``checkpoints/``::
     latest, best                                      one line each: the name of a folder
 """
 
-import json
 import os
 import shutil
 import sys
@@ -22,7 +21,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from pipeline import checksum, distributed
-from pipeline.checkpointindex import FORMAT_VERSION, BrokenCheckpointError, read_index
+from pipeline.checkpointindex import FORMAT_VERSION, BrokenCheckpointError, index_text, read_index
 from pipeline.engines.fragments import MissingPieceError, Piece
 from pipeline.mapped import Mapped
 from pipeline.rankfile import write_rank_file
@@ -89,7 +88,7 @@ def save(
             "shapes": {name: list(shape) for name, shape in shapes.items()},
             "state": state,
         }
-        write_text(partial / "checkpoint.json", json.dumps(index, indent=1))
+        write_text(partial / "checkpoint.json", index_text(index))
         commit_folder(partial, final)
         write_text(folder / "latest", final.name + "\n")
         if best:

@@ -4,10 +4,13 @@ import json
 import re
 from typing import Any, NamedTuple
 
+from xxhash import xxh3_128_hexdigest
+
 from pipeline import checksum
 from shards.errors import PatchmillError, UserError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+CHECKSUM = "xxh3_128"  # of everything else in the index, from format 3 on
 
 
 class BrokenCheckpointError(PatchmillError):
@@ -34,6 +37,11 @@ class Index(NamedTuple):
     state: dict[str, Any]
 
 
+def index_text(index: dict[str, Any]) -> str:
+    """Return the text of an index, with its checksum."""
+    return json.dumps({**index, CHECKSUM: _checksum(json.loads(json.dumps(index)))}, indent=1)
+
+
 def read_index(text: str | bytes, where: object) -> Index:
     """Return what an index says.
 
@@ -53,6 +61,8 @@ def read_index(text: str | bytes, where: object) -> Index:
                 f"{where} was written by a newer Patchmill (format {version}, this one reads "
                 f"{FORMAT_VERSION}); update Patchmill"
             )
+        if version >= 3 and told.pop(CHECKSUM) != _checksum(told):
+            raise ValueError("it does not have the checksum it was written with")
         shapes = {name: tuple(shape) for name, shape in told["shapes"].items()}
         numbers = _be(int, told["samples"]), _be(int, told["world_size"])
         return Index(version, *numbers, [_file(each) for each in told["files"]], shapes, _be(dict, told["state"]))
@@ -60,6 +70,10 @@ def read_index(text: str | bytes, where: object) -> Index:
         raise BrokenCheckpointError(
             f"{where} has no readable checkpoint.json: {error}; use another checkpoint"
         ) from None
+
+
+def _checksum(told: dict[str, Any]) -> str:
+    return xxh3_128_hexdigest(json.dumps(told, sort_keys=True).encode())
 
 
 def _file(told: dict[str, Any]) -> dict[str, Any]:

@@ -69,15 +69,13 @@ class Saver:
         if self._asynchronous is None:
             self._asynchronous = self._copy_fits()
             if self._asynchronous:
-                share = self._size // FLOAT // distributed.world_size()
-                self._saving = self._thread.submit(self._copy.reserve, share, self._source)
+                self._saving = self._thread.submit(self._reserve)
 
     def save(self, samples: int, pieces: Iterable[Piece], state: dict[str, Any], best: bool = False) -> Path:
         """Begin to write a checkpoint, as ``checkpoint.save`` does, once the one before is whole; return its path."""
         self._at(SAVING)
+        self.prepare()
         self.wait()
-        if self._asynchronous is None:
-            self._asynchronous = self._copy_fits()
         if self._asynchronous:
             pieces = self._copy.take(pieces)
         self._saving = self._thread.submit(self._write, samples, pieces, copy.deepcopy(state), best)
@@ -125,6 +123,22 @@ class Saver:
             checkpoint.check_room(self._folder, self._size)
         if self._settings.mirror:
             self._mirror = Mirror(self._settings.mirror, self._folder, self._settings.keep, self._keep_every)
+
+    def _reserve(self) -> None:
+        """Take the memory of the copy; where one rank cannot, all save without one."""
+        share, problem = self._size // FLOAT // distributed.world_size(), None
+        try:
+            self._copy.reserve(share, self._source)
+        except (MemoryError, RuntimeError) as error:  # the latter of what cannot be pinned
+            problem = f"rank {distributed.rank()}: {error}"
+        if problems := [each for each in distributed.everyone(problem, self._group) if each]:
+            self._asynchronous, self._copy = False, HostCopy()
+            if distributed.rank() == 0:
+                print(
+                    f"warning: no memory for a copy to save from beside the loop ({problems[0]}): the loop waits for "
+                    "each save; take more machines, or set checkpoint.asynchronous = false",
+                    file=sys.stderr, flush=True,
+                )  # fmt: skip
 
     def _write(self, samples: int, pieces: Iterable[Piece], state: dict[str, Any], best: bool) -> None:
         path = checkpoint.save(self._folder, samples, pieces, self._shapes, state, best, self._size, self._group)

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from launch.cli import app
 from pipeline import checkpoint
+from tests.pipeline.indices import with_changes
 
 SHAPES = {"a": (2, 3), "b": (40,)}
 STATE = {
@@ -45,13 +46,13 @@ def write(folder: Path, samples: int, ranks: int, found: dict, monkeypatch) -> P
     final = folder / f"samples-{samples:012d}"
     for rank in range(ranks):
         path = save(rank)
-        index = json.loads((path / "checkpoint.json").read_text())
-        file = index["files"][0]
+        index = path / "checkpoint.json"
+        (file,) = json.loads(index.read_text())["files"]
         files.append(file | {"name": f"rank-{rank:05d}.safetensors"})
         final.mkdir(exist_ok=True)
         shutil.move(path / file["name"], final / files[-1]["name"])
+        (final / "checkpoint.json").write_text(with_changes(index, {"files": files, "world_size": ranks}))
         shutil.rmtree(folder / f"of-{rank}")
-    (final / "checkpoint.json").write_text(json.dumps(index | {"files": files, "world_size": ranks}))
     (folder / "latest").write_text(final.name)
     return final
 

@@ -10,6 +10,7 @@ import torch
 from pipeline import checkpoint, checksum
 from pipeline.checkpoint import BrokenCheckpointError, Checkpoint
 from shards.errors import UserError
+from tests.pipeline.indices import with_changes
 from tests.pipeline.parameters import parameters
 
 SHAPES = {"a": (2, 3), "b": (4,)}
@@ -137,16 +138,29 @@ class TestOneRank:
     def test_an_index_that_is_damaged_is_passed_over(self, tmp_path, index, capsys):
         write(tmp_path, 10)
         path = write(tmp_path, 20) / "checkpoint.json"
-        path.write_text(index if isinstance(index, str) else json.dumps(json.loads(path.read_text()) | index))
+        path.write_text(index if isinstance(index, str) else with_changes(path, index))
         assert checkpoint.newest(tmp_path).samples == 10
         assert "000020 has no readable checkpoint.json" in capsys.readouterr().err
+
+    def test_an_index_with_another_number_is_passed_over(self, tmp_path, capsys):
+        write(tmp_path, 10)
+        path = write(tmp_path, 20) / "checkpoint.json"
+        path.write_text(path.read_text().replace('"samples": 20', '"samples": 21'))
+        assert checkpoint.newest(tmp_path).samples == 10
+        assert "checkpoint.json: it does not have the checksum it was written with" in capsys.readouterr().err
+
+    def test_an_index_of_format_2_had_no_checksum(self, tmp_path):
+        path = write(tmp_path, 10) / "checkpoint.json"
+        index = json.loads(path.read_text())
+        del index["xxh3_128"]
+        path.write_text(json.dumps(index | {"format_version": 2}))
+        assert checkpoint.newest(tmp_path).samples == 10
 
     @pytest.mark.parametrize("name", ["../rank-00000.safetensors", "/etc/passwd", "..", "", "checkpoint.json"])
     def test_an_index_names_files_of_ranks_and_no_others(self, tmp_path, name):
         path = write(tmp_path, 10) / "checkpoint.json"
-        index = json.loads(path.read_text())
-        index["files"][0]["name"] = name
-        path.write_text(json.dumps(index))
+        files = json.loads(path.read_text())["files"]
+        path.write_text(with_changes(path, {"files": [files[0] | {"name": name}]}))
         with pytest.raises(BrokenCheckpointError, match=re.escape(f"checkpoint.json: it names a file {name!r}")):
             Checkpoint(path.parent)
 

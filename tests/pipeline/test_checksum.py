@@ -10,6 +10,7 @@ from xxhash import xxh3_128_hexdigest
 
 from pipeline import checkpoint, checksum
 from pipeline.checkpoint import BrokenCheckpointError, Checkpoint
+from tests.pipeline.indices import with_changes
 
 VALUES = torch.arange(100_000.0)
 
@@ -22,6 +23,7 @@ def path(tmp_path, alone) -> Path:
 def as_format_1(path: Path) -> Path:
     """Make of a checkpoint what Patchmill wrote before it had any checksum but SHA-256."""
     index = json.loads((path / "checkpoint.json").read_text())
+    del index["xxh3_128"]
     index["format_version"] = 1
     index["files"] = [
         {
@@ -66,8 +68,8 @@ def test_a_changed_byte_is_found_in_new_checkpoints_and_in_old_ones(path, old, a
 
 
 def test_a_file_without_a_checksum_that_is_known_is_broken(path):
-    index = json.loads((path / "checkpoint.json").read_text())
-    index["files"][0]["crc"] = index["files"][0].pop("xxh3_128")
-    (path / "checkpoint.json").write_text(json.dumps(index))
+    (file,) = json.loads((path / "checkpoint.json").read_text())["files"]
+    file["crc"] = file.pop("xxh3_128")
+    (path / "checkpoint.json").write_text(with_changes(path / "checkpoint.json", {"files": [file]}))
     with pytest.raises(BrokenCheckpointError, match=r"no readable checkpoint\.json: 'xxh3_128'"):
         Checkpoint(path)

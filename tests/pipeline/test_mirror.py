@@ -22,6 +22,7 @@ from shards.build import build
 from shards.errors import PatchmillError, StoppedOnRequestError, UserError
 from shards.localstore import LocalStore
 from shards.store import open_store
+from tests.pipeline.indices import with_changes
 from tests.pipeline.test_lookout import TABLE, lines
 from tests.ranks import ends_of_ranks
 from tests.shards.images import make_source
@@ -294,10 +295,10 @@ def test_the_next_try_brings_only_what_the_one_before_did_not(tmp_path, calls):
             uploads.append(path[-13:-12])
 
     path = checkpoint.save(folder, 8, [("weight", "a", 0, torch.arange(10.0))], SHAPES, {})
-    index = json.loads((path / "checkpoint.json").read_text())
+    index = path / "checkpoint.json"
+    (file,) = json.loads(index.read_text())["files"]
     shutil.copy(path / "rank-00000.safetensors", path / "rank-00001.safetensors")
-    index["files"].append(index["files"][0] | {"name": "rank-00001.safetensors"})
-    (path / "checkpoint.json").write_text(json.dumps(index))
+    index.write_text(with_changes(index, {"files": [file, file | {"name": "rank-00001.safetensors"}]}))
     calls.append(note)
     broken_off += ["at once", "and at the end"]
     with saver_of(folder, str(store)) as saver, pytest.raises(PatchmillError, match="lacks some of it: and at the end"):
@@ -309,7 +310,7 @@ def test_the_next_try_brings_only_what_the_one_before_did_not(tmp_path, calls):
     # Another one of the same name: nothing of the one before is of use, however long it is.
     uploads.clear()
     broken_off.append("once more")
-    (path / "checkpoint.json").write_text(json.dumps(index | {"state": {"another": 1}}))
+    index.write_text(with_changes(index, {"state": {"another": 1}}))
     with saver_of(folder, str(store)) as saver:
         saver.finish()
     assert (samples_in(store), uploads) == ([8], ["0", "1"])
@@ -400,9 +401,8 @@ def test_files_of_a_fetch_that_was_broken_off_are_kept_if_they_are_right(tmp_pat
 def test_nothing_is_written_outside_the_folder(tmp_path, capsys):
     _, store = saved(tmp_path, 8, 16)
     index = store / "samples-000000000016" / "checkpoint.json"
-    told = json.loads(index.read_text())
-    told["files"][0]["name"] = "../../../stolen"
-    index.write_text(json.dumps(told))
+    (file,) = json.loads(index.read_text())["files"]
+    index.write_text(with_changes(index, {"files": [file | {"name": "../../../stolen"}]}))
     shutil.copy(store / "samples-000000000016" / "rank-00000.safetensors", tmp_path / "stolen")
     (tmp_path / "new").mkdir()
     assert fetch_newer(str(store), tmp_path / "new" / "run" / "checkpoints", -1) == "samples-000000000008"

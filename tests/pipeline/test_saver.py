@@ -284,6 +284,20 @@ def test_memory_that_was_reserved_is_there_before_the_first_copy(alone, tmp_path
         assert held() - there < size / 4
 
 
+def test_where_the_copys_memory_cannot_be_taken_the_loop_waits_for_each_save(alone, tmp_path, monkeypatch, capsys):
+    def reserve(*_):
+        raise RuntimeError("cannot be pinned")
+
+    monkeypatch.setattr(HostCopy, "reserve", reserve)
+    live = torch.zeros(4)
+    with Saver(tmp_path, {"a": live.shape}, check(TrainSettings, SETTINGS, "test")) as saving:
+        for samples in (8, 16):
+            path = saving.save(samples, [("weight", "a", 0, live)], {})
+            assert path.is_dir()  # it is there when the call returns
+    told = capsys.readouterr().err
+    assert told.count("warning: no memory for a copy to save from beside the loop (rank 0: cannot be pinned)") == 1
+
+
 def test_what_fails_on_one_rank_is_raised_on_both_at_the_same_look(tmp_path):
     ranks = run_on_ranks(Path(__file__).with_name("worker_saver.py"), 2, tmp_path)
     assert ranks[0]["step"] == ranks[1]["step"] > 0
