@@ -20,7 +20,7 @@ from launch.findings import Finding, print_findings
 from launch.jobnodes import can_do_without, excluded, job_number, sick_nodes
 from launch.local import free_port
 from launch.plan import Stage
-from launch.rank import ENDED, NAMES
+from launch.rank import ENDED, NAMES, STOP
 from launch.run import begin, finish, is_done
 from launch.said import Said
 from launch.slurm import layout, slurm
@@ -46,6 +46,8 @@ class Ranks:
             return 128 + signal.SIGTERM
         inherited = {name: value for name, value in os.environ.items() if name not in NAMES}  # srun's are the ranks'
         self._process = subprocess.Popen(command, env={**inherited, **environment}, stdin=subprocess.DEVNULL)
+        if self.asked:  # while it was started
+            self._process.send_signal(signal.SIGUSR2)
         return self._process.wait()
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
@@ -80,9 +82,11 @@ def run_job(run: Path, name: str) -> None:
     if record.begin(samples) > job.settings.retries + 1:  # Slurm brought it back, each time a node was lost
         raise PatchmillError(f"{job.settings.retries + 1} tries in a row came no further than {_at(samples)}")
     if sick := sick_nodes(job.settings.health):
-        reason = f"health check failed on {', '.join(sick)}: excluded"
-        record.excuse("stopped", reason)
-        raise _requeue(reason, exclude=sick)
+        told = f"health check failed on {', '.join(sick)}"
+        if not can_do_without(sick, run):
+            raise PatchmillError(f"{told}, and the job cannot do without; mend that or `health`, then submit again")
+        record.note("stopped", reason=f"{told}: excluded")
+        raise _requeue(f"{told}: excluded", exclude=sick)
     if job.settings.doctor and (slow := _slow_nodes(run, name, job, stage, ranks)):
         told = f"slower than the others: {', '.join(slow)}"
         if record.table["barren"] <= job.settings.retries and can_do_without(slow, run):
@@ -111,7 +115,7 @@ def _step(run: Path, name: str, job: Job, stage: Stage, ranks: Ranks, logs: Path
         PatchmillError: It did not end well; as of ``run_job``.
     """
     record = Record(run, name)
-    for stale in (stage.folder / "stopped.json", logs / ENDED, logs / "stdout.log"):
+    for stale in (stage.folder / "stopped.json", logs / ENDED, logs / STOP, logs / "stdout.log"):
         stale.unlink(missing_ok=True)
     said = Said([log_of(run, name), *(logs / f"rank-{rank}.log" for rank in range(1, stage.table.ranks))])
     code = ranks.run(_command(job, stage, logs, arguments), **_meeting(stage.table.ranks))

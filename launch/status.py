@@ -58,7 +58,7 @@ class Status:
 
 
 def status_of(run: Path) -> list[Status]:
-    """Return how the stages of a run are, in the plan's order.
+    """Return how the stages of a run are, in the order of the plan's file.
 
     Raises:
         UserError: The folder is no run's.
@@ -66,10 +66,11 @@ def status_of(run: Path) -> list[Status]:
     check_run(run)
     submission = read_submission(run)
     queue = _queue(submission) if submission else None
+    names = list(_names(run, submission))
     found: dict[str, Status] = {}
-    for name in _names(run, submission):
+    for name in dict.fromkeys([*(submission.jobs if submission else ()), *names]):  # jobs after those they wait for
         found[name] = _status(run, name, submission, queue, found)
-    return list(found.values())
+    return [found[name] for name in names]
 
 
 def print_status(run: Path, watch: bool = False) -> None:

@@ -94,6 +94,15 @@ def test_a_node_that_fails_its_health_check_is_excluded(cluster, tmp_path):
     assert "health check failed on n1: excluded" in run.log("shards")
 
 
+def test_a_health_check_that_no_node_passes_ends_the_job(cluster, tmp_path):
+    run = Submitted(cluster, write_plan(tmp_path, SHARDS), 'health = ["false"]')
+    run.wait_for_end()
+    record = run.record("shards")
+    assert (record["state"], record["tries"]) == ("failed", 2)
+    assert re.match(r"health check failed on n[12], and the job cannot do without; mend that", record["reason"])
+    assert run.shown("shards")["JobState"] == "FAILED"
+
+
 def test_of_two_submits_at_once_one_is_refused(cluster, tmp_path):
     plan = write_plan(tmp_path, SHARDS, TRAIN)
     command = [sys.executable, "-m", "launch.cli", "submit", str(plan)]

@@ -65,9 +65,13 @@ def test_a_run_is_followed_cancelled_and_goes_on(cluster, tmp_path):
 
 
 def test_a_stage_that_fails_takes_its_followers_with_it_and_status_says_why(cluster, tmp_path):
-    plan = write_plan(tmp_path, SHARDS, BROKEN)
+    head, *stages = (SHARDS + BROKEN).split("[[stage]]")
+    plan = write_plan(tmp_path, head, *(f"[[stage]]{each}" for each in reversed(stages)))  # the last is written first
     (tmp_path / "weights.safetensors").write_bytes(b"no weights at all")
     run = Submitted(cluster, plan)
+    waiting = status(run)
+    assert list(waiting) == ["follower", "broken", "shards"]
+    assert waiting["follower"]["why"] == "after broken, shards"
     run.wait_for_end()
     stages = status(run)
     assert stages["shards"]["state"] == "done"
