@@ -140,7 +140,7 @@ def test_deepspeed_takes_as_many_slots_as_ranks_and_hands_no_word_to_a_shell_tha
     assert deepspeed.read_slots(tmp_path / "hosts") == {"node1": 3, "node2": 8, "node3": 8}
     hosts = deepspeed.read_hosts(tmp_path / "hosts", 4)
     assert hosts == {"node1": 3, "node2": 1}
-    monkeypatch.setattr("os.getcwd", lambda: f"/work/{ODD}")
+    monkeypatch.setattr("os.getcwd", lambda: f"/data/{ODD}")
     logs = tmp_path / ODD.replace("/", "")
     logs.mkdir()
     start = Start(["train", f"/{ODD}", "--json"], str(logs), 4, 2, "node1", 29500)
@@ -157,7 +157,7 @@ def test_deepspeed_takes_as_many_slots_as_ranks_and_hands_no_word_to_a_shell_tha
     assert shown.stdout.splitlines() == words
     assert not list(tmp_path.rglob("hacked"))
     assert [original(word) for word in words[2:]] == [
-        "--meet=node1:29500", f"--folder=/work/{ODD}", "--quiet", str(logs), "train", f"/{ODD}", "--json"
+        "--meet=node1:29500", f"--folder=/data/{ODD}", "--quiet", str(logs), "train", f"/{ODD}", "--json"
     ]  # fmt: skip
 
 
