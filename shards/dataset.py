@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -141,7 +142,7 @@ class Dataset:
             self.tars = open_store(info.tars, settings=settings) if info.tars else store
         except MissingError as error:
             raise UserError(f"the tars of {store.url} are not at {info.tars}; index them where they are") from error
-        self._read_again = 0
+        self._read_again, self._lock = 0, threading.Lock()
         self._remedy = "index them" if info.build.get("source") == "index" else "copy or build the data set"
         self.classes = info.classes
         self.mean_bytes = info.image_bytes / info.samples
@@ -338,7 +339,9 @@ class Dataset:
         for _ in range(TRIES):
             if not wrong:
                 break
-            self._read_again += len(wrong)
+            with self._lock:
+                self._read_again += len(wrong)
+            self.tars.forget(self.paths[shard])
             again = ask(list(wrong))
             found |= again
             wrong = {i: data for i, data in again.items() if data != wrong[i] and not rows.is_whole(i, data)}

@@ -74,6 +74,16 @@ def test_bits_that_a_network_turns_change_no_batch(server, expected):
     assert dataset.retries > 0
 
 
+def test_bits_turned_on_the_way_from_a_server_that_sends_no_parts_change_no_batch(server, expected):
+    server.ranges = False
+    dataset = Dataset.open(server.url, settings=QUICK)
+    read_tables(dataset)
+    server.fault, server.good, server.bad = "flip", 1, 3
+    assert batches(dataset) == expected
+    assert server.bad == 0
+    assert dataset.retries > 0
+
+
 def test_bits_that_a_network_turns_each_time_are_one_clear_error(server):
     dataset = Dataset.open(server.url, settings=QUICK)
     read_tables(dataset)
