@@ -190,7 +190,7 @@ class Dataset:
         settings = settings or StoreSettings()
         store = open_store(url, settings=settings)
         try:
-            info = manifest.parse_info(store.read(manifest.DATASET), store.url)
+            info = manifest.read_info(store)
         except MissingError as error:
             raise UserError(f"no data set at {store.url}{_hint(store)}") from error
         if not info.samples:

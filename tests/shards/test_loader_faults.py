@@ -100,6 +100,14 @@ def test_bits_that_a_network_turns_in_tables_change_nothing(server, ninety):
     assert tables == [Dataset.open(ninety).table(shard, ROW_COLUMNS) for shard in range(len(dataset.paths))]
 
 
+def test_bits_that_a_network_turns_in_the_description_change_nothing(server, ninety):
+    server.fault, server.bad = "flip", 3
+    assert Dataset.open(server.url, settings=QUICK).mean_bytes == Dataset.open(ninety).mean_bytes
+    server.bad = 10**9
+    with pytest.raises(PatchmillError, match=r"dataset\.json comes otherwise each time, 11 times; check the network"):
+        Dataset.open(server.url, settings=QUICK)
+
+
 def test_a_table_that_comes_too_short_is_an_error(server):
     dataset = Dataset.open(server.url, settings=QUICK)
     server.fault, server.bad = "wrong length", 10**9  # the same each time: it is so on the server
