@@ -332,7 +332,7 @@ def evaluate(
         raise UserError(f"--short {short} is less than the {side} pixels that the model sees; give {side} or more")
     transform = CenterCrop(side, short) if short else TRANSFORMS[view](side)
     with distributed.together():
-        found = predict(model.to(distributed.device()), dataset, transform, batch)
+        found = predict(model.to(distributed.device()), dataset, transform, batch, distributed.cores_each())
         scores = Scores(found, dataset)
         if out and distributed.rank() == 0:
             scores.write(out)

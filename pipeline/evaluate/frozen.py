@@ -132,8 +132,9 @@ def extract(model: nn.Module, dataset: Dataset, folder: Path, transform: Transfo
         raise problem
     files = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in sizes}
     parts = EvaluationLoader(
-        dataset, BATCH, transform=transform, rank=distributed.rank(), world_size=distributed.world_size()
-    )
+        dataset, BATCH, transform=transform, rank=distributed.rank(), world_size=distributed.world_size(),
+        threads=distributed.cores_each(),
+    )  # fmt: skip
 
     def prepare(part: EvaluationBatch) -> tuple[Tensor, Tensor]:
         return to_model_input(part.images, device), torch.from_numpy(part.positions[part.valid])

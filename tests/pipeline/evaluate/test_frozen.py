@@ -1,5 +1,6 @@
 """Frozen features of real images: the same on any number of ranks, and what is fitted to them is what numpy fits."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -17,6 +18,7 @@ from shards.augment import CenterCrop, Resize, ResizeCenterCrop
 from shards.dataset import Dataset
 from shards.decode import decode
 from shards.errors import UserError
+from shards.evaluation import EvaluationLoader
 from tests.images import build_image_set
 from tests.ranks import ends_of_ranks, run_on_ranks
 from tests.shards.datasets import Made, plain, write_dataset
@@ -79,6 +81,20 @@ def test_of_another_view_they_are_too(folder, alone):
             assert found[kind]["seeds"]["4"] == expected.tolist()
         pixels.append(train["pixels"])
     assert not np.array_equal(*pixels)
+
+
+def test_as_many_threads_decode_as_the_rank_has_cores(folder, alone, monkeypatch):
+    threads = []
+
+    class Watched(EvaluationLoader):
+        def __iter__(self):
+            threads.append(self.threads)
+            return super().__iter__()
+
+    monkeypatch.setattr(frozen, "EvaluationLoader", Watched)
+    model = create_model("vit_ti8", embed_dim=24, num_heads=3, depth=1, image_size=16, num_classes=3, seed=3).eval()
+    frozen_features_accuracy(model, *(Dataset.open(folder / name) for name in ("train", "val")), [1])
+    assert threads == [len(os.sched_getaffinity(0))] * 2
 
 
 def test_of_a_large_set_there_are_no_raw_pixels(folder, alone, monkeypatch):
