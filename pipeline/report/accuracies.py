@@ -36,6 +36,7 @@ def accuracies(run: Run) -> list[Row]:
             rows.append(_trained(run, stage))
     for stage in run.finished("evaluate"):
         how = f"{stage.result['images']} images, each once; top-5 {100 * stage.result['top5']:.1f} %"
+        how += f"; {stage.result['labels']} labels" if "labels" in stage.result else ""
         rows.append(Row(f"{stage.name} (evaluate)", stage.result["top1"], how))
     return _seeds_together(run, rows)
 
