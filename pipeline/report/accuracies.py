@@ -26,7 +26,7 @@ def accuracies(run: Run) -> list[Row]:
     """Return top-1 on held-out images of everything the run measured, chance first."""
     sets = run.finished("shards")
     rows = [_chance(stage, f" in {stage.name}" if len(sets) > 1 else "") for stage in sets]
-    rows += _most_frequent(run)
+    rows += _most_frequent(run, len(sets) > 1)
     few = run.finished("fewshot")
     for stage in few:
         where = f" ({stage.name})" if len(few) > 1 else ""
@@ -46,7 +46,7 @@ def _chance(stage: Stage, where: str) -> Row:
     return Row(f"chance{where}", 1 / max(len(classes), 1), f"a guess among {len(classes)} classes")
 
 
-def _most_frequent(run: Run) -> list[Row]:
+def _most_frequent(run: Run, several: bool) -> list[Row]:
     """Return what always saying the most frequent class of held-out images comes to, of each data set the last ones."""
     last: dict[str, tuple[str, Stage]] = {}  # by data set: the name of its held-out images, and a stage that has them
     for stage in run.of(*TRAINING):
@@ -62,7 +62,7 @@ def _most_frequent(run: Run) -> list[Row]:
         labels = chain.from_iterable(val.rows(shard).labels for shard in range(len(val.shard_sizes)))
         counts = np.bincount(list(chain.from_iterable(labels)))
         if len(counts):
-            where = f" in {name}" if len(last) > 1 else ""
+            where = f" in {name}" if several or len(last) > 1 else ""
             how = f"always saying {val.classes[counts.argmax()]}"
             rows.append(Row(f"most frequent class{where}", counts.max() / len(val), how))
     return rows
