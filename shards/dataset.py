@@ -113,6 +113,7 @@ class Dataset:
         exclude: The version of the drop list in use, or None.
         subset: How many samples were asked for, of whole shards that are the same ones always; None: all.
         classes: Class names; labels index into them.
+        build: The settings that made it: its ``source``, whether images may have several labels, and so on.
         digest: Hex digest of classes, shard contents, dropped samples, and the shards of a subset.
         paths: Of the tars, one a shard.
         raw_sizes: (shards,) int64, samples a shard, dropped ones too.
@@ -144,7 +145,7 @@ class Dataset:
             raise UserError(f"the tars of {store.url} are not at {info.tars}; index them where they are") from error
         self._read_again, self._lock = 0, threading.Lock()
         self._remedy = "index them" if info.build.get("source") == "index" else "copy or build the data set"
-        self.classes = info.classes
+        self.classes, self.build = info.classes, info.build
         self.mean_bytes = info.image_bytes / info.samples
         self.paths = shards["path"].to_pylist()
         self.raw_sizes = shards["samples"].to_numpy()
