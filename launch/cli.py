@@ -66,6 +66,7 @@ def run(
     from launch.choice import anew, chosen, is_done, print_choice
     from launch.launchers import Launch, print_commands
     from launch.plan import read_plan
+    from launch.readable import check_readable
     from launch.run import run_plan
 
     if start is not None and only is not None:
@@ -73,9 +74,11 @@ def run(
     launch = Launch(launcher, nodes, node_rank, rdzv_endpoint, hostfile and hostfile.absolute(), remote)
     checked = read_plan(plan, runs, smoke, ranks, unsaid=launch.unsaid_ranks())
     names = chosen(checked, only)
+    again = anew(checked, start)
     launch.check([stage for stage in checked.stages if stage.table.name in names])
+    check_readable(checked, names, again)
     if dry_run:
-        print_choice(checked, names, anew(checked, start))
+        print_choice(checked, names, again)
         return
     if print_only:
         print_commands(launch, checked, names)
@@ -111,15 +114,16 @@ def doctor(
     from launch.submission import read_submitted_plan
     from pipeline import distributed
 
-    stages = stages_of(read_submitted_plan(plan) if plan.is_dir() else read_plan(plan, runs), only)
+    checked = read_submitted_plan(plan) if plan.is_dir() else read_plan(plan, runs)
+    stages = stages_of(checked, only)
     if "RANK" not in os.environ and (ranks := max(stage.table.ranks for stage in stages)) > 1:
-        findings = diagnose(stages, started_to_probe(ranks))
+        findings = diagnose(checked, stages, started_to_probe(ranks))
         print_result(findings, as_json)
     else:
         check_card()
         with distributed.together():
             measured = probe_ranks()
-            findings = distributed.everyone(diagnose(stages, measured) if distributed.rank() == 0 else [])[0]
+            findings = distributed.everyone(diagnose(checked, stages, measured) if distributed.rank() == 0 else [])[0]
             if distributed.rank() == 0:  # before others end with an error, at which a launcher kills the rest
                 print_result(findings, as_json)
     if errors := [each for each in findings if each.state == "error"]:
@@ -153,10 +157,12 @@ def submit(
     """Submit a plan to Slurm: a job for each stage that is not finished, chained; they come back by themselves."""
     from launch.cluster import Cluster
     from launch.plan import read_plan
+    from launch.readable import check_readable
     from launch.slurm import submit as submit_plan
 
     profile = Cluster(cluster)
     checked = read_plan(plan.absolute(), runs, smoke)
+    check_readable(checked, {stage.table.name for stage in checked.stages})
     jobs = submit_plan(checked, profile)
     _print({name: job.id for name, job in jobs.items()}, as_json)
     how = f"patchmill status {shlex.quote(str(checked.run))} --watch" if jobs else "all stages are done"

@@ -54,7 +54,7 @@ def found(folder: Path, *arguments, ranks: int = 2, hosts: str = "", **more) -> 
     checked = read_plan(plan(folder, *arguments, ranks=ranks, **more), folder / "runs")
     hosts = hosts or "a" * ranks
     started = [{**RANK, "host": host, "links": [((at + 1) % len(hosts), 1e9)]} for at, host in enumerate(hosts)]
-    return {each.what.removeprefix("pretrain: "): each[1:3] for each in diagnose(checked.stages, started)}
+    return {each.what.removeprefix("pretrain: "): each[1:3] for each in diagnose(checked, checked.stages, started)}
 
 
 def test_a_plan_that_will_run_is_told_in_every_part(images, tmp_path):
