@@ -144,9 +144,46 @@ def test_no_setting_and_no_path_becomes_anything_else(tmp_path):
         assert f'value: "{text}"\n' in raw
 
 
+def test_secrets_are_named_and_nowhere_written(tmp_path):
+    profile = PROFILE + '[kind.supervised]\nsecrets = ["bucket", "wandb.key"]\n'
+    jobs = table_of(tmp_path, profile=profile)["spec"]["replicatedJobs"]
+    shards, rates = (job["template"]["spec"]["template"]["spec"]["containers"][0] for job in jobs[:2])
+    assert "envFrom" not in shards
+    assert rates["envFrom"] == [{"secretRef": {"name": "bucket"}}, {"secretRef": {"name": "wandb.key"}}]
+
+
+@pytest.mark.parametrize(
+    "name", ["AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "WANDB_API_KEY", "HF_TOKEN", "db_password", "SECRET"]
+)
+@pytest.mark.parametrize("of", ["Slurm", "Kubernetes"])
+def test_a_secret_in_a_profile_is_refused_and_not_repeated(tmp_path, name, of):
+    (tmp_path / "cluster.toml").write_text(f'env = {{ {name} = "hunter2" }}')
+    with pytest.raises(UserError, match=rf"{name} is a secret by its name, .* on Slurm export it in the shell") as told:
+        Cluster(tmp_path / "cluster.toml", of=of)
+    assert "hunter2" not in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("env", ["NCCL_SOCKET_IFNAME", "TOKENIZERS_PARALLELISM", "NCCL_IB_PKEY", "KEYS", "AWS_REGION"])
+def test_what_is_no_secret_passes(tmp_path, env):
+    (tmp_path / "cluster.toml").write_text(f'env = {{ {env} = "x" }}\nsetup = ["export HF_TOKEN=$(cat ~/token)"]')
+    assert Cluster(tmp_path / "cluster.toml").job("", "").env == {env: "x"}
+
+
+def test_a_secret_in_a_line_of_shell_is_refused(tmp_path):
+    for line in ("export HF_TOKEN=hunter2", "HF_TOKEN='hunter2' x", 'a=1; export HF_TOKEN="hunter2"'):
+        (tmp_path / "cluster.toml").write_text(f"setup = [{json.dumps(line)}]")
+        with pytest.raises(
+            UserError, match="setup in the profile sets HF_TOKEN, which is a secret by its name"
+        ) as told:
+            Cluster(tmp_path / "cluster.toml")
+        assert "hunter2" not in str(told.value)
+
+
 @pytest.mark.parametrize(
     ("profile", "told"),
     [
+        ('image = "x"\nsecrets = ["A b"]', r"secrets.0 .*'A b' is no name of a Secret"),
         (
             'partition = "gpu"',
             r"partition in .*pods.toml is a setting of Slurm, and this is for Kubernetes; leave it out",
