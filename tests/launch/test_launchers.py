@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from launch import deepspeed
 from launch.launchers import Launch, print_commands
 from launch.plan import read_plan
-from launch.rank import original, plain, who
+from launch.rank import original, plain, threads, who
 from launch.said import Said
 from launch.start import Start
 from shards.errors import UserError
@@ -82,10 +82,33 @@ def printed(plan, launch: Launch, capsys, **settings) -> dict[str, list[str]]:
         ),  # mpirun, in a job of Slurm
         ({"SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0", "SLURM_NTASKS_PER_NODE": "2"}, (2, 4, 0, 2)),
         ({"SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURM_LOCALID": "2"}, (2, 4, 2, 1)),
+        (
+            {
+                "SLURM_PROCID": "6", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0", "SLURM_NODEID": "2",
+                "SLURM_STEP_TASKS_PER_NODE": "3(x2),2", "SLURM_TASKS_PER_NODE": "64(x4)",
+            },
+            (6, 8, 0, 2),
+        ),  # plain srun -n 8
     ],
 )  # fmt: skip
 def test_a_rank_knows_itself_by_what_its_launcher_sets(variables, expected):
     assert who(variables) == expected
+
+
+@pytest.mark.parametrize(
+    ("variables", "bound", "here", "expected"),
+    [
+        ({}, 64, 4, 16),
+        ({}, 2, 4, 1),
+        ({"SLURM_CPUS_ON_NODE": "32"}, 64, 4, 8),  # srun -n 4 of half a node, its tasks bound to no cores
+        ({"SLURM_CPUS_ON_NODE": "32"}, 8, 4, 8),  # bound to its own
+        ({"SLURM_CPUS_ON_NODE": "32", "SLURM_CPUS_PER_TASK": "6"}, 64, 4, 6),
+        ({"SLURM_CPUS_ON_NODE": "2"}, 64, 4, 1),
+        ({"SLURM_CPUS_ON_NODE": "32", "RANK": "0"}, 16, 4, 4),  # torchrun, in a task of Slurm with 16 cores
+    ],
+)
+def test_ranks_share_the_cores_that_are_theirs(variables, bound, here, expected):
+    assert threads(variables, bound, here) == expected
 
 
 @given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=40))
