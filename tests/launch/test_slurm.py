@@ -112,6 +112,12 @@ def test_no_setting_and_no_path_is_read_by_the_shell(tmp_path, text):
     assert re.sub(r"\\(.)", r"\1", account.removeprefix("--account=")[1:-1]) == text
 
 
+def test_a_folder_that_python_cannot_find_code_in_is_refused(tmp_path):
+    """A colon parts the folders of PYTHONPATH."""
+    with pytest.raises(UserError, match=r"cannot run the code below '.*a:b/runs/x/slurm', for its colon; choose"):
+        scripts(plan_of(tmp_path / "a:b"), "")
+
+
 def test_a_folder_that_slurm_cannot_write_logs_to_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"choose another --runs"):
         scripts(plan_of(tmp_path / "back\\slash"), "")
