@@ -101,6 +101,7 @@ def doctor(
     plan: Annotated[Path, typer.Argument(metavar="PLAN|RUN", help="Plan file, or folder of a submitted run.")],
     runs: Annotated[Path, typer.Option(help="Folder of runs; this one gets RUNS/NAME.")] = Path("runs"),
     only: Annotated[str | None, typer.Option(metavar="STAGE", help="Look at this stage or sweep alone.")] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="As you will give `run`; default: the plan's.")] = None,
     as_json: Json = False,
 ) -> None:
     """Look whether a plan will run here: versions, data, memory, disks, and every rank's clock, arithmetic and network.
@@ -114,10 +115,12 @@ def doctor(
     from launch.submission import read_submitted_plan
     from pipeline import distributed
 
-    checked = read_submitted_plan(plan) if plan.is_dir() else read_plan(plan, runs)
+    if plan.is_dir() and ranks is not None:
+        raise UserError(f"--ranks {ranks} is for a plan, and {plan} is a run, whose jobs have theirs; leave it out")
+    checked = read_submitted_plan(plan) if plan.is_dir() else read_plan(plan, runs, ranks=ranks)
     stages = stages_of(checked, only)
-    if "RANK" not in os.environ and (ranks := max(stage.table.ranks for stage in stages)) > 1:
-        findings = diagnose(checked, stages, started_to_probe(ranks))
+    if "RANK" not in os.environ and (most := max(stage.table.ranks for stage in stages)) > 1:
+        findings = diagnose(checked, stages, started_to_probe(most))
         print_result(findings, as_json)
     else:
         check_card()

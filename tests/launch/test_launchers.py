@@ -224,6 +224,11 @@ def test_a_variable_that_deepspeed_would_hand_to_a_shell_is_refused(tmp_path, mo
         ({"rdzv_endpoint": "a:1"}, "--rdzv-endpoint is a setting of --launcher torchrun and accelerate"),
         ({"launcher": "accelerate", "remote": "pdsh"}, "--remote is a setting of --launcher deepspeed, and the"),
         ({"launcher": "deepspeed", "remote": "rsh"}, "--remote is 'rsh'; give pdsh or openmpi"),
+        (
+            {"launcher": "torchrun", "rdzv_endpoint": "a:1"},
+            "--rdzv-endpoint a:1 is for several nodes; give --nodes N, too, or leave it out",
+        ),
+        ({"launcher": "accelerate", "node_rank": 0}, "--node-rank 0 is for several nodes; give --nodes N, too"),
         ({"launcher": "torchrun", "nodes": 2}, "--nodes 2 needs --rdzv-endpoint HOST:PORT"),
         ({"launcher": "torchrun", "nodes": 2, "rdzv_endpoint": "node0"}, "'node0' is no HOST:PORT"),
         ({"launcher": "torchrun", "nodes": 2, "rdzv_endpoint": "a:1", "node_rank": 2}, "--node-rank 2 of --nodes 2"),
