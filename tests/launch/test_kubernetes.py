@@ -9,25 +9,10 @@ from launch.cluster import Cluster
 from launch.kubernetes import manifest
 from launch.plan import read_plan
 from shards.errors import UserError
-from tests.images import make_image_folder
+from tests.plans import SHARDS, training, write_plan
 
-PLAN = """
-name = "My_plan"
-[[stage]]
-name = "shards"
-kind = "shards"
-set = { source = "images" }
-[[stage]]
-name = "rates"
-kind = "supervised"
-ranks = 16
-sweep = { "optim.lr" = [0.1, 0.2] }
-[stage.set]
-duration = "1 epoch"
-global_batch = 48
-data = { train = "{shards}" }
-model = { name = "vit_ti8" }
-"""
+SWEEP = 'sweep = { "optim.lr" = [0.1, 0.2] }'
+PLAN = 'name = "My_plan"' + SHARDS + training("rates", head=f"ranks = 16\n{SWEEP}")
 PROFILE = """
 image = "registry.example/patchmill:0.1"
 directory = "/data/me"
@@ -48,8 +33,7 @@ memory = "900Gi"
 
 
 def table_of(folder, profile: str = PROFILE, plan: str = PLAN, name: str = "plan.toml") -> dict:
-    make_image_folder(folder / "images", per_class=2)
-    (folder / name).write_text(plan)
+    write_plan(folder, plan, name)
     (folder / "pods.toml").write_text(profile)
     cluster = Cluster(folder / "pods.toml", of="Kubernetes")
     return yaml.safe_load(manifest(read_plan(folder / name, folder / "runs"), cluster, name, "my runs"))
@@ -208,7 +192,7 @@ def test_a_profile_that_does_not_fit(tmp_path, profile, told):
     ],
 )
 def test_a_name_that_kubernetes_does_not_take(tmp_path, old, new, told):
-    plan = PLAN.replace('sweep = { "optim.lr" = [0.1, 0.2] }', "")
+    plan = PLAN.replace(SWEEP, "")
     with pytest.raises(UserError, match=told):
         table_of(tmp_path, profile='image = "x"', plan=plan.replace(old, new))
 

@@ -14,45 +14,16 @@ from launch.rank import original, plain, threads, who
 from launch.said import Said
 from launch.start import Start
 from shards.errors import UserError
-from tests.images import make_image_folder
+from tests.plans import SHARDS, converting, training, write_plan
 
-PLAN = """
-name = "x"
-[[stage]]
-name = "shards"
-kind = "shards"
-set = { source = "images" }
-[[stage]]
-name = "train"
-kind = "supervised"
-ranks = 4
-[stage.set]
-duration = "1 epoch"
-global_batch = 48
-data = { train = "{shards}" }
-model = { name = "vit_ti8" }
-[[stage]]
-name = "tune"
-kind = "finetune"
-init = "train"
-[stage.set]
-duration = "1 epoch"
-global_batch = 48
-data = { train = "{shards}" }
-model = { name = "vit_ti8" }
-[[stage]]
-name = "convert"
-kind = "convert"
-set = { source = "{train}" }
-"""
+PLAN = 'name = "x"' + SHARDS + training("train", head="ranks = 4")
+PLAN += training("tune", "finetune", 'init = "train"') + converting("train")
 ODD = """it's "my" $(touch hacked) `x` ; # %h & 100=plan"""
 
 
 @pytest.fixture
 def plan(tmp_path):
-    make_image_folder(tmp_path / "images", per_class=2)
-    (tmp_path / "plan.toml").write_text(PLAN)
-    return tmp_path / "plan.toml"
+    return write_plan(tmp_path, PLAN)
 
 
 def ranks_of(plan, **settings) -> dict[str, int]:

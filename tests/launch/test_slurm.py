@@ -19,35 +19,16 @@ from launch.submission import Job, Record, folder_of, read_submitted_plan
 from pipeline import provenance
 from shards.errors import UserError
 from tests.command import ROOT
-from tests.images import make_image_folder
+from tests.plans import SHARDS, converting, training, write_plan
 
-PLAN = """
-name = "x"
-[[stage]]
-name = "shards"
-kind = "shards"
-set = { source = "images" }
-[[stage]]
-name = "rates"
-kind = "supervised"
-ranks = 16
-sweep = { "optim.lr" = [0.1, 0.2, 0.3] }
-[stage.set]
-duration = "1 epoch"
-global_batch = 48
-data = { train = "{shards}", val = "{shards}" }  # whose best is copied
-model = { name = "vit_ti8" }
-[[stage]]
-name = "copy"
-kind = "convert"
-set = { source = "{rates}" }
-"""
+RATES = 'ranks = 16\nsweep = { "optim.lr" = [0.1, 0.2, 0.3] }'
+PLAN = 'name = "x"' + SHARDS
+PLAN += training("rates", head=RATES, data='train = "{shards}", val = "{shards}"')  # whose best is copied
+PLAN += converting("rates", name="copy")
 
 
 def plan_of(folder: Path):
-    make_image_folder(folder / "images", per_class=2)
-    (folder / "plan.toml").write_text(PLAN)
-    return read_plan(folder / "plan.toml", folder / "runs")
+    return read_plan(write_plan(folder, PLAN), folder / "runs")
 
 
 def scripts(plan, profile: str) -> dict[str, str]:
