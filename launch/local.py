@@ -19,25 +19,27 @@ GRACE = 20.0  # seconds that the other ranks get to end by themselves when one h
 def run_ranks(arguments: list[str], ranks: int, logs: Path) -> tuple[int, str]:
     """Run ``patchmill ARGUMENTS`` on ``ranks`` processes and wait for all of them.
 
-    Rank 0 speaks on this process's stderr, and where that is no terminal, on which it could draw, in
-    ``logs/rank-0.log`` too; the others write ``logs/rank-N.log``. If one fails the others are ended.
+    Each writes ``logs/rank-N.log``, and what rank 0 says is on this process's stderr too, where it draws by
+    itself if that is a terminal. If one fails the others are ended.
 
     Returns:
         The exit code (that of the first rank to fail, else 0) and rank 0's stdout.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "launch.cli", *arguments]
     processes: list[subprocess.Popen] = []
     with contextlib.ExitStack() as stack:
         stdout = stack.enter_context(open(logs / "stdout.log", "w+", encoding="utf-8"))
         environments = _environments(ranks)
-        tail = stack.enter_context(Tail(logs / "rank-0.log", not sys.stderr.isatty()))
+        terminal = sys.stderr.isatty()
+        tail = stack.enter_context(Tail(logs / "rank-0.log", loud=not terminal))
         for rank, environment in enumerate(environments):
-            out = err = None
-            if rank or tail.loud:  # a file: who is killed leaves ranks behind that can still speak, and save
-                out = err = stack.enter_context(open(logs / f"rank-{rank}.log", "a", encoding="utf-8"))
-            if rank == 0:
-                out = stdout
+            if rank == 0 and terminal:
+                words, err = ["launch.told", str(logs / "rank-0.log")], None
+            else:  # a file and no pipe: who is killed leaves ranks behind that speak, and save
+                err = stack.enter_context(open(logs / f"rank-{rank}.log", "a", encoding="utf-8"))
+                words = ["launch.cli"]
+            command = [sys.executable, "-m", *words, *arguments]
+            out = err if rank else stdout
             processes.append(
                 subprocess.Popen(command, env=environment, stdout=out, stderr=err, preexec_fn=die_with_parent)
             )

@@ -11,7 +11,7 @@ from launch.choice import anew, chosen, goes_on, is_done
 from launch.launchers import LOCAL, Launch
 from launch.plan import Plan, Stage, after_a_sweep
 from launch.results import result_of
-from launch.said import UNTOLD, Said
+from launch.said import Said
 from pipeline.config import TrainSettings
 from pipeline.settings import dump_toml
 from shards.atomic import only_one, write_text
@@ -106,9 +106,7 @@ def _run(stage: Stage, launch: Launch) -> None:
             note(stage.folder, "failed", str(error))
             raise
         if code:
-            reason = said.error()
-            reason = f"exit code {code}; why, is on the terminal that it ran on" if reason == UNTOLD else reason
-            note(stage.folder, "stopped" if code == StoppedOnRequestError.exit_code else "failed", reason)
+            note(stage.folder, "stopped" if code == StoppedOnRequestError.exit_code else "failed", said.error())
             remedy = {2: "mend it", 75: "all is saved"}.get(code, f"see {logs}")
             raise FAMILY.get(code, PatchmillError)(
                 f"stage {stage.table.name} ended with exit code {code}; {remedy}, then run the same command again to "

@@ -9,7 +9,6 @@ PATTERNS = {  # best first, and which of several lines tells most
     r"([\w.]*(?:Error|Exception)\b.*)": -1,
     r"srun: error: (.*)": 0,
 }
-UNTOLD = "no reason was given"
 
 
 class Said:
@@ -33,4 +32,4 @@ class Said:
         for pattern, place in PATTERNS.items():
             if found := [match[1] for line in lines if (match := re.match(pattern, line))]:
                 return found[place]
-        return UNTOLD
+        return "no reason was given"

@@ -1,6 +1,8 @@
 """What `patchmill status`, `logs` and `cancel` tell of runs that were never submitted; tests/slurm has the others."""
 
+import contextlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -107,6 +109,32 @@ def test_a_stage_that_failed_says_why(data, tmp_path, capsys):
     assert (status(tmp_path)["train"].state, status(tmp_path)["train"].why) == ("done", "")
 
 
+def test_on_a_terminal_a_rank_draws_and_its_log_has_the_rest(data, tmp_path):
+    """Of a terminal that this test opens, as a user's: bars, and no part of them in the log."""
+    bad = PLAN.replace('train = "set"', f'train = "{data}/set"').replace("4000 steps", "200 steps")
+    (tmp_path / "plan.toml").write_text(bad)
+    command = [sys.executable, "-m", "launch.cli", "run", "plan.toml", "--only", "train"]
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=theirs, env=environment(TERM="xterm", COLUMNS="100"))
+    os.close(theirs)
+    wait_for_steps(tmp_path / "runs/x/stages/train", process, 3)
+    process.send_signal(signal.SIGTERM)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal ends
+        while part := os.read(ours, 4096):
+            shown += part
+    os.close(ours)
+    assert process.wait(60) == 75
+    assert b"images/s" in shown
+    assert b"\x1b[" in shown
+    told = status(tmp_path)["train"]
+    assert told.why.startswith("stopped on request at ")
+    assert told.why.encode() in shown
+    log = Path(tmp_path / "runs/x/stages/train/logs/rank-0.log").read_text()
+    assert "\x1b" not in log
+    assert f"error: {told.why}\n" in log
+
+
 def test_what_was_never_submitted_cannot_be_cancelled(data, tmp_path):
     run = tmp_path / "runs" / "x"
     run.mkdir(parents=True)
@@ -119,8 +147,7 @@ def test_what_was_never_submitted_cannot_be_cancelled(data, tmp_path):
         print_log(run, "train", rank=0, lines=10, follow=False)
 
 
-def test_the_log_of_another_rank_is_named_where_rank_0_spoke_on_a_terminal(tmp_path, capsys):
-    """Where it draws a bar; of that there is no file."""
+def test_the_logs_that_are_there_are_named(tmp_path, capsys):
     run = tmp_path / "runs" / "x"
     logs = run / "stages/train/logs"
     logs.mkdir(parents=True)
