@@ -14,7 +14,7 @@ import typer
 
 from launch.cli import app
 from launch.cli_checkpoint import checkpoint_app
-from launch.cluster import Cluster, JobSettings, PodSettings
+from launch.cluster import Cluster, PodSettings
 from launch.plan import read_plan
 from launch.slurm import layout
 from launch.stages import KINDS
@@ -258,7 +258,7 @@ def test_the_page_on_the_report_names_every_section():
     assert [name for name in sections if f"| {name.lower()} |" not in page] == ["Stages"]
 
 
-def test_the_pages_on_clusters_show_a_plan_and_profiles_that_hold_and_every_setting_of_these(tmp_path):
+def test_the_pages_on_clusters_show_a_plan_and_profiles_that_hold(tmp_path):
     page, launchers = (DOCS / "cluster.md").read_text(), (DOCS / "launchers.md").read_text()
     plan, profile = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
     checked = read_plan(write_plan(tmp_path, plan, "first.toml"), tmp_path / "runs")  # it needs nothing of a checkout
@@ -271,10 +271,8 @@ def test_the_pages_on_clusters_show_a_plan_and_profiles_that_hold_and_every_sett
         for stage in checked.stages
     ]
     assert layouts == [(1, 1), (2, 8), (1, 8), (1, 1), (1, 1)]  # as the picture has them
-    for text, settings in ((page, JobSettings), (launchers, PodSettings)):
-        told = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| `.*\n", text, re.MULTILINE))))
-        told |= set(re.findall(r"^(\w+) =", pods if settings is PodSettings else profile, re.MULTILINE))
-        assert settings.model_fields.keys() <= told
+    told = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| `.*\n", launchers, re.MULTILINE))))
+    assert PodSettings.model_fields.keys() <= told | set(re.findall(r"^(\w+) =", pods, re.MULTILINE))
     states = {*WORDS.values(), *LIVE, *COLOURS, "stopped", "crashed", "not begun", "begun"}
     told = re.search(r"\| state \|.*?\n\n", page, re.DOTALL)[0]
     assert states == set(re.findall(r"`([a-z ]+)`", told)) - {"patchmill run"}
