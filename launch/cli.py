@@ -49,7 +49,7 @@ def run(
         str | None, typer.Option(metavar="STAGE", help="Run this stage or sweep alone; what it needs must be there.")
     ] = None,
     smoke: Smoke = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the plan, and tell what would run.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the plan and what it reads, and tell what would run.")] = False,
     ranks: Annotated[
         int | None,
         typer.Option(
@@ -72,6 +72,7 @@ def run(
     from launch.choice import anew, chosen, is_done, print_choice
     from launch.launchers import Launch, print_commands
     from launch.plan import read_plan
+    from launch.readable import check_readable
     from launch.run import run_plan
 
     if start is not None and only is not None:
@@ -79,9 +80,11 @@ def run(
     launch = Launch(launcher, nodes, node_rank, rdzv_endpoint, hostfile and hostfile.absolute(), remote)
     checked = read_plan(plan, runs, smoke, ranks, unsaid=launch.unsaid_ranks())
     names = chosen(checked, only)
+    again = anew(checked, start)
     launch.check([stage for stage in checked.stages if stage.table.name in names])
+    check_readable(checked, names, again)
     if dry_run:
-        print_choice(checked, names, anew(checked, start))
+        print_choice(checked, names, again)
         return
     if print_only:
         print_commands(launch, checked, names)
@@ -104,6 +107,7 @@ def doctor(
     plan: Annotated[Path, typer.Argument(metavar="PLAN|RUN", help="Plan file, or folder of a submitted run.")],
     runs: Annotated[Path, typer.Option(help="Folder of runs; this one gets RUNS/NAME.")] = Path("runs"),
     only: Annotated[str | None, typer.Option(metavar="STAGE", help="Look at this stage or sweep alone.")] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="As you will give `run`; default: the plan's.")] = None,
     as_json: Json = False,
 ) -> None:
     """Look whether a plan will run here: versions, data, memory, disks, and every rank's clock, arithmetic and network.
@@ -117,15 +121,18 @@ def doctor(
     from launch.submission import read_submitted_plan
     from pipeline import distributed
 
-    stages = stages_of(read_submitted_plan(plan) if plan.is_dir() else read_plan(plan, runs), only)
-    if "RANK" not in os.environ and (ranks := max(stage.table.ranks for stage in stages)) > 1:
-        findings = diagnose(stages, started_to_probe(ranks))
+    if plan.is_dir() and ranks is not None:
+        raise UserError(f"--ranks {ranks} is for a plan, and {plan} is a run, whose jobs have theirs; leave it out")
+    checked = read_submitted_plan(plan) if plan.is_dir() else read_plan(plan, runs, ranks=ranks)
+    stages = stages_of(checked, only)
+    if "RANK" not in os.environ and (most := max(stage.table.ranks for stage in stages)) > 1:
+        findings = diagnose(checked, stages, started_to_probe(most))
         print_result(findings, as_json)
     else:
         check_card()
         with distributed.together():
             measured = probe_ranks()
-            findings = distributed.everyone(diagnose(stages, measured) if distributed.rank() == 0 else [])[0]
+            findings = distributed.everyone(diagnose(checked, stages, measured) if distributed.rank() == 0 else [])[0]
             if distributed.rank() == 0:  # before others end with an error, at which a launcher kills the rest
                 print_result(findings, as_json)
     if errors := [each for each in findings if each.state == "error"]:
@@ -159,10 +166,12 @@ def submit(
     """Submit a plan to Slurm: a job for each stage that is not finished, chained; they come back by themselves."""
     from launch.cluster import Cluster
     from launch.plan import read_plan
+    from launch.readable import check_readable
     from launch.slurm import submit as submit_plan
 
     profile = Cluster(cluster)
     checked = read_plan(plan.absolute(), runs, smoke)
+    check_readable(checked, {stage.table.name for stage in checked.stages})
     jobs = submit_plan(checked, profile)
     _print({name: job.id for name, job in jobs.items()}, as_json)
     how = f"patchmill status {shlex.quote(str(checked.run))} --watch" if jobs else "all stages are done"

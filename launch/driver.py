@@ -12,6 +12,7 @@ from types import FrameType
 from launch.rank import DRIVER, ENDED, STOP, die_with_parent
 from launch.said import Said
 from launch.start import Start
+from launch.tail import Tail
 from pipeline import stop
 from shards.atomic import only_one
 from shards.errors import StoppedOnRequestError
@@ -103,37 +104,6 @@ def _drive(command: list[str], start: Start, node: int, tell: Callable[[Start], 
 def _await_ranks(logs: Path) -> None:
     with only_one(logs, "rank", wait=LEFT, told=True):  # each has a share in this lock, on whatever node
         pass
-
-
-class Tail:
-    """What is written to a file from now on, on stderr.
-
-    Args:
-        path: The file; it may not be there yet.
-        loud: Else nothing is shown.
-    """
-
-    def __init__(self, path: Path, loud: bool):
-        self._path, self._loud = path, loud
-        self._from = path.stat().st_size if path.exists() else 0
-
-    def __enter__(self) -> "Tail":
-        """Begin."""
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """End with what is left."""
-        self.show()
-
-    def show(self) -> None:
-        """Show what is new."""
-        if self._loud and self._path.exists():
-            with open(self._path, "rb") as file:
-                file.seek(self._from)
-                new = file.read()
-            self._from += len(new)
-            sys.stderr.write(new.decode(errors="replace"))
-            sys.stderr.flush()
 
 
 def _environment(start: Start) -> dict[str, str]:

@@ -126,6 +126,8 @@ def _pod(stage: Stage, settings: PodSettings, words: list[str], each: int) -> di
         # Ranks share memory, and a container has 64 MB of it.
         "volumeMounts": [*mounts, {"name": "shared-memory", "mountPath": "/dev/shm"}],
     }
+    if settings.secrets:  # their values stand nowhere in the manifest
+        container["envFrom"] = [{"secretRef": {"name": name}} for name in settings.secrets]
     pod = {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": settings.grace,

@@ -234,6 +234,8 @@ def _script(plan: Plan, part: Part, settings: JobSettings) -> str:
     nodes, each = layout(stage.table.ranks, settings, stage.table.name)
     if "\\" in str(folder) or not str(folder).isprintable():  # after a backslash Slurm takes each % for itself
         raise UserError(f"Slurm writes no logs below {str(folder)!r}, for a character in it; choose another --runs")
+    if ":" in str(folder):
+        raise UserError(f"jobs cannot run the code below {str(folder)!r}, for its colon; choose another --runs")
     log = f"{str(folder).replace('%', '%%')}/{part.log}.log"
     options = {
         "job-name": f"{plan.run.name}:{part.name}", "output": log, "open-mode": "append",

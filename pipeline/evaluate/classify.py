@@ -68,7 +68,12 @@ def has_real_labels(dataset: Dataset) -> bool:
 
 def check_classes(model: nn.Module, classes: list[str], dataset: Dataset) -> None:
     """Raise a UserError when a model's classes are not those of a data set."""
-    if not model.num_classes:
+    check_known_classes(model.num_classes, classes, dataset)
+
+
+def check_known_classes(number: int, classes: list[str], dataset: Dataset) -> None:
+    """Raise a UserError when a number of classes and their names, of a model, are not those of a data set."""
+    if not number:
         raise UserError(
             "the model has no head of classes; fine-tune it, or see what its features are worth: `patchmill fewshot`"
         )

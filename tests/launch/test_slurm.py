@@ -19,35 +19,16 @@ from launch.submission import Job, Record, folder_of, read_submitted_plan
 from pipeline import provenance
 from shards.errors import UserError
 from tests.command import ROOT
-from tests.images import make_image_folder
+from tests.plans import SHARDS, converting, training, write_plan
 
-PLAN = """
-name = "x"
-[[stage]]
-name = "shards"
-kind = "shards"
-set = { source = "images" }
-[[stage]]
-name = "rates"
-kind = "supervised"
-ranks = 16
-sweep = { "optim.lr" = [0.1, 0.2, 0.3] }
-[stage.set]
-duration = "1 epoch"
-global_batch = 48
-data = { train = "{shards}", val = "{shards}" }  # whose best is copied
-model = { name = "vit_ti8" }
-[[stage]]
-name = "copy"
-kind = "convert"
-set = { source = "{rates}" }
-"""
+RATES = 'ranks = 16\nsweep = { "optim.lr" = [0.1, 0.2, 0.3] }'
+PLAN = 'name = "x"' + SHARDS
+PLAN += training("rates", head=RATES, data='train = "{shards}", val = "{shards}"')  # whose best is copied
+PLAN += converting("rates", name="copy")
 
 
 def plan_of(folder: Path):
-    make_image_folder(folder / "images", per_class=2)
-    (folder / "plan.toml").write_text(PLAN)
-    return read_plan(folder / "plan.toml", folder / "runs")
+    return read_plan(write_plan(folder, PLAN), folder / "runs")
 
 
 def scripts(plan, profile: str) -> dict[str, str]:
@@ -112,6 +93,12 @@ def test_no_setting_and_no_path_is_read_by_the_shell(tmp_path, text):
     assert re.sub(r"\\(.)", r"\1", account.removeprefix("--account=")[1:-1]) == text
 
 
+def test_a_folder_that_python_cannot_find_code_in_is_refused(tmp_path):
+    """A colon parts the folders of PYTHONPATH."""
+    with pytest.raises(UserError, match=r"cannot run the code below '.*a:b/runs/x/slurm', for its colon; choose"):
+        scripts(plan_of(tmp_path / "a:b"), "")
+
+
 def test_a_folder_that_slurm_cannot_write_logs_to_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"choose another --runs"):
         scripts(plan_of(tmp_path / "back\\slash"), "")
@@ -144,7 +131,7 @@ def test_what_is_wrong_in_a_profile_is_told(tmp_path, profile, told):
 
 def test_the_profile_of_the_docs_fits_and_every_key_is_told():
     page = (ROOT / "docs" / "cluster.md").read_text()
-    shown = tomllib.loads(re.search(r"```toml\n(.*?)```", page, re.DOTALL)[1])
+    shown = tomllib.loads(re.search(r"```toml\n(partition = .*?)```", page, re.DOTALL)[1])
     for table in (shown, *shown["kind"].values(), *shown["stage"].values()):
         JobSettings.model_validate({key: value for key, value in table.items() if key not in ("kind", "stage")})
     rows = " ".join(re.findall(r"^\| (`.*?) \|", page, re.MULTILINE))
