@@ -6,8 +6,10 @@ Exit codes: 0 done, 2 a user's mistake, 75 stopped on request with everything sa
 import json
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
@@ -16,7 +18,7 @@ from rich.table import Table
 
 from launch.cli_checkpoint import checkpoint_app
 from launch.cli_shards import Json, shards_app
-from shards.errors import PatchmillError, UserError
+from shards.errors import PatchmillError, StoppedOnRequestError, UserError
 
 # Torch takes seconds to import, so each command imports what it needs.
 
@@ -493,17 +495,41 @@ def main() -> None:
     end(run_command())
 
 
+class _Asked(BaseException):
+    """A command was asked to stop; nothing on the way that handles errors takes it for one."""
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    _listen(signal.SIG_IGN)  # once is enough: what is being finished is not to be stopped, too
+    raise _Asked
+
+
+def _listen(handler: Any) -> None:
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, handler)
+
+
 def run_command() -> int | str:
-    """Run the command line; return its exit code, after a known error is told."""
+    """Run the command line; return its exit code, after a known error is told.
+
+    SIGTERM, SIGUSR1 and SIGUSR2 end a command wherever it is, as Ctrl-C does: files appear whole, and what is finished
+    stays. Training, and what starts ranks, listen for themselves.
+    """
+    _listen(_stop)
     try:
         app()
     except PatchmillError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except _Asked:
+        print("error: stopped on request; what is finished stays, run again to go on", file=sys.stderr)
+        return StoppedOnRequestError.exit_code
     except KeyboardInterrupt:
         return 130
     except SystemExit as exited:
         return exited.code or 0
+    finally:
+        _listen(signal.SIG_IGN)  # it is over: nobody is to take that for a crash
 
 
 def end(code: int | str) -> NoReturn:

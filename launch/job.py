@@ -27,6 +27,8 @@ from launch.slurm import layout, slurm
 from launch.submission import Job, Record, folder_of, log_of, read_submission
 from pipeline.checkpoint import samples_of, whole_checkpoints
 from shards.errors import PatchmillError, StoppedOnRequestError, UserError
+from shards.merge import count_written
+from shards.plan import Slice
 
 KILLED = 90.0  # seconds that Slurm may take to end a job that goes back into the queue
 
@@ -57,6 +59,31 @@ class Ranks:
             self._process.send_signal(signal.SIGUSR2)
 
 
+class Progress:
+    """How far a stage has come by now, which the next try starts from.
+
+    Args:
+        stage: One that builds shards counts those that are finished; one that trains, the samples of its newest
+            checkpoint; the others start anew.
+        slice: ``I/N``: of a build, these shards alone.
+
+    Attributes:
+        number: Of them.
+    """
+
+    def __init__(self, stage: Stage, slice: str | None):
+        self._unit = "samples"
+        if stage.table.kind == "shards":
+            self._unit, own = "shards", Slice.parse(slice) if slice not in (None, "merge") else Slice()
+            self.number = count_written(stage.folder / "data", own)
+        else:
+            saved = whole_checkpoints(stage.folder / "checkpoints")
+            self.number = samples_of(saved[0]) if saved else 0
+
+    def __str__(self) -> str:
+        return f"{self.number:,} {self._unit}" if self.number else "the start"
+
+
 def run_job(run: Path, name: str) -> None:
     """Run a job of a run.
 
@@ -77,10 +104,10 @@ def run_job(run: Path, name: str) -> None:
         return
     if lacking := [need for need in stage.needs if not is_done(stages[need])]:
         raise UserError(f"stage {job.stage} needs {', '.join(lacking)}, which did not finish; submit the plan again")
-    samples = _samples(stage)
-    _say(f"{name}: try {record.table.get('tries', 0) + 1} on {os.environ['SLURM_JOB_NODELIST']}, from {_at(samples)}")
-    if record.begin(samples) > job.settings.retries + 1:  # Slurm brought it back, each time a node was lost
-        raise PatchmillError(f"{job.settings.retries + 1} tries in a row came no further than {_at(samples)}")
+    at = Progress(stage, job.slice)
+    _say(f"{name}: try {record.table.get('tries', 0) + 1} on {os.environ['SLURM_JOB_NODELIST']}, from {at}")
+    if record.begin(at.number) > job.settings.retries + 1:  # Slurm brought it back, each time a node was lost
+        raise PatchmillError(f"{job.settings.retries + 1} tries in a row came no further than {at}")
     if sick := sick_nodes(job.settings.health):
         told = f"health check failed on {', '.join(sick)}"
         if not can_do_without(sick, run):
@@ -124,15 +151,15 @@ def _step(run: Path, name: str, job: Job, stage: Stage, ranks: Ranks, logs: Path
     ended = int((logs / ENDED).read_text()) if (logs / ENDED).exists() else code
     if ended == UserError.exit_code:
         raise UserError(f"{said.error()}; mend it, then submit the plan again")
-    samples = _samples(stage)
-    stopped = bool(ranks.asked) or (stage.folder / "stopped.json").exists()
-    reason = f"stopped on request at {_at(samples)}" if stopped else f"crashed: {said.error()}"
+    at = Progress(stage, job.slice)
+    stopped = bool(ranks.asked) or (stage.folder / "stopped.json").exists() or ended == StoppedOnRequestError.exit_code
+    reason = f"stopped on request at {at}" if stopped else f"crashed: {said.error()}"
     if stopped and signal.SIGUSR2 not in ranks.asked:
         record.excuse("stopped", reason)
     else:  # a time limit that is too short to come any further is no better than a crash
         record.note("stopped" if stopped else "crashed", reason=reason)
-        if record.table["barren"] > job.settings.retries and samples <= record.table["samples"]:
-            raise PatchmillError(f"{record.table['barren']} tries came no further than {_at(samples)}; {reason}")
+        if record.table["barren"] > job.settings.retries and at.number <= record.table["at"]:
+            raise PatchmillError(f"{record.table['barren']} tries came no further than {at}; {reason}")
     raise _requeue(reason)
 
 
@@ -195,15 +222,6 @@ def _requeue(reason: str, exclude: list[str] | None = None) -> PatchmillError:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     time.sleep(KILLED)
     return StoppedOnRequestError(reason)
-
-
-def _samples(stage: Stage) -> int:
-    saved = whole_checkpoints(stage.folder / "checkpoints")
-    return samples_of(saved[0]) if saved else 0
-
-
-def _at(samples: int) -> str:
-    return f"{samples:,} samples" if samples else "the start"
 
 
 def _say(text: str) -> None:

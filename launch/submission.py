@@ -108,19 +108,20 @@ class Record:
 
     Attributes:
         table: ``state`` (running, stopped, crashed, failed, done), ``tries``, ``barren`` (tries in a row that came no
-            further than the one before), ``samples`` (where the last began), ``nodes`` and ``reason``.
+            further than the one before), ``at`` (where the last began: samples, or finished shards), ``nodes`` and
+            ``reason``.
     """
 
     def __init__(self, run: Path, name: str):
         self.path = folder_of(run) / f"{name}.json"
         self.table: dict[str, Any] = read_json(self.path)
 
-    def begin(self, samples: int) -> int:
-        """Note that a try begins, with so many samples behind it; return how many came no further, with this one."""
-        barren = self.table.get("barren", 0) if samples <= self.table.get("samples", 0) else 0
+    def begin(self, at: int) -> int:
+        """Note that a try begins, with so much behind it; return how many came no further, with this one."""
+        barren = self.table.get("barren", 0) if at <= self.table.get("at", 0) else 0
         tries = self.table.get("tries", 0) + 1
         nodes = os.environ.get("SLURM_JOB_NODELIST", "")
-        self.note("running", tries=tries, barren=barren + 1, samples=samples, nodes=nodes, reason=None)
+        self.note("running", tries=tries, barren=barren + 1, at=at, nodes=nodes, reason=None)
         return barren + 1
 
     def note(self, state: str, **more: Any) -> None:
