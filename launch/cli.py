@@ -501,7 +501,7 @@ class _Asked(BaseException):
 
 def _stop(number: int, frame: FrameType | None) -> None:
     _listen(signal.SIG_IGN)  # once is enough: what is being finished is not to be stopped, too
-    raise _Asked
+    raise _Asked("stopped on request")
 
 
 def _listen(handler: Any) -> None:

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from launch.driver import await_ranks
 from launch.findings import Finding, print_findings
 from launch.jobnodes import can_do_without, excluded, job_number, sick_nodes
 from launch.local import free_port
@@ -31,6 +32,7 @@ from shards.merge import count_written
 from shards.plan import Slice
 
 KILLED = 90.0  # seconds that Slurm may take to end a job that goes back into the queue
+SUPERSEDED = "a later try of this job goes on elsewhere; this one is over"
 
 
 class Ranks:
@@ -84,17 +86,17 @@ class Progress:
         return f"{self.number:,} {self._unit}" if self.number else "the start"
 
 
-def run_job(run: Path, name: str) -> None:
-    """Run a job of a run.
+def run_job(record: Record) -> None:
+    """Run the job that a record is of.
 
     Raises:
         PatchmillError: It did not finish; by its kind it is the user's to mend, or goes on from the queue.
     """
-    ranks = Ranks()
+    ranks, run, name = Ranks(), record.run, record.name
     submission = read_submission(run)
     if submission is None or name not in submission.jobs:
         raise UserError(f"{run} has no job {name}; submit its plan again")
-    job, record = submission.jobs[name], Record(run, name)
+    job = submission.jobs[name]
     stages = {stage.table.name: stage for stage in submission.read_plan(run).stages}
     stage = stages[job.stage]
     if job.digest not in (None, stage.digest):
@@ -104,50 +106,77 @@ def run_job(run: Path, name: str) -> None:
         return
     if lacking := [need for need in stage.needs if not is_done(stages[need])]:
         raise UserError(f"stage {job.stage} needs {', '.join(lacking)}, which did not finish; submit the plan again")
-    at = Progress(stage, job.slice)
+    at, before = Progress(stage, job.slice), record.table.get("nodes")
     _say(f"{name}: try {record.table.get('tries', 0) + 1} on {os.environ['SLURM_JOB_NODELIST']}, from {at}")
     if record.begin(at.number) > job.settings.retries + 1:  # Slurm brought it back, each time a node was lost
         raise PatchmillError(f"{job.settings.retries + 1} tries in a row came no further than {at}")
+    logs = _logs(job, stage)
+    for folder in (_doctors_logs(record), logs):
+        _end_ranks_of_before(folder, before)
     if sick := sick_nodes(job.settings.health):
         told = f"health check failed on {', '.join(sick)}"
         if not can_do_without(sick, run):
             raise PatchmillError(f"{told}, and the job cannot do without; mend that or `health`, then submit again")
         record.note("stopped", reason=f"{told}: excluded")
-        raise _requeue(f"{told}: excluded", exclude=sick)
-    if job.settings.doctor and (slow := _slow_nodes(run, name, job, stage, ranks)):
+        raise _requeue(record, f"{told}: excluded", exclude=sick)
+    if job.settings.doctor and (slow := _slow_nodes(record, job, stage, ranks)):
         told = f"slower than the others: {', '.join(slow)}"
         if record.table["barren"] <= job.settings.retries and can_do_without(slow, run):
             record.note("stopped", reason=f"{told}: excluded")
-            raise _requeue(f"{told}: excluded", exclude=slow)
+            raise _requeue(record, f"{told}: excluded", exclude=slow)
         _say(f"{told}; goes on with them, for want of others")
     if job.slice is None:
         begin(stage)
-    _try(run, name, job, stage, ranks)
-
-
-def _try(run: Path, name: str, job: Job, stage: Stage, ranks: Ranks) -> None:
-    logs, began = stage.folder / "logs", time.monotonic()
-    if job.slice:  # of several at once
-        logs /= f"slice-{job.slice.partition('/')[0]}"
-    said = _step(run, name, job, stage, ranks, logs, _arguments(job, stage))
+    began = time.monotonic()
+    said = _step(record, job, stage, ranks, logs, _arguments(job, stage))
     if job.slice in (None, "merge"):
         finish(stage, said, time.monotonic() - began)
-    Record(run, name).note("done", reason=None)
+    record.note("done", reason=None)
 
 
-def _step(run: Path, name: str, job: Job, stage: Stage, ranks: Ranks, logs: Path, arguments: list[str]) -> str:
+def _logs(job: Job, stage: Stage) -> Path:
+    return stage.folder / "logs" / (f"slice-{job.slice.partition('/')[0]}" if job.slice else "")  # of several at once
+
+
+def _doctors_logs(record: Record) -> Path:
+    return folder_of(record.run) / f"{record.name}.doctor"
+
+
+def _end_ranks_of_before(logs: Path, nodes: str | None) -> None:
+    """Have the ranks of an earlier try save and end: on a node that Slurm lost they may live on, and train.
+
+    Raises:
+        PatchmillError: They do not.
+    """
+    if not logs.exists():
+        return
+    (logs / STOP).touch()
+    try:
+        await_ranks(logs)
+    except UserError:
+        where = f"on {nodes or 'another node'}"
+        raise PatchmillError(
+            f"ranks of an earlier try, {where}, write to {logs.parent} and do not end; kill them, then submit again"
+        ) from None
+    finally:
+        (logs / STOP).unlink(missing_ok=True)
+
+
+def _step(record: Record, job: Job, stage: Stage, ranks: Ranks, logs: Path, arguments: list[str]) -> str:
     """Run a command on all ranks; return rank 0's stdout.
 
     Raises:
         PatchmillError: It did not end well; as of ``run_job``.
     """
-    record = Record(run, name)
     for stale in (stage.folder / "stopped.json", logs / ENDED, logs / STOP, logs / "stdout.log"):
         stale.unlink(missing_ok=True)
-    said = Said([log_of(run, name), *(logs / f"rank-{rank}.log" for rank in range(1, stage.table.ranks))])
+    said = Said([log_of(record.run, record.name), *(logs / f"rank-{rank}.log" for rank in range(1, stage.table.ranks))])
     code = ranks.run(_command(job, stage, logs, arguments), **_meeting(stage.table.ranks))
-    if code == 0:
-        return (logs / "stdout.log").read_text()
+    if record.is_superseded():
+        raise StoppedOnRequestError(SUPERSEDED)
+    told = (logs / "stdout.log").read_text() if (logs / "stdout.log").exists() else ""
+    if code == 0 and told:  # srun ends with 0, too, when it hears that a node was lost
+        return told
     ended = int((logs / ENDED).read_text()) if (logs / ENDED).exists() else code
     if ended == UserError.exit_code:
         raise UserError(f"{said.error()}; mend it, then submit the plan again")
@@ -160,7 +189,7 @@ def _step(run: Path, name: str, job: Job, stage: Stage, ranks: Ranks, logs: Path
         record.note("stopped" if stopped else "crashed", reason=reason)
         if record.table["barren"] > job.settings.retries and at.number <= record.table["at"]:
             raise PatchmillError(f"{record.table['barren']} tries came no further than {at}; {reason}")
-    raise _requeue(reason)
+    raise _requeue(record, reason)
 
 
 def _command(job: Job, stage: Stage, logs: Path, arguments: list[str]) -> list[str]:
@@ -185,15 +214,15 @@ def _meeting(ranks: int) -> dict[str, str]:
     return {"MASTER_ADDR": os.environ["SLURMD_NODENAME"], "MASTER_PORT": str(free_port())}
 
 
-def _slow_nodes(run: Path, name: str, job: Job, stage: Stage, ranks: Ranks) -> list[str]:
+def _slow_nodes(record: Record, job: Job, stage: Stage, ranks: Ranks) -> list[str]:
     """Let the doctor look at a stage, on all its ranks, and tell in the job's log; return the nodes that are slow.
 
     Raises:
         PatchmillError: The stage will not run on these nodes; or as of ``run_job``.
     """
-    logs, failed = folder_of(run) / f"{name}.doctor", None
+    logs, failed, command = _doctors_logs(record), None, ["doctor", str(record.run), "--only", stage.table.name]
     try:
-        said = _step(run, name, job, stage, ranks, logs, ["doctor", str(run), "--only", stage.table.name])
+        said = _step(record, job, stage, ranks, logs, command)
     except UserError as error:
         said, failed = (logs / "stdout.log").read_text(), error
     findings = [Finding(**each) for each in json.loads((said.splitlines() or ["[]"])[-1])]
@@ -203,7 +232,7 @@ def _slow_nodes(run: Path, name: str, job: Job, stage: Stage, ranks: Ranks) -> l
     return list(dict.fromkeys(host for each in findings for host in each.hosts))
 
 
-def _requeue(reason: str, exclude: list[str] | None = None) -> PatchmillError:
+def _requeue(record: Record, reason: str, exclude: list[str] | None = None) -> PatchmillError:
     """Put this job, or task of an array, back into the queue, unless Slurm is ending it; return what to raise."""
     job = job_number()
     try:
@@ -211,6 +240,8 @@ def _requeue(reason: str, exclude: list[str] | None = None) -> PatchmillError:
         state = slurm("squeue", "--noheader", f"--jobs={job}", "--format=%T %r").split()
         if state[:1] != ["RUNNING"] and state[1:] != ["TimeLimit"]:
             return StoppedOnRequestError(f"{reason}; Slurm ends this job: {' '.join(state)}")
+        if record.is_superseded():
+            return StoppedOnRequestError(SUPERSEDED)
         _say(f"{reason}: back into the queue")
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # with which Slurm ends this: not before all is said
         slurm("scontrol", "requeue", job)
@@ -230,13 +261,12 @@ def _say(text: str) -> None:
 
 def main() -> int:
     """Run the job that the batch script names; its exit code is that of ``patchmill run``."""
-    run, name = Path(sys.argv[1]), sys.argv[2]
+    record = Record(Path(sys.argv[1]), sys.argv[2])
     try:
-        run_job(run, name)
+        run_job(record)
     except PatchmillError as error:
-        record = Record(run, name)
         record.note("stopped" if isinstance(error, StoppedOnRequestError) else "failed", reason=str(error))
-        _say(f"{name}: {error}")
+        _say(f"{record.name}: {error}")
         return error.exit_code
     return 0
 

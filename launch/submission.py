@@ -104,31 +104,40 @@ def check_run(run: Path) -> None:
 
 
 class Record:
-    """What is known of the tries of a job, in ``NAME.json``; the job alone writes it.
+    """What is known of the tries of a job, in ``NAME.json``; the job's last try alone writes it.
 
     Attributes:
-        table: ``state`` (running, stopped, crashed, failed, done), ``tries``, ``barren`` (tries in a row that came no
-            further than the one before), ``at`` (where the last began: samples, or finished shards), ``nodes`` and
-            ``reason``.
+        table: ``state`` (running, stopped, crashed, failed, done), ``tries``, ``job`` (Slurm's number of the last),
+            ``barren`` (tries in a row that came no further than the one before), ``at`` (where the last began: samples,
+            or finished shards), ``nodes`` and ``reason``.
     """
 
     def __init__(self, run: Path, name: str):
-        self.path = folder_of(run) / f"{name}.json"
+        self.run, self.name, self.path = run, name, folder_of(run) / f"{name}.json"
         self.table: dict[str, Any] = read_json(self.path)
 
     def begin(self, at: int) -> int:
         """Note that a try begins, with so much behind it; return how many came no further, with this one."""
         barren = self.table.get("barren", 0) if at <= self.table.get("at", 0) else 0
-        tries = self.table.get("tries", 0) + 1
+        tries, job = self.table.get("tries", 0) + 1, os.environ.get("SLURM_JOB_ID")
         nodes = os.environ.get("SLURM_JOB_NODELIST", "")
-        self.note("running", tries=tries, barren=barren + 1, at=at, nodes=nodes, reason=None)
+        self._write(state="running", tries=tries, job=job, barren=barren + 1, at=at, nodes=nodes, reason=None)
         return barren + 1
 
+    def is_superseded(self) -> bool:
+        """Tell whether another try has begun since this one: Slurm starts one when it loses a node that lives on."""
+        now = read_json(self.path)
+        return any(now.get(key) != self.table.get(key) for key in ("tries", "job"))
+
     def note(self, state: str, **more: Any) -> None:
-        """Note how it is."""
-        self.table |= {"state": state, **more}
-        write_text(self.path, json.dumps(self.table))
+        """Note how it is, unless that is for another try to tell."""
+        if not self.is_superseded():
+            self._write(state=state, **more)
 
     def excuse(self, state: str, reason: str) -> None:
         """Note that the try was ended from outside, which is no fault of it."""
         self.note(state, barren=max(0, self.table.get("barren", 0) - 1), reason=reason)
+
+    def _write(self, **more: Any) -> None:
+        self.table |= more
+        write_text(self.path, json.dumps(self.table))

@@ -170,6 +170,28 @@ def test_tries_that_come_no_further_are_counted(tmp_path, monkeypatch):
     assert Record(tmp_path, "x").table["tries"] == 7
 
 
+def test_a_try_that_is_not_the_last_any_more_writes_nothing(tmp_path, monkeypatch):
+    folder_of(tmp_path).mkdir()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    lost = Record(tmp_path, "x")
+    lost.begin(0)
+    lost.note("running", reason="so far")
+    assert not lost.is_superseded()
+    later = Record(tmp_path, "x")
+    later.begin(0)
+    assert lost.is_superseded()
+    lost.note("failed")
+    lost.excuse("stopped", "asked")
+    assert Record(tmp_path, "x").table == later.table
+    assert later.table["state"] == "running"
+
+    later.path.unlink()  # submitted again
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    Record(tmp_path, "x").begin(0)
+    Record(tmp_path, "x").begin(0)
+    assert later.is_superseded()
+
+
 def test_a_snapshot_is_whole_and_says_its_commit(tmp_path):
     (tmp_path / CODE).mkdir()
     (tmp_path / CODE / "of before").touch()

@@ -12,12 +12,12 @@ import pytest
 from tests.command import done, environment, patchmill
 from tests.images import make_slow_images
 
-BUILD = ("shards", "build", "images", "set", "--shard-samples", "4", "--format", "webp", "--workers")
+BUILD = ("shards", "build", "images", "set", "--shard-samples", "2", "--format", "webp", "--workers")
 
 
 def building(folder: Path, workers: int) -> subprocess.Popen:
     """Start a build of 12 shards in a group of its own, and wait until it has finished one."""
-    make_slow_images(folder / "images", 48)
+    make_slow_images(folder / "images", 24)
     process = subprocess.Popen(
         [sys.executable, "-m", "launch.cli", *BUILD, str(workers)],
         cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True,

@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +31,36 @@ def test_a_lost_node_and_a_restarted_controller(cluster, tmp_path):
     run.wait_for_end()
     assert run.result("train")["samples"] == 700 * 12
     assert "from the start" not in run.log("train").split("train: try 2 on")[1]
+
+
+def test_a_node_that_is_lost_while_its_ranks_live_on_and_the_next_try_waits_for_them(cluster, tmp_path):
+    long = TRAIN.replace("700 steps", "9000 steps")
+    cluster.run("scontrol", "update", "NodeName=n1", "State=DRAIN", "Reason=test")
+    run = Submitted(cluster, write_plan(tmp_path, SHARDS, long), "ranks_per_node = 2")
+    run.wait_for_steps("train", 60)
+    cluster.run("scontrol", "update", "NodeName=n1", "State=RESUME")
+    assert run.record("train")["nodes"] == "n2"
+    words = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in cluster.tasks("n2")}
+    ranks = [pid for pid in words if b"launch.rank" in words[pid] and not words[pid].startswith(b"srun")]
+    assert len(ranks) == 2
+    cluster.end("slurmd.n2", signal.SIGKILL)  # alone: what it started knows nothing of it
+    wait_for(lambda: run.shown("train")["Restarts"] == "1", 90, "the node to be missed")
+    assert all(Path(f"/proc/{pid}").exists() for pid in ranks)
+    wait_for(lambda: run.record("train")["tries"] == 2, 60, "the second try")
+    steps = losses(run.stage("train"))[-1][0] // 12
+    run.wait_for_steps("train", steps + 100)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    cluster.start_node("n2")
+    assert "waiting for another rank" in run.log("train")
+    assert "crashed: Node failure on n2" in run.log("train")  # of which srun makes exit code 0
+    record = run.record("train")
+    assert (record["state"], record["tries"], record["nodes"]) == ("running", 2, "n1")
+    assert run.shown("train")["Restarts"] == "1"  # the first try did not send the second back
+    run.cancel()
+    samples = [line[0] for line in losses(run.stage("train"))]
+    assert samples == sorted(set(samples))  # one history
+    audit = patchmill("shards", "audit", run.stage("train"), cwd=tmp_path)
+    assert audit.returncode == 0, audit.stdout
 
 
 def test_of_an_array_the_one_that_was_stopped_comes_back_alone(cluster, tmp_path):
