@@ -69,6 +69,7 @@ def run(
     from launch.launchers import Launch, print_commands
     from launch.plan import read_plan
     from launch.run import run_plan
+    from launch.slurm import check_idle
 
     if start is not None and only is not None:
         raise UserError("--from makes all that follows, and --only nothing else; give one of them")
@@ -82,6 +83,7 @@ def run(
     if print_only:
         print_commands(launch, checked, names)
         return
+    check_idle(checked.run)
     if launch.follows():
         if not all(is_done(stage) for stage in checked.stages if stage.table.name in names):
             launch.follow()

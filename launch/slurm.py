@@ -106,16 +106,14 @@ def submit(plan: Plan, cluster: Cluster) -> dict[str, Job]:
     cluster.check_names(list(KINDS), [stage.name for stage in plan.table.stage])
     folder = folder_of(plan.run)
     with only_one(folder, "submit", wait=60):
-        before = read_submission(plan.run)
-        if before and (left := states(before.jobs)):
-            raise UserError(
-                f"jobs of {plan.run} are in the queue ({', '.join(left)}); wait for them, or end them: patchmill cancel"
-            )
+        check_idle(plan.run)
         parts = [(part, _settings(part, cluster)) for part in _parts(plan, cluster)]
         scripts = [_script(plan, part, settings) for part, settings in parts]  # all that may be wrong is wrong by now
-        write_text(plan.run / "plan.toml", plan.path.read_text(encoding="utf-8"))
+        text = plan.path.read_text(encoding="utf-8")
+        write_text(plan.run / "plan.toml", text)
         if not parts:
             return {}
+        write_text(folder / "plan.toml", text)
         take_snapshot(folder / CODE)
         table = {"plan": str(plan.path), "directory": os.getcwd(), "smoke": plan.smoke, "known": plan.inputs.known}
         jobs: dict[str, Job] = {}
@@ -167,6 +165,19 @@ def states(jobs: dict[str, Job]) -> dict[str, Queued]:
     lines = (line.split("|") for line in told.splitlines())
     found = {number: Queued(state, elapsed, reason, nodes) for number, state, elapsed, reason, nodes in lines}
     return {name: found[job.id] for name, job in jobs.items() if job.id in found}
+
+
+def check_idle(run: Path) -> None:
+    """Check that no job of a run is in the queue.
+
+    Raises:
+        UserError: One is.
+        PatchmillError: Slurm gives no answer.
+    """
+    submission = read_submission(run)
+    if submission and shutil.which("squeue") and (left := states(submission.jobs)):
+        remedy = f"wait for them, or end them: patchmill cancel {shlex.quote(str(run))}"
+        raise UserError(f"jobs of {run} are in the queue ({', '.join(left)}); {remedy}")
 
 
 def cancel(jobs: dict[str, Job]) -> None:

@@ -1,6 +1,6 @@
 """What ``patchmill submit`` leaves in a run's folder, for its jobs and for who asks how they are.
 
-RUN/plan.toml   slurm/{submission.json, code/, NAME.sbatch, NAME.log, NAME.json, NAME.doctor/}
+RUN/plan.toml   slurm/{submission.json, plan.toml, code/, NAME.sbatch, NAME.log, NAME.json, NAME.doctor/}
 """
 
 import json
@@ -40,7 +40,7 @@ class Submission(Settings):
     """All jobs of a run, and what they go by.
 
     Attributes:
-        plan: Path of the plan's file; its text then is ``RUN/plan.toml``.
+        plan: Path of the plan's file; its text then is ``RUN/slurm/plan.toml``.
         directory: That it was submitted from, which its jobs run in.
         smoke: As of ``patchmill run``.
         known: Digests of the plan's inputs, by path.
@@ -55,7 +55,7 @@ class Submission(Settings):
 
     def read_plan(self, run: Path) -> Plan:
         """Return the plan as it was submitted."""
-        text = (run / "plan.toml").read_text(encoding="utf-8")
+        text = (folder_of(run) / "plan.toml").read_text(encoding="utf-8")
         return read_submitted(text, Path(self.plan), run, self.smoke, dict(self.known))
 
     def write(self, run: Path) -> None:

@@ -15,7 +15,7 @@ from launch.plan import read_plan
 from launch.slurm import CODE, _numbers, _parts, _script, _settings, layout
 from launch.snapshot import take_snapshot
 from launch.stages import KINDS
-from launch.submission import Job, Record, folder_of, read_submitted_plan
+from launch.submission import Job, Record, Submission, folder_of, read_submitted_plan
 from pipeline import provenance
 from shards.errors import UserError
 from tests.command import ROOT
@@ -168,6 +168,17 @@ def test_tries_that_come_no_further_are_counted(tmp_path, monkeypatch):
     record.excuse("stopped", "asked")
     assert Record(tmp_path, "x").begin(9) == 1  # the one before was no fault of its own
     assert Record(tmp_path, "x").table["tries"] == 7
+
+
+def test_jobs_go_by_the_plan_that_was_submitted_whatever_is_run_in_its_folder_since(tmp_path):
+    plan = plan_of(tmp_path)
+    folder_of(plan.run).mkdir(parents=True)
+    (folder_of(plan.run) / "plan.toml").write_text(PLAN)
+    (plan.run / "plan.toml").write_text(PLAN.replace("1 epoch", "2 epochs"))  # `patchmill run` leaves it there
+    table = {"plan": str(plan.path), "directory": str(tmp_path), "smoke": False, "known": plan.inputs.known}
+    Submission(**table, jobs={}).write(plan.run)
+    submitted = read_submitted_plan(plan.run)
+    assert [stage.digest for stage in submitted.stages] == [stage.digest for stage in plan.stages]
 
 
 def test_a_try_that_is_not_the_last_any_more_writes_nothing(tmp_path, monkeypatch):

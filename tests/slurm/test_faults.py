@@ -134,9 +134,10 @@ def test_a_health_check_that_no_node_passes_ends_the_job(cluster, tmp_path):
     assert run.shown("shards")["JobState"] == "FAILED"
 
 
-def test_of_two_submits_at_once_one_is_refused(cluster, tmp_path):
+def test_of_two_submits_at_once_one_is_refused_and_so_is_a_run_beside_jobs(cluster, tmp_path):
     plan = write_plan(tmp_path, SHARDS, TRAIN)
-    command = [sys.executable, "-m", "launch.cli", "submit", str(plan)]
+    (tmp_path / "cluster.toml").write_text('sbatch = ["--begin=now+300"]')
+    command = [sys.executable, "-m", "launch.cli", "submit", str(plan), "--cluster", "cluster.toml"]
     both = [
         subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True) for _ in range(2)
     ]
@@ -144,7 +145,12 @@ def test_of_two_submits_at_once_one_is_refused(cluster, tmp_path):
     assert sorted(told) == [0, 2]
     assert "are in the queue (shards, train)" in told[2]
     assert len(cluster.run("squeue", "-h").splitlines()) == 2
-    cancelled = patchmill("cancel", tmp_path / "runs/tiny", "--json", cwd=tmp_path).stdout
+    run = tmp_path / "runs/tiny"
+    plan.write_text(plan.read_text().replace("700 steps", "20 steps"))
+    by_hand = refused(patchmill("run", plan, cwd=tmp_path))
+    assert by_hand.endswith(f"wait for them, or end them: patchmill cancel {run}")
+    assert "700 steps" in (run / "plan.toml").read_text()
+    cancelled = patchmill("cancel", run, "--json", cwd=tmp_path).stdout
     assert cancelled == '["shards", "train"]\n'
 
 
