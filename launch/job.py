@@ -13,26 +13,25 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from types import FrameType
 
 from launch.driver import await_ranks
 from launch.findings import Finding, print_findings
-from launch.jobnodes import can_do_without, excluded, job_number, sick_nodes
+from launch.jobnodes import can_do_without, sick_nodes
 from launch.local import free_port
 from launch.plan import Stage
 from launch.rank import ENDED, NAMES, STOP
+from launch.requeue import SUPERSEDED, requeue, say
 from launch.run import begin, finish, is_done
 from launch.said import Said
-from launch.slurm import layout, slurm
+from launch.slurm import layout
 from launch.submission import Job, Record, folder_of, log_of, read_submission
 from pipeline.checkpoint import samples_of, whole_checkpoints
 from shards.errors import PatchmillError, StoppedOnRequestError, UserError
 from shards.merge import count_written
 from shards.plan import Slice
-
-KILLED = 90.0  # seconds that Slurm may take to end a job that goes back into the queue
-SUPERSEDED = "a later try of this job goes on elsewhere; this one is over"
 
 
 class Ranks:
@@ -107,7 +106,7 @@ def run_job(record: Record) -> None:
     if lacking := [need for need in stage.needs if not is_done(stages[need])]:
         raise UserError(f"stage {job.stage} needs {', '.join(lacking)}, which did not finish; submit the plan again")
     at, before = Progress(stage, job.slice), record.table.get("nodes")
-    _say(f"{name}: try {record.table.get('tries', 0) + 1} on {os.environ['SLURM_JOB_NODELIST']}, from {at}")
+    say(f"{name}: try {record.table.get('tries', 0) + 1} on {os.environ['SLURM_JOB_NODELIST']}, from {at}")
     if record.begin(at.number) > job.settings.retries + 1:  # Slurm brought it back, each time a node was lost
         raise PatchmillError(f"{job.settings.retries + 1} tries in a row came no further than {at}")
     logs = _logs(job, stage)
@@ -118,13 +117,13 @@ def run_job(record: Record) -> None:
         if not can_do_without(sick, run):
             raise PatchmillError(f"{told}, and the job cannot do without; mend that or `health`, then submit again")
         record.note("stopped", reason=f"{told}: excluded")
-        raise _requeue(record, f"{told}: excluded", exclude=sick)
+        raise requeue(record, f"{told}: excluded", exclude=sick)
     if job.settings.doctor and (slow := _slow_nodes(record, job, stage, ranks)):
         told = f"slower than the others: {', '.join(slow)}"
         if record.table["barren"] <= job.settings.retries and can_do_without(slow, run):
             record.note("stopped", reason=f"{told}: excluded")
-            raise _requeue(record, f"{told}: excluded", exclude=slow)
-        _say(f"{told}; goes on with them, for want of others")
+            raise requeue(record, f"{told}: excluded", exclude=slow)
+        say(f"{told}; goes on with them, for want of others")
     if job.slice is None:
         begin(stage)
     began = time.monotonic()
@@ -189,7 +188,7 @@ def _step(record: Record, job: Job, stage: Stage, ranks: Ranks, logs: Path, argu
         record.note("stopped" if stopped else "crashed", reason=reason)
         if record.table["barren"] > job.settings.retries and at.number <= record.table["at"]:
             raise PatchmillError(f"{record.table['barren']} tries came no further than {at}; {reason}")
-    raise _requeue(record, reason)
+    raise requeue(record, reason)
 
 
 def _command(job: Job, stage: Stage, logs: Path, arguments: list[str]) -> list[str]:
@@ -232,33 +231,6 @@ def _slow_nodes(record: Record, job: Job, stage: Stage, ranks: Ranks) -> list[st
     return list(dict.fromkeys(host for each in findings for host in each.hosts))
 
 
-def _requeue(record: Record, reason: str, exclude: list[str] | None = None) -> PatchmillError:
-    """Put this job, or task of an array, back into the queue, unless Slurm is ending it; return what to raise."""
-    job = job_number()
-    try:
-        # What is ending for another reason than its time limit was cancelled, or is on its way back already.
-        state = slurm("squeue", "--noheader", f"--jobs={job}", "--format=%T %r").split()
-        if state[:1] != ["RUNNING"] and state[1:] != ["TimeLimit"]:
-            return StoppedOnRequestError(f"{reason}; Slurm ends this job: {' '.join(state)}")
-        if record.is_superseded():
-            return StoppedOnRequestError(SUPERSEDED)
-        _say(f"{reason}: back into the queue")
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # with which Slurm ends this: not before all is said
-        slurm("scontrol", "requeue", job)
-        if exclude:
-            slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join([*excluded(job), *exclude])}")
-    except PatchmillError as error:
-        return StoppedOnRequestError(f"{reason}, and it cannot go back into the queue: {error}; submit the plan again")
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    time.sleep(KILLED)
-    return StoppedOnRequestError(reason)
-
-
-def _say(text: str) -> None:
-    print(f"[{time.strftime('%F %T')}] {text}", file=sys.stderr, flush=True)
-
-
 def main() -> int:
     """Run the job that the batch script names; its exit code is that of ``patchmill run``."""
     record = Record(Path(sys.argv[1]), sys.argv[2])
@@ -266,8 +238,13 @@ def main() -> int:
         run_job(record)
     except PatchmillError as error:
         record.note("stopped" if isinstance(error, StoppedOnRequestError) else "failed", reason=str(error))
-        _say(f"{record.name}: {error}")
+        say(f"{record.name}: {error}")
         return error.exit_code
+    except Exception as error:  # noqa: BLE001 (nobody else would tell)
+        traceback.print_exc()
+        reason = " ".join("".join(traceback.format_exception_only(error)).split())
+        record.note("failed", reason=reason)
+        return PatchmillError.exit_code
     return 0
 
 

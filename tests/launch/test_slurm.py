@@ -181,6 +181,21 @@ def test_jobs_go_by_the_plan_that_was_submitted_whatever_is_run_in_its_folder_si
     assert [stage.digest for stage in submitted.stages] == [stage.digest for stage in plan.stages]
 
 
+def test_whatever_ends_a_job_is_told(tmp_path):
+    plan = plan_of(tmp_path)
+    job = Job(id="1", stage="shards", settings=JobSettings())
+    table = {"plan": str(plan.path), "directory": str(tmp_path), "smoke": False, "known": plan.inputs.known}
+    Submission(**table, jobs={"shards": job}).write(plan.run)  # and no plan
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.job", plan.run, "shards"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr  # for the log: it is no user's mistake
+    record = Record(plan.run, "shards").table
+    assert record["state"] == "failed"
+    assert record["reason"].startswith("FileNotFoundError: [Errno 2] No such file or directory: '")
+
+
 def test_a_try_that_is_not_the_last_any_more_writes_nothing(tmp_path, monkeypatch):
     folder_of(tmp_path).mkdir()
     monkeypatch.setenv("SLURM_JOB_ID", "7")

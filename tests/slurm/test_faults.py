@@ -1,5 +1,7 @@
 """What goes wrong on a cluster, and what becomes of the jobs; see also test_submit.py for stops of all kinds."""
 
+import json
+import os
 import re
 import signal
 import subprocess
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.requeue import keep_off
 from tests.command import environment, losses, patchmill, refused
 from tests.slurm.cluster import wait_for
 from tests.slurm.runs import SHARDS, TRAIN, Submitted, write_plan
@@ -61,6 +64,40 @@ def test_a_node_that_is_lost_while_its_ranks_live_on_and_the_next_try_waits_for_
     assert samples == sorted(set(samples))  # one history
     audit = patchmill("shards", "audit", run.stage("train"), cwd=tmp_path)
     assert audit.returncode == 0, audit.stdout
+
+
+def test_a_job_goes_back_into_the_queue_once_the_controller_answers(cluster, tmp_path):
+    run = Submitted(cluster, write_plan(tmp_path, SHARDS, TRAIN))
+    run.wait_for_steps("train", 60)
+    words = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in cluster.tasks("n2")}
+    cluster.end("slurmctld", signal.SIGKILL)
+    os.kill(next(pid for pid in words if b"launch.rank" in words[pid]), signal.SIGTERM)
+    wait_for(lambda: "; tries again" in run.log("train"), 90, "the controller to be missed")
+    record = run.record("train")
+    assert record["state"] == "failed"  # so far
+    assert re.match(r"stopped on request at .* samples, and it cannot go back into the queue: squeue", record["reason"])
+    cluster.start_controller()
+    wait_for(lambda: run.shown("train")["Restarts"] == "1", 60, "the restart")
+    assert run.record("train")["state"] in ("stopped", "running")
+    run.wait_for_end()
+    assert run.result("train")["samples"] == 700 * 12
+    assert run.record("train")["tries"] == 2
+
+
+def test_a_job_that_cannot_go_back_has_failed(cluster, tmp_path, capsys):
+    broken = 'container = ["sh", "-c", "echo error: no such image >&2; exit 1"]'
+    run = Submitted(cluster, write_plan(tmp_path, SHARDS), f'sbatch = ["--no-requeue"]\n{broken}')
+    run.wait_for_end()
+    record = run.record("shards")
+    assert (record["state"], record["tries"]) == ("failed", 1)
+    told = "crashed: no such image, and it cannot go back into the queue: scontrol says: "
+    assert record["reason"].startswith(told)
+    assert record["reason"].endswith("; submit the plan again")
+    shown = patchmill("status", run.run, "--json", cwd=tmp_path).stdout
+    assert json.loads(shown)[0]["state"] == "failed"
+
+    keep_off("4711", ["n1"])
+    assert "n1 cannot be excluded, and may be had again: scontrol says: Invalid job id" in capsys.readouterr().err
 
 
 def test_of_an_array_the_one_that_was_stopped_comes_back_alone(cluster, tmp_path):
