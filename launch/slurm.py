@@ -127,7 +127,7 @@ def submit(plan: Plan, cluster: Cluster) -> dict[str, Job]:
                 jobs |= part.jobs(number, settings)
                 Submission(**table, jobs=jobs).write(plan.run)
             for name in jobs:
-                Record(plan.run, name).path.unlink(missing_ok=True)  # of a job before
+                Record(plan.run, name).forget()  # of a job before
             # Held until now: a job that starts finds itself in what was written, and one of half a plan never starts.
             slurm("scontrol", "release", ",".join(_numbers(jobs)))
         except PatchmillError as error:
@@ -257,8 +257,9 @@ def _script(plan: Plan, part: Part, settings: JobSettings) -> str:
     lines += [f"# {part.title} of {_comment(plan.path)}, written by `patchmill submit`."]
     lines += [f"#SBATCH --{name}={_option(str(value))}" for name, value in options.items() if value is not None]
     lines += ["#SBATCH --requeue", *(f"#SBATCH {option}" for option in settings.sbatch), ""]
+    lines += [f"touch {shlex.quote(str(folder))}/{part.job}.begun  # until launch.job removes it"]
     lines += ["trap '' USR2  # which warns of the time limit, until launch.job listens"]
-    lines += [f"module load {shlex.quote(module)}" for module in settings.modules]
+    lines += [_load(module) for module in settings.modules]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in settings.env.items()]
     lines += settings.setup
     lines += [f"cd {shlex.quote(os.getcwd())} || exit"]
@@ -266,6 +267,11 @@ def _script(plan: Plan, part: Part, settings: JobSettings) -> str:
     # -P: not the code that happens to be where it was submitted.
     lines += [f"exec {shlex.quote(sys.executable)} -P -m launch.job {shlex.quote(str(plan.run))} {part.job}"]
     return "\n".join(lines) + "\n"
+
+
+def _load(module: str) -> str:
+    told = shlex.quote(f"error: module load {module} failed")
+    return f"module load {shlex.quote(module)} || {{ echo {told} >&2; exit {UserError.exit_code}; }}"
 
 
 def _option(value: str) -> str:

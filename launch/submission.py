@@ -1,6 +1,7 @@
 """What ``patchmill submit`` leaves in a run's folder, for its jobs and for who asks how they are.
 
-RUN/plan.toml   slurm/{submission.json, plan.toml, code/, NAME.sbatch, NAME.log, NAME.json, NAME.doctor/}
+RUN/plan.toml   slurm/{submission.json, plan.toml, code/, NAME.sbatch, NAME.log, NAME.json, NAME.begun,
+                       NAME.doctor/}
 """
 
 import json
@@ -73,6 +74,11 @@ def log_of(run: Path, name: str) -> Path:
     return folder_of(run) / f"{name}.log"
 
 
+def begun_of(run: Path, name: str) -> Path:
+    """Return the file that the script of a job makes when it begins, and ``launch.job`` removes when it does."""
+    return folder_of(run) / f"{name}.begun"
+
+
 def read_submission(run: Path) -> Submission | None:
     """Return the last submission of a run; None: there was none."""
     table = read_json(folder_of(run) / "submission.json")
@@ -109,12 +115,16 @@ class Record:
     Attributes:
         table: ``state`` (running, stopped, crashed, failed, done), ``tries``, ``job`` (Slurm's number of the last),
             ``barren`` (tries in a row that came no further than the one before), ``at`` (where the last began: samples,
-            or finished shards), ``nodes`` and ``reason``.
+            or finished shards), ``nodes`` and ``reason``. While only the script of a try has begun, it is ``failed``.
     """
 
     def __init__(self, run: Path, name: str):
         self.run, self.name, self.path = run, name, folder_of(run) / f"{name}.json"
+        self._begun = begun_of(run, name)
         self.table: dict[str, Any] = read_json(self.path)
+        if self._begun.exists():
+            said = _last_line(log_of(run, name))
+            self.table |= {"state": "failed", "reason": f"in its script, before launch.job{said and f': {said}'}"}
 
     def begin(self, at: int) -> int:
         """Note that a try begins, with so much behind it; return how many came no further, with this one."""
@@ -123,6 +133,11 @@ class Record:
         nodes = os.environ.get("SLURM_JOB_NODELIST", "")
         self._write(state="running", tries=tries, job=job, barren=barren + 1, at=at, nodes=nodes, reason=None)
         return barren + 1
+
+    def forget(self) -> None:
+        """Remove it, as of a job before."""
+        self.path.unlink(missing_ok=True)
+        self._begun.unlink(missing_ok=True)
 
     def is_superseded(self) -> bool:
         """Tell whether another try has begun since this one: Slurm starts one when it loses a node that lives on."""
@@ -141,3 +156,9 @@ class Record:
     def _write(self, **more: Any) -> None:
         self.table |= more
         write_text(self.path, json.dumps(self.table))
+        self._begun.unlink(missing_ok=True)
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")

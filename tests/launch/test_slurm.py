@@ -82,7 +82,8 @@ def test_a_script_a_stage_with_what_the_profile_says_of_it(tmp_path):
     assert {"--open-mode=append", "--signal=B:USR2@120"} <= set(rates)
     assert f"--output={tmp_path}/runs/x/slurm/rates-%a.log" in rates
     assert found["rates"].startswith("#!/bin/bash -l\n")  # `module` is a function of login shells
-    assert "\nmodule load cuda/12.4\nulimit -n 4096\n" in found["rates"]
+    load = "module load cuda/12.4 || { echo 'error: module load cuda/12.4 failed' >&2; exit 2; }"
+    assert f"\n{load}\nulimit -n 4096\n" in found["rates"]
     assert found["rates"].endswith(f"-P -m launch.job {tmp_path}/runs/x rates-$SLURM_ARRAY_TASK_ID\n")
     assert "--gpus-per-node=1" in options(found["copy"])  # one rank
     assert {"--partition=cpu", "--array=0-3", "--time=1-0"} <= set(options(found["shards.slices"]))
