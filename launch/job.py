@@ -17,6 +17,7 @@ import traceback
 from pathlib import Path
 from types import FrameType
 
+from launch.cluster import layout
 from launch.driver import await_ranks
 from launch.findings import Finding, print_findings
 from launch.jobnodes import can_do_without, sick_nodes
@@ -26,7 +27,6 @@ from launch.rank import ENDED, NAMES, STOP
 from launch.requeue import SUPERSEDED, requeue, say
 from launch.run import begin, finish, is_done
 from launch.said import Said
-from launch.slurm import layout
 from launch.submission import Job, Record, folder_of, log_of, read_submission
 from pipeline.checkpoint import samples_of, whole_checkpoints
 from shards.errors import PatchmillError, StoppedOnRequestError, UserError

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.cluster import Cluster, JobSettings
+from launch.cluster import Cluster, JobSettings, layout
 from launch.plan import Plan, Stage
 from launch.run import begin, is_done
 from launch.snapshot import take_snapshot
@@ -188,21 +188,6 @@ def cancel(jobs: dict[str, Job]) -> None:
     """
     if jobs:
         slurm("scancel", *(job.id for job in jobs.values()))
-
-
-def layout(ranks: int, settings: JobSettings, where: str) -> tuple[int, int]:
-    """Return nodes and ranks on each.
-
-    Raises:
-        UserError: The ranks do not fill the nodes.
-    """
-    each = min(ranks, settings.ranks_per_node or settings.gpus_per_node or ranks)
-    if ranks % each:
-        raise UserError(
-            f"stage {where} has {ranks} ranks, and a node takes {each}; make ranks a multiple of that, or set "
-            "ranks_per_node"
-        )
-    return ranks // each, each
 
 
 def _parts(plan: Plan, cluster: Cluster) -> Iterator[Part]:

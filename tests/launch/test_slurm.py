@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.cluster import Cluster, JobSettings
+from launch.cluster import Cluster, JobSettings, layout
 from launch.plan import read_plan
-from launch.slurm import CODE, _numbers, _parts, _script, _settings, layout
+from launch.slurm import CODE, _numbers, _parts, _script, _settings
 from launch.snapshot import take_snapshot
 from launch.stages import KINDS
 from launch.submission import Job, Record, Submission, folder_of, read_submitted_plan
