@@ -153,10 +153,8 @@ def _end_ranks_of_before(logs: Path, nodes: str | None) -> None:
     try:
         await_ranks(logs)
     except UserError:
-        where = f"on {nodes or 'another node'}"
-        raise PatchmillError(
-            f"ranks of an earlier try, {where}, write to {logs.parent} and do not end; kill them, then submit again"
-        ) from None
+        told = f"ranks of an earlier try, on {nodes or 'another node'}, write to {logs.parent} and do not end; "
+        raise PatchmillError(f"{told}kill them there, then submit the plan again") from None
     finally:
         (logs / STOP).unlink(missing_ok=True)
 
