@@ -507,15 +507,17 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _listen(handler: Any) -> None:
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    # To one of several ranks a SIGTERM may say no more than that another has failed: it is left to end it.
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    for number in (signal.SIGUSR1, signal.SIGUSR2, *([signal.SIGTERM] if alone else [])):
         signal.signal(number, handler)
 
 
 def run_command() -> int | str:
     """Run the command line; return its exit code, after a known error is told.
 
-    SIGTERM, SIGUSR1 and SIGUSR2 end a command wherever it is, as Ctrl-C does: files appear whole, and what is finished
-    stays. Training, and what starts ranks, listen for themselves.
+    SIGUSR1, SIGUSR2 and, where there are no other ranks, SIGTERM end a command wherever it is, as Ctrl-C does: files
+    appear whole, and what is finished stays. Training, and what starts ranks, listen for themselves.
     """
     _listen(_stop)
     try:

@@ -178,7 +178,8 @@ def _step(record: Record, job: Job, stage: Stage, ranks: Ranks, logs: Path, argu
     if ended == UserError.exit_code:
         raise UserError(f"{said.error()}; mend it, then submit the plan again")
     at = Progress(stage, job.slice)
-    stopped = bool(ranks.asked) or (stage.folder / "stopped.json").exists() or ended == StoppedOnRequestError.exit_code
+    stopped = bool(ranks.asked) or (stage.folder / "stopped.json").exists()
+    stopped = stopped or ended == StoppedOnRequestError.exit_code or said.was_terminated()
     reason = f"stopped on request at {at}" if stopped else f"crashed: {said.error()}"
     if stopped and signal.SIGUSR2 not in ranks.asked:
         record.excuse("stopped", reason)

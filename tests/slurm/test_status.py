@@ -86,7 +86,7 @@ def test_a_stage_that_fails_takes_its_followers_with_it_and_status_says_why(clus
 
 def test_a_script_that_ends_before_its_job_begins_has_failed_and_status_says_what_it_said(cluster, tmp_path):
     head, stage = SHARDS.split("[[stage]]")
-    names = ("modules", "setup", "python")
+    names = ("modules", "setup", "python", "container")
     plan = write_plan(tmp_path, head, *(f"[[stage]]{stage}".replace('"shards"', f'"{name}"', 1) for name in names))
     profile = """
         [stage.modules]
@@ -95,6 +95,8 @@ def test_a_script_that_ends_before_its_job_begins_has_failed_and_status_says_wha
         setup = ["echo 'no scratch on $SLURMD_NODENAME' >&2; exit 3"]
         [stage.python]
         setup = ["export PYTHONHOME=/nowhere"]
+        [stage.container]
+        container = ["/nowhere/apptainer", "exec"]
     """
     run = Submitted(cluster, plan, profile)
     run.wait_for_end()
@@ -105,11 +107,12 @@ def test_a_script_that_ends_before_its_job_begins_has_failed_and_status_says_wha
     assert why["setup"] == "in its script, before launch.job: no scratch on $SLURMD_NODENAME"
     assert why["python"].startswith("in its script, before launch.job: ")
     assert "No module named 'encodings'" in run.log("python")
+    assert why["container"].startswith("execve(): /nowhere/apptainer: No such file or directory; mend it")
     assert run.shown("modules")["ExitCode"] == "2:0"
 
     run = Submitted(cluster, plan, "")
     run.wait_for_end()
-    assert [(stage["state"], stage["why"]) for stage in status(run).values()] == [("done", "")] * 3
+    assert [(stage["state"], stage["why"]) for stage in status(run).values()] == [("done", "")] * 4
 
 
 def test_without_a_queue_and_with_a_wrong_name(tmp_path):
