@@ -6,8 +6,10 @@ Exit codes: 0 done, 2 a user's mistake, 75 stopped on request with everything sa
 import json
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
@@ -16,7 +18,7 @@ from rich.table import Table
 
 from launch.cli_checkpoint import checkpoint_app
 from launch.cli_shards import Json, shards_app
-from shards.errors import PatchmillError, UserError
+from shards.errors import PatchmillError, StoppedOnRequestError, UserError
 
 # Torch takes seconds to import, so each command imports what it needs.
 
@@ -74,6 +76,7 @@ def run(
     from launch.plan import read_plan
     from launch.readable import check_readable
     from launch.run import run_plan
+    from launch.slurm import check_idle
 
     if start is not None and only is not None:
         raise UserError("--from makes all that follows, and --only nothing else; give one of them")
@@ -89,6 +92,7 @@ def run(
     if print_only:
         print_commands(launch, checked, names)
         return
+    check_idle(checked.run)
     if launch.follows():
         if not all(is_done(stage) for stage in checked.stages if stage.table.name in names):
             launch.follow()
@@ -507,17 +511,43 @@ def main() -> None:
     end(run_command())
 
 
+class _Asked(BaseException):
+    """A command was asked to stop; nothing on the way that handles errors takes it for one."""
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    _listen(signal.SIG_IGN)  # once is enough: what is being finished is not to be stopped, too
+    raise _Asked("stopped on request")
+
+
+def _listen(handler: Any) -> None:
+    # To one of several ranks a SIGTERM may say no more than that another has failed: it is left to end it.
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    for number in (signal.SIGUSR1, signal.SIGUSR2, *([signal.SIGTERM] if alone else [])):
+        signal.signal(number, handler)
+
+
 def run_command() -> int | str:
-    """Run the command line; return its exit code, after a known error is told."""
+    """Run the command line; return its exit code, after a known error is told.
+
+    SIGUSR1, SIGUSR2 and, where there are no other ranks, SIGTERM end a command wherever it is, as Ctrl-C does: files
+    appear whole, and what is finished stays. Training, and what starts ranks, listen for themselves.
+    """
+    _listen(_stop)
     try:
         app()
     except PatchmillError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except _Asked:
+        print("error: stopped on request; what is finished stays, run again to go on", file=sys.stderr)
+        return StoppedOnRequestError.exit_code
     except KeyboardInterrupt:
         return 130
     except SystemExit as exited:
         return exited.code or 0
+    finally:
+        _listen(signal.SIG_IGN)  # it is over: nobody is to take that for a crash
 
 
 def end(code: int | str) -> NoReturn:

@@ -96,6 +96,21 @@ class PodSettings(NodeSettings):
     gpu_resource: Line = Field("nvidia.com/gpu", description="what a GPU is called")
 
 
+def layout(ranks: int, settings: NodeSettings, where: str) -> tuple[int, int]:
+    """Return nodes and ranks on each.
+
+    Raises:
+        UserError: The ranks do not fill the nodes.
+    """
+    each = min(ranks, settings.ranks_per_node or settings.gpus_per_node or ranks)
+    if ranks % each:
+        raise UserError(
+            f"stage {where} has {ranks} ranks, and a node takes {each}; make ranks a multiple of that, or set "
+            "ranks_per_node"
+        )
+    return ranks // each, each
+
+
 CLUSTERS = {"Slurm": JobSettings, "Kubernetes": PodSettings}
 
 

@@ -63,7 +63,7 @@ def drive(command: list[str], start: Start, node: int, tell: Callable[[Start], o
         return _drive(command, start, node, tell)
     with only_one(logs / DRIVER, "patchmill run", wait=OTHER, told=True):
         (logs / STOP).touch()
-        _await_ranks(logs)  # of a run before, which was killed
+        await_ranks(logs)  # of a run before, which was killed
         for stale in (logs.parent / STOPPED, logs / ENDED, logs / STOP):
             stale.unlink(missing_ok=True)
         try:
@@ -89,7 +89,7 @@ def _drive(command: list[str], start: Start, node: int, tell: Callable[[Start], 
                 time.sleep(LOOK)
             if process.returncode:
                 (logs / STOP).touch()  # for ranks that it left behind
-            _await_ranks(logs)
+            await_ranks(logs)
     ended = int((logs / ENDED).read_text()) if (logs / ENDED).exists() else None
     if process.returncode == 0 and ended is None:
         return 0
@@ -101,7 +101,12 @@ def _drive(command: list[str], start: Start, node: int, tell: Callable[[Start], 
     return code
 
 
-def _await_ranks(logs: Path) -> None:
+def await_ranks(logs: Path) -> None:
+    """Wait until no rank is left of those that log to a folder; tell on stderr if that takes long.
+
+    Raises:
+        UserError: Some are still there after ``LEFT`` seconds.
+    """
     with only_one(logs, "rank", wait=LEFT, told=True):  # each has a share in this lock, on whatever node
         pass
 

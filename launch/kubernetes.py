@@ -12,9 +12,8 @@ from typing import Any
 
 import yaml
 
-from launch.cluster import Cluster, PodSettings
+from launch.cluster import Cluster, PodSettings, layout
 from launch.plan import Plan, Stage
-from launch.slurm import layout
 from launch.stages import KINDS
 from shards.errors import StoppedOnRequestError, UserError
 

@@ -107,7 +107,7 @@ def _forward(processes: list[subprocess.Popen]):
     def handler(number: int, frame: object) -> None:
         for process in processes:
             if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
+                process.send_signal(signal.SIGUSR1)  # for ranks a SIGTERM is no request to stop
 
     return handler
 

@@ -145,7 +145,7 @@ def _await_stop(logs: Path) -> None:
     while not (logs / STOP).exists() and _driven(logs, unknown=driven) == driven:
         time.sleep(SECONDS)
     (logs / STOP).unlink(missing_ok=True)  # or who goes on by hand would stop at once
-    os.kill(os.getpid(), signal.SIGTERM)  # one rank is enough: they agree on a step
+    os.kill(os.getpid(), signal.SIGUSR1)  # one rank is enough: they agree on a step
 
 
 def _driven(logs: Path, unknown: bool) -> bool:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from launch.cluster import Cluster, JobSettings
+from launch.cluster import Cluster, JobSettings, layout
 from launch.plan import read_plan
-from launch.slurm import CODE, _numbers, _parts, _script, _settings, layout
+from launch.slurm import CODE, _numbers, _parts, _script, _settings
 from launch.snapshot import take_snapshot
 from launch.stages import KINDS
-from launch.submission import Job, Record, folder_of, read_submitted_plan
+from launch.submission import Job, Record, Submission, folder_of, read_submitted_plan
 from pipeline import provenance
 from shards.errors import UserError
 from tests.command import ROOT
@@ -63,7 +63,8 @@ def test_a_script_a_stage_with_what_the_profile_says_of_it(tmp_path):
     assert {"--open-mode=append", "--signal=B:USR2@120"} <= set(rates)
     assert f"--output={tmp_path}/runs/x/slurm/rates-%a.log" in rates
     assert found["rates"].startswith("#!/bin/bash -l\n")  # `module` is a function of login shells
-    assert "\nmodule load cuda/12.4\nulimit -n 4096\n" in found["rates"]
+    load = "module load cuda/12.4 || { echo 'error: module load cuda/12.4 failed' >&2; exit 2; }"
+    assert f"\n{load}\nulimit -n 4096\n" in found["rates"]
     assert found["rates"].endswith(f"-P -m launch.job {tmp_path}/runs/x rates-$SLURM_ARRAY_TASK_ID\n")
     assert "--gpus-per-node=1" in options(found["copy"])  # one rank
     assert {"--partition=cpu", "--array=0-3", "--time=1-0"} <= set(options(found["shards.slices"]))
@@ -155,6 +156,54 @@ def test_tries_that_come_no_further_are_counted(tmp_path, monkeypatch):
     record.excuse("stopped", "asked")
     assert Record(tmp_path, "x").begin(9) == 1  # the one before was no fault of its own
     assert Record(tmp_path, "x").table["tries"] == 7
+
+
+def test_jobs_go_by_the_plan_that_was_submitted_whatever_is_run_in_its_folder_since(tmp_path):
+    plan = plan_of(tmp_path)
+    folder_of(plan.run).mkdir(parents=True)
+    (folder_of(plan.run) / "plan.toml").write_text(PLAN)
+    (plan.run / "plan.toml").write_text(PLAN.replace("1 epoch", "2 epochs"))  # `patchmill run` leaves it there
+    table = {"plan": str(plan.path), "directory": str(tmp_path), "smoke": False, "known": plan.inputs.known}
+    Submission(**table, jobs={}).write(plan.run)
+    submitted = read_submitted_plan(plan.run)
+    assert [stage.digest for stage in submitted.stages] == [stage.digest for stage in plan.stages]
+
+
+def test_whatever_ends_a_job_is_told(tmp_path):
+    plan = plan_of(tmp_path)
+    job = Job(id="1", stage="shards", settings=JobSettings())
+    table = {"plan": str(plan.path), "directory": str(tmp_path), "smoke": False, "known": plan.inputs.known}
+    Submission(**table, jobs={"shards": job}).write(plan.run)  # and no plan
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.job", plan.run, "shards"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr  # for the log: it is no user's mistake
+    record = Record(plan.run, "shards").table
+    assert record["state"] == "failed"
+    assert record["reason"].startswith("FileNotFoundError: [Errno 2] No such file or directory: '")
+
+
+def test_a_try_that_is_not_the_last_any_more_writes_nothing(tmp_path, monkeypatch):
+    folder_of(tmp_path).mkdir()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    lost = Record(tmp_path, "x")
+    lost.begin(0)
+    lost.note("running", reason="so far")
+    assert not lost.is_superseded()
+    later = Record(tmp_path, "x")
+    later.begin(0)
+    assert lost.is_superseded()
+    lost.note("failed")
+    lost.excuse("stopped", "asked")
+    assert Record(tmp_path, "x").table == later.table
+    assert later.table["state"] == "running"
+
+    later.path.unlink()  # submitted again
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    Record(tmp_path, "x").begin(0)
+    Record(tmp_path, "x").begin(0)
+    assert later.is_superseded()
 
 
 def test_a_snapshot_is_whole_and_says_its_commit(tmp_path):

@@ -88,6 +88,37 @@ def test_a_stage_that_fails_takes_its_followers_with_it_and_status_says_why(clus
     assert run.shown("broken")["ExitCode"] == "2:0"
 
 
+def test_a_script_that_ends_before_its_job_begins_has_failed_and_status_says_what_it_said(cluster, tmp_path):
+    head, stage = SHARDS.split("[[stage]]")
+    names = ("modules", "setup", "python", "container")
+    plan = write_plan(tmp_path, head, *(f"[[stage]]{stage}".replace('"shards"', f'"{name}"', 1) for name in names))
+    profile = """
+        [stage.modules]
+        modules = ["nope/1.0"]
+        [stage.setup]
+        setup = ["echo 'no scratch on $SLURMD_NODENAME' >&2; exit 3"]
+        [stage.python]
+        setup = ["export PYTHONHOME=/nowhere"]
+        [stage.container]
+        container = ["/nowhere/apptainer", "exec"]
+    """
+    run = Submitted(cluster, plan, profile)
+    run.wait_for_end()
+    stages = status(run)
+    assert {stage["state"] for stage in stages.values()} == {"failed"}
+    why = {name: stage["why"] for name, stage in stages.items()}
+    assert why["modules"] == "in its script, before launch.job: error: module load nope/1.0 failed"
+    assert why["setup"] == "in its script, before launch.job: no scratch on $SLURMD_NODENAME"
+    assert why["python"].startswith("in its script, before launch.job: ")
+    assert "No module named 'encodings'" in run.log("python")
+    assert why["container"].startswith("execve(): /nowhere/apptainer: No such file or directory; mend it")
+    assert run.shown("modules")["ExitCode"] == "2:0"
+
+    run = Submitted(cluster, plan, "")
+    run.wait_for_end()
+    assert [(stage["state"], stage["why"]) for stage in status(run).values()] == [("done", "")] * 4
+
+
 def test_without_a_queue_and_with_a_wrong_name(tmp_path):
     plan = write_plan(tmp_path, SHARDS)
     assert patchmill("run", plan, cwd=tmp_path).returncode == 0
