@@ -43,7 +43,9 @@ def run(
         str | None, typer.Option(metavar="STAGE", help="Run this stage or sweep alone; what it needs must be there.")
     ] = None,
     smoke: Smoke = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the plan and what it reads, and tell what would run.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the plan and what it reads, and tell what would run.")
+    ] = False,
     ranks: Annotated[
         int | None,
         typer.Option(
