@@ -45,8 +45,10 @@ def main():
     cases = QUICK if args.quick else {title: CASES[title] for title in args.model or CASES}
     rounds = 1 if args.quick else ROUNDS
     rows, ratios = [], {}
+    scratch = Path(os.environ.get("TMPDIR", Path(__file__).parents[1] / "build/bench"))
     for title, model in cases.items():
-        with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR", ".")) as folder:
+        scratch.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
             model, lacking = fitting(model, folder)
             title += lacking
             found = run(RANKS, "write", model, folder, rounds)

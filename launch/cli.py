@@ -32,6 +32,12 @@ Smoke = Annotated[
 Average = Annotated[bool, typer.Option("--ema", help="The moving average of the weights, which optim.ema keeps.")]
 
 
+View = Annotated[
+    Literal["resize", "center_crop", "resize_center_crop"],
+    typer.Option(help="The whole image, squeezed; its middle; or the middle of it all, squeezed to 8/7."),
+]
+
+
 @app.command()
 def run(
     plan: Annotated[Path, typer.Argument(help="Plan file.")],
@@ -307,9 +313,7 @@ def evaluate(
     weights: Annotated[Path, typer.Argument(help="Weights in any format, checkpoint, or a training stage's folder.")],
     data: Annotated[str, typer.Argument(help="Data set.")],
     batch: Annotated[int, typer.Option(min=1, help="Images a rank takes at once.")] = 64,
-    view: Annotated[
-        Literal["resize", "center_crop"], typer.Option(help="The whole image, squeezed; or its middle.")
-    ] = "resize",
+    view: View = "resize",
     short: Annotated[
         int | None, typer.Option(min=1, help="Short side that the middle is cut of, pixels; default: 8/7 of it.")
     ] = None,
@@ -325,7 +329,7 @@ def evaluate(
     from pipeline.evaluate.classify import check_classes, check_labelled
     from pipeline.evaluate.predict import predict
     from pipeline.evaluate.scores import Scores
-    from shards.augment import CenterCrop, Resize
+    from shards.augment import TRANSFORMS, CenterCrop
     from shards.dataset import Dataset
 
     if short is not None and view != "center_crop":
@@ -337,9 +341,9 @@ def evaluate(
     side = model.image_size
     if short is not None and short < side:
         raise UserError(f"--short {short} is less than the {side} pixels that the model sees; give {side} or more")
-    transform = CenterCrop(side, short) if view == "center_crop" else Resize(side)
+    transform = CenterCrop(side, short) if short else TRANSFORMS[view](side)
     with distributed.together():
-        found = predict(model.to(distributed.device()), dataset, transform, batch)
+        found = predict(model.to(distributed.device()), dataset, transform, batch, distributed.cores_each())
         scores = Scores(found, dataset)
         if out and distributed.rank() == 0:
             scores.write(out)
@@ -358,6 +362,7 @@ def fewshot(
     linear: Annotated[
         bool, typer.Option("--linear", help="Linear probing, too: logistic regression on every training image.")
     ] = False,
+    view: View = "resize_center_crop",
     ema: Average = False,
     as_json: Json = False,
 ) -> None:
@@ -373,7 +378,7 @@ def fewshot(
     model, _ = load_model(weights, ema)
     with distributed.together():
         sets = Dataset.open(train), Dataset.open(test)
-        _print(frozen_features_accuracy(model, *sets, numbers, knn, linear), as_json)
+        _print(frozen_features_accuracy(model, *sets, numbers, knn, linear, view), as_json)
 
 
 @app.command()

@@ -109,7 +109,7 @@ def _labels(settings: TrainSettings) -> Accepts:
 
 
 def training_set(data: DataSettings) -> Dataset | Mixture:
-    """Open the data set of a training stage, or several as the mixture that they are drawn from.
+    """Open the data set of a training stage, or several as the mixture that they are drawn from: by weight, or by size.
 
     Raises:
         UserError: One is not there or not whole, or their classes do not go together.
@@ -128,4 +128,5 @@ def mixed(data: DataSettings, opened: list[Dataset]) -> Dataset | Mixture:
     """
     if len(opened) == 1:
         return opened[0]
-    return Mixture([(dataset, source.weight) for dataset, source in zip(opened, data.sources, strict=True)])
+    weights = [source.weight or len(dataset) for dataset, source in zip(opened, data.sources, strict=True)]
+    return Mixture(list(zip(opened, weights, strict=True)))

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline import distributed, watchdog
 from pipeline.checkpoint import NAMES, Checkpoint, first_whole, newest, pointer
+from pipeline.checkpointindex import BrokenCheckpointError
 from pipeline.config import TrainSettings
 from pipeline.mirror import fetch_newer
 from pipeline.settings import check, flat
@@ -107,7 +108,10 @@ def changes(settings: TrainSettings, state: dict[str, Any], where: object) -> li
 
     Raises:
         UserError: A refused setting changed: with it, the run would silently be another one.
+        BrokenCheckpointError: It does not say what it was written with.
     """
+    if "settings" not in state:
+        raise BrokenCheckpointError(f"{where} does not say which settings it was written with; use another checkpoint")
     # Settings that a checkpoint is older than have their defaults.
     before = flat(check(TrainSettings, state["settings"], str(where)).model_dump(mode="json"))
     now = flat(settings.model_dump(mode="json"))

@@ -150,7 +150,7 @@ def _built(out: str | Path) -> Building:
     for name in [WHOLE, *root.folders()]:
         store = open_store(root.url if name == WHOLE else f"{root.url}/{name}")
         if store.exists(manifest.DATASET):
-            info = manifest.parse_info(store.read(manifest.DATASET), store.url)
+            info = manifest.read_info(store)
             sizes = manifest.open_table(store, manifest.SHARDS, ["samples"])["samples"].to_pylist()
             if "plan" in info.build:
                 found[name] = info.classes, PartBuilding(sizes, [0] * len(sizes), info.image_bytes, info.build)

@@ -122,11 +122,9 @@ def convert(
         after = proof.answers(open_source(partial))
         note["proof"] = proof.compare(before, after, dtype, made.image_size)
         target.change_note(partial, note)
-        if target.folder:
-            (partial / "README.md").write_text(card(note, made, to, destination), encoding="utf-8")
-    about = destination / "README.md" if target.folder else _card_of(destination)
-    if not target.folder:
-        write_text(about, card(note, made, to, destination))
+        # Before the weights appear: a crash between the two leaves no weights that nobody knows.
+        about = destination / "README.md" if target.folder else _card_of(destination)
+        write_text(partial / "README.md" if target.folder else about, card(note, made, to, destination))
     known = {"samples": note["samples"]} if "samples" in note else {}
     parameters = sum(parameter.numel() for parameter in made.parameters())
     return {"weights": str(destination), "card": str(about), **known, "parameters": parameters, "proof": note["proof"]}

@@ -1,9 +1,11 @@
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from pipeline import checkpoint
+from pipeline.checkpointindex import BrokenCheckpointError
 from pipeline.config import TrainSettings
 from pipeline.resume import RULES, check_resume, last_checkpoint
 from pipeline.settings import check, flat, merge
@@ -94,6 +96,11 @@ def test_settings_that_a_checkpoint_is_older_than_have_their_defaults(capsys):
     del old["masked_patch"], old["guard"]
     check_resume(settings(), SimpleNamespace(path=LOADED.path, state={"settings": old}))
     assert capsys.readouterr().err == ""
+
+
+def test_a_checkpoint_that_does_not_say_its_settings_is_broken():
+    with pytest.raises(BrokenCheckpointError, match="samples-1 does not say which settings it was written with; use"):
+        check_resume(settings(), SimpleNamespace(path=Path("samples-1"), state={}))
 
 
 def test_a_kill_while_the_only_checkpoint_is_replaced_loses_nothing(tmp_path, alone):

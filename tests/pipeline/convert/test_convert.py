@@ -240,6 +240,14 @@ def test_unknown_and_damaged_sources_are_one_line(tmp_path):
         convert(file, tmp_path / "empty")
 
 
+def test_no_weights_appear_without_their_card(tmp_path):
+    file = saved(tmp_path, VIT)
+    (tmp_path / ".out.README.md.partial").mkdir()  # where the card is written first
+    with pytest.raises(IsADirectoryError):
+        convert(file, tmp_path / "out.safetensors")
+    assert not list(tmp_path.glob("*out.safetensors*"))
+
+
 def test_the_command_and_the_card(tmp_path):
     saved(tmp_path, VIT)
     changes = (
