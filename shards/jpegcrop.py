@@ -55,7 +55,9 @@ def decode_part(data: bytes, top: int, left: int, height: int, width: int, shrin
         which is said once on stderr.
     """
     library = native()
-    return None if library is None else _call(library.decode, data, shrink, top, left, height, width)
+    if library is None or min(height, width) < 1:
+        return None
+    return _call(library.decode, data, shrink, top, left, height, width)
 
 
 def native() -> Native | None:

@@ -302,7 +302,7 @@ class _Check:
             return "the tar header before it is another one"
         if xxh3_128_digest(image) != row["xxh128"]:
             return "its bytes changed: their hash is another one"
-        if any(label >= self._classes for label in row["labels"]):
+        if any(label >= self._classes for label in row["labels"] or ()):
             return f"labels {row['labels']}, but there are {self._classes} classes"
         try:
             header = read_header(image)
