@@ -34,6 +34,10 @@ _UPRIGHT = {
 }
 
 
+_DENSEST = 9000  # pixels that a byte can stand for: deflate makes 1032 of one at most, of 8 pixels each
+_BAND = 1 << 24  # pixels that are made RGB at once
+
+
 class DecodeError(PatchmillError):
     """The bytes are not an image that can be decoded whole: the content is bad, not the way to it."""
 
@@ -121,11 +125,25 @@ def _decode_any(data: bytes, key: str) -> np.ndarray:
 def _decode_stored(data: bytes) -> np.ndarray:
     """Decode what Pillow reads, as it is stored."""
     with Image.open(io.BytesIO(data)) as image:
+        width, height = image.size
+        if image.format in ("PNG", "JPEG") and width * height > _DENSEST * len(data):
+            raise ValueError(f"{width} x {height} pixels are more than {len(data)} bytes can hold")
         image.load()
-        if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to 8
-            grey = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
-            return np.repeat(grey[:, :, None], 3, axis=2)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.array(image.convert("RGB"))
+        rows = max(1, _BAND // width)
+        if height <= rows:
+            return _rgb(image)
+        out = np.empty((height, width, 3), dtype=np.uint8)
+        for top in range(0, height, rows):  # band by band: each step below takes the memory of another image
+            bottom = min(height, top + rows)
+            out[top:bottom] = _rgb(image.crop((0, top, width, bottom)))
+        return out
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to 8
+        grey = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.array(image.convert("RGB"))
