@@ -504,6 +504,7 @@ def run_command() -> int | str:
         return 130
     except SystemExit as exited:
         return exited.code or 0
+    return 0
 
 
 def end(code: int | str) -> NoReturn:

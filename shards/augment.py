@@ -120,7 +120,7 @@ class InceptionCrop:
 
     def __call__(self, image: np.ndarray, key: Key) -> np.ndarray:
         """Transform uint8 [h, w, 3] to uint8 [size, size, 3]."""
-        top, left, h, w = self.box(*image.shape[:2], key)
+        top, left, h, w = self.box(image.shape[0], image.shape[1], key)
         return self.finish(image[top : top + h, left : left + w], key)
 
 

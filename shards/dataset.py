@@ -53,7 +53,7 @@ class Sample(NamedTuple):
     labels: tuple[int, ...]
     weights: tuple[float, ...] = ()
     shard: int = -1
-    index: int = -1
+    index: int = -1  # type: ignore[assignment]  # of a tuple it is a method
     offset: int = -1
 
 
@@ -325,7 +325,7 @@ class Dataset:
                 f"{self.tars.url}/{self.paths[shard]} {self._sha256[shard].as_py()}".encode(), digest_size=20
             )
             digest.update(np.stack([starts, lengths]).astype("<i8").tobytes())
-            found = through(digest.hexdigest(), lengths.tolist(), fetch)
+            found: list = [*through(digest.hexdigest(), lengths.tolist(), fetch)]
         else:
             found = fetch()
         for place, index in enumerate(here):  # in place: all bytes twice would be twice the memory

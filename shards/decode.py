@@ -84,11 +84,11 @@ def _decode_jpeg(data: bytes, box: Callable[[int, int], Box] | None, short: int)
         if colours in ("CMYK", "YCCK") or height * width > MOST_PIXELS:
             return None
         upright = (width, height) if turn and orientation >= 5 else (height, width)
-        part = box(*upright) if box else (0, 0, *upright)
+        asked: Box = box(*upright) if box else (0, 0, upright[0], upright[1])
         # Of images of a few pixels, simplejpeg would take another fraction than asked for.
-        shrink = next((n for n in (8, 4, 2) if short and min(part[2:]) >= max(short, 8) * n), 1)
-        part = _shrunk(part, shrink) if box else None
-        if part and not turn and (image := decode_part(data, *part, shrink)) is not None:
+        shrink = next((n for n in (8, 4, 2) if short and min(asked[2:]) >= max(short, 8) * n), 1)
+        part = _shrunk(asked, shrink) if box else None
+        if part and not turn and (image := decode_part(data, *part, shrink=shrink)) is not None:
             return image
         least = (0, 0) if shrink == 1 else (-(-height // shrink), -(-width // shrink))
         image = simplejpeg.decode_jpeg(data, "RGB", min_height=least[0], min_width=least[1])

@@ -234,7 +234,7 @@ def write_manifest(
         build: The settings that made it.
         tars: Where the tars are, if elsewhere.
     """
-    rows = {
+    rows: dict[str, list] = {
         "path": paths,
         "samples": [receipt.samples for receipt in receipts],
         "bytes": [receipt.bytes for receipt in receipts],

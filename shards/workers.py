@@ -61,5 +61,7 @@ def run_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], workers: in
 def end_with_parent() -> None:
     """End this process when its parent is killed: an orphan would write on under the feet of the next try."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    parent = multiprocessing.parent_process().sentinel
-    threading.Thread(target=lambda: (connection.wait([parent]), os._exit(1)), daemon=True).start()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    sentinel = parent.sentinel
+    threading.Thread(target=lambda: (connection.wait([sentinel]), os._exit(1)), daemon=True).start()

@@ -12,7 +12,8 @@ from pipeline.settings import nearest
 from shards.errors import UserError
 
 # name -> (class, its settings): one line a family.
-MODELS = {name: (vit.VisionTransformer, settings) for name, settings in vit.SETTINGS.items()}
+MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {}
+MODELS |= {name: (vit.VisionTransformer, settings) for name, settings in vit.SETTINGS.items()}
 MODELS |= {name: (axial.AxialTransformer, settings) for name, settings in axial.SETTINGS.items()}
 MODELS |= {name: (resnet.ResNet, settings) for name, settings in resnet.SETTINGS.items()}
 BLOCKS = ("depth", "decoder_depth", "units", "backbone")
@@ -24,7 +25,7 @@ def model_names() -> list[str]:
     return list(MODELS)
 
 
-def create_model(name: str, *, seed: int | None = 0, **settings) -> nn.Module:
+def create_model(name: str, *, seed: int | None = 0, **settings: Any) -> nn.Module:
     """Build a model by name.
 
     Args:
