@@ -8,6 +8,8 @@
 # make soak        an hour of training, watched: memory, descriptors, threads, step time, checkpoints (MINUTES=60)
 # make peers       other projects' readers, loaders and models, into .venv-peers
 # make test-peers  our shards in their hands; our models and converted weights beside theirs
+# make types       the types, by mypy
+# make coverage    the tests again, and which lines they ran, subprocesses too: build/coverage.txt; TESTS=tests/shards for a part
 # make docs        the pages and pictures that are made of the code, and a check of every page
 # make bench       speed and memory, on a quiet machine; what needs no other project
 # make bench-peers the same, then ours beside other projects'
@@ -18,9 +20,10 @@ READY  := $(VENV)/.ready
 PEERS  := .venv-peers
 SEED   ?= 1
 MINUTES ?= 60
+TESTS  ?= tests
 PIP    := python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo test test-slow slurm slurm-stop test-slurm proof soak test-peers peers lint docs bench bench-peers clean
+.PHONY: setup demo test test-slow slurm slurm-stop test-slurm proof soak test-peers peers lint types coverage docs bench bench-peers clean
 
 # The native JPEG decoder is built at once if it is not there, and gone on without if it cannot be.
 setup: $(READY)
@@ -57,10 +60,22 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+types: $(READY)
+	$(BIN)/mypy
+
+coverage: setup
+	rm -f .coverage .coverage.*
+	mkdir -p build
+	-OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest $(TESTS)
+	-$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report > build/coverage.txt
+	tail -1 build/coverage.txt
+
 docs: setup
+	$(BIN)/python docs/licences.py > docs/licences.md
 	for page in commands settings python; do PYTHONPATH=. $(BIN)/python docs/reference.py $$page > docs/$$page.md || exit 1; done
 	for picture in order architecture; do PYTHONPATH=. $(BIN)/python docs/$${picture}_picture.py > docs/$$picture.svg || exit 1; done
-	$(BIN)/python -m pytest tests/test_docs.py tests/test_docs_build.py
+	$(BIN)/python -m pytest tests/test_docs.py tests/test_docs_build.py tests/test_release.py
 
 bench: setup
 	for name in order seek memory beside manifest ledger build step_overhead scale checkpoint; do $(BIN)/python bench/$$name.py || exit 1; done

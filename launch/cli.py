@@ -550,6 +550,7 @@ def run_command() -> int | str:
         return exited.code or 0
     finally:
         _listen(signal.SIG_IGN)  # it is over: nobody is to take that for a crash
+    return 0
 
 
 def end(code: int | str) -> NoReturn:

@@ -1,5 +1,6 @@
 """The files and folders that a plan names: where they are, and a digest of each, by which a change of them is seen."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +23,7 @@ class Inputs:
 
     def has(self, path: Path) -> bool:
         """Tell whether a path is there, or was."""
-        return str(path) in self.known or path.exists()
+        return str(path) in self.known or os.path.exists(path)  # also of a name too long for any file
 
     def digest(self, path: Path) -> str:
         """Return a digest of a file's or a folder's names, sizes and times: cheap, and it changes when anything does.

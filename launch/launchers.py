@@ -47,7 +47,7 @@ class Launch:
     remote: str | None = None
     _leader: Leader | None = field(default=None, init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.launcher not in LAUNCHERS:
             known = (
                 f"{nearest(self.launcher, LAUNCHERS)}; give one of {', '.join(LAUNCHERS)}, or use `patchmill submit` "

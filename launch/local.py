@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from launch.rank import die_with_parent
@@ -87,7 +88,7 @@ def _wait(processes: list[subprocess.Popen], logs: Path, tail: Tail) -> int:
                 print(f"rank {rank} ended with {_name(code)}: {' '.join(tail)}", file=sys.stderr)
             elif code < 0:
                 print(f"rank 0 ended with {_name(code)}", file=sys.stderr)
-            return code if code > 0 else 1
+            return code if code and code > 0 else 1
         if all(code == 0 for code in codes):
             return 0
         time.sleep(0.05)
@@ -103,7 +104,7 @@ def _end(processes: list[subprocess.Popen], grace: float) -> None:
         process.wait()
 
 
-def _forward(processes: list[subprocess.Popen]):
+def _forward(processes: list[subprocess.Popen]) -> Callable[[int, object], None]:
     def handler(number: int, frame: object) -> None:
         for process in processes:
             if process.poll() is None:

@@ -1,6 +1,7 @@
 """Plans: data sets and stages in one TOML file, checked as a whole before anything starts."""
 
 import graphlib
+import os
 import re
 import tomllib
 from dataclasses import dataclass
@@ -288,8 +289,8 @@ def _prepare(
     filled = table
     for key in kind.paths:
         filled, inputs[key] = _with_path(filled, key, files, by_name, where)
-    outputs = {
-        name: str(ready[name].folder / KINDS[ready[name].table.kind].output(ready[name].settings)) for name in needs
+    outputs = {  # of all: what the best of a sweep hands on may name stages that only those before it need
+        name: str(stage.folder / KINDS[stage.table.kind].output(stage.settings)) for name, stage in ready.items()
     }
     outputs |= {name: outputs[sweeps[name].members[number]] for name, number in best.items()}
     settings = check(kind.settings, _filled(filled, outputs), where)
@@ -342,7 +343,7 @@ def _check_init(stage: StageTable, by_name: dict[str, StageTable], sweeps: dict[
 
 def _check_weights(settings: TrainSettings, digest: str | None, where: str) -> None:
     """Raise a UserError where weights that are no stage's are none that the stage can start from."""
-    if digest is None or not ("://" in settings.init or Path(settings.init).exists()):
+    if digest is None or not ("://" in settings.init or os.path.exists(settings.init)):
         return
     try:
         resolve_model(settings, _weights(settings.init, digest), num_classes=1)

@@ -8,6 +8,7 @@ Layout of ``checkpoints/``::
 """
 
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +31,7 @@ from shards.errors import PatchmillError, UserError
 
 NAMES = "samples-" + 12 * "[0-9]"
 """Of the folders of checkpoints, as a glob has them; all others are not looked at."""
+_PIECE = re.compile(r"([^/]*)/(.*)@([0-9]{1,18})", re.DOTALL)
 
 
 def save(
@@ -288,7 +290,7 @@ class Checkpoint:
                 f"checkpoint {self.path} holds no {kind} of {parameter} at [{at}, {start + count}); "
                 "it is of another model or optimizer: use the settings that wrote it"
             )
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0)
 
     def close(self) -> None:
         """Let go of the files; another read opens them again."""
@@ -304,9 +306,14 @@ class Checkpoint:
             for name in (file["name"] for file in self.files):
                 opened = self._opened(name)
                 for key in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    kind, _, rest = key.partition("/")
-                    parameter, _, start = rest.rpartition("@")
-                    stop = int(start) + opened.get_slice(key).get_shape()[0]
+                    piece = _PIECE.fullmatch(key)
+                    kept = opened.get_slice(key)
+                    if piece is None or len(kept.get_shape()) != 1 or kept.get_dtype() != "F32":
+                        raise BrokenCheckpointError(
+                            f"{self.path / name} holds {key!r}, which is no flat float32 piece; use another checkpoint"
+                        )
+                    kind, parameter, start = piece.groups()
+                    stop = int(start) + kept.get_shape()[0]
                     found.setdefault((kind, parameter), []).append((int(start), stop, name))
             self._where = {key: sorted(pieces) for key, pieces in found.items()}
         return self._where

@@ -63,10 +63,10 @@ def read_index(text: str | bytes, where: object) -> Index:
             )
         if version >= 3 and told.pop(CHECKSUM) != _checksum(told):
             raise ValueError("it does not have the checksum it was written with")
-        shapes = {name: tuple(shape) for name, shape in told["shapes"].items()}
+        shapes = {name: tuple(_count(each) for each in shape) for name, shape in told["shapes"].items()}
         numbers = _be(int, told["samples"]), _be(int, told["world_size"])
         return Index(version, *numbers, [_file(each) for each in told["files"]], shapes, _be(dict, told["state"]))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BrokenCheckpointError(
             f"{where} has no readable checkpoint.json: {error}; use another checkpoint"
         ) from None
@@ -82,6 +82,12 @@ def _file(told: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"it names a file {name!r}")
     kind = checksum.kind(told)
     return {"name": name, "bytes": _be(int, told["bytes"]), kind: _be(str, told[kind])}
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no count")
+    return value
 
 
 def _be(kind: type, value: Any) -> Any:

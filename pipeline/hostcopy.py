@@ -15,7 +15,7 @@ SLAB = 2**25
 class HostCopy:
     """A copy in host memory, pinned where it comes from a GPU."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._slabs: list[Tensor] = []
 
     def reserve(self, values: int, device: torch.device) -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-B, T = TypeVar("B"), TypeVar("T")
+B = TypeVar("B")
+T = TypeVar("T")
 
 
 def pinned_array(shape: tuple[int, ...]) -> np.ndarray:

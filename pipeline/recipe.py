@@ -6,6 +6,7 @@ the n-th value of one with the n-th of the others; of several ``[[sweep]]`` tabl
 """
 
 import json
+import os
 import shlex
 from dataclasses import dataclass
 from itertools import product
@@ -100,7 +101,7 @@ def read_recipe(name: str) -> Recipe:
 
 def read_settings(config: str | Path) -> tuple[dict[str, Any], About | None]:
     """Return the settings of a file, or of a recipe by name, and what the file says about them."""
-    if Path(config).suffix == ".toml" or Path(config).is_file():  # a folder of a recipe's name is a run of it
+    if Path(config).suffix == ".toml" or os.path.isfile(config):  # a folder of a recipe's name is a run of it
         table = read_toml(config)
         table.pop("sweep", None)  # of a copy of a recipe
         about = table.pop("about", None)

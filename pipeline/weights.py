@@ -117,6 +117,7 @@ def first_values(template: nn.Module, init: Source | None, settings: TrainSettin
                 f"{init.path} has no {name}: it is a checkpoint of another model; use the model settings that made it"
             )
         value = init.tensor(name).float() if name in known else fixed
+        assert value is not None  # one of the two is there
         if name.rpartition(".")[2] == "pos_embed" and value.shape != shape:
             value = template.positions.resize(value)
         if value.shape != shape:

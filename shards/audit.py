@@ -110,7 +110,8 @@ def _audit(
     run: Run, segments: list[Segment], end: int, listed: dict[Place, int], workers: int | None, progress: bool
 ) -> Found:
     """Audit all positions, span by span."""
-    found, open_epochs = Found(), {}
+    found = Found()
+    open_epochs: dict = {}
     ended: dict[int, tuple[Span, Found]] = {}  # by their starts; spans may end before those in front of them
     at = 0
     workers = workers or max(1, min(cores(), end // _POSITIONS_A_WORKER))

@@ -195,7 +195,7 @@ class Expected:
         if number < 0:
             return "a sample that is not in the data set"
         shard = int(np.searchsorted(self._raw_starts, number, side="right")) - 1
-        source = int(self.source(number))
+        source = int(self.source(np.asarray(number)))
         tar = self._datasets[source].paths[shard - self._first_shards[source]]
         where = f"{self._datasets[source].url}/{tar}" if len(self._datasets) > 1 else tar
         return f"sample {number - self._raw_starts[shard]} of {where}"
@@ -395,7 +395,8 @@ class Seen:
 
     def lacking(self, start: int, stop: int) -> tuple[int, list[tuple[int, int]]]:
         """Return how many in [start, stop) did not come, and the first ``SHOWN`` ranges; ``start``: a multiple of 8."""
-        number, ranges = 0, []
+        number = 0
+        ranges: list[tuple[int, int]] = []
         for a in range(start, stop, _SLICE):
             b = min(a + _SLICE, stop)
             bits = np.unpackbits(self.bits[a // 8 : -(-b // 8)], bitorder="little")[: b - a]

@@ -45,6 +45,7 @@ cv2.setNumThreads(1)  # images are transformed in parallel already; OpenCV's own
 
 _AUGMENT = 4  # what a hash is for, its first word; shards/hashing.py lists all
 _TRIES = 100
+_LONGEST = 100
 
 
 def draws(key: Key, purpose: int = _AUGMENT) -> Iterator[float]:
@@ -119,7 +120,7 @@ class InceptionCrop:
 
     def __call__(self, image: np.ndarray, key: Key) -> np.ndarray:
         """Transform uint8 [h, w, 3] to uint8 [size, size, 3]."""
-        top, left, h, w = self.box(*image.shape[:2], key)
+        top, left, h, w = self.box(image.shape[0], image.shape[1], key)
         return self.finish(image[top : top + h, left : left + w], key)
 
 
@@ -172,6 +173,7 @@ class CenterCrop:
     def __call__(self, image: np.ndarray, key: Key) -> np.ndarray:
         """Transform uint8 [h, w, 3] to uint8 [size, size, 3]; ``key`` is not used."""
         short = self.short or round(self.size * 8 / 7)
+        image = _not_too_long(image)
         h, w = image.shape[:2]
         scale = short / min(h, w)
         return _middle(resize(image, max(short, round(h * scale)), max(short, round(w * scale))), self.size)
@@ -199,6 +201,13 @@ def _middle(image: np.ndarray, size: int) -> np.ndarray:
     """Return the central square; of a margin that is odd, the smaller part is above and on the left."""
     top, left = ((side - size) // 2 for side in image.shape[:2])
     return image[top : top + size, left : left + size]
+
+
+def _not_too_long(image: np.ndarray) -> np.ndarray:
+    """Return the middle of an image of 100 times its short side: a line of pixels would be resized to gigabytes."""
+    most = _LONGEST * min(image.shape[:2])
+    top, left = (max(0, side - most) // 2 for side in image.shape[:2])
+    return image[top : top + most, left : left + most]
 
 
 TRANSFORMS: dict[str, Callable[[int], Transform]] = {

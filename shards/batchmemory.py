@@ -103,7 +103,7 @@ class Borrower:
             del self._memory[number]
         if lent.number not in self._memory:
             self._memory[lent.number] = self._receive()
-        array = _array(memoryview(self._memory[lent.number]), math.prod(lent.shape))
+        array = _array(memoryview(self._memory[lent.number].data), math.prod(lent.shape))
         weakref.finalize(array, self._let_go.append, lent.number).atexit = False
         return array.reshape(lent.shape)
 

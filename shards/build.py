@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from shards import manifest
@@ -96,7 +97,7 @@ def build(
     """
     split = split or {}
     _check(source, out, shard_samples, shard_bytes, workers, max_rejected, split, encoding)
-    layout = {"split": split, "seed": seed, "shard_samples": shard_samples, "shard_bytes": shard_bytes}
+    layout: dict[str, Any] = {"split": split, "seed": seed, "shard_samples": shard_samples, "shard_bytes": shard_bytes}
     try:
         with _workplace(out, own, dry_run) as work:
             if not dry_run:
@@ -262,7 +263,7 @@ def _workplace(out: str | Path, own: Slice, dry_run: bool) -> Iterator[_Workplac
                 if not (shared or keep):
                     shutil.rmtree(base)
     except UserError:
-        if fresh and not any(path.is_file() for path in local.rglob("*")):
+        if local and fresh and not any(path.is_file() for path in local.rglob("*")):
             shutil.rmtree(local)  # nothing was begun: leave nothing
         raise
 

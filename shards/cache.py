@@ -96,14 +96,15 @@ class ChunkCache:
             fetch: Called if the chunk is not there whole.
             next_use: When it is needed after this, nanoseconds since 1970.
         """
-        parts = self.get(name, lengths, next_use)
-        if parts is None:
-            parts = fetch()
-            if self._writers.acquire(timeout=_DISK_PATIENCE):
-                try:
-                    self.put(name, parts, next_use)
-                finally:
-                    self._writers.release()
+        kept = self.get(name, lengths, next_use)
+        if kept is not None:
+            return kept
+        parts = fetch()
+        if self._writers.acquire(timeout=_DISK_PATIENCE):
+            try:
+                self.put(name, parts, next_use)
+            finally:
+                self._writers.release()
         return parts
 
     def get(self, name: str, lengths: Sequence[int], next_use: int) -> list[memoryview] | None:
@@ -143,10 +144,10 @@ class ChunkCache:
                 size = sum(map(len, parts)) + CHECKSUM
                 if not self._make_room(mark, size, next_use):
                     return
-                file = _open_locked(partial, size)
+                descriptor = _open_locked(partial, size)
                 _count(mark, self._used(mark) + _on_disk(size))
             try:
-                with open(file, "wb") as file:
+                with open(descriptor, "wb") as file:
                     file.writelines(parts)
                     file.write(_checksum(name, parts))
                     file.flush()

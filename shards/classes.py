@@ -48,8 +48,8 @@ def name_classes(found: Mapping[int | str, str]) -> list[str]:
                 f"{found[number]}; give --classes, a file of all names"
             )
         return texts
-    top = max(numbers, key=numbers.get, default=-1)
-    classes = numbers.get(top, -1) + 1
+    top: int | str = max(numbers, key=lambda label: numbers[label] or 0, default=-1)
+    classes = (numbers[top] or 0) + 1 if numbers else 0
     if classes > MOST_CLASSES:
         raise UserError(
             f"label {top} in {found[top]} would make {classes:,} classes; if it is no class index, say with --label "

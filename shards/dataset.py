@@ -54,7 +54,7 @@ class Sample(NamedTuple):
     labels: tuple[int, ...]
     weights: tuple[float, ...] = ()
     shard: int = -1
-    index: int = -1
+    index: int = -1  # type: ignore[assignment]  # of a tuple it is a method
     offset: int = -1
 
 
@@ -150,10 +150,12 @@ class Dataset:
         self.paths = shards["path"].to_pylist()
         self.raw_sizes = shards["samples"].to_numpy()
         self._sha256 = shards["sha256"]
+        _check_counts(self.raw_sizes, shards["bytes"].to_numpy(), dropped, self.url, exclude)
+        self._shard_bytes = shards["bytes"].to_numpy()
         self._dropped = dropped[1]
-        self._dropped_starts = np.searchsorted(dropped[0], np.arange(info.shards + 1))
+        self._dropped_starts = np.searchsorted(dropped[0], np.arange(len(shards) + 1))
         self.shard_sizes = self.raw_sizes - np.diff(self._dropped_starts)
-        self.local = np.full(info.shards, self.tars.local)
+        self.local = np.full(len(shards), self.tars.local)
         self.digest = info.digest if exclude is None else manifest.digest_with_exclude(info.digest, *dropped)
         if subset is not None:
             inside = _subset(self.shard_sizes, subset, self.url)
@@ -161,7 +163,7 @@ class Dataset:
             if not inside.all():
                 self.digest = hashlib.sha256(self.digest.encode() + np.packbits(inside).tobytes()).hexdigest()
         self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
-        cached_shards = cached_shards or max(64, CACHED_ROWS // max(1, info.samples // info.shards))
+        cached_shards = cached_shards or max(64, CACHED_ROWS // max(1, info.samples // max(1, len(shards))))
         self._cached_rows = lru_cache(maxsize=cached_shards)(self._read_rows)
 
     @classmethod
@@ -265,6 +267,7 @@ class Dataset:
 
     def _read_rows(self, shard: int) -> Rows:
         table = self.table(shard, ROW_COLUMNS)
+        self._check_places(shard, table["offset"].to_numpy(), table["size"].to_numpy())
         formats = table["format"].combine_chunks().dictionary_encode()
         return Rows(
             index=self.raw_indices(shard),
@@ -279,6 +282,14 @@ class Dataset:
             xxh128=table["xxh128"],
             keys=table["key"],
         )
+
+    def _check_places(self, shard: int, offset: np.ndarray, size: np.ndarray) -> None:
+        """Raise a UserError unless all images lie in the tar: as much memory is asked for as they are said to have."""
+        if not ((offset >= BLOCK) & (size >= 0) & (size <= self._shard_bytes[shard] - offset)).all():
+            raise UserError(
+                f"{self.url}/{manifest.samples_path(shard)} is damaged (it names bytes outside the tar, which has "
+                f"{self._shard_bytes[shard]}); {manifest.REMEDY}"
+            )
 
     def read(self, shard: int, index: int) -> Sample:
         """Read one sample by its place among the kept samples of a shard.
@@ -316,7 +327,7 @@ class Dataset:
                 f"{self.tars.url}/{self.paths[shard]} {self._sha256[shard].as_py()}".encode(), digest_size=20
             )
             digest.update(np.stack([starts, lengths]).astype("<i8").tobytes())
-            found = through(digest.hexdigest(), lengths.tolist(), fetch)
+            found: list = [*through(digest.hexdigest(), lengths.tolist(), fetch)]
         else:
             found = fetch()
         for place, index in enumerate(here):  # in place: all bytes twice would be twice the memory
@@ -388,6 +399,20 @@ class Dataset:
     def exclude_versions(self) -> list[str]:
         """Return the sorted names of the drop lists there are."""
         return [name.removesuffix(".parquet") for name in self.store.list(manifest.EXCLUDE)]
+
+
+def _check_counts(sizes: np.ndarray, room: np.ndarray, dropped: np.ndarray, url: str, exclude: str | None) -> None:
+    """Raise a UserError unless shards have counts, and what a drop list drops is in them, in order and once."""
+    if ((sizes < 0) | (room < 0) | (sizes > room // BLOCK)).any():  # each sample has a header in the tar
+        raise UserError(f"{url}/{manifest.SHARDS} is damaged (it has counts that no tar has); {manifest.REMEDY}")
+    shard, index = dropped.astype(np.int64)
+    inside = bool(((shard >= 0) & (shard < len(sizes)) & (index >= 0)).all()) and bool((index < sizes[shard]).all())
+    steps = np.diff(shard), np.diff(index)
+    if not (inside and ((steps[0] > 0) | (steps[0] == 0) & (steps[1] > 0)).all()):
+        raise UserError(
+            f"{url}/{manifest.exclude_path(str(exclude))} is damaged (it names samples that are not there, one "
+            "twice, or not in order); make another drop list"
+        )
 
 
 def _subset(sizes: np.ndarray, samples: int, url: str) -> np.ndarray:

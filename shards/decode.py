@@ -34,6 +34,10 @@ _UPRIGHT = {
 }
 
 
+_DENSEST = 9000  # pixels that a byte can stand for: deflate makes 1032 of one at most, of 8 pixels each
+_BAND = 1 << 24  # pixels that are made RGB at once
+
+
 class DecodeError(PatchmillError):
     """The bytes are not an image that can be decoded whole: the content is bad, not the way to it."""
 
@@ -80,11 +84,11 @@ def _decode_jpeg(data: bytes, box: Callable[[int, int], Box] | None, short: int)
         if colours in ("CMYK", "YCCK") or height * width > MOST_PIXELS:
             return None
         upright = (width, height) if turn and orientation >= 5 else (height, width)
-        part = box(*upright) if box else (0, 0, *upright)
+        asked: Box = box(*upright) if box else (0, 0, upright[0], upright[1])
         # Of images of a few pixels, simplejpeg would take another fraction than asked for.
-        shrink = next((n for n in (8, 4, 2) if short and min(part[2:]) >= max(short, 8) * n), 1)
-        part = _shrunk(part, shrink) if box else None
-        if part and not turn and (image := decode_part(data, *part, shrink)) is not None:
+        shrink = next((n for n in (8, 4, 2) if short and min(asked[2:]) >= max(short, 8) * n), 1)
+        part = _shrunk(asked, shrink) if box else None
+        if part and not turn and (image := decode_part(data, *part, shrink=shrink)) is not None:
             return image
         least = (0, 0) if shrink == 1 else (-(-height // shrink), -(-width // shrink))
         image = simplejpeg.decode_jpeg(data, "RGB", min_height=least[0], min_width=least[1])
@@ -121,11 +125,25 @@ def _decode_any(data: bytes, key: str) -> np.ndarray:
 def _decode_stored(data: bytes) -> np.ndarray:
     """Decode what Pillow reads, as it is stored."""
     with Image.open(io.BytesIO(data)) as image:
+        width, height = image.size
+        if image.format in ("PNG", "JPEG") and width * height > _DENSEST * len(data):
+            raise ValueError(f"{width} x {height} pixels are more than {len(data)} bytes can hold")
         image.load()
-        if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to 8
-            grey = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
-            return np.repeat(grey[:, :, None], 3, axis=2)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.array(image.convert("RGB"))
+        rows = max(1, _BAND // width)
+        if height <= rows:
+            return _rgb(image)
+        out = np.empty((height, width, 3), dtype=np.uint8)
+        for top in range(0, height, rows):  # band by band: each step below takes the memory of another image
+            bottom = min(height, top + rows)
+            out[top:bottom] = _rgb(image.crop((0, top, width, bottom)))
+        return out
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to 8
+        grey = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.array(image.convert("RGB"))

@@ -447,7 +447,7 @@ def _pairs(findings: pa.Table, tests: list[Dataset], names: list[str]) -> pa.Tab
 
 def _drop_list(pairs: pa.Table, raw: Dataset, base: str | None) -> list[tuple[int, int, str]]:
     """Return (shard, raw index, reason) of the copies and of what the older list drops, whose reasons stay."""
-    rows = {}
+    rows: dict[tuple[int, int], str] = {}
     for pair in pairs.select(["shard", "index", "kind", "mirrored", "test_key", "test"]).to_pylist():
         how = f"{pair['kind']}, mirrored" if pair["mirrored"] else pair["kind"]
         rows.setdefault((pair["shard"], pair["index"]), f"copy ({how}) of {pair['test_key']} in {pair['test']}")

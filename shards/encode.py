@@ -55,16 +55,16 @@ class Encoding:
         short, long = (side - 2 * border for side in sorted((header.width, header.height)))
         if short <= 0:
             raise BrokenImageError(f"{header.width} x {header.height} pixels are nothing but a border of {border}")
-        shrink = self.resize_short is not None and short > self.resize_short
-        if not shrink and not border and self.format in (None, header.format) and self.quality is None:
+        target = self.resize_short if self.resize_short is not None and short > self.resize_short else 0
+        if not target and not border and self.format in (None, header.format) and self.quality is None:
             return None
-        image = decode(data, key, short=self.resize_short if shrink and not border else 0)
+        image = decode(data, key, short=target if not border else 0)
         if border:
             image = image[border:-border, border:-border]
-        if shrink:
-            long = max(1, round(long * self.resize_short / short))
+        if target:
+            long = max(1, round(long * target / short))
             wide = image.shape[1] >= image.shape[0]  # after turning it upright
-            size = (long, self.resize_short) if wide else (self.resize_short, long)
+            size = (long, target) if wide else (target, long)
             image = _shrink(image, size)
         format = self.format or header.format
         anew = _encode(np.ascontiguousarray(image), format, self.quality or QUALITY)

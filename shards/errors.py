@@ -6,6 +6,10 @@ class PatchmillError(Exception):
 
     exit_code = 1
 
+    def __str__(self) -> str:
+        # What is quoted in it, such as a file's name or another library's words, may have several lines.
+        return " ".join(super().__str__().splitlines())
+
 
 class UserError(PatchmillError):
     """A mistake that the user can mend: settings, paths, data. Found before the first training step."""

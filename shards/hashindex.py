@@ -31,11 +31,12 @@ class TestImages(NamedTuple):
         pictures: uint8 [n, 64, 64], zeros if an image cannot be decoded.
     """
 
-    __test__ = False  # not for pytest
-
     where: np.ndarray
     sha256: np.ndarray
     pictures: np.ndarray
+
+
+TestImages.__test__ = False  # type: ignore[attr-defined]  # not for pytest
 
 
 class Found(NamedTuple):
@@ -116,7 +117,7 @@ class HashIndex:
         self._order, self._sorted = _load(folder, "sha256_order"), _load(folder, "sha256_sorted")
         self._pictures = os.open(folder / "pictures", os.O_RDONLY | os.O_CLOEXEC)
 
-    def __del__(self):
+    def __del__(self) -> None:
         if hasattr(self, "_pictures"):
             os.close(self._pictures)
 
@@ -147,10 +148,10 @@ class HashIndex:
             For each training image at most one test image of each test set, the first found of the likeliest; and how
             many training images are blank.
         """
-        known = [set(tests) for tests in known] or [set() for _ in pictures]
+        passed = [set(tests) for tests in known] or [set() for _ in pictures]
         found: list[dict[int, Found]] = [{} for _ in pictures]
         blank = phash.blank(pictures)
-        shown = np.flatnonzero(~blank & [len(tests) < self.tests for tests in known])
+        shown = np.flatnonzero(~blank & [len(tests) < self.tests for tests in passed])
         upright = pictures[shown]
         upright_coefficients = phash.coefficients(upright)
         for mirror in (False, True):
@@ -230,7 +231,7 @@ def _distinct(words: np.ndarray, tests: np.ndarray) -> np.ndarray:
 
 
 @contextmanager
-def _array_file(path: Path, dtype: type, shape: tuple[int, ...]) -> Iterator[BinaryIO]:
+def _array_file(path: Path, dtype: type | np.dtype, shape: tuple[int, ...]) -> Iterator[BinaryIO]:
     """Open a ``.npy`` file to write the values of an array to."""
     described = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
     with open(path, "wb") as file:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from shards.orientation import SCAN, jpeg_segments, read_orientation
 
-MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # where Pillow refuses; from half of that on, it warns
+MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # where Pillow refuses; from half of that on, it warns
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of odd metadata, without the image's name
 
@@ -51,7 +51,7 @@ def read_header(data: bytes) -> Header:
         raise BrokenImageError("cut short: fewer bytes than its header claims")
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "WEBP")) as image:
-            header = Header(image.format.lower(), *image.size, read_orientation(data))
+            header = Header((image.format or "").lower(), *image.size, read_orientation(data))
             if header.format == "png":
                 image.verify()
     except Image.UnidentifiedImageError as error:
@@ -74,8 +74,9 @@ def _read_jpeg(data: bytes) -> Header:
                 raise BrokenImageError("cut short: no end marker")
             return Header("jpg", size[1], size[0], read_orientation(data))
         if marker in _FRAMES and end - start >= 6:
-            bits, *size, components = struct.unpack_from(">BHHB", data, start)
-            _check_frame(*size, bits, components)
+            bits, height, width, components = struct.unpack_from(">BHHB", data, start)
+            size = height, width
+            _check_frame(height, width, bits, components)
     raise BrokenImageError("cut short or damaged: no scan after the header")
 
 

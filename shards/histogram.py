@@ -16,7 +16,7 @@ class Bar(NamedTuple):
 
     low: float
     high: float
-    count: int
+    count: int  # type: ignore[assignment]  # of a tuple it is a method
 
 
 class Histogram:
@@ -29,7 +29,7 @@ class Histogram:
         greatest: The greatest, exact.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.total, self.sum = 0, 0
         self.least: int | None = None
         self.greatest: int | None = None
@@ -51,17 +51,17 @@ class Histogram:
 
     def percentile(self, percent: float) -> int:
         """Return the number that stands at ``percent`` of the way through all, sorted: the nearest, no mean of two."""
-        if self.least is None:
+        if self.least is None or self.greatest is None:
             raise ValueError("nothing was counted")
         if percent == 100:
             return self.greatest
         place = round((self.total - 1) * percent / 100)
         found = np.searchsorted(np.cumsum(self._counts), place, side="right")
-        return max(int(_least(found)), self.least)
+        return max(int(_least(np.asarray(found))), self.least)
 
     def bars(self) -> list[Bar]:
         """Return at most 32 bars of equal ratio that hold all numbers, for numbers that spread by factors."""
-        if self.least is None:
+        if self.least is None or self.greatest is None:
             return []
         low, high = math.log2(max(self.least, 1)), math.log2(max(self.greatest, 1) + 1)
         finer = next(each for each in (8, 4, 2, 1, 0.5) if (high - low) * each <= BARS - 2)
@@ -73,7 +73,7 @@ class Histogram:
         """Return the bars between sorted whole numbers."""
         places = np.searchsorted(_least(np.arange(len(self._counts))), edges)
         counted = np.concatenate([[0], np.cumsum(self._counts)])[places]
-        return [Bar(*edge, int(n)) for *edge, n in zip(edges, edges[1:], np.diff(counted), strict=False)]
+        return [Bar(low, high, int(n)) for low, high, n in zip(edges, edges[1:], np.diff(counted), strict=False)]
 
 
 def _bin(values: np.ndarray) -> np.ndarray:

@@ -129,7 +129,7 @@ class _Labels:
     Receipts hand their names over to it: those of 30,000 tars with 5,000 each would be 16 GB.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._first: dict[int | str, int] = {}
         self._lock = Lock()
 

@@ -4,7 +4,7 @@ import json
 import re
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from shards.tarscan import Member
 
@@ -73,7 +73,7 @@ class LabelRule:
 
     def _read(self, member: Member) -> Found:
         try:
-            text = member.data.decode("utf-8-sig").strip()
+            text = (member.data or b"").decode("utf-8-sig").strip()
             if member.extension.rpartition(".")[2] in ("json", "jsn") or text.startswith("["):
                 value = json.loads(text)
             else:
@@ -92,7 +92,7 @@ class LabelRule:
         return Found(labels, _weights(weights, labels) if isinstance(weights, list) and isinstance(value, list) else [])
 
 
-def _field(value: dict, field: str) -> object:
+def _field(value: Any, field: str) -> object:
     if not field:
         return next((value[name] for name in FIELDS if name in value), None)
     if field in value:
@@ -148,11 +148,10 @@ def as_index(label: int | str) -> int | None:
     Raises:
         LabelError: It is too large for a class index.
     """
-    if isinstance(label, str):
-        label = spelled(label)
-    if label is not None and label > LARGEST:
-        raise LabelError(f"label {label} is too large for a class index")
-    return label
+    index = spelled(label) if isinstance(label, str) else label
+    if index is not None and index > LARGEST:
+        raise LabelError(f"label {index} is too large for a class index")
+    return index
 
 
 class ClassNames:

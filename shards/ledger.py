@@ -20,7 +20,6 @@ import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -58,7 +57,7 @@ class Frame(NamedTuple):
     first: int
     step: int
     shard: np.ndarray
-    index: np.ndarray
+    index: np.ndarray  # type: ignore[assignment]  # of a tuple it is a method
     replaced: np.ndarray
 
 
@@ -71,7 +70,9 @@ def new_segment(folder: str | os.PathLike) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     last = max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=-1)
-    for number in count(last + 1):
+    number = last
+    while True:
+        number += 1
         try:
             (folder / f"{number:06d}").mkdir()
         except FileExistsError:
@@ -208,6 +209,7 @@ class Ledger:
         self._write(_frame((0, 0, 0, 0, 0), json.dumps(head).encode()))
 
     def _write(self, data: bytes) -> None:
+        assert self._file is not None
         with self._told():
             self._file.write(data)
             self._file.flush()
@@ -317,7 +319,7 @@ def _read(file: BinaryIO, offset: int, end: int) -> tuple[tuple[int, ...], bytes
 
 def _unpack(fields: tuple[int, ...], data: bytes) -> Frame:
     first, step, rows, near, replaced = fields
-    types = np.dtype(_code_type(near)), np.dtype("u1"), np.dtype("<i8"), np.dtype("<i4")
+    types: tuple[np.dtype, ...] = np.dtype(_code_type(near)), np.dtype("u1"), np.dtype("<i8"), np.dtype("<i4")
     counts = rows, rows, near, 3 * replaced
     ends = np.cumsum([0, *(count * type.itemsize for count, type in zip(counts, types, strict=True))]).tolist()
     data = pa.decompress(data, decompressed_size=ends[-1], codec="zstd", asbytes=True)

@@ -131,8 +131,7 @@ class Loader:
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
         chunks = None
         if not self.dataset.local.all():
-            cached = {"cache": self.cache, "cache_ranks": self._cache_ranks, "world_size": self.world_size}
-            chunks = ChunkReader(self.dataset, self.order, **cached)
+            chunks = ChunkReader(self.dataset, self.order, self.cache, self._cache_ranks, self.world_size)
         read = chunks.read if chunks else self.dataset.read
         ahead: deque[Work] = deque()
         announced, first, stood = self.samples, True, (self.samples, self.global_batch)

@@ -55,6 +55,8 @@ SAMPLES_ENCODING = {
     "xxh128": "PLAIN",
 }
 EXCLUDE_SCHEMA = pa.schema([("shard", pa.int32()), ("index", pa.int32()), ("reason", pa.string())])
+_FIELDS = {field.name: field for schema in (SHARDS_SCHEMA, SAMPLES_SCHEMA, EXCLUDE_SCHEMA) for field in schema}
+_MAY_LACK = ("labels", "weights")
 
 
 def shard_path(shard: int) -> str:
@@ -140,7 +142,7 @@ def open_table(store: Store, path: str, columns: list[str], remedy: str = REMEDY
 
     Raises:
         MissingError: There is no such file.
-        UserError: It is damaged, or lacks one of the columns.
+        UserError: It is damaged, or lacks one of the columns, or one has other values than it should.
     """
     data = store.read(path)
     for _ in range(TRIES):
@@ -159,7 +161,16 @@ def _table(store: Store, path: str, data: bytes, columns: list[str], remedy: str
         table = read_table(data, columns)
         if missing := set(columns) - set(table.column_names):
             raise ValueError(f"no column {min(missing)}")
+        for name in columns:
+            _check_column(name, table[name])
         return table
+
+
+def _check_column(name: str, column: pa.ChunkedArray) -> None:
+    if name in _FIELDS and column.type != _FIELDS[name].type:
+        raise ValueError(f"column {name} is of type {column.type}, not {_FIELDS[name].type}")
+    if column.null_count and name in _FIELDS and name not in _MAY_LACK:
+        raise ValueError(f"column {name} lacks {column.null_count} values")
 
 
 @contextmanager
@@ -201,7 +212,7 @@ def receipt_of(table: pa.Table, store: Store, path: str) -> Receipt:
 
 def _receipt(schema: pa.Schema) -> Receipt:
     fields = json.loads(schema.metadata[b"receipt"])
-    fields["rejected"] = [tuple(entry) for entry in fields["rejected"]]
+    fields["rejected"] = [(file, reason) for file, reason in fields["rejected"]]
     return Receipt(**fields)
 
 
@@ -223,7 +234,7 @@ def write_manifest(
         build: The settings that made it.
         tars: Where the tars are, if elsewhere.
     """
-    rows = {
+    rows: dict[str, list] = {
         "path": paths,
         "samples": [receipt.samples for receipt in receipts],
         "bytes": [receipt.bytes for receipt in receipts],
@@ -275,6 +286,23 @@ def parse_info(data: bytes, url: str) -> Info:
                 f"the data set {url} has schema version {fields['schema_version']}, this Patchmill reads "
                 f"{SCHEMA_VERSION}; build the data set again or use a Patchmill that fits"
             )
-        return Info(**fields)
-    except (ValueError, KeyError, TypeError) as error:
+        info = Info(**fields)
+        _check_info(info)
+        return info
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{url}/{DATASET} is damaged ({error}); build the data set again") from error
+
+
+def _check_info(info: Info) -> None:
+    """Raise a ValueError or KeyError unless all has the form that readers rely on."""
+    texts = isinstance(info.digest, str) and (info.tars is None or isinstance(info.tars, str))
+    named = isinstance(info.classes, list) and all(isinstance(each, str) for each in info.classes)
+    if not (texts and named and isinstance(info.build, dict)):
+        raise ValueError("digest, tars, classes or build is of another type than it should")
+    for name in ("samples", "bytes", "image_bytes", "shards"):
+        if type(getattr(info, name)) is not int or getattr(info, name) < 0:
+            raise ValueError(f"{name} is {getattr(info, name)!r}, no count")
+    if info.build.get("source") == "index":
+        if not all(isinstance(info.build[name], str) for name in ("label", "image")):
+            raise ValueError("build does not tell how labels are read")
+        info.build["classes"]  # a KeyError

@@ -32,7 +32,7 @@ def failure(url: str, path: str, error: Exception, start: int | None = None, len
     where = f"{url}/{path}" + (f", bytes {start} to {start + length}" if start is not None else "")
     if isinstance(error, (FileNotFoundError, NotFoundError)):
         return MissingError(f"no object {where}; copy or build the data set again")
-    if length and any(sign in str(error) for sign in ("416 Range", "but object was only")):
+    if start is not None and length and any(sign in str(error) for sign in ("416 Range", "but object was only")):
         return too_short(url, path, start, length)
     return PatchmillError(f"cannot read {where}: {reason(error)}")
 

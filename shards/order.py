@@ -42,7 +42,7 @@ class Shuffle:
     chunk: int
     block: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if not 1 <= value < 1 << 32:
                 raise UserError(f"{name} of the order is {value}; give a whole number from 1 to 2**32 - 1")
@@ -141,7 +141,7 @@ class Order:
         self._row_of = np.full(shuffle.lanes, -1, dtype=np.int64)
         self._blocks_a_lane = 2 + (self._short + 1) // shuffle.block
 
-    def identity(self, data: str) -> dict:
+    def identity(self, data: str | list[str]) -> dict:
         """Return what a resumed run must agree on; ``data`` is the digest of data set and drop list."""
         return {
             "order_version": ORDER_VERSION,

@@ -9,7 +9,7 @@ _BATCHES = 1000  # a pause to evaluate or to save counts as part of the pace, on
 class Pace:
     """The clock of one stream; ``at`` from one thread."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._passed: deque[tuple[int, int]] = deque(maxlen=_BATCHES)  # (nanoseconds since 1970, position)
         self._started = False
         self._last = (time.time_ns(), 0)

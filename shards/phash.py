@@ -187,7 +187,7 @@ def _compare_aligned(one: np.ndarray, other: np.ndarray) -> Likeness | None:
     """Undo a small crop: find the affine map that fits best, from where the pictures lie now."""
     move = np.eye(2, 3, dtype=np.float32)
     try:
-        cv2.findTransformECC(one, other, move, cv2.MOTION_AFFINE, _STEPS, None, 5)
+        cv2.findTransformECC(one, other, move, cv2.MOTION_AFFINE, _STEPS, None, 5)  # type: ignore[call-overload]
     except cv2.error:  # nothing fits
         return None
     moved = float(np.abs(_CORNERS @ move.T - _CORNERS[:, :2]).max() / SIDE)

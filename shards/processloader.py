@@ -186,10 +186,10 @@ def _run(calls: Connection, steps: Connection, memory: Connection, folder: str, 
         return
     calls.send((True, None))
     threading.Thread(target=_serve, args=(calls, partial(_call, loader)), daemon=True).start()
-    iterators = defaultdict(lambda: iter(loader))
+    iterators: dict[int, Any] = defaultdict(lambda: iter(loader))
 
     def step(name: str, iteration: int, let_go: Sequence[int] = ()) -> tuple[Lent, np.ndarray, np.ndarray] | None:
-        lender.take_back(let_go)
+        lender.take_back([*let_go])
         if name == "close":
             iterators.pop(iteration).close()
         elif batch := next(iterators[iteration], None):

@@ -33,7 +33,7 @@ class Quarantine:
     """
 
     def __init__(self, path: str | os.PathLike | None, dataset: Dataset | Mixture):
-        self._path, self._datasets = path and Path(path), dataset.datasets
+        self._path, self._datasets = Path(path) if path else None, dataset.datasets
         self._first_shards = np.cumsum([0, *(len(each.shard_sizes) for each in self._datasets)])
         self.met: set[Place] = set()
         self._listed: set[Place] = set()
@@ -70,6 +70,7 @@ class Quarantine:
             ) from error
 
     def _append(self, place: Place, line: bytes) -> None:
+        assert self._path is not None
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with open(self._path, "a+b") as file, _locked(file):
             file.seek(self._read)

@@ -71,7 +71,7 @@ class RandAugment:
     layers: int
     magnitude: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.magnitude <= _ENDS_WITH:
             raise UserError(f"RandAugment's magnitude is {self.magnitude}; give one from 0 to {_ENDS_WITH}")
 

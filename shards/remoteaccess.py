@@ -2,7 +2,7 @@
 
 import os
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import obstore
 
@@ -35,7 +35,7 @@ def open_remote(url: str, settings: StoreSettings, retry: bool = True) -> obstor
     cloud = obstore.parse_scheme(url)
     profile = AwsProfile(settings.profile) if settings.profile and cloud == "s3" else None
     server = url if cloud not in _CLOUDS else settings.endpoint or (profile and profile.endpoint) or ""
-    options = {
+    options: dict[str, Any] = {
         "client_options": _client(cloud, settings.timeout_seconds, server),
         # Server errors, lost connections and time-outs are tried again by obstore, with exponential back-off: the time
         # decides, since ten tries are over in two seconds.
@@ -50,7 +50,7 @@ def open_remote(url: str, settings: StoreSettings, retry: bool = True) -> obstor
 
 def _client(cloud: str, timeout_seconds: float, server: str) -> dict:
     timeout = timedelta(seconds=timeout_seconds)
-    client = {
+    client: dict[str, Any] = {
         "connect_timeout": min(timeout, timedelta(seconds=5)),
         "read_timeout": timeout,
         "timeout": timedelta(days=1),  # of a whole request: a slow line is no fault as long as something comes

@@ -32,7 +32,7 @@ class _RemoteFile(io.RawIOBase):
     def tell(self) -> int:
         return self._at
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         length = max(0, min(len(buffer), self._size - self._at))
         if length:
             buffer[:length] = self._read_range(self._at, length)

@@ -111,6 +111,7 @@ class RemoteStore:
                 )
 
     def _ranges_of_whole(self, path: str, ranges: list[tuple[int, int]]) -> list[bytes]:
+        assert self._whole is not None
         found = []
         for start, length in ranges:
             try:
@@ -160,7 +161,7 @@ class RemoteStore:
         """
         return (int(self._head(path)["last_modified"].timestamp()) + 1) * 10**9 - 1
 
-    def _head(self, path: str) -> dict[str, Any]:
+    def _head(self, path: str) -> Any:
         try:
             return self._retries(lambda: obstore.head(self._reads, path))
         except ERRORS as error:
@@ -235,7 +236,7 @@ class RemoteStore:
             if below:
                 found = [entry for entries in obstore.list(self._store, folder or None) for entry in entries]
             else:
-                found = obstore.list_with_delimiter(self._store, folder or None)["objects"]
+                found = list(obstore.list_with_delimiter(self._store, folder or None)["objects"])
         except ERRORS as error:
             raise failure(self.url, folder, error) from error
         return sorted(entry["path"].removeprefix(f"{folder}/") for entry in found)

@@ -5,11 +5,19 @@ from functools import cache
 import cv2
 import numpy as np
 
+from shards.errors import UserError
 from shards.jpegcrop import Native, native
 
 
 def resize(image: np.ndarray, height: int, width: int, mirror: bool = False) -> np.ndarray:
-    """Resize uint8 [h, w, 3] to uint8 [height, width, 3], a new array; ``mirror`` it left to right, or not."""
+    """Resize uint8 [h, w, 3] to uint8 [height, width, 3], a new array; ``mirror`` it left to right, or not.
+
+    Raises:
+        UserError: One of the two has no pixels.
+    """
+    if min(*image.shape[:2], height, width) < 1:
+        size = f"{image.shape[1]} x {image.shape[0]} pixels cannot become one of {width} x {height}"
+        raise UserError(f"an image of {size}; choose parts and sizes of a pixel at least")
     library = native()
     if library and _is_opencv(library) and (result := _natively(library, image, height, width, mirror)) is not None:
         return result
@@ -35,6 +43,7 @@ def _is_opencv(library: Native) -> bool:
     image = np.random.default_rng(0).integers(0, 256, (61, 83, 3), dtype=np.uint8)
     sizes = [(224, 224), (40, 30), (61, 83), (7, 200), (1, 1)]
     return all(
-        np.array_equal(_natively(library, image, *size, mirror=True), _by_opencv(image, *size, mirror=True))
+        (ours := _natively(library, image, *size, mirror=True)) is not None
+        and np.array_equal(ours, _by_opencv(image, *size, mirror=True))
         for size in sizes
     )

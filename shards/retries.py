@@ -3,7 +3,6 @@
 ``obstore`` would do so itself, but tell nobody, and not where a connection ends inside an answer.
 """
 
-import itertools
 import random
 import re
 import threading
@@ -37,7 +36,9 @@ class Retries:
     def __call__(self, request: Callable[[], Answer]) -> Answer:
         """Return what ``request`` does; its error if that will not pass, or time is up before the next try."""
         deadline = None
-        for attempt in itertools.count():
+        attempt = -1
+        while True:
+            attempt += 1
             try:
                 return request()
             except BaseError as error:

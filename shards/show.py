@@ -33,7 +33,7 @@ class _Place(NamedTuple):
     """A kept sample by its shard and its place in there."""
 
     shard: int
-    index: int
+    index: int  # type: ignore[assignment]  # of a tuple it is a method
 
 
 class _Group(NamedTuple):
@@ -223,7 +223,7 @@ def _draw(dataset: Dataset, groups: list[_Group]) -> Image.Image:
 
 
 @cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     for name in SYSTEM_FONTS:
         with suppress(OSError):
             return ImageFont.truetype(name, size)

@@ -68,7 +68,10 @@ def stats(dataset: Dataset, progress: bool = False) -> Stats:
         progress: Show progress bars on stderr, one for each time the sample tables are read.
     """
     classes = np.zeros(len(dataset.classes), np.int64)
-    formats, orientations, labels_per_image, rejected = Counter(), Counter(), Counter(), Counter()
+    formats: Counter[str] = Counter()
+    orientations: Counter[int] = Counter()
+    labels_per_image: Counter[int] = Counter()
+    rejected: Counter[str] = Counter()
     sizes = {name: Histogram() for name in ("width", "height", "short side", "aspect", "bytes")}
     with ImageProgress("counting", len(dataset), show=progress) as bar:
         for shard in range(len(dataset.shard_sizes)):
@@ -87,7 +90,7 @@ def stats(dataset: Dataset, progress: bool = False) -> Stats:
             bar.advance(len(table), int(size.sum()))
     histograms = {name: histogram.bars() for name, histogram in sizes.items()}
     histograms["aspect"] = _aspect_bars(sizes["aspect"])
-    percentiles = {
+    percentiles: dict[str, list[float]] = {
         name: [histogram.percentile(percent) for percent in PERCENTS] if len(dataset) else []
         for name, histogram in sizes.items()
     }
@@ -116,13 +119,13 @@ def _count(counter: Counter, values: pa.ChunkedArray) -> None:
         counter[found["values"]] += found["counts"]
 
 
-def _ratio(number: int) -> float:
+def _ratio(number: float) -> float:
     return round(2 ** ((number - SQUARE) / STEPS), 4)
 
 
 def _aspect_bars(aspect: Histogram) -> list[Bar]:
     """Return bars whose edges are powers of two, or of a root of it, so that a square begins one."""
-    if aspect.least is None:
+    if aspect.least is None or aspect.greatest is None:
         return []
     spread = aspect.greatest - aspect.least
     width = next(width for width in (STEPS // 8, STEPS // 4, STEPS // 2, STEPS, 4 * STEPS) if spread < 30 * width)

@@ -44,7 +44,7 @@ class StoreSettings(BaseModel):
             found = make({key: os.environ[name] for key, name in names.items() if os.environ.get(name)})
         except ValidationError as error:
             first = error.errors()[0]
-            name, reason = names[first["loc"][0]], first["msg"].removeprefix("Value error, ")
+            name, reason = names[str(first["loc"][0])], first["msg"].removeprefix("Value error, ")
             raise UserError(f"environment variable {name}={first['input']} does not fit: {reason}") from None
         return make(found.model_dump(exclude_unset=True) | given)
 

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import count
@@ -167,7 +167,7 @@ class StreamLoader:
         self._meter.add(len(sample.image) if sample else 0, perf_counter() - began, 0.0)
         return sample
 
-    def _read(self) -> Iterator[StreamedSample]:
+    def _read(self) -> Generator[StreamedSample]:
         from webdataset.filters import shuffle  # imports torch
 
         for turn in count():

@@ -6,6 +6,7 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from xxhash import xxh3_128_digest
 
@@ -131,7 +132,8 @@ def index_tar(job: Job) -> Receipt | str:
 def _walk(scan: TarScan, reading: Reading) -> tuple[dict[str, list], list[list], list[tuple[str, str]]]:
     """Return the columns of the table, the labels as they stand in the tar, and the samples left out."""
     rows: dict[str, list] = {name: [] for name in manifest.SAMPLES_SCHEMA.names}
-    labels, rejected = [], []
+    labels: list[list] = []
+    rejected: list[tuple[str, str]] = []
     times: Counter[str] = Counter()  # how often each key begins a sample
     bare = []  # places among the rejected: samples without an image
     names = ClassNames(reading.classes) if reading.classes is not None else None
@@ -139,7 +141,7 @@ def _walk(scan: TarScan, reading: Reading) -> tuple[dict[str, list], list[list],
         times[sample.key] += 1
         try:
             image = reading.image_of(sample.members)
-            header = read_header(image.data)
+            header = read_header(image.data or b"")
             found = reading.label.find(sample.members)
             numbers = [names.index(label) if names else as_index(label) for label in found.labels]
             if len(set(numbers) - {None}) < len(numbers) - numbers.count(None):
@@ -160,7 +162,7 @@ def _walk(scan: TarScan, reading: Reading) -> tuple[dict[str, list], list[list],
             "height": header.height,
             "orientation": header.orientation,
             "member": image.header,
-            "xxh128": xxh3_128_digest(image.data),
+            "xxh128": xxh3_128_digest(image.data or b""),
         }
         for name, value in row.items():
             rows[name].append(value)
@@ -173,7 +175,7 @@ def _walk(scan: TarScan, reading: Reading) -> tuple[dict[str, list], list[list],
 
 def _number(labels: list[list], keys: list[str], tar: str, reading: Reading) -> tuple[list[list[int]], dict]:
     """Return labels as numbers, and notes that tell what they mean."""
-    notes = {"names": None, "ids": None, "unlabelled": sum(not each for each in labels)}
+    notes: dict[str, Any] = {"names": None, "ids": None, "unlabelled": sum(not each for each in labels)}
     if reading.classes is None and any(as_index(label) is None for each in labels for label in each):
         for key, each in zip(keys, labels, strict=True):
             if any(isinstance(label, int) for label in each):

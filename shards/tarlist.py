@@ -4,7 +4,7 @@ import json
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 
 from shards.errors import UserError
 from shards.objects import MissingError

@@ -4,12 +4,13 @@ Nothing is extracted: the names of members are words in memory, never paths.
 """
 
 import hashlib
+import io
 import re
 import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import BinaryIO, NamedTuple
+from typing import IO, NamedTuple
 
 from shards.errors import UserError
 from shards.store import Store
@@ -78,14 +79,15 @@ class TarScan:
         self._store, self._path, self._wanted, self._hashed = store, path, wanted, hashed
 
     def __iter__(self) -> Iterator[TarSample]:
-        key, members = None, []
+        key: str | None = None
+        members: list[Member] = []
         for its_key, member in self._members():
             if its_key != key:
-                if members:
+                if key is not None:
                     yield TarSample(key, members)
                 key, members = its_key, []
             members.append(member)
-        if members:
+        if key is not None:
             yield TarSample(key, members)
 
     def _members(self) -> Iterator[tuple[str, Member]]:
@@ -100,30 +102,30 @@ class TarScan:
                 if kind:
                     self.skipped[kind] += 1
                     continue
-                key, extension = _NAME.fullmatch(name).groups()
+                key, extension = _NAME.fullmatch(name).groups()  # type: ignore[union-attr]  # it is not left out
                 extension, crc = extension.lower(), zlib.crc32(tape.block)
                 data = tape.read(header.size) if self._wanted(extension) else None
                 yield key, Member(extension, where, header.size, crc, data)
-            if self._hashed:
+            if tape.hash:
                 self.trailing = tape.finish()
                 self.sha256 = tape.hash.hexdigest()
 
     def _headers(self, tape: "_Tape") -> Iterator[tarfile.TarInfo]:
         """Yield all headers. TarFile's own loop takes a damaged header for the end of the archive; this does not."""
         try:
-            archive = tarfile.TarFile(fileobj=tape, encoding="utf-8")
+            archive = tarfile.TarFile(fileobj=tape, encoding="utf-8")  # type: ignore[arg-type]  # it reads, tells and seeks
         except _BAD_HEADER as error:
             raise self._no_tar(error) from error
         header = archive.next()
         while header:
             yield header
-            archive.members.clear()
+            archive.members.clear()  # type: ignore[attr-defined]
             if archive.offset > self.bytes:
                 raise self._cut(header.offset, f"{header.name!r} there claims {header.size} bytes")
             tape.seek(archive.offset)
             try:
                 header = tarfile.TarInfo.fromtarfile(archive)
-            except tarfile.EOFHeaderError:  # a block of zeros: the end
+            except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # a block of zeros: the end
                 return
             except _BAD_HEADER as error:
                 if tape.tell() >= self.bytes:
@@ -151,7 +153,7 @@ class TarScan:
 class _Tape:
     """A stream for ``tarfile`` that goes forward only, remembers its last block and may hash all that passes."""
 
-    def __init__(self, stream: BinaryIO, size: int, hash: "hashlib._Hash | None", name: str):
+    def __init__(self, stream: IO[bytes] | io.BufferedIOBase, size: int, hash: "hashlib._Hash | None", name: str):
         self._stream, self._size, self.hash, self._name = stream, size, hash, name
         self._at = 0
         self.block = b""

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 
 from shards.errors import PatchmillError, UserError
 from shards.header import BrokenImageError
@@ -46,11 +46,21 @@ class Rejected(NamedTuple):
     reason: str
 
 
+class Readable(Protocol):
+    """What a tar is read from."""
+
+    def read(self, size: int, /) -> bytes:
+        """Return so many bytes, or fewer at the end."""
+
+    def close(self) -> None:
+        """Let go of it."""
+
+
 class Tar(NamedTuple):
     """A tar by name, and how to begin to read it."""
 
     name: str
-    open: Callable[[], BinaryIO]
+    open: Callable[[], Readable]
 
 
 def is_stream(source: object) -> bool:
@@ -73,7 +83,7 @@ def find_streams(source: str, allow_pipe: bool, settings: StoreSettings | None =
         UserError: There are no tars, or a command is not allowed.
     """
     if source == STDIN:
-        return [Tar("standard input", partial(open, 0, "rb", buffering=0, closefd=False))]
+        return [Tar("standard input", lambda: open(0, "rb", buffering=0, closefd=False))]
     if not source.startswith(PIPE):
         store, paths = find_tars(source, settings)
         return [Tar(f"{store.url}/{path}", partial(store.stream, path)) for path in paths]
@@ -93,13 +103,14 @@ def read_samples(tar: Tar, classes: ClassNames, accepts: Accepts) -> Iterator[St
     """
     from webdataset.tariterators import group_by_keys, tar_file_expander  # imports torch
 
-    reading, twice = Reading(LabelRule()), []
+    reading = Reading(LabelRule())
+    twice: list[Exception] = []
     try:
         with closing(_Tape(tar.open())) as tape:
             files = tar_file_expander(
                 [{"url": tar.name, "stream": tape}], select_files=lambda name: reading.wants(_extension(name))
             )
-            for found in group_by_keys(files, handler=lambda error: not twice.append(error)):
+            for found in group_by_keys(files, handler=lambda error: not twice.append(error)):  # type: ignore[func-returns-value]
                 yield _sample(tar.name, found, bool(twice), reading, classes, accepts)
                 twice.clear()
             tape.finish()
@@ -120,7 +131,7 @@ def _sample(
     try:
         if twice:
             raise BrokenImageError("two files with one extension")
-        image = reading.image_of(members).data
+        image = reading.image_of(members).data or b""
         said = reading.label.find(members)
         labels = tuple(classes.index(label) for label in said.labels)
         if wrong := refusal(len(labels), accepts):
@@ -144,7 +155,7 @@ def _said(error: Exception) -> str:
 class _Tape:
     """A stream for ``tarfile`` that knows at its end whether that is the end of the archive too."""
 
-    def __init__(self, stream: BinaryIO):
+    def __init__(self, stream: Readable):
         self._stream, self.close = stream, stream.close
         self._last = b""
 
@@ -177,15 +188,17 @@ class _Command:
         self._process = subprocess.Popen(
             command, 0, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
         )
+        assert self._process.stdout is not None
+        self._output = self._process.stdout
 
     def read(self, size: int) -> bytes:
-        data = self._process.stdout.read(size)
+        data = self._output.read(size)
         if not data and (code := self._process.wait()):
             raise PatchmillError(f"the command ended with exit code {code}; run it by hand to see why")
         return data
 
     def close(self) -> None:
-        self._process.stdout.close()
+        self._output.close()
         for number in (signal.SIGTERM, signal.SIGKILL):
             if self._process.poll() is None:  # we leave before its end
                 os.killpg(self._process.pid, number)

@@ -8,10 +8,10 @@ import hashlib
 import os
 import tarfile
 import zlib
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 # What keeps times and users out of the bytes, and allows long names.
-TAR = {"mtime": 0, "user": "patchmill", "group": "patchmill", "mode": 0o444, "format": "PAX_FORMAT"}
+TAR: dict[str, Any] = {"mtime": 0, "user": "patchmill", "group": "patchmill", "mode": 0o444, "format": "PAX_FORMAT"}
 
 
 def _tarfile_header(name: str, size: int) -> bytes:

@@ -25,7 +25,8 @@ def temporary_folder() -> Iterator[Path]:
         try:
             yield Path(folder)
         finally:
-            os.close(lock)
+            if lock is not None:
+                os.close(lock)
 
 
 def _lock(folder: Path) -> int | None:

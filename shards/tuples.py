@@ -23,5 +23,5 @@ class Tuples(Sequence):
     def __len__(self) -> int:
         return len(self._ends)
 
-    def __getitem__(self, index: int) -> tuple:
+    def __getitem__(self, index: int) -> tuple:  # type: ignore[override]
         return tuple(self._values[self._starts[index] : self._ends[index]].tolist())

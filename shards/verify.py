@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -168,7 +169,7 @@ def check_shard(job: _Job) -> tuple[list[Fault], list[Fault], int]:
     tars = open_store(info.tars) if info.tars else store
     path = manifest.samples_path(job.shard)
 
-    def fault(reason: str, **where: object) -> Fault:
+    def fault(reason: str, **where: Any) -> Fault:
         return Fault(reason, shard=job.shard, tar=expected["path"], **where)
 
     def unusable(reason: str, before: Sequence[Fault] = ()) -> tuple[list[Fault], list[Fault], int]:
@@ -242,8 +243,8 @@ class _Check:
 
     def walk(self, scan: TarScan) -> Iterator[tuple[str, dict]]:
         """Compare all samples of the tar."""
-        for index in self._twice:
-            yield "another row of the sample table has the same place", self._where(index)
+        for twice in self._twice:
+            yield "another row of the sample table has the same place", self._where(twice)
         for sample in scan:
             places = [self._waiting.pop(member.offset, None) for member in sample.members]
             for member, index in zip(sample.members, places, strict=True):
@@ -252,8 +253,8 @@ class _Check:
             if all(index is None for index in places) and sample.key not in self._left_out:
                 where = {"key": sample.key, "offset": sample.members[0].offset}
                 yield "it is in the tar, but not in the sample table", where
-        for index in self._waiting.values():
-            yield "no file begins there in the tar", self._where(index)
+        for left in self._waiting.values():
+            yield "no file begins there in the tar", self._where(left)
 
     def one_by_one(self, tars: Store, path: str) -> Iterator[tuple[str, dict]]:
         """Compare what the walk did not reach, as training reads it."""
@@ -302,11 +303,11 @@ class _Check:
             return "the tar header before it is another one"
         if xxh3_128_digest(image) != row["xxh128"]:
             return "its bytes changed: their hash is another one"
-        if any(label >= self._classes for label in row["labels"]):
+        if any(label >= self._classes for label in row["labels"] or ()):
             return f"labels {row['labels']}, but there are {self._classes} classes"
         try:
-            header = read_header(image)
-            seen, said = (header.format, header.width, header.height), (row["format"], row["width"], row["height"])
+            found = read_header(image)
+            seen, said = (found.format, found.width, found.height), (row["format"], row["width"], row["height"])
             if seen != said:
                 return "it is {} of {} x {}, not {} of {} x {}".format(*seen, *said)
             if self._job.decode:
@@ -318,8 +319,8 @@ class _Check:
         return ""
 
 
-def _weights(weights: list[float] | None, labels: list[int]) -> np.ndarray:
-    return np.float32(weights or [1] * len(labels))
+def _weights(weights: list[float] | None, labels: list) -> np.ndarray:
+    return np.array(weights or [1] * len(labels), np.float32)
 
 
 def _check_totals(url: str) -> list[Fault]:

@@ -28,7 +28,8 @@ class WholeFiles:
         self.folder = stack.enter_context(temporary_folder())
         weakref.finalize(self, stack.close)  # at the latest when Python ends
         self._copies = LocalStore(self.folder)
-        self._lock, self._locks = threading.Lock(), {}
+        self._lock = threading.Lock()
+        self._locks: dict[str, threading.Lock] = {}
 
     def read_range(self, path: str, start: int, length: int) -> bytes:
         """Return a range of an object, as ``LocalStore.read_range`` does of its copy."""

@@ -84,6 +84,7 @@ def end_with_parent() -> None:
     It was started ``deaf``; a SIGTERM of its parent's, which a pool sends when it breaks, is the one that it heeds.
     """
     parent = multiprocessing.parent_process()
+    assert parent is not None
     threading.Thread(target=lambda: (connection.wait([parent.sentinel]), os._exit(1)), daemon=True).start()
     threading.Thread(target=_obey, args=[parent.pid], daemon=True).start()
 

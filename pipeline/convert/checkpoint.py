@@ -1,5 +1,6 @@
 """Checkpoints of ours, whatever engine, ZeRO stage and number of ranks wrote them."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline import checkpoint
-from pipeline.convert.source import Source
+from pipeline.convert.source import ODD, Source
 from shards.errors import UserError
 
 
@@ -50,6 +51,15 @@ def find_checkpoint(source: str | Path, which: str = "latest") -> checkpoint.Che
 
 def source(found: checkpoint.Checkpoint, ema: bool) -> Source:
     """Return the model of a checkpoint, or of the moving average of its weights."""
+    try:
+        return _source(found, ema)
+    except ODD as error:
+        raise checkpoint.BrokenCheckpointError(
+            f"{found.path} tells of its model otherwise than Patchmill does ({error!r}); use another checkpoint"
+        ) from error
+
+
+def _source(found: checkpoint.Checkpoint, ema: bool) -> Source:
     state = found.state
     if ema and state["settings"]["optim"].get("ema") is None:
         raise UserError(
@@ -69,4 +79,10 @@ def source(found: checkpoint.Checkpoint, ema: bool) -> Source:
         "versions": state["versions"],
         "settings": settings,
     }
-    return Source("checkpoint", state["model"], tensor, state["classes"], note)
+    made = Source("checkpoint", state["model"], tensor, state["classes"], note)
+    shapes = {name: tuple(parameter.shape) for name, parameter in made.parameters().items()}
+    if wrong := next((name for name, shape in shapes.items() if found.shapes.get(name) != shape), None):
+        raise ValueError(f"{wrong} is {found.shapes.get(wrong)} there, {shapes[wrong]} of its model")
+    if 4 * sum(map(math.prod, shapes.values())) > sum(file["bytes"] for file in found.files):
+        raise ValueError("its files are too small for it")
+    return made

@@ -23,10 +23,10 @@ from shards.errors import UserError
 class _Inert:
     """Stands for classes of DeepSpeed, so that none of its code runs."""
 
-    def __init__(self, *arguments, **settings):
+    def __init__(self, *arguments: Any, **settings: Any):
         pass
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Any) -> None:
         pass
 
 

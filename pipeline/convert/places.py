@@ -1,5 +1,6 @@
 """Where the parameters of a model stand in another format, and how a value goes from one to the other."""
 
+import math
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -35,6 +36,8 @@ class Place:
     row: int | None = None
 
 
+SLACK = 2**24
+"""Values that a model may seem to have beyond those of its file until each of them was read."""
 Places = dict[str, Place]  # by our names
 
 
@@ -70,6 +73,12 @@ def read(tensors: Tensors, source: Source, places: Places, left: Iterable[str] =
         print(f"left behind, as no part of the model: {len(left)} tensors, such as {left[0]}", file=sys.stderr)
 
     shapes = {name: parameter.shape for name, parameter in source.parameters().items()}
+    has = {name: [tensors.shapes[each] for each in place.names] for name, place in places.items()}
+    beyond = {name: shape.numel() - sum(map(math.prod, has[name])) for name, shape in shapes.items()}
+    if sum(beyond.values()) > SLACK:  # before there is memory for such a model
+        worst = max(beyond, key=beyond.__getitem__)
+        there = has[worst][0] if len(has[worst]) == 1 else has[worst]
+        raise _misfit(tensors, worst, places[worst], there, shapes[worst])
 
     def tensor(name: str) -> Tensor:
         place = places[name]
@@ -79,15 +88,18 @@ def read(tensors: Tensors, source: Source, places: Places, left: Iterable[str] =
             parts = [place.ours(tensors.row(each, place.row)) for each in place.names]
         value = parts[0] if len(parts) == 1 else torch.cat(parts)
         if value.shape != shapes[name]:
-            there = " and ".join(place.names)
-            there += f", which is {name}," if there != name else ""
-            raise UserError(
-                f"{tensors.where} has {there} of shape {list(value.shape)}, and not {list(shapes[name])}: say with "
-                "--set what its model is"
-            )
+            raise _misfit(tensors, name, place, value.shape, shapes[name])
         return value
 
     return replace(source, tensor=tensor)
+
+
+def _misfit(tensors: Tensors, name: str, place: Place, has: Iterable[Any], wanted: Iterable[int]) -> UserError:
+    there = " and ".join(place.names)
+    there += f", which is {name}," if there != name else ""
+    return UserError(
+        f"{tensors.where} has {there} of shape {list(has)}, and not {list(wanted)}: say with --set what its model is"
+    )
 
 
 def write(source: Source, places: Places) -> tuple[dict[str, Tensor], Callable[[str], Tensor]]:

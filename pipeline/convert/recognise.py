@@ -13,15 +13,13 @@ from torch import nn
 from pipeline.convert import checkpoint, npz, timm, torchvision, transformers
 from pipeline.convert.deepspeed_zero import is_zero, of_zero
 from pipeline.convert.places import at, read
-from pipeline.convert.source import Source
+from pipeline.convert.source import ODD, Source
 from pipeline.convert.tensors import Tensors, of_npz, of_safetensors, of_torch
 from shards.errors import UserError
 
 NAMINGS = (transformers, torchvision, npz, timm)
 WRAPPERS = ("module.", "_orig_mod.", "model.")
 """What training programs put before the names of a model."""
-ODD = (LookupError, ValueError, TypeError, AttributeError, zipfile.BadZipFile)
-"""Errors of files that anybody may have written."""
 KNOWN = (
     "a checkpoint or training stage of Patchmill, a DeepSpeed ZeRO directory, safetensors, timm's, transformers' or "
     "torchvision's weights, or an official .npz"
@@ -47,7 +45,7 @@ def open_source(
         raise UserError(f"there is no {path}; give {KNOWN}")
     try:
         return replace(_open(path, which, ema, given), path=path)
-    except ODD as error:
+    except (*ODD, zipfile.BadZipFile, NotImplementedError) as error:
         raise UserError(
             f"{path} is laid out otherwise than its names make believe ({error!r}): it is of an architecture or a "
             "version that is not known here"

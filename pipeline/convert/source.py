@@ -14,6 +14,9 @@ from pipeline.models import MODELS, create_model
 from pipeline.settings import check, override
 from shards.errors import UserError
 
+ODD = (LookupError, ValueError, TypeError, AttributeError, OverflowError, RecursionError)
+"""Errors of files that anybody may have written."""
+
 
 @dataclass(frozen=True)
 class Source:

@@ -5,14 +5,17 @@ Nothing is unpickled but tensors: torch's files are loaded with ``weights_only``
 
 import argparse
 import json
+import math
+import mmap
 import pickle
 import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -24,6 +27,7 @@ from pipeline.mapped import Mapped
 from shards.errors import UserError
 
 NOTE = "patchmill"  # the key of our note in the metadata of our own files
+DENSEST = 1100  # bytes that one of a .npz can stand for, somewhat more than deflate can
 EXPORT = "patchmill_export"  # and of those that are for others, and have their names
 
 
@@ -83,18 +87,27 @@ def load_torch(path: Path, harmless: Iterable[Any] = (argparse.Namespace,)) -> A
     Raises:
         UserError: There is something else in it, or it is no such file.
     """
-    options = {"map_location": "cpu", "weights_only": True, "mmap": zipfile.is_zipfile(path)}
+    archive = zipfile.is_zipfile(path)
     try:
-        with torch.serialization.safe_globals(list(harmless)):
-            return torch.load(path, **options)
+        # Of the old format it is read through a map of the file, which never gives more than there is.
+        with torch.serialization.safe_globals(list(harmless)), nullcontext(path) if archive else _map(path) as file:
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=archive)
+    except MemoryError:
+        raise
     except pickle.UnpicklingError as error:
         what = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), "")
         raise UserError(
             f"{path} holds more than tensors, and nothing else is unpickled ({what.strip()}); "
             "save the model's state_dict() alone, best as safetensors"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}); get or make it again") from None
+    except Exception as error:  # noqa: BLE001, a damaged file makes torch raise anything
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} cannot be read ({why}); get or make it again") from None
+
+
+def _map(path: Path) -> mmap.mmap:
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 # Where training programs put a model's state inside what they save, and where the average of its weights.
@@ -140,25 +153,19 @@ def _note(comment: bytes) -> dict[str, str]:
 
 def of_npz(path: Path) -> Tensors:
     """Read a .npz archive, never with pickle. NumPy keeps bfloat16 as 2 bytes of void, which is known."""
-    archive = zipfile.ZipFile(path)
-
-    @contextmanager
-    def opened(name: str) -> Iterator[Any]:
-        try:
-            with archive.open(members[name]) as stream:
-                yield stream
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise UserError(f"{name} of {path} cannot be read ({error}); get or make the file again") from None
-
+    archive, most = zipfile.ZipFile(path), DENSEST * path.stat().st_size
     note = _note(archive.comment)
     members = {each.filename.removesuffix(".npy"): each for each in archive.infolist()}
     headers = {}
-    for name in members:
-        with opened(name) as stream:
-            headers[name] = _header(stream, f"{name} of {path}")
+    for name, member in members.items():
+        with _reading(f"{name} of {path}"), archive.open(member) as stream:
+            shape, _, dtype = headers[name] = _header(stream, f"{name} of {path}")
+            size = math.prod(shape) * dtype.itemsize
+            if stream.tell() + size != member.file_size or size > most:  # before there is memory for it
+                raise ValueError(f"{member.file_size} bytes for an array of {size}")
 
     def read(name: str) -> Tensor:
-        with opened(name) as stream:
+        with _reading(f"{name} of {path}"), archive.open(members[name]) as stream:
             return _as_tensor(np.lib.format.read_array(stream, allow_pickle=False))
 
     def row(name: str, i: int) -> Tensor:
@@ -167,7 +174,7 @@ def of_npz(path: Path) -> Tensors:
         if transposed or member.compress_type != zipfile.ZIP_STORED:
             return read(name)[i]
         count = int(np.prod(shape[1:], dtype=int))
-        with open(path, "rb") as file:  # the archive itself would read all that comes before
+        with _reading(f"{name} of {path}"), open(path, "rb") as file:  # the archive would read all that comes before
             file.seek(member.header_offset + 26)
             file.seek(sum(struct.unpack("<HH", file.read(4))), 1)
             _header(file, name)
@@ -177,13 +184,24 @@ def of_npz(path: Path) -> Tensors:
     return Tensors(path, {name: header[0] for name, header in headers.items()}, read, row, note)
 
 
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Tell what fails while a member of an archive is read."""
+    try:
+        yield
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{what} cannot be read ({error}); get or make the file again") from None
+
+
 def _header(stream: Any, what: str) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Return (shape, whether it is in the order of columns, dtype) of a .npy file, which is left at its values."""
     try:
         version = np.lib.format.read_magic(stream)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, transposed, dtype = read(stream)
-    except (ValueError, KeyError) as error:
+        if min(shape, default=0) < 0:
+            raise ValueError(f"its shape is {shape}")
+    except (ValueError, KeyError, TypeError, SyntaxError, TokenError, OverflowError, RecursionError) as error:
         raise UserError(f"{what} is no NumPy array ({error}); get or make the file again") from None
     if dtype.hasobject:
         raise UserError(f"{what} is pickled, and nothing is unpickled; save arrays of numbers alone")

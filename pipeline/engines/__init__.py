@@ -6,6 +6,7 @@ moving average. Checkpoints, conversion and evaluation know no more of an engine
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ def create_engine(
     value_of: Callable[[str, tuple], Tensor],
     settings: TrainSettings,
     guard: Guard | None = None,
-):
+) -> Any:
     """Return the engine that the settings name.
 
     Args:

@@ -27,7 +27,8 @@ class Gate:
 
     def close(self, loss: Tensor, norm: Callable[[], float | Tensor]) -> None:
         """Begin a step's end: the loss is known, and the norm will be when the optimizer steps."""
-        self._loss, self._norm, self._held = loss, norm, None
+        self._loss, self._norm = loss, norm
+        self._held: Tensor | None = None
 
     def held(self) -> Tensor:
         """Return whether this step is held back, a 0-d bool on the device; asks the guard at the first call."""

@@ -20,7 +20,7 @@ class LossScale:
 
     FIRST, LARGEST, STEPS = 2.0**16, 2.0**24, 2000
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.value, self._good = self.FIRST, 0
 
     def update(self, overflowed: bool) -> None:

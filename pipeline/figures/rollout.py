@@ -22,7 +22,7 @@ class Rollout:
     Weights are averaged over the heads; the identity stands for the residual, as the authors say in their issue 18.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.product: Tensor | None = None  # [n, T, T]: what each token has of each that came in
 
     def see(self, block: int, weights: Tensor) -> None:

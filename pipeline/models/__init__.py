@@ -12,9 +12,12 @@ from pipeline.settings import nearest
 from shards.errors import UserError
 
 # name -> (class, its settings): one line a family.
-MODELS = {name: (vit.VisionTransformer, settings) for name, settings in vit.SETTINGS.items()}
+MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {}
+MODELS |= {name: (vit.VisionTransformer, settings) for name, settings in vit.SETTINGS.items()}
 MODELS |= {name: (axial.AxialTransformer, settings) for name, settings in axial.SETTINGS.items()}
 MODELS |= {name: (resnet.ResNet, settings) for name, settings in resnet.SETTINGS.items()}
+BLOCKS = ("depth", "decoder_depth", "units", "backbone")
+MOST_BLOCKS = 10_000
 
 
 def model_names() -> list[str]:
@@ -22,7 +25,7 @@ def model_names() -> list[str]:
     return list(MODELS)
 
 
-def create_model(name: str, *, seed: int | None = 0, **settings) -> nn.Module:
+def create_model(name: str, *, seed: int | None = 0, **settings: Any) -> nn.Module:
     """Build a model by name.
 
     Args:
@@ -45,7 +48,14 @@ def create_model(name: str, *, seed: int | None = 0, **settings) -> nn.Module:
             hint = nearest(key, list(known), most=3) or f"; known: {', '.join(known)}"
             raise UserError(f"unknown setting of {name}: {key!r}{hint}")
         _check_type(name, key, value, known[key].annotation)
-    model = model_class(**(defaults | settings))
+        blocks = sum(value) if isinstance(value, (list, tuple)) else value
+        if key in BLOCKS and blocks is not None and blocks > MOST_BLOCKS:  # each takes time and memory, even on meta
+            raise UserError(f"{key} of {name} is {value!r}, more than {MOST_BLOCKS:,} blocks; take fewer")
+    try:
+        model = model_class(**(defaults | settings))
+    except (RuntimeError, TypeError, OverflowError) as error:  # torch's, of sizes beyond all memory
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{name} cannot be made of these settings ({why}); take smaller ones") from error
     if seed is not None:
         init_parameters(model, seed)
     return model

@@ -10,6 +10,8 @@ What these words leave open is decided thus:
 * Everything else, first values among it, is ViT's.
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from pipeline.models.vit import SIZES, Block, VisionTransformer
@@ -20,7 +22,7 @@ SETTINGS = {f"axial_vit_b{patch}": {"patch_size": patch, **SIZES["b"]} for patch
 class AxialBlock(Block):
     """A block of ViT whose tokens see those of their own row, or of their own column, alone."""
 
-    def __init__(self, *arguments, columns: bool):
+    def __init__(self, *arguments: Any, columns: bool):
         super().__init__(*arguments)
         self.columns = columns
 
@@ -76,6 +78,6 @@ class AxialTransformer(VisionTransformer):
         )
         self.depth = depth
 
-    def new_block(self, i: int, *arguments) -> AxialBlock:
+    def new_block(self, i: int, *arguments: Any) -> AxialBlock:
         """Return block ``i``, of rows where it is even."""
         return AxialBlock(*arguments, columns=i % 2 == 1)

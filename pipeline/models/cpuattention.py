@@ -5,6 +5,8 @@ is here, on an AMD EPYC with AVX-512; what is here computes the weights of atten
 In float32 PyTorch's own is quicker.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
@@ -39,14 +41,14 @@ def attention(qkv: Tensor) -> Tensor:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv: Tensor) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor) -> Tensor:
         ctx.save_for_backward(qkv)
         q, k, v = (each.transpose(1, 2) for each in qkv.unbind(2))  # each [n, h, T, d]
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (qkv,) = ctx.saved_tensors
         n, t, _, h, d = qkv.shape
         q, k, v = qkv.permute(2, 0, 3, 1, 4).reshape(3, n * h, t, d).unbind(0)

@@ -8,6 +8,7 @@ parameters begins, and ``initial.py`` makes them one by one: by a function of th
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +87,9 @@ class Linear(nn.Linear):
 class Conv2d(nn.Conv2d):
     """A convolution; ``bias=None`` leaves the bias out, and ``settings`` go to ``nn.Conv2d``."""
 
-    def __init__(self, inputs: int, outputs: int, size: int, *, weight: Fill, bias: Fill | None = zeros, **settings):
+    def __init__(
+        self, inputs: int, outputs: int, size: int, *, weight: Fill, bias: Fill | None = zeros, **settings: Any
+    ):
         super().__init__(inputs, outputs, size, bias=bias is not None, **settings)
         self.begin = {"weight": weight, "bias": bias}
 

@@ -53,7 +53,7 @@ class Positions:
     class_token: bool
     registers: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value, known in (("position", self.kind, KINDS), ("position_at", self.place, PLACES)):
             if value not in known:
                 raise UserError(f"unknown {name}: {value!r}; take one of {', '.join(known)}")

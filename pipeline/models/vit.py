@@ -11,6 +11,7 @@ M width of the MLP, K classes, L blocks, R registers. Tokens: the class token if
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -368,7 +369,7 @@ class VisionTransformer(nn.Module):
             block = (decoder_dim, decoder_heads, 4 * decoder_dim, gelu, 0.0, 0.0, qkv_bias, norm_eps, positions, False)
             self.decoder = Decoder(embed_dim, positions, [Block(*block) for _ in range(decoder_depth)], 3 * span**2)
 
-    def new_block(self, i: int, *arguments) -> Block:
+    def new_block(self, i: int, *arguments: Any) -> Block:
         """Return block ``i``."""
         return Block(*arguments)
 

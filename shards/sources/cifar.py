@@ -8,7 +8,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -70,7 +70,9 @@ class Cifar(Source):
             name, source = "cifar", self._files()
         self._file, self._changed = f"@/{harmless(name)}.bin", source.changed
         write = self._unpack_archive if archive else self._unpack_folder
-        self._rows = unpack(unpacked, harmless(name), source, write) if unpacked else write(None)
+        rows = unpack(unpacked, harmless(name), source, write) if unpacked else write(None)
+        assert rows is not None  # it was waited for
+        self._rows = rows
         self.classes = json.loads(self._rows.schema.metadata[b"classes"])
 
     def items(self) -> Iterator[Item]:
@@ -113,7 +115,7 @@ class Cifar(Source):
                 for member in archive:
                     name = member.name.rpartition("/")[2]
                     if member.isreg() and name in wanted:
-                        files[name] = archive.extractfile(member).read()
+                        files[name] = archive.extractfile(member).read()  # type: ignore[union-attr]
         except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
             raise UserError(f"{self.url} is damaged: {error}; get it again") from error
         return self._write(self._form(list(files)), files, out)
@@ -155,7 +157,7 @@ class Cifar(Source):
 
     def _python(self, form: _Form, name: str, files: dict[str, bytes]) -> tuple[list[int], np.ndarray]:
         """Return labels and pixels, uint8 [images, 3072]."""
-        labels, data = self._load(name, files, form.labels), self._load(name, files, "data")
+        labels, data = self._load(name, files, form.labels), cast(Any, self._load(name, files, "data"))
         try:
             return labels, data.pixels()
         except (AttributeError, ValueError, TypeError, UnicodeError) as error:

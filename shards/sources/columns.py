@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from shards.errors import UserError
 from shards.labels import ClassNames, LabelError, is_weight, spelled
@@ -35,7 +36,9 @@ class LabelCells:
         Args:
             rows: For each its number, its batch, and its place there. Of those without labels the first is enough.
         """
-        multi, found, bare = bool(self.weight or self.separator), set(), []
+        multi = bool(self.weight or self.separator)
+        found: set[int | str] = set()
+        bare: list[int] = []
         for row, batch, at in rows:
             labels, _ = self.read(row, batch, at)
             found.update(labels)
@@ -52,14 +55,14 @@ class LabelCells:
         Raises:
             UserError: The cells make no sense.
         """
-        cell = batch[self.label][at] if self.label else None
+        cell: Any = batch[self.label][at] if self.label else None
         plain = not (self.weight or self.separator)
         if plain and (
             (type(cell) is str and cell == cell.strip() and cell[:1] not in ("", "-"))
             or (type(cell) is int and cell >= 0)
         ):
             return [cell], []
-        weights = self._parse(row, batch[self.weight][at]) if self.weight else None
+        weights: Any = self._parse(row, batch[self.weight][at]) if self.weight else None
         if isinstance(weights, dict):
             cell = weights
         cell = _as_dict(cell)
@@ -69,7 +72,7 @@ class LabelCells:
         elif self.separator and isinstance(cell, str):
             cell = [part.strip() for part in cell.split(self.separator) if part.strip()]
         several = isinstance(cell, list)
-        labels = [self._one(row, label) for label in (cell if several else [cell])]
+        labels: list[Any] = [self._one(row, label) for label in (cell if several else [cell])]
         if labels == [None] and not several:
             labels = []
         if None in labels or len(set(labels)) < len(labels):
@@ -101,7 +104,7 @@ class LabelCells:
         except (ValueError, RecursionError) as error:
             raise self.error(row, f"has the weights {cell[:50]!r}, which are no numbers") from error
 
-    def _weights(self, row: int, labels: list, weights: object) -> list[float]:
+    def _weights(self, row: int, labels: list, weights: Any) -> list[float]:
         if weights is None or weights == []:
             return []
         weights = weights if isinstance(weights, list) else [weights]

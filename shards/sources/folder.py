@@ -29,7 +29,7 @@ class Folder(Source):
     classes: list[str] = field(init=False)
     others: dict[str, int] = field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._store = open_store(self.root)
         self.classes = [name for name in self._store.folders() if not name.startswith(".")]
         if self._store.local and (lost := [path.name for path in Path(self.root).iterdir() if not path.exists()]):

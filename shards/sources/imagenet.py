@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import copyfileobj
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import pyarrow as pa
 
@@ -183,7 +183,7 @@ class ImageNet(Source):
         try:
             with open_store(folder).stream(name) as stream, tarfile.open(fileobj=stream, mode="r:*") as archive:
                 files = {
-                    member.name.rpartition("/")[2]: archive.extractfile(member).read()
+                    member.name.rpartition("/")[2]: archive.extractfile(member).read()  # type: ignore[union-attr]  # a plain file
                     for member in archive
                     if member.isreg() and member.name.endswith(("/meta.mat", "/ILSVRC2012_validation_ground_truth.txt"))
                 }
@@ -205,7 +205,8 @@ _Found = tuple[list[tuple[str, int, int]], Counter[str]]  # key, offset and size
 
 
 def _images(scan: TarScan) -> _Found:
-    images, skipped = [], Counter()
+    images: list[tuple[str, int, int]] = []
+    skipped: Counter[str] = Counter()
     for sample in scan:
         for member in sample.members:
             key, _, extension = f"{sample.key}.{member.extension}".rpartition(".")
@@ -231,7 +232,7 @@ class _ClassTar:
 
     def scan(self) -> _Found:
         """Return the images, with offsets in this tar."""
-        return _images(TarScan(self, f"{self.wnid}.tar", _nothing))
+        return _images(TarScan(cast(Store, self), f"{self.wnid}.tar", _nothing))
 
     @property
     def url(self) -> str:
@@ -242,7 +243,7 @@ class _ClassTar:
 
     def stream(self, _: str) -> BinaryIO:
         window = _Window(self)
-        return window if self.store.local else io.BufferedReader(window, PIECE)
+        return cast(BinaryIO, window if self.store.local else io.BufferedReader(window, PIECE))
 
     def read_range(self, _: str, start: int, length: int) -> bytes:
         return self.store.read_range(self.path, self.start + start, length)
@@ -267,7 +268,7 @@ class _Window(io.RawIOBase):
         self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._tar.length}[whence]
         return self._at
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         length = max(0, min(len(buffer), self._tar.length - self._at))
         if length:
             buffer[:length] = self._tar.read_range("", self._at, length)

@@ -6,6 +6,7 @@ import tarfile
 import zlib
 from itertools import islice
 from pathlib import Path
+from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
 from shards.errors import UserError
@@ -79,7 +80,7 @@ def open_source(
         if name not in takes:
             these = f"it takes {', '.join(sorted(takes))}" if takes else "it takes none"
             raise UserError(f"a source of kind {kind} has no option {name}; {these}")
-    return KINDS[kind](url, unpacked if to_read or kind not in LISTED else None, **options)
+    return cast(Any, KINDS[kind])(url, unpacked if to_read or kind not in LISTED else None, **options)
 
 
 def find_kind(url: str) -> str:

@@ -99,7 +99,9 @@ class Parquet(Source):
             self._unpack(file, wait=False)
         for file, part, labels in zip(self._files, self._parts, self._labels, strict=True):
             if self._unpacked:
-                sizes = self._unpack(file)["size"].to_numpy()
+                table = self._unpack(file)
+                assert table is not None  # it was waited for
+                sizes = table["size"].to_numpy()
                 starts = np.cumsum(sizes) - sizes
             stem = clean_key(file.path)
             for row, batch, at in self._rows(file):
@@ -135,6 +137,7 @@ class Parquet(Source):
                     out.write(data)
             return pa.table({"size": pa.array(sizes, pa.int64())})
 
+        assert self._unpacked is not None
         return unpack(self._unpacked, harmless(file.path), file, write, wait)
 
     def _rows(self, file: Entry) -> Iterator[tuple[int, Batch, int]]:

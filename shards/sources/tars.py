@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -62,7 +62,7 @@ class Tars(Source):
         found, self.multi_label = set(), False
         hashes = array("Q")  # of the keys: 8 bytes a sample
         for job in self._jobs:
-            table = job.table()
+            table = _waited(job)
             hashes.frombytes(np.unique(table["hash"].to_numpy()).tobytes())
             for labels, weights, broken in _labels(table):
                 found.update(labels)
@@ -75,7 +75,7 @@ class Tars(Source):
         """Yield the images tar by tar, in the order of the tar."""
         others: Counter[str] = Counter()
         for job in self._jobs:
-            table = job.table()
+            table = _waited(job)
             others.update(json.loads(table.schema.metadata[b"others"]))
             changed = look(open_store(self.root), job.path).changed
             prefix = f"{clean_key(job.path)}/" if self._prefixed else ""
@@ -108,6 +108,7 @@ class _Job:
         rows: dict[str, list] = {name: [] for name in _SCHEMA.names}
         others: Counter[str] = Counter()
         scan = TarScan(store, self.path, self.reading.label.wants)
+        labels: list[Any]
         for sample in scan:
             try:
                 image = self.reading.image_of(sample.members)
@@ -147,6 +148,12 @@ _SCHEMA = pa.schema(
 def _scan_if_free(job: _Job) -> None:
     """Walk through a tar, unless that is done or another process is at it."""
     job.table(wait=False)
+
+
+def _waited(job: _Job) -> pa.Table:
+    table = job.table()
+    assert table is not None  # it was waited for
+    return table
 
 
 def _labels(table: pa.Table) -> Iterator[tuple[list[int | str], tuple[float, ...], str]]:

@@ -1,6 +1,5 @@
 """What web servers answer to the URLs of a table: some pages are gone for good, and some send no length."""
 
-import itertools
 import re
 import socket
 import time
@@ -32,7 +31,7 @@ def is_unknown(host: str) -> bool:
     return False
 
 
-def refusal(error: Exception) -> str | None:
+def refusal(error: BaseException | None) -> str | None:
     """Return why asking again will never help, in a few words; None if it might. The text of ``obstore`` tells."""
     text = str(error)
     if answer := re.search(r"non-2xx status code: (\d\d\d [^:\n]*)", text):
@@ -44,7 +43,7 @@ def refusal(error: Exception) -> str | None:
     return None
 
 
-def lacks_length(error: Exception) -> bool:
+def lacks_length(error: BaseException | None) -> bool:
     """Tell whether ``obstore`` gave up since it was not told how long the body is."""
     return "Content-Length Header missing" in str(error)
 
@@ -61,7 +60,9 @@ def fetch(url: str) -> bytes:
     request = Request(quote(url, safe="%/:=&?~#+!$,;'@()*[]"), headers={"User-Agent": "patchmill"})
     settings = StoreSettings()
     deadline = time.monotonic() + settings.retry_seconds
-    for attempt in itertools.count():
+    attempt = -1
+    while True:
+        attempt += 1
         try:
             with urlopen(request, timeout=settings.timeout_seconds) as answer:
                 return answer.read()

@@ -173,3 +173,12 @@ def test_draws_are_uniform_and_pinned():
     assert np.histogram(values, 10, (0, 1))[0] == pytest.approx(np.full(10, 400), abs=80)
     assert np.corrcoef(values[:-1], values[1:])[0, 1] == pytest.approx(0, abs=0.06)
     assert values[:3].tolist() == [0.4490127000092683, 0.7095518738686369, 0.770409118467503]
+
+
+def test_center_crop_of_a_line_takes_its_middle_and_little_memory():
+    line = np.zeros((1, 500_000, 3), np.uint8)  # resized whole, it would be 98 GB
+    line[:, 250_000] = 255
+    for image in (line, line.transpose(1, 0, 2)):
+        made = CenterCrop(224)(np.ascontiguousarray(image), (0, 0, 0))
+        assert made.shape == (224, 224, 3)
+        assert made.max() > 200  # it is the middle of the line

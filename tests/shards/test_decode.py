@@ -131,3 +131,26 @@ def test_a_bomb_is_refused():
 def test_decoder_names_its_versions():
     assert simplejpeg.__version__ in DECODER
     assert Image.__version__ in DECODER
+
+
+def test_large_images_are_decoded_in_bands_to_the_same_pixels(monkeypatch):
+    alpha = RNG.integers(0, 256, SMOOTH.shape[:2], dtype=np.uint8)
+    palette = Image.fromarray(SMOOTH).quantize(16)
+    deep = Image.fromarray(np.arange(60 * 80, dtype=np.uint16).reshape(60, 80) * 13)
+    images = [encoded(each, "PNG") for each in (Image.fromarray(np.dstack([SMOOTH, alpha])), palette, deep)]
+    images += [encoded(palette, "PNG", transparency=3), encoded(Image.fromarray(SMOOTH), "WEBP")]
+    whole = [decode(data, "a") for data in images]
+    monkeypatch.setattr("shards.decode._BAND", 80 * 7)
+    for data, want in zip(images, whole, strict=True):
+        assert (decode(data, "a") == want).all()
+
+
+def test_a_few_bytes_that_claim_many_pixels_take_no_memory():
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", 12_000, 12_000, 8, 6, 0, 0, 0)),
+        (b"IDAT", zlib.compress(bytes(9))),
+        (b"IEND", b""),
+    ]
+    body = (struct.pack(">I", len(c)) + kind + c + struct.pack(">I", zlib.crc32(kind + c)) for kind, c in chunks)
+    with pytest.raises(DecodeError, match=r"12000 x 12000 pixels are more than \d+ bytes can hold"):
+        decode(b"\x89PNG\r\n\x1a\n" + b"".join(body), "a")

@@ -73,3 +73,9 @@ def test_another_opencv_is_asked_itself(natively, monkeypatch):
         assert not resize(image, 20, 25).any()
     finally:
         module._is_opencv.cache_clear()
+
+
+@pytest.mark.parametrize(("shape", "size"), [((0, 5), (4, 4)), ((5, 0), (4, 4)), ((5, 5), (0, 4)), ((5, 5), (4, 0))])
+def test_an_image_without_pixels_is_refused(shape, size):
+    with pytest.raises(UserError, match=r"an image of .* cannot become one of"):
+        resize(np.zeros((*shape, 3), np.uint8), *size)

@@ -1,0 +1,301 @@
+"""Makes the corpus anew: good inputs for each target, small ones. What once broke something lies beside them.
+
+Run as ``python -m tests.fuzz.seeds``.
+"""
+
+import io
+import json
+import tarfile
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save as safetensors
+
+from pipeline import checkpoint, distributed
+from pipeline.convert.tensors import NOTE
+from pipeline.models import create_model
+from shards import manifest
+from shards.dataset import write_exclude
+from tests.fuzz.targets import CORPUS
+from tests.fuzz.targets_shards import pack
+from tests.pipeline.convert import official
+from tests.shards.datasets import Made, write_dataset
+
+MODEL = {"name": "vit_ti16", "image_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 1, "num_heads": 3}
+MODEL |= {"num_classes": 2, "mlp_dim": 12}
+
+
+def main() -> None:
+    """Write all seeds."""
+    for target, seeds in {
+        "tar": tars(), "image": images(), "manifest": manifests(), "npz": npz(), "safetensors": weights(),
+        "torch": torchs(), "checkpoint": checkpoints(), "plan": plans(), "settings": settings(),
+    }.items():  # fmt: skip
+        folder = CORPUS / target
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in seeds.items():
+            (folder / name).write_bytes(data)
+
+
+def encode(mode: str, size: tuple[int, int], format: str, **options: object) -> bytes:
+    """Return an encoded image of noise."""
+    depth = {"RGB": 3, "RGBA": 4, "CMYK": 4, "LA": 2}.get(mode, 1)
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], depth), dtype=np.uint8)
+    image = Image.fromarray(pixels.squeeze(2) if depth == 1 else pixels, "L" if depth == 1 else mode)
+    file = io.BytesIO()
+    (image if image.mode == mode else image.convert(mode)).save(file, format, **options)
+    return file.getvalue()
+
+
+def images() -> dict[str, bytes]:
+    """Return images of all formats, depths and layouts that are decoded in different ways."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return {
+        "420.jpg": encode("RGB", (40, 30), "JPEG", quality=50),
+        "444.jpg": encode("RGB", (17, 9), "JPEG", subsampling="4:4:4", exif=exif.tobytes()),
+        "grey.jpg": encode("L", (24, 24), "JPEG"),
+        "progressive.jpg": encode("RGB", (33, 16), "JPEG", progressive=True, quality=30),
+        "restart.jpg": encode("RGB", (32, 32), "JPEG", quality=30, restart_marker_blocks=1),
+        "cmyk.jpg": encode("CMYK", (16, 16), "JPEG", quality=30),
+        "rgb.png": encode("RGB", (9, 7), "PNG"),
+        "rgba.png": encode("RGBA", (8, 8), "PNG", exif=exif.tobytes()),
+        "palette.png": encode("P", (8, 8), "PNG", transparency=3),
+        "bits.png": encode("1", (19, 5), "PNG"),
+        "deep.png": deep(),
+        "lossy.webp": encode("RGB", (16, 16), "WEBP", quality=30),
+        "lossless.webp": encode("RGBA", (8, 8), "WEBP", lossless=True, exif=exif.tobytes()),
+        "line.png": line(),
+        "pixels.gif": encode("P", (8, 8), "GIF"),
+    }
+
+
+def line() -> bytes:
+    """Return a PNG of a row of pixels."""
+    file = io.BytesIO()
+    Image.new("L", (500_000, 1), 128).save(file, "PNG")
+    return file.getvalue()
+
+
+def deep() -> bytes:
+    """Return a PNG of 16 bits."""
+    file = io.BytesIO()
+    Image.fromarray(np.arange(25, dtype=np.uint16).reshape(5, 5) * 2000).save(file, "PNG")
+    return file.getvalue()
+
+
+def tars() -> dict[str, bytes]:
+    """Return tars of all dialects, with labels of all kinds."""
+    image = encode("RGB", (4, 4), "PNG")
+    files = {
+        "a/0.png": image,
+        "a/0.cls": b"1",
+        "a/1.png": image,
+        "a/1.json": b'{"labels": [0, 1], "weights": [0.5, 1]}',
+    }
+    odd = {"ä" * 60 + "/x.jpg": encode("L", (8, 8), "JPEG", quality=20), "ä" * 60 + "/x.cls": b"1", "none": b"x"}
+    found = {}
+    for name, kind in {"pax": tarfile.PAX_FORMAT, "gnu": tarfile.GNU_FORMAT, "ustar": tarfile.USTAR_FORMAT}.items():
+        file = io.BytesIO()
+        with tarfile.open(fileobj=file, mode="w", format=kind, bufsize=512) as tar:
+            tar.copybufsize = 512
+            for path, content in (files | odd if kind != tarfile.USTAR_FORMAT else files).items():
+                member = tarfile.TarInfo(path)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+            link = tarfile.TarInfo("a/2.png")
+            link.type, link.linkname = tarfile.SYMTYPE, "../../outside"
+            tar.addfile(link)
+        found[f"{name}.tar"] = file.getvalue().rstrip(b"\0") + bytes(1536)
+    return found
+
+
+def manifests() -> dict[str, bytes]:
+    """Return a data set with a drop list, as a tar of its files."""
+    with tempfile.TemporaryDirectory() as folder:
+        image = encode("RGB", (4, 4), "PNG")
+        made = [
+            Made("a", image, (0,)),
+            Made("b", image, (1, 0), (1.0, 0.5)),
+            Made("c", image, (1,)),
+            Made("d", image, ()),
+        ]
+        root = write_dataset(Path(folder), ["one", "two"], [made, made[:2]])
+        write_exclude(root, "v1", [(0, 2, "why")])
+        files = {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+        index = json.loads(files[manifest.DATASET])
+        index["build"] = {"source": "index", "label": "cls", "image": "", "classes": None}
+        index["digest"] = manifest.digest(
+            index["classes"], manifest.read_table(files[manifest.SHARDS])["sha256"].to_pylist(), index["build"]
+        )
+        files["shards/000000.tar"] = files["shards/000000.tar"].rstrip(b"\0") + bytes(1536)
+        return {"built": pack(files), "indexed": pack(files | {manifest.DATASET: json.dumps(index).encode()})}
+
+
+def tiny() -> dict[str, torch.Tensor]:
+    """Return the values of a tiny ViT by our names."""
+    return {name: torch.full_like(value, 0.5) for name, value in create_model(**MODEL, seed=0).state_dict().items()}
+
+
+def npz() -> dict[str, bytes]:
+    """Return an official file of a tiny ViT."""
+    file = io.BytesIO()
+    arrays = official.vit(6, 1, 3, 6, 2, 5, 2)
+    np.savez(file, **{key: value.astype(np.float16) for key, value in arrays.items()})
+    return {"vit.npz": file.getvalue()}
+
+
+def weights() -> dict[str, bytes]:
+    """Return safetensors: of ours, with its note, and of timm's names without."""
+    values = {name: value.half() for name, value in tiny().items()}
+    return {
+        "ours.safetensors": safetensors(values, {NOTE: json.dumps({"model": MODEL, "classes": ["a", "b"]})}),
+        "timm.safetensors": safetensors({f"module.{name}": value for name, value in values.items()}),
+    }
+
+
+def torchs() -> dict[str, bytes]:
+    """Return what torch.save wrote, in its new and in its old format."""
+    found = {}
+    for name, new in (("new.pth", True), ("old.pth", False)):
+        file = io.BytesIO()
+        values = {key: value.half() for key, value in tiny().items()}
+        torch.save({"state_dict": values, "epoch": 3, "arch": "x"}, file, _use_new_zipfile_serialization=new)
+        found[name] = file.getvalue()
+    return found
+
+
+def checkpoints() -> dict[str, bytes]:
+    """Return a checkpoint of one rank, with a moving average, as a tar of its files."""
+    distributed.start()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            pieces = [(kind, name, 0, value.flatten()) for kind in ("weight", "ema") for name, value in tiny().items()]
+            state = {
+                "model": MODEL,
+                "classes": ["a", "b"],
+                "val": None,
+                "commit": "0" * 40,
+                "versions": {},
+                "settings": {"optim": {"ema": 0.9}},
+            }
+            path = checkpoint.save(
+                Path(folder), 64, pieces, {name: tuple(value.shape) for name, value in tiny().items()}, state
+            )
+            return {"one": pack({each.name: each.read_bytes() for each in sorted(path.iterdir())})}
+    finally:
+        distributed.finish()
+
+
+def plans() -> dict[str, bytes]:
+    """Return a plan with stages of all kinds, and one with sweeps."""
+    head = 'name = "tiny"\n'
+    chain = """
+[[stage]]
+name = "shards"
+kind = "shards"
+set = { source = "images", split = { val = 0.1 } }
+[[stage]]
+name = "pretrain"
+kind = "supervised"
+recipe = "own.toml"
+ranks = 2
+[stage.set.data]
+train = "{shards}/train"
+val = "{shards}/val"
+resolution = 32
+[[stage]]
+name = "convert"
+kind = "convert"
+set = { source = "{pretrain}", to = "safetensors" }
+[[stage]]
+name = "finetune"
+kind = "finetune"
+init = "convert"
+recipe = "own.toml"
+set = { data = { train = "{shards}/train", resolution = 48 }, optim = { lr = 0.01, name = "sgd" } }
+[[stage]]
+name = "evaluate"
+kind = "evaluate"
+after = ["pretrain"]
+set = { weights = "{finetune}", data = "{shards}/val" }
+[[stage]]
+name = "fewshot"
+kind = "fewshot"
+set = { weights = "{convert}", train = "{shards}/train", test = "{shards}/val", shots = [1, 5] }
+[[stage]]
+name = "figures"
+kind = "figures"
+set = { weights = "{convert}" }
+[[stage]]
+name = "report"
+kind = "report"
+"""
+    sweeps = """
+[[stage]]
+name = "sweep"
+kind = "masked_patch"
+recipe = "own.toml"
+sweep = { "optim.lr" = [0.1, 0.2], "seed" = [1, 2] }
+beside = { theirs = [1.0, "x"] }
+set = { data = { train = "images", val = "images", resolution = 32 }, engine = { zero_stage = 2 } }
+[[stage]]
+name = "after"
+kind = "finetune"
+init = "sweep"
+recipe = "own.toml"
+sweep = [{ "seed" = [1, 2] }, { "init" = ["{sweep-*}"] }]
+[stage.set.data]
+train = [{ url = "images", weight = 1 }, { url = "images", weight = 2 }]
+val = "images"
+resolution = 32
+[[stage]]
+name = "last"
+kind = "supervised"
+recipe = "own.toml"
+best = "after"
+set = { data = { train = "images", resolution = 32 } }
+"""
+    return {"chain.toml": (head + chain).encode(), "sweeps.toml": (head + sweeps).encode()}
+
+
+def settings() -> dict[str, bytes]:
+    """Return settings of stages; in the first line, assignments over them."""
+    return {
+        "supervised.toml": b"""# optim.lr=3e-3 schedule.warmup=10_steps model.head_bias=log_prior
+duration = "2 epochs"
+global_batch = 8
+[data]
+train = "x"
+resolution = 32
+[model]
+name = "vit_b16"
+[schedule]
+shape = "steps"
+milestones = ["1 epoch", "10 steps"]
+[engine]
+zero_stage = 3
+offload_optimizer = "cpu"
+deepspeed = { zero_optimization = { overlap_comm = true } }
+[probe]
+train = "a"
+test = "b"
+shots = [1, 5]
+""",
+        "mixed.toml": b"""# data.resolution=64
+kind = "masked_patch"
+duration = "1_000 samples"
+global_batch = 8
+[data]
+train = [{ url = "a", weight = 3 }, { url = "b", weight = 1, exclude = "v1" }]
+[model]
+name = "vit_ti16"
+""",
+    }
+
+
+if __name__ == "__main__":
+    main()
