@@ -37,6 +37,7 @@ def requeue(record: Record, reason: str, exclude: list[str] | None = None) -> Pa
             before = excluded(job) if exclude else []
             # With SIGTERM Slurm ends this: not before all is said.
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            record.note(state, reason=reason)  # before it: who goes back has not failed, whatever was noted meanwhile
             slurm("scontrol", "requeue", job)
             break
         except PatchmillError as error:
@@ -46,7 +47,6 @@ def requeue(record: Record, reason: str, exclude: list[str] | None = None) -> Pa
             record.note("failed", reason=told)  # in case that nothing more can be said
             say(f"{error}; tries again")
             time.sleep(PAUSE)
-    record.note(state, reason=reason)
     if exclude:
         keep_off(job, [*before, *exclude])
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
