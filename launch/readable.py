@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from launch.choice import is_done
 from launch.plan import Plan, Stage
@@ -194,14 +194,14 @@ class _Look:
         try:
             if stage is None:
                 source = self._source("", weights)
-                return source and (source.template().num_classes, source.classes)
+                return (cast(int, source.template().num_classes), source.classes) if source else None
             if isinstance(stage.settings, ConvertStage) and stage.settings.classes is None:
                 return self._classes_of(stage.settings.source)
             if isinstance(stage.settings, TrainSettings) and stage.settings.kind in OF_CLASSES:
                 data = stage.settings.data
                 stream = is_stream(data.train)
                 made = self._dataset("", data.val, stage.settings) if stream else self._training_set("", stage.settings)
-                return made and (len(made.classes), made.classes)
+                return (len(made.classes), made.classes) if made is not None else None
             return None
         finally:
             self.wrong = wrong

@@ -66,6 +66,9 @@ class LocalStore:
         """Return several ranges of one object, in the order asked."""
         return [self.read_range(path, start, length) for start, length in zip(starts, lengths, strict=True)]
 
+    def forget(self, path: str) -> None:
+        """Do nothing: no copy of an object is kept, as a remote store may."""
+
     def folders(self) -> list[str]:
         """Return the sorted names of the folders in the store."""
         return sorted(entry.name for entry in self._root.iterdir() if entry.is_dir())
