@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from launch.cli_shards import Json
+from launch.cli_options import Json
 from shards.errors import PatchmillError
 
 # Torch takes seconds to import, so each command imports what it needs.

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from launch.cli_options import Json
+
 if TYPE_CHECKING:
     from shards.merge import Result
 
@@ -20,8 +22,6 @@ SAY_WHERE = (
     "if class names or numbers stand somewhere, say where with --label, such as --label txt or --label json:FIELD"
 )
 LISTED = 10  # rejected images, with where and why
-
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 @shards_app.command("build")

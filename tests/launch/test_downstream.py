@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from launch.cli import _shown, app
+from launch.cli import app
+from launch.cli_options import shown as as_shown
 from pipeline.models import create_model
 from pipeline.weights import write_weights
 from shards.augment import CenterCrop, ResizeCenterCrop
@@ -139,7 +140,7 @@ def test_few_shot_of_a_checkpoint_is_what_numpy_finds(data, tmp_path):
         assert told["seeds"][str(shots)] == pytest.approx(expected, abs=1e-6)
         assert told["shots"][str(shots)] == pytest.approx(np.mean(expected), abs=1e-6)
     assert 1 / 3 < told["shots"]["1"] < told["shots"]["25"] < 1
-    shown = _shown(told).splitlines()
+    shown = as_shown(told).splitlines()
     assert shown[0] == "shots " + "  ".join(f"{n}: {told['shots'][str(n)]:.4g}" for n in SHOTS)
 
 
