@@ -5,6 +5,7 @@
 # make slurm       a real Slurm cluster of two nodes on this machine (Debian's packages, as root); make slurm-stop ends it
 # make test-slurm  submitting, stopping, going on and faults on such a cluster
 # make proof       four stages under 50 faults, drawn from SEED, beside the same ones undisturbed (root; half an hour)
+# make soak        an hour of training, watched: memory, descriptors, threads, step time, checkpoints (MINUTES=60)
 # make peers       other projects' readers, loaders and models, into .venv-peers
 # make test-peers  our shards in their hands; our models and converted weights beside theirs
 # make types       the types, by mypy
@@ -19,9 +20,11 @@ READY  := $(VENV)/.ready
 PEERS  := .venv-peers
 SEED   ?= 1
 TESTS  ?= tests
+MINUTES ?= 60
 PIP    := python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo test test-slow slurm slurm-stop test-slurm proof test-peers peers lint types coverage docs bench bench-peers clean
+.PHONY: setup demo test test-slow slurm slurm-stop test-slurm proof soak test-peers peers lint types coverage docs bench \
+	bench-peers clean
 
 # The native JPEG decoder is built at once if it is not there, and gone on without if it cannot be.
 setup: $(READY)
@@ -47,6 +50,9 @@ test-slurm: setup
 
 proof: setup
 	$(BIN)/python tests/proof/prove.py --seed $(SEED)
+
+soak: setup
+	$(BIN)/python tests/proof/soak.py --minutes $(MINUTES) --picture docs/soak.png
 
 test-peers: setup peers
 	$(BIN)/python -m pytest -m peers tests/peers

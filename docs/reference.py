@@ -39,7 +39,8 @@ PUBLIC = {
     ),
     "Augmentation": (
         "shards.augment.Transform", "shards.augment.InceptionCrop", "shards.augment.Resize",
-        "shards.augment.ResizeCrop", "shards.augment.CenterCrop", "shards.randaugment.RandAugment",
+        "shards.augment.ResizeCrop", "shards.augment.CenterCrop", "shards.augment.ResizeCenterCrop",
+        "shards.randaugment.RandAugment",
     ),
     "The order": ("shards.order.Shuffle", "shards.order.choose_shuffle", "shards.order.Order"),
     "Data sets made and checked": (

@@ -6,8 +6,10 @@ Exit codes: 0 done, 2 a user's mistake, 75 stopped on request with everything sa
 import json
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
@@ -16,7 +18,7 @@ from rich.table import Table
 
 from launch.cli_checkpoint import checkpoint_app
 from launch.cli_shards import Json, shards_app
-from shards.errors import PatchmillError, UserError
+from shards.errors import PatchmillError, StoppedOnRequestError, UserError
 
 # Torch takes seconds to import, so each command imports what it needs.
 
@@ -32,6 +34,12 @@ Smoke = Annotated[
 Average = Annotated[bool, typer.Option("--ema", help="The moving average of the weights, which optim.ema keeps.")]
 
 
+View = Annotated[
+    Literal["resize", "center_crop", "resize_center_crop"],
+    typer.Option(help="The whole image, squeezed; its middle; or the middle of it all, squeezed to 8/7."),
+]
+
+
 @app.command()
 def run(
     plan: Annotated[Path, typer.Argument(help="Plan file.")],
@@ -43,7 +51,9 @@ def run(
         str | None, typer.Option(metavar="STAGE", help="Run this stage or sweep alone; what it needs must be there.")
     ] = None,
     smoke: Smoke = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the plan, and tell what would run.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the plan and what it reads, and tell what would run.")
+    ] = False,
     ranks: Annotated[
         int | None,
         typer.Option(
@@ -66,20 +76,25 @@ def run(
     from launch.choice import anew, chosen, is_done, print_choice
     from launch.launchers import Launch, print_commands
     from launch.plan import read_plan
+    from launch.readable import check_readable
     from launch.run import run_plan
+    from launch.slurm import check_idle
 
     if start is not None and only is not None:
         raise UserError("--from makes all that follows, and --only nothing else; give one of them")
     launch = Launch(launcher, nodes, node_rank, rdzv_endpoint, hostfile and hostfile.absolute(), remote)
     checked = read_plan(plan, runs, smoke, ranks, unsaid=launch.unsaid_ranks())
     names = chosen(checked, only)
+    again = anew(checked, start)
     launch.check([stage for stage in checked.stages if stage.table.name in names])
+    check_readable(checked, names, again)
     if dry_run:
-        print_choice(checked, names, anew(checked, start))
+        print_choice(checked, names, again)
         return
     if print_only:
         print_commands(launch, checked, names)
         return
+    check_idle(checked.run)
     if launch.follows():
         if not all(is_done(stage) for stage in checked.stages if stage.table.name in names):
             launch.follow()
@@ -98,6 +113,7 @@ def doctor(
     plan: Annotated[Path, typer.Argument(metavar="PLAN|RUN", help="Plan file, or folder of a submitted run.")],
     runs: Annotated[Path, typer.Option(help="Folder of runs; this one gets RUNS/NAME.")] = Path("runs"),
     only: Annotated[str | None, typer.Option(metavar="STAGE", help="Look at this stage or sweep alone.")] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="As you will give `run`; default: the plan's.")] = None,
     as_json: Json = False,
 ) -> None:
     """Look whether a plan will run here: versions, data, memory, disks, and every rank's clock, arithmetic and network.
@@ -111,15 +127,18 @@ def doctor(
     from launch.submission import read_submitted_plan
     from pipeline import distributed
 
-    stages = stages_of(read_submitted_plan(plan) if plan.is_dir() else read_plan(plan, runs), only)
-    if "RANK" not in os.environ and (ranks := max(stage.table.ranks for stage in stages)) > 1:
-        findings = diagnose(stages, started_to_probe(ranks))
+    if plan.is_dir() and ranks is not None:
+        raise UserError(f"--ranks {ranks} is for a plan, and {plan} is a run, whose jobs have theirs; leave it out")
+    checked = read_submitted_plan(plan) if plan.is_dir() else read_plan(plan, runs, ranks=ranks)
+    stages = stages_of(checked, only)
+    if "RANK" not in os.environ and (most := max(stage.table.ranks for stage in stages)) > 1:
+        findings = diagnose(checked, stages, started_to_probe(most))
         print_result(findings, as_json)
     else:
         check_card()
         with distributed.together():
             measured = probe_ranks()
-            findings = distributed.everyone(diagnose(stages, measured) if distributed.rank() == 0 else [])[0]
+            findings = distributed.everyone(diagnose(checked, stages, measured) if distributed.rank() == 0 else [])[0]
             if distributed.rank() == 0:  # before others end with an error, at which a launcher kills the rest
                 print_result(findings, as_json)
     if errors := [each for each in findings if each.state == "error"]:
@@ -153,10 +172,12 @@ def submit(
     """Submit a plan to Slurm: a job for each stage that is not finished, chained; they come back by themselves."""
     from launch.cluster import Cluster
     from launch.plan import read_plan
+    from launch.readable import check_readable
     from launch.slurm import submit as submit_plan
 
     profile = Cluster(cluster)
     checked = read_plan(plan.absolute(), runs, smoke)
+    check_readable(checked, {stage.table.name for stage in checked.stages})
     jobs = submit_plan(checked, profile)
     _print({name: job.id for name, job in jobs.items()}, as_json)
     how = f"patchmill status {shlex.quote(str(checked.run))} --watch" if jobs else "all stages are done"
@@ -296,9 +317,7 @@ def evaluate(
     weights: Annotated[Path, typer.Argument(help="Weights in any format, checkpoint, or a training stage's folder.")],
     data: Annotated[str, typer.Argument(help="Data set.")],
     batch: Annotated[int, typer.Option(min=1, help="Images a rank takes at once.")] = 64,
-    view: Annotated[
-        Literal["resize", "center_crop"], typer.Option(help="The whole image, squeezed; or its middle.")
-    ] = "resize",
+    view: View = "resize",
     short: Annotated[
         int | None, typer.Option(min=1, help="Short side that the middle is cut of, pixels; default: 8/7 of it.")
     ] = None,
@@ -314,7 +333,7 @@ def evaluate(
     from pipeline.evaluate.classify import check_classes, check_labelled
     from pipeline.evaluate.predict import predict
     from pipeline.evaluate.scores import Scores
-    from shards.augment import CenterCrop, Resize
+    from shards.augment import TRANSFORMS, CenterCrop
     from shards.dataset import Dataset
 
     if short is not None and view != "center_crop":
@@ -326,9 +345,9 @@ def evaluate(
     side = model.image_size
     if short is not None and short < side:
         raise UserError(f"--short {short} is less than the {side} pixels that the model sees; give {side} or more")
-    transform = CenterCrop(side, short) if view == "center_crop" else Resize(side)
+    transform = CenterCrop(side, short) if short else TRANSFORMS[view](side)
     with distributed.together():
-        found = predict(model.to(distributed.device()), dataset, transform, batch)
+        found = predict(model.to(distributed.device()), dataset, transform, batch, distributed.cores_each())
         scores = Scores(found, dataset)
         if out and distributed.rank() == 0:
             scores.write(out)
@@ -347,6 +366,7 @@ def fewshot(
     linear: Annotated[
         bool, typer.Option("--linear", help="Linear probing, too: logistic regression on every training image.")
     ] = False,
+    view: View = "resize_center_crop",
     ema: Average = False,
     as_json: Json = False,
 ) -> None:
@@ -362,7 +382,7 @@ def fewshot(
     model, _ = load_model(weights, ema)
     with distributed.together():
         sets = Dataset.open(train), Dataset.open(test)
-        _print(frozen_features_accuracy(model, *sets, numbers, knn, linear), as_json)
+        _print(frozen_features_accuracy(model, *sets, numbers, knn, linear, view), as_json)
 
 
 @app.command()
@@ -493,17 +513,43 @@ def main() -> None:
     end(run_command())
 
 
+class _Asked(BaseException):
+    """A command was asked to stop; nothing on the way that handles errors takes it for one."""
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    _listen(signal.SIG_IGN)  # once is enough: what is being finished is not to be stopped, too
+    raise _Asked("stopped on request")
+
+
+def _listen(handler: Any) -> None:
+    # To one of several ranks a SIGTERM may say no more than that another has failed: it is left to end it.
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    for number in (signal.SIGUSR1, signal.SIGUSR2, *([signal.SIGTERM] if alone else [])):
+        signal.signal(number, handler)
+
+
 def run_command() -> int | str:
-    """Run the command line; return its exit code, after a known error is told."""
+    """Run the command line; return its exit code, after a known error is told.
+
+    SIGUSR1, SIGUSR2 and, where there are no other ranks, SIGTERM end a command wherever it is, as Ctrl-C does: files
+    appear whole, and what is finished stays. Training, and what starts ranks, listen for themselves.
+    """
+    _listen(_stop)
     try:
         app()
     except PatchmillError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except _Asked:
+        print("error: stopped on request; what is finished stays, run again to go on", file=sys.stderr)
+        return StoppedOnRequestError.exit_code
     except KeyboardInterrupt:
         return 130
     except SystemExit as exited:
         return exited.code or 0
+    finally:
+        _listen(signal.SIG_IGN)  # it is over: nobody is to take that for a crash
     return 0
 
 

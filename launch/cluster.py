@@ -9,6 +9,13 @@ from pydantic import AfterValidator, Field, create_model
 from pipeline.settings import Settings, check, merge, nearest, read_toml
 from shards.errors import UserError
 
+SECRET = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
+"""How variables are called that others must not read: AWS_SECRET_ACCESS_KEY, WANDB_API_KEY, HF_TOKEN."""
+IN_THE_OPEN = (
+    "is a secret by its name, and scripts and manifests are readable; on Slurm export it in the shell that submits, "
+    "which sbatch hands on, on Kubernetes keep it in a Secret and name that in secrets"
+)
+
 
 def _one_line(text: str) -> str:
     if any(not each.isprintable() for each in text):
@@ -19,11 +26,29 @@ def _one_line(text: str) -> str:
 def _variable(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
         raise ValueError(f"{name!r} is no name of an environment variable")
+    if SECRET.search(name):
+        raise ValueError(f"{name} {IN_THE_OPEN}")
+    return name
+
+
+def _shell(line: str) -> str:
+    """Refuse a secret that stands in a line of shell, without repeating it; from a file or a program it may come."""
+    for name in re.findall(r"(?<![\w$])(\w+)=[\"']?[^\s\"'$`]", line):
+        if SECRET.search(name):
+            raise UserError(f"setup in the profile sets {name}, which {IN_THE_OPEN}")
+    return line
+
+
+def _secret(name: str) -> str:
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", name):
+        raise ValueError(f"{name!r} is no name of a Secret; give the one that `kubectl get secrets` shows")
     return name
 
 
 Line = Annotated[str, AfterValidator(_one_line)]
 Variable = Annotated[str, AfterValidator(_variable)]
+Shell = Annotated[str, AfterValidator(_shell)]
+Secret = Annotated[str, AfterValidator(_secret)]
 
 
 class NodeSettings(Settings):
@@ -33,7 +58,7 @@ class NodeSettings(Settings):
     ranks_per_node: int | None = Field(None, gt=0, description="default: gpus_per_node, else all on one node")
     cpus_per_rank: int | None = Field(None, gt=0)
     memory: Line | None = Field(None, description="of a node: 480G, of a pod 480Gi")
-    env: dict[Variable, Line] = {}
+    env: dict[Variable, Line] = Field({}, description="variables of the ranks; secrets are refused")
     grace: int = Field(120, gt=0, description="seconds that ranks get to save before the end: of the time limit, a pod")
     retries: int = Field(3, ge=0, description="after crashes without progress between them")
 
@@ -50,7 +75,7 @@ class JobSettings(NodeSettings):
     health: list[Line] = Field([], description="command that a node must pass before each try, or it is excluded")
     doctor: bool = Field(False, description="look at all that the stage needs on the nodes of each try, before it")
     modules: list[Line] = []
-    setup: list[str] = Field([], description="lines of shell, run as they are on the first node")
+    setup: list[Shell] = Field([], description="lines of shell, run as they are on the first node")
     container: list[Line] = Field([], description="words before a rank's command: apptainer exec --nv image.sif")
     python: Line | None = Field(None, description="of the ranks; default: the one that submits")
     sbatch: list[Line] = Field([], description="more options of sbatch, each as it is: --exclusive")
@@ -64,10 +89,26 @@ class PodSettings(NodeSettings):
     command: list[Line] = Field(["patchmill"], min_length=1, description="that is Patchmill in the image")
     directory: Line | None = Field(None, description="in the container, that paths count from; default: this one")
     volumes: dict[Line, Line] = Field({}, description="persistent volume claim by the path that it is mounted at")
+    secrets: list[Secret] = Field([], description="names of Secrets, whose keys become variables of the pods")
     namespace: Line | None = None
     queue: Line | None = Field(None, description="of Kueue")
     node_selector: dict[Line, Line] = {}
     gpu_resource: Line = Field("nvidia.com/gpu", description="what a GPU is called")
+
+
+def layout(ranks: int, settings: NodeSettings, where: str) -> tuple[int, int]:
+    """Return nodes and ranks on each.
+
+    Raises:
+        UserError: The ranks do not fill the nodes.
+    """
+    each = min(ranks, settings.ranks_per_node or settings.gpus_per_node or ranks)
+    if ranks % each:
+        raise UserError(
+            f"stage {where} has {ranks} ranks, and a node takes {each}; make ranks a multiple of that, or set "
+            "ranks_per_node"
+        )
+    return ranks // each, each
 
 
 CLUSTERS = {"Slurm": JobSettings, "Kubernetes": PodSettings}

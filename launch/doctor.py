@@ -14,6 +14,7 @@ from launch.choice import meant
 from launch.findings import Finding
 from launch.machines import ranks_together, software
 from launch.plan import Plan, Stage
+from launch.readable import HASTE, misfits
 from pipeline.checkpoint import path_of, superseded, whole_checkpoints
 from pipeline.config import TrainSettings
 from pipeline.convert.recognise import open_source
@@ -33,8 +34,6 @@ from shards.storesettings import StoreSettings
 from shards.tarlist import find_tars
 from shards.tarstream import is_stream
 
-HASTE = {"retry_seconds": 5.0}  # where a job would ask a store that does not answer for minutes
-
 
 class Room(NamedTuple):
     """The host that has the least memory for each of a stage's ranks.
@@ -50,17 +49,22 @@ class Room(NamedTuple):
     free: float
 
 
-def diagnose(stages: list[Stage], ranks: list[dict[str, Any]]) -> list[Finding]:
+def diagnose(plan: Plan, stages: list[Stage], ranks: list[dict[str, Any]]) -> list[Finding]:
     """Look at all that some stages of a plan need.
 
     Args:
-        stages: Checked already: settings that do not fit each other are found by reading the plan.
+        plan: Checked already: settings that do not fit each other are found by reading it.
+        stages: Of the plan.
         ranks: Of ``probe_ranks``.
     """
     found = [*software(), *ranks_together(ranks)]
     for stage in stages:
         if isinstance(stage.settings, TrainSettings):
             found += [each._replace(what=f"{stage.table.name}: {each.what}") for each in _of_stage(stage, ranks)]
+    told = {each.told for each in found}
+    for stage, setting, error in misfits(plan, {stage.table.name for stage in stages}):
+        if str(error) not in told:
+            found.append(Finding(f"{stage}: {setting}", "error", str(error)))
     return found
 
 

@@ -12,6 +12,7 @@ from types import FrameType
 from launch.rank import DRIVER, ENDED, STOP, die_with_parent
 from launch.said import Said
 from launch.start import Start
+from launch.tail import Tail
 from pipeline import stop
 from shards.atomic import only_one
 from shards.errors import StoppedOnRequestError
@@ -62,7 +63,7 @@ def drive(command: list[str], start: Start, node: int, tell: Callable[[Start], o
         return _drive(command, start, node, tell)
     with only_one(logs / DRIVER, "patchmill run", wait=OTHER, told=True):
         (logs / STOP).touch()
-        _await_ranks(logs)  # of a run before, which was killed
+        await_ranks(logs)  # of a run before, which was killed
         for stale in (logs.parent / STOPPED, logs / ENDED, logs / STOP):
             stale.unlink(missing_ok=True)
         try:
@@ -88,7 +89,7 @@ def _drive(command: list[str], start: Start, node: int, tell: Callable[[Start], 
                 time.sleep(LOOK)
             if process.returncode:
                 (logs / STOP).touch()  # for ranks that it left behind
-            _await_ranks(logs)
+            await_ranks(logs)
     ended = int((logs / ENDED).read_text()) if (logs / ENDED).exists() else None
     if process.returncode == 0 and ended is None:
         return 0
@@ -100,40 +101,14 @@ def _drive(command: list[str], start: Start, node: int, tell: Callable[[Start], 
     return code
 
 
-def _await_ranks(logs: Path) -> None:
+def await_ranks(logs: Path) -> None:
+    """Wait until no rank is left of those that log to a folder; tell on stderr if that takes long.
+
+    Raises:
+        UserError: Some are still there after ``LEFT`` seconds.
+    """
     with only_one(logs, "rank", wait=LEFT, told=True):  # each has a share in this lock, on whatever node
         pass
-
-
-class Tail:
-    """What is written to a file from now on, on stderr.
-
-    Args:
-        path: The file; it may not be there yet.
-        loud: Else nothing is shown.
-    """
-
-    def __init__(self, path: Path, loud: bool):
-        self._path, self._loud = path, loud
-        self._from = path.stat().st_size if path.exists() else 0
-
-    def __enter__(self) -> "Tail":
-        """Begin."""
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """End with what is left."""
-        self.show()
-
-    def show(self) -> None:
-        """Show what is new."""
-        if self._loud and self._path.exists():
-            with open(self._path, "rb") as file:
-                file.seek(self._from)
-                new = file.read()
-            self._from += len(new)
-            sys.stderr.write(new.decode(errors="replace"))
-            sys.stderr.flush()
 
 
 def _environment(start: Start) -> dict[str, str]:

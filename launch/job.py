@@ -13,22 +13,25 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from types import FrameType
 
+from launch.cluster import layout
+from launch.driver import await_ranks
 from launch.findings import Finding, print_findings
-from launch.jobnodes import can_do_without, excluded, job_number, sick_nodes
+from launch.jobnodes import can_do_without, sick_nodes
 from launch.local import free_port
 from launch.plan import Stage
 from launch.rank import ENDED, NAMES, STOP
+from launch.requeue import SUPERSEDED, requeue, say
 from launch.run import begin, finish, is_done
 from launch.said import Said
-from launch.slurm import layout, slurm
 from launch.submission import Job, Record, folder_of, log_of, read_submission
 from pipeline.checkpoint import samples_of, whole_checkpoints
 from shards.errors import PatchmillError, StoppedOnRequestError, UserError
-
-KILLED = 90.0  # seconds that Slurm may take to end a job that goes back into the queue
+from shards.merge import count_written
+from shards.plan import Slice
 
 
 class Ranks:
@@ -57,17 +60,42 @@ class Ranks:
             self._process.send_signal(signal.SIGUSR2)
 
 
-def run_job(run: Path, name: str) -> None:
-    """Run a job of a run.
+class Progress:
+    """How far a stage has come by now, which the next try starts from.
+
+    Args:
+        stage: One that builds shards counts those that are finished; one that trains, the samples of its newest
+            checkpoint; the others start anew.
+        slice: ``I/N``: of a build, these shards alone.
+
+    Attributes:
+        number: Of them.
+    """
+
+    def __init__(self, stage: Stage, slice: str | None):
+        self._unit = "samples"
+        if stage.table.kind == "shards":
+            self._unit, own = "shards", Slice.parse(slice) if slice not in (None, "merge") else Slice()
+            self.number = count_written(stage.folder / "data", own)
+        else:
+            saved = whole_checkpoints(stage.folder / "checkpoints")
+            self.number = samples_of(saved[0]) if saved else 0
+
+    def __str__(self) -> str:
+        return f"{self.number:,} {self._unit}" if self.number else "the start"
+
+
+def run_job(record: Record) -> None:
+    """Run the job that a record is of.
 
     Raises:
         PatchmillError: It did not finish; by its kind it is the user's to mend, or goes on from the queue.
     """
-    ranks = Ranks()
+    ranks, run, name = Ranks(), record.run, record.name
     submission = read_submission(run)
     if submission is None or name not in submission.jobs:
         raise UserError(f"{run} has no job {name}; submit its plan again")
-    job, record = submission.jobs[name], Record(run, name)
+    job = submission.jobs[name]
     stages = {stage.table.name: stage for stage in submission.read_plan(run).stages}
     stage = stages[job.stage]
     if job.digest not in (None, stage.digest):
@@ -77,63 +105,89 @@ def run_job(run: Path, name: str) -> None:
         return
     if lacking := [need for need in stage.needs if not is_done(stages[need])]:
         raise UserError(f"stage {job.stage} needs {', '.join(lacking)}, which did not finish; submit the plan again")
-    samples = _samples(stage)
-    _say(f"{name}: try {record.table.get('tries', 0) + 1} on {os.environ['SLURM_JOB_NODELIST']}, from {_at(samples)}")
-    if record.begin(samples) > job.settings.retries + 1:  # Slurm brought it back, each time a node was lost
-        raise PatchmillError(f"{job.settings.retries + 1} tries in a row came no further than {_at(samples)}")
+    at, before = Progress(stage, job.slice), record.table.get("nodes")
+    say(f"{name}: try {record.table.get('tries', 0) + 1} on {os.environ['SLURM_JOB_NODELIST']}, from {at}")
+    if record.begin(at.number) > job.settings.retries + 1:  # Slurm brought it back, each time a node was lost
+        raise PatchmillError(f"{job.settings.retries + 1} tries in a row came no further than {at}")
+    logs = _logs(job, stage)
+    for folder in (_doctors_logs(record), logs):
+        _end_ranks_of_before(folder, before)
     if sick := sick_nodes(job.settings.health):
         told = f"health check failed on {', '.join(sick)}"
         if not can_do_without(sick, run):
             raise PatchmillError(f"{told}, and the job cannot do without; mend that or `health`, then submit again")
         record.note("stopped", reason=f"{told}: excluded")
-        raise _requeue(f"{told}: excluded", exclude=sick)
-    if job.settings.doctor and (slow := _slow_nodes(run, name, job, stage, ranks)):
+        raise requeue(record, f"{told}: excluded", exclude=sick)
+    if job.settings.doctor and (slow := _slow_nodes(record, job, stage, ranks)):
         told = f"slower than the others: {', '.join(slow)}"
         if record.table["barren"] <= job.settings.retries and can_do_without(slow, run):
             record.note("stopped", reason=f"{told}: excluded")
-            raise _requeue(f"{told}: excluded", exclude=slow)
-        _say(f"{told}; goes on with them, for want of others")
+            raise requeue(record, f"{told}: excluded", exclude=slow)
+        say(f"{told}; goes on with them, for want of others")
     if job.slice is None:
         begin(stage)
-    _try(run, name, job, stage, ranks)
-
-
-def _try(run: Path, name: str, job: Job, stage: Stage, ranks: Ranks) -> None:
-    logs, began = stage.folder / "logs", time.monotonic()
-    if job.slice:  # of several at once
-        logs /= f"slice-{job.slice.partition('/')[0]}"
-    said = _step(run, name, job, stage, ranks, logs, _arguments(job, stage))
+    began = time.monotonic()
+    said = _step(record, job, stage, ranks, logs, _arguments(job, stage))
     if job.slice in (None, "merge"):
         finish(stage, said, time.monotonic() - began)
-    Record(run, name).note("done", reason=None)
+    record.note("done", reason=None)
 
 
-def _step(run: Path, name: str, job: Job, stage: Stage, ranks: Ranks, logs: Path, arguments: list[str]) -> str:
+def _logs(job: Job, stage: Stage) -> Path:
+    return stage.folder / "logs" / (f"slice-{job.slice.partition('/')[0]}" if job.slice else "")  # of several at once
+
+
+def _doctors_logs(record: Record) -> Path:
+    return folder_of(record.run) / f"{record.name}.doctor"
+
+
+def _end_ranks_of_before(logs: Path, nodes: str | None) -> None:
+    """Have the ranks of an earlier try save and end: on a node that Slurm lost they may live on, and train.
+
+    Raises:
+        PatchmillError: They do not.
+    """
+    if not logs.exists():
+        return
+    (logs / STOP).touch()
+    try:
+        await_ranks(logs)
+    except UserError:
+        told = f"ranks of an earlier try, on {nodes or 'another node'}, write to {logs.parent} and do not end; "
+        raise PatchmillError(f"{told}kill them there, then submit the plan again") from None
+    finally:
+        (logs / STOP).unlink(missing_ok=True)
+
+
+def _step(record: Record, job: Job, stage: Stage, ranks: Ranks, logs: Path, arguments: list[str]) -> str:
     """Run a command on all ranks; return rank 0's stdout.
 
     Raises:
         PatchmillError: It did not end well; as of ``run_job``.
     """
-    record = Record(run, name)
     for stale in (stage.folder / "stopped.json", logs / ENDED, logs / STOP, logs / "stdout.log"):
         stale.unlink(missing_ok=True)
-    said = Said([log_of(run, name), *(logs / f"rank-{rank}.log" for rank in range(1, stage.table.ranks))])
+    said = Said([log_of(record.run, record.name), *(logs / f"rank-{rank}.log" for rank in range(1, stage.table.ranks))])
     code = ranks.run(_command(job, stage, logs, arguments), **_meeting(stage.table.ranks))
-    if code == 0:
-        return (logs / "stdout.log").read_text()
+    if record.is_superseded():
+        raise StoppedOnRequestError(SUPERSEDED)
+    told = (logs / "stdout.log").read_text() if (logs / "stdout.log").exists() else ""
+    if code == 0 and told:  # srun ends with 0, too, when it hears that a node was lost
+        return told
     ended = int((logs / ENDED).read_text()) if (logs / ENDED).exists() else code
     if ended == UserError.exit_code:
         raise UserError(f"{said.error()}; mend it, then submit the plan again")
-    samples = _samples(stage)
+    at = Progress(stage, job.slice)
     stopped = bool(ranks.asked) or (stage.folder / "stopped.json").exists()
-    reason = f"stopped on request at {_at(samples)}" if stopped else f"crashed: {said.error()}"
+    stopped = stopped or ended == StoppedOnRequestError.exit_code or said.was_terminated()
+    reason = f"stopped on request at {at}" if stopped else f"crashed: {said.error()}"
     if stopped and signal.SIGUSR2 not in ranks.asked:
         record.excuse("stopped", reason)
     else:  # a time limit that is too short to come any further is no better than a crash
         record.note("stopped" if stopped else "crashed", reason=reason)
-        if record.table["barren"] > job.settings.retries and samples <= record.table["samples"]:
-            raise PatchmillError(f"{record.table['barren']} tries came no further than {_at(samples)}; {reason}")
-    raise _requeue(reason)
+        if record.table["barren"] > job.settings.retries and at.number <= record.table["at"]:
+            raise PatchmillError(f"{record.table['barren']} tries came no further than {at}; {reason}")
+    raise requeue(record, reason)
 
 
 def _command(job: Job, stage: Stage, logs: Path, arguments: list[str]) -> list[str]:
@@ -158,15 +212,15 @@ def _meeting(ranks: int) -> dict[str, str]:
     return {"MASTER_ADDR": os.environ["SLURMD_NODENAME"], "MASTER_PORT": str(free_port())}
 
 
-def _slow_nodes(run: Path, name: str, job: Job, stage: Stage, ranks: Ranks) -> list[str]:
+def _slow_nodes(record: Record, job: Job, stage: Stage, ranks: Ranks) -> list[str]:
     """Let the doctor look at a stage, on all its ranks, and tell in the job's log; return the nodes that are slow.
 
     Raises:
         PatchmillError: The stage will not run on these nodes; or as of ``run_job``.
     """
-    logs, failed = folder_of(run) / f"{name}.doctor", None
+    logs, failed, command = _doctors_logs(record), None, ["doctor", str(record.run), "--only", stage.table.name]
     try:
-        said = _step(run, name, job, stage, ranks, logs, ["doctor", str(run), "--only", stage.table.name])
+        said = _step(record, job, stage, ranks, logs, command)
     except UserError as error:
         said, failed = (logs / "stdout.log").read_text(), error
     findings = [Finding(**each) for each in json.loads((said.splitlines() or ["[]"])[-1])]
@@ -176,50 +230,20 @@ def _slow_nodes(run: Path, name: str, job: Job, stage: Stage, ranks: Ranks) -> l
     return list(dict.fromkeys(host for each in findings for host in each.hosts))
 
 
-def _requeue(reason: str, exclude: list[str] | None = None) -> PatchmillError:
-    """Put this job, or task of an array, back into the queue, unless Slurm is ending it; return what to raise."""
-    job = job_number()
-    try:
-        # What is ending for another reason than its time limit was cancelled, or is on its way back already.
-        state = slurm("squeue", "--noheader", f"--jobs={job}", "--format=%T %r").split()
-        if state[:1] != ["RUNNING"] and state[1:] != ["TimeLimit"]:
-            return StoppedOnRequestError(f"{reason}; Slurm ends this job: {' '.join(state)}")
-        _say(f"{reason}: back into the queue")
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # with which Slurm ends this: not before all is said
-        slurm("scontrol", "requeue", job)
-        if exclude:
-            slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join([*excluded(job), *exclude])}")
-    except PatchmillError as error:
-        return StoppedOnRequestError(f"{reason}, and it cannot go back into the queue: {error}; submit the plan again")
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    time.sleep(KILLED)
-    return StoppedOnRequestError(reason)
-
-
-def _samples(stage: Stage) -> int:
-    saved = whole_checkpoints(stage.folder / "checkpoints")
-    return samples_of(saved[0]) if saved else 0
-
-
-def _at(samples: int) -> str:
-    return f"{samples:,} samples" if samples else "the start"
-
-
-def _say(text: str) -> None:
-    print(f"[{time.strftime('%F %T')}] {text}", file=sys.stderr, flush=True)
-
-
 def main() -> int:
     """Run the job that the batch script names; its exit code is that of ``patchmill run``."""
-    run, name = Path(sys.argv[1]), sys.argv[2]
+    record = Record(Path(sys.argv[1]), sys.argv[2])
     try:
-        run_job(run, name)
+        run_job(record)
     except PatchmillError as error:
-        record = Record(run, name)
         record.note("stopped" if isinstance(error, StoppedOnRequestError) else "failed", reason=str(error))
-        _say(f"{name}: {error}")
+        say(f"{record.name}: {error}")
         return error.exit_code
+    except Exception as error:  # noqa: BLE001 (nobody else would tell)
+        traceback.print_exc()
+        reason = " ".join("".join(traceback.format_exception_only(error)).split())
+        record.note("failed", reason=reason)
+        return PatchmillError.exit_code
     return 0
 
 

@@ -12,9 +12,8 @@ from typing import Any
 
 import yaml
 
-from launch.cluster import Cluster, PodSettings
+from launch.cluster import Cluster, PodSettings, layout
 from launch.plan import Plan, Stage
-from launch.slurm import layout
 from launch.stages import KINDS
 from shards.errors import StoppedOnRequestError, UserError
 
@@ -126,6 +125,8 @@ def _pod(stage: Stage, settings: PodSettings, words: list[str], each: int) -> di
         # Ranks share memory, and a container has 64 MB of it.
         "volumeMounts": [*mounts, {"name": "shared-memory", "mountPath": "/dev/shm"}],
     }
+    if settings.secrets:  # their values stand nowhere in the manifest
+        container["envFrom"] = [{"secretRef": {"name": name}} for name in settings.secrets]
     pod = {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": settings.grace,

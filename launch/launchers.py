@@ -65,6 +65,9 @@ class Launch:
             raise UserError(f"--remote is {self.remote!r}; give {' or '.join(deepspeed.NEEDS)}")
         if self.several and self.rdzv_endpoint is None:
             raise UserError(f"--nodes {self.nodes} needs --rdzv-endpoint HOST:PORT: node 0, and a free port of it")
+        for option, value in (("--rdzv-endpoint", self.rdzv_endpoint), ("--node-rank", self.node_rank)):
+            if self.nodes is None and value is not None:
+                raise UserError(f"{option} {value} is for several nodes; give --nodes N, too, or leave it out")
         if self.rdzv_endpoint is not None:
             address_of(self.rdzv_endpoint)
         if not 0 <= (self.node_rank or 0) < (self.nodes or 1):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launch.rank import die_with_parent
+from launch.tail import Tail
 from pipeline import stop
 
 GRACE = 20.0  # seconds that the other ranks get to end by themselves when one has failed
@@ -19,28 +20,33 @@ GRACE = 20.0  # seconds that the other ranks get to end by themselves when one h
 def run_ranks(arguments: list[str], ranks: int, logs: Path) -> tuple[int, str]:
     """Run ``patchmill ARGUMENTS`` on ``ranks`` processes and wait for all of them.
 
-    Rank 0 speaks on this terminal's stderr; the others write ``logs/rank-N.log``. If one fails the others are ended.
+    Each writes ``logs/rank-N.log``, and what rank 0 says is on this process's stderr too, where it draws by
+    itself if that is a terminal. If one fails the others are ended.
 
     Returns:
         The exit code (that of the first rank to fail, else 0) and rank 0's stdout.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "launch.cli", *arguments]
     processes: list[subprocess.Popen] = []
     with contextlib.ExitStack() as stack:
         stdout = stack.enter_context(open(logs / "stdout.log", "w+", encoding="utf-8"))
         environments = _environments(ranks)
+        terminal = sys.stderr.isatty()
+        tail = stack.enter_context(Tail(logs / "rank-0.log", loud=not terminal))
         for rank, environment in enumerate(environments):
-            if rank == 0:
-                out, err = stdout, None
-            else:
-                out = err = stack.enter_context(open(logs / f"rank-{rank}.log", "a", encoding="utf-8"))
+            if rank == 0 and terminal:
+                words, err = ["launch.told", str(logs / "rank-0.log")], None
+            else:  # a file and no pipe: who is killed leaves ranks behind that speak, and save
+                err = stack.enter_context(open(logs / f"rank-{rank}.log", "a", encoding="utf-8"))
+                words = ["launch.cli"]
+            command = [sys.executable, "-m", *words, *arguments]
+            out = err if rank else stdout
             processes.append(
                 subprocess.Popen(command, env=environment, stdout=out, stderr=err, preexec_fn=die_with_parent)
             )
         previous = {number: signal.signal(number, _forward(processes)) for number in stop.SIGNALS}
         try:
-            code = _wait(processes, logs)
+            code = _wait(processes, logs, tail)
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -66,12 +72,14 @@ def _environments(ranks: int) -> list[dict[str, str]]:
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
-def _wait(processes: list[subprocess.Popen], logs: Path) -> int:
+def _wait(processes: list[subprocess.Popen], logs: Path, tail: Tail) -> int:
     while True:
+        tail.show()
         codes = [process.poll() for process in processes]
         failed = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
         if failed:
             _end(processes, GRACE)
+            tail.show()
             codes = [processes[rank].returncode for rank in failed]
             # A rank that says why (2, 75) knows more than one that only lost its peers.
             rank, code = min(zip(failed, codes, strict=True), key=lambda pair: pair[1] not in (2, 75))
@@ -100,7 +108,7 @@ def _forward(processes: list[subprocess.Popen]) -> Callable[[int, object], None]
     def handler(number: int, frame: object) -> None:
         for process in processes:
             if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
+                process.send_signal(signal.SIGUSR1)  # for ranks a SIGTERM is no request to stop
 
     return handler
 

@@ -1,6 +1,8 @@
 """One run on several nodes: node 0 goes through the plan, and tells the others what to start with it."""
 
 import json
+import socket
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,6 +15,7 @@ from shards.errors import PatchmillError, StoppedOnRequestError, UserError
 
 JOIN = 600.0  # seconds that the nodes may be apart when they start
 LEAVE = 30.0  # seconds that node 0 stays for the others to hear of the end
+CONNECT = 5.0  # seconds that a connection may take
 LOOK = 0.2
 
 
@@ -85,14 +88,10 @@ def follow(endpoint: str, node: int, run: Callable[[Start], object], asked: Call
         asked: Tells whether this node was asked to stop, between two of them.
 
     Raises:
-        PatchmillError: As at node 0; or it is gone.
+        PatchmillError: As at node 0; or it is gone, or never came.
+        StoppedOnRequestError: This node was asked to stop before node 0 was there.
     """
-    host, port = address_of(endpoint)
-    try:
-        store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=JOIN))
-    except RuntimeError as error:
-        raise PatchmillError(f"node 0 does not answer at {endpoint}: {_first_line(error)}") from None
-    told = 0
+    store, told = _join(endpoint, asked), 0
     try:
         while True:
             while not store.check([str(told)]):
@@ -110,6 +109,24 @@ def follow(endpoint: str, node: int, run: Callable[[Start], object], asked: Call
     if order["end"]:
         kinds = {each.exit_code: each for each in (UserError, StoppedOnRequestError)}
         raise kinds.get(order["end"], PatchmillError)(f"node 0 ended with exit code {order['end']}, and says why")
+
+
+def _join(endpoint: str, asked: Callable[[], bool]) -> TCPStore:
+    """Return the store of node 0, once it is there: the store's own way to wait hears no signals."""
+    (host, port), deadline, told = address_of(endpoint), time.monotonic() + JOIN, False
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=CONNECT).close()
+            return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=JOIN))
+        except (OSError, RuntimeError) as error:
+            if asked():
+                raise StoppedOnRequestError("stopped before node 0 was there; run again to go on") from None
+            if time.monotonic() > deadline:
+                raise PatchmillError(f"node 0 does not answer at {endpoint}: {_first_line(error)}") from None
+            if not told:
+                print(f"waiting for node 0 at {endpoint}", file=sys.stderr, flush=True)
+                told = True
+        time.sleep(LOOK)
 
 
 def _first_line(error: Exception) -> str:

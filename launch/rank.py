@@ -50,11 +50,30 @@ def who(environment: Mapping[str, str]) -> Who:
         ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
         ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
     )
+    if "SLURM_STEP_TASKS_PER_NODE" in environment:  # which every srun sets, as 3(x2),2
+        each = re.findall(r"(\d+)(?:\(x(\d+)\))?", environment["SLURM_STEP_TASKS_PER_NODE"])
+        nodes = [tasks for tasks, times in each for _ in range(int(times or 1))]
+        environment = {**environment, "SLURM_NTASKS_PER_NODE": nodes[int(environment.get("SLURM_NODEID", 0))]}
     for rank, ranks, local, here in sources:
         if rank in environment:
             numbers = (environment[rank], environment[ranks], environment[local], environment.get(here, "1"))
             return Who(*map(int, numbers))
     return Who(0, 1, 0, 1)
+
+
+def threads(environment: Mapping[str, str], bound: int, here: int) -> int:
+    """Return how many threads a rank may have, so that those of its node share its cores.
+
+    Args:
+        environment: Of the process.
+        bound: Cores that it may run on.
+        here: Ranks on its node.
+    """
+    if "SLURM_CPUS_ON_NODE" not in environment or {"RANK", "OMPI_COMM_WORLD_RANK"} & environment.keys():
+        return max(1, bound // here)  # what another launcher started shares the cores of that
+    # srun may have bound its tasks each to its own cores, or none of them to any.
+    share = int(environment.get("SLURM_CPUS_PER_TASK", int(environment["SLURM_CPUS_ON_NODE"]) // here))
+    return max(1, min(bound, share))
 
 
 def plain(word: str) -> str:
@@ -83,10 +102,9 @@ def main() -> None:
     if "RANK" in os.environ:  # torchrun and the like leave their ranks behind when they are killed
         die_with_parent()
     rank, ranks, local, here = who(os.environ)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads(os.environ, len(os.sched_getaffinity(0)), here)))
     if ranks > 1:
         os.environ |= dict(zip(NAMES, map(str, (rank, ranks, local)), strict=True))
-    cores = max(1, len(os.sched_getaffinity(0)) // here)
-    os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", str(cores)))
     _speak_into(logs, rank, asked.quiet)
 
     from launch.cli import end, run_command
@@ -127,7 +145,7 @@ def _await_stop(logs: Path) -> None:
     while not (logs / STOP).exists() and _driven(logs, unknown=driven) == driven:
         time.sleep(SECONDS)
     (logs / STOP).unlink(missing_ok=True)  # or who goes on by hand would stop at once
-    os.kill(os.getpid(), signal.SIGTERM)  # one rank is enough: they agree on a step
+    os.kill(os.getpid(), signal.SIGUSR1)  # one rank is enough: they agree on a step
 
 
 def _driven(logs: Path, unknown: bool) -> bool:

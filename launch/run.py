@@ -11,12 +11,14 @@ from launch.choice import anew, chosen, goes_on, is_done
 from launch.launchers import LOCAL, Launch
 from launch.plan import Plan, Stage, after_a_sweep
 from launch.results import result_of
+from launch.said import Said
 from pipeline.config import TrainSettings
 from pipeline.settings import dump_toml
-from shards.atomic import write_text
+from shards.atomic import only_one, write_text
 from shards.errors import PatchmillError, StoppedOnRequestError, UserError
 
 FAMILY = {2: UserError, 75: StoppedOnRequestError}
+WAIT = 60.0  # seconds for another run of the same stage, which may be on its way out
 
 
 def run_plan(plan: Plan, start: str | None = None, only: str | None = None, launch: Launch = LOCAL) -> None:
@@ -68,6 +70,9 @@ def _run_plan(plan: Plan, names: set[str], again: set[str], launch: Launch) -> N
             plan = after_a_sweep(plan, len(ran))
 
 
+RUNNER = "runner"  # in a stage's logs: locked by the patchmill run that is at it, as long as it lives
+
+
 def begin(stage: Stage) -> None:
     """Make a stage's folder ready, with its settings; what another plan made there goes out of the way."""
     _set_aside(stage)
@@ -75,6 +80,11 @@ def begin(stage: Stage) -> None:
     write_text(stage.folder / "inputs.json", json.dumps({"inputs": stage.inputs}))
     if isinstance(stage.settings, TrainSettings):
         write_text(stage.folder / "config.toml", dump_toml(stage.settings.model_dump(mode="json", exclude_unset=True)))
+
+
+def note(folder: Path, state: str, reason: str = "") -> None:
+    """Write into a stage's folder how it is, for ``patchmill status``: running, stopped or failed."""
+    write_text(folder / "state.json", json.dumps({"state": state, "reason": reason}))
 
 
 def finish(stage: Stage, stdout: str, seconds: float) -> None:
@@ -85,15 +95,24 @@ def finish(stage: Stage, stdout: str, seconds: float) -> None:
 
 
 def _run(stage: Stage, launch: Launch) -> None:
-    began = time.monotonic()
+    began, logs = time.monotonic(), stage.folder / "logs"
     begin(stage)
-    code, stdout = launch.run([*stage.arguments, "--json"], stage.table.ranks, stage.folder)
-    if code:
-        remedy = {2: "mend it", 75: "all is saved"}.get(code, f"see {stage.folder / 'logs'}")
-        raise FAMILY.get(code, PatchmillError)(
-            f"stage {stage.table.name} ended with exit code {code}; {remedy}, then run the same command again to go on"
-        )
-    finish(stage, stdout, time.monotonic() - began)
+    said = Said([logs / "launcher-0.log", *(logs / f"rank-{rank}.log" for rank in range(stage.table.ranks))])
+    with only_one(logs / RUNNER, "patchmill run", wait=WAIT, told=True):
+        note(stage.folder, "running")
+        try:
+            code, stdout = launch.run([*stage.arguments, "--json"], stage.table.ranks, stage.folder)
+        except PatchmillError as error:
+            note(stage.folder, "failed", str(error))
+            raise
+        if code:
+            note(stage.folder, "stopped" if code == StoppedOnRequestError.exit_code else "failed", said.error())
+            remedy = {2: "mend it", 75: "all is saved"}.get(code, f"see {logs}")
+            raise FAMILY.get(code, PatchmillError)(
+                f"stage {stage.table.name} ended with exit code {code}; {remedy}, then run the same command again to "
+                "go on"
+            )
+        finish(stage, stdout, time.monotonic() - began)
 
 
 def _set_aside(stage: Stage) -> None:

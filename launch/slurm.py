@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.cluster import Cluster, JobSettings
+from launch.cluster import Cluster, JobSettings, layout
 from launch.plan import Plan, Stage
 from launch.run import begin, is_done
 from launch.snapshot import take_snapshot
@@ -106,16 +106,14 @@ def submit(plan: Plan, cluster: Cluster) -> dict[str, Job]:
     cluster.check_names(list(KINDS), [stage.name for stage in plan.table.stage])
     folder = folder_of(plan.run)
     with only_one(folder, "submit", wait=60):
-        before = read_submission(plan.run)
-        if before and (left := states(before.jobs)):
-            raise UserError(
-                f"jobs of {plan.run} are in the queue ({', '.join(left)}); wait for them, or end them: patchmill cancel"
-            )
+        check_idle(plan.run)
         parts = [(part, _settings(part, cluster)) for part in _parts(plan, cluster)]
         scripts = [_script(plan, part, settings) for part, settings in parts]  # all that may be wrong is wrong by now
-        write_text(plan.run / "plan.toml", plan.path.read_text(encoding="utf-8"))
+        text = plan.path.read_text(encoding="utf-8")
+        write_text(plan.run / "plan.toml", text)
         if not parts:
             return {}
+        write_text(folder / "plan.toml", text)
         take_snapshot(folder / CODE)
         table = {"plan": str(plan.path), "directory": os.getcwd(), "smoke": plan.smoke, "known": plan.inputs.known}
         jobs: dict[str, Job] = {}
@@ -129,7 +127,7 @@ def submit(plan: Plan, cluster: Cluster) -> dict[str, Job]:
                 jobs |= part.jobs(number, settings)
                 Submission(**table, jobs=jobs).write(plan.run)
             for name in jobs:
-                Record(plan.run, name).path.unlink(missing_ok=True)  # of a job before
+                Record(plan.run, name).forget()  # of a job before
             # Held until now: a job that starts finds itself in what was written, and one of half a plan never starts.
             slurm("scontrol", "release", ",".join(_numbers(jobs)))
         except PatchmillError as error:
@@ -169,6 +167,19 @@ def states(jobs: dict[str, Job]) -> dict[str, Queued]:
     return {name: found[job.id] for name, job in jobs.items() if job.id in found}
 
 
+def check_idle(run: Path) -> None:
+    """Check that no job of a run is in the queue.
+
+    Raises:
+        UserError: One is.
+        PatchmillError: Slurm gives no answer.
+    """
+    submission = read_submission(run)
+    if submission and shutil.which("squeue") and (left := states(submission.jobs)):
+        remedy = f"wait for them, or end them: patchmill cancel {shlex.quote(str(run))}"
+        raise UserError(f"jobs of {run} are in the queue ({', '.join(left)}); {remedy}")
+
+
 def cancel(jobs: dict[str, Job]) -> None:
     """End jobs, those that wait too.
 
@@ -177,21 +188,6 @@ def cancel(jobs: dict[str, Job]) -> None:
     """
     if jobs:
         slurm("scancel", *(job.id for job in jobs.values()))
-
-
-def layout(ranks: int, settings: JobSettings, where: str) -> tuple[int, int]:
-    """Return nodes and ranks on each.
-
-    Raises:
-        UserError: The ranks do not fill the nodes.
-    """
-    each = min(ranks, settings.ranks_per_node or settings.gpus_per_node or ranks)
-    if ranks % each:
-        raise UserError(
-            f"stage {where} has {ranks} ranks, and a node takes {each}; make ranks a multiple of that, or set "
-            "ranks_per_node"
-        )
-    return ranks // each, each
 
 
 def _parts(plan: Plan, cluster: Cluster) -> Iterator[Part]:
@@ -234,6 +230,8 @@ def _script(plan: Plan, part: Part, settings: JobSettings) -> str:
     nodes, each = layout(stage.table.ranks, settings, stage.table.name)
     if "\\" in str(folder) or not str(folder).isprintable():  # after a backslash Slurm takes each % for itself
         raise UserError(f"Slurm writes no logs below {str(folder)!r}, for a character in it; choose another --runs")
+    if ":" in str(folder):
+        raise UserError(f"jobs cannot run the code below {str(folder)!r}, for its colon; choose another --runs")
     log = f"{str(folder).replace('%', '%%')}/{part.log}.log"
     options = {
         "job-name": f"{plan.run.name}:{part.name}", "output": log, "open-mode": "append",
@@ -246,8 +244,9 @@ def _script(plan: Plan, part: Part, settings: JobSettings) -> str:
     lines += [f"# {part.title} of {_comment(plan.path)}, written by `patchmill submit`."]
     lines += [f"#SBATCH --{name}={_option(str(value))}" for name, value in options.items() if value is not None]
     lines += ["#SBATCH --requeue", *(f"#SBATCH {option}" for option in settings.sbatch), ""]
+    lines += [f"touch {shlex.quote(str(folder))}/{part.job}.begun  # until launch.job removes it"]
     lines += ["trap '' USR2  # which warns of the time limit, until launch.job listens"]
-    lines += [f"module load {shlex.quote(module)}" for module in settings.modules]
+    lines += [_load(module) for module in settings.modules]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in settings.env.items()]
     lines += settings.setup
     lines += [f"cd {shlex.quote(os.getcwd())} || exit"]
@@ -255,6 +254,11 @@ def _script(plan: Plan, part: Part, settings: JobSettings) -> str:
     # -P: not the code that happens to be where it was submitted.
     lines += [f"exec {shlex.quote(sys.executable)} -P -m launch.job {shlex.quote(str(plan.run))} {part.job}"]
     return "\n".join(lines) + "\n"
+
+
+def _load(module: str) -> str:
+    told = shlex.quote(f"error: module load {module} failed")
+    return f"module load {shlex.quote(module)} || {{ echo {told} >&2; exit {UserError.exit_code}; }}"
 
 
 def _option(value: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from pipeline.config import TrainSettings
-from pipeline.settings import Settings
+from pipeline.settings import Settings, View
 
 SourceOption = Literal["image", "label", "weight", "key", "separator", "classes", "devkit", "real"]
 
@@ -52,7 +52,7 @@ class EvaluateStage(Settings):
     weights: str
     data: str
     batch: int = Field(64, gt=0)
-    view: Literal["resize", "center_crop"] = "resize"
+    view: View = "resize"
     short: int | None = Field(None, gt=0)
     ema: bool = False
 
@@ -66,6 +66,7 @@ class FewshotStage(Settings):
     shots: list[int] = [1, 5, 10, 25]
     knn: int | None = Field(None, gt=0)
     linear: bool = False
+    view: View = "resize_center_crop"
     ema: bool = False
 
 
@@ -144,7 +145,7 @@ def _evaluate(s: EvaluateStage, folder: Path, run: Path) -> list[str]:
 
 def _fewshot(s: FewshotStage, folder: Path, run: Path) -> list[str]:
     options = (["--knn", str(s.knn)] if s.knn else []) + (["--linear"] if s.linear else [])
-    options += ["--ema"] if s.ema else []
+    options += ["--view", s.view] + (["--ema"] if s.ema else [])
     return ["fewshot", s.weights, s.train, s.test, "--shots", ",".join(map(str, s.shots)), *options]
 
 

@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from launch.results import result_of
+from launch.results import read_json, result_of
+from launch.run import RUNNER
 from launch.slurm import Queued, cancel, states
 from launch.submission import Record, Submission, check_run, log_of, read_submission
+from launch.sweep import sweep_of
 from pipeline.settings import Duration, read_toml
 from pipeline.telemetry import read_metrics
+from shards.atomic import is_held
 from shards.errors import PatchmillError, UserError
 
 WORDS = {"PENDING": "waiting", "RUNNING": "running", "COMPLETING": "ending", "CONFIGURING": "starting"}
@@ -35,8 +39,8 @@ class Status:
 
     Attributes:
         name: Of the stage.
-        state: ``done``, ``running``, ``waiting``, ``stopped``, ``crashed`` (both will come back), ``failed``,
-            ``cancelled``, ``lost`` (its job is gone without a word), ``begun`` or ``not begun``.
+        state: ``done``, ``running``, ``waiting``, ``stopped``, ``crashed`` (both will come back, if they are jobs),
+            ``failed``, ``cancelled``, ``lost`` (its job or process is gone without a word), ``begun`` or ``not begun``.
         job: Its number, if it has one.
         step: Taken by now, of a training stage; likewise ``share`` of the way, in [0, 1], and ``images_per_second``.
         seconds_left: At that speed.
@@ -90,11 +94,16 @@ def cancel_run(run: Path) -> list[str]:
     """End all jobs of a run, and wait until they are gone; return their names.
 
     Raises:
+        UserError: It was never submitted.
         PatchmillError: Some do not end.
     """
     check_run(run)
     submission, cancelled, deadline = read_submission(run), {}, time.monotonic() + GONE
-    while submission and (left := states(submission.jobs)):
+    if submission is None:
+        raise UserError(
+            f"no job of {run} is known: it was never submitted; stop its `patchmill run` by Ctrl-C or SIGTERM"
+        )
+    while left := states(submission.jobs):
         cancelled |= left
         if time.monotonic() > deadline:
             raise PatchmillError(f"{', '.join(left)} were cancelled, and do not end; does their node answer?")
@@ -119,14 +128,16 @@ def print_log(run: Path, stage: str, rank: int, lines: int, follow: bool) -> Non
     """Show the end of what a stage said, on stdout, and with ``follow`` what it says from now on.
 
     Raises:
-        UserError: There is no such stage, or nothing was said.
+        UserError: There is no such stage, or nothing was said where a file has it.
     """
     check_run(run)
     names = list(_names(run, read_submission(run)))
     if stage not in names:
         raise UserError(f"{run} has no stage {stage!r}; it has {', '.join(names)}")
     beside = run / "stages" / stage / "logs"
-    log = beside / f"rank-{rank}.log" if rank else log_of(run, stage)
+    log = log_of(run, stage)
+    if rank or not log.exists():  # it was never a job
+        log = beside / f"rank-{rank}.log"
     if not log.exists():
         others = ", ".join(str(path) for path in sorted(beside.glob("*.log"))) or "nothing else is there"
         raise UserError(f"there is no {log} yet; {others}")
@@ -151,15 +162,24 @@ def _queue(submission: Submission) -> dict[str, Queued] | None:
 
 
 def _names(run: Path, submission: Submission | None) -> Iterator[str]:
-    jobs = list(submission.jobs) if submission else []
+    jobs, sweeps = list(submission.jobs) if submission else [], {}
     for stage in read_toml(run / "plan.toml")["stage"]:
         name = stage["name"]
-        pattern = rf"{re.escape(name)}-\d+" if "sweep" in stage else rf"{re.escape(name)}\.\d+"
-        folders = [path.name for path in (run / "stages").glob(f"{name}-*")] if "sweep" in stage else []
-        parts = {each for each in [*jobs, *folders] if re.fullmatch(pattern, each)}
-        yield from sorted(parts, key=lambda each: int(re.search(r"\d+$", each)[0]))
         if "sweep" not in stage:
+            parts = {each for each in jobs if re.fullmatch(rf"{re.escape(name)}\.\d+", each)}
+            yield from _in_order(parts)
             yield name
+            continue
+        folders = [path.name for path in (run / "stages").glob(f"{name}-*")]
+        members = {each for each in [*jobs, *folders] if re.fullmatch(rf"{re.escape(name)}-\d+", each)}
+        with suppress(UserError):  # its values are in a recipe beside the plan: those that have begun, then
+            sweeps[name] = sweep_of(name, stage["sweep"], stage.get("recipe"), sweeps)
+            members |= set(sweeps[name].members)
+        yield from _in_order(members or {name})
+
+
+def _in_order(names: set[str]) -> list[str]:
+    return sorted(names, key=lambda name: int((re.search(r"\d+$", name) or [0])[0]))
 
 
 def _status(
@@ -178,7 +198,7 @@ def _status(
     elif result_of(folder) or record.get("state") == "done":
         state, why = "done", ""
     elif job is None:
-        state = "begun" if folder.exists() else "not begun"
+        state, why = _here(folder)
     elif queue is None or record.get("state") == "failed":
         state = record.get("state", "waiting")
     elif record.get("state") == "running":
@@ -187,11 +207,22 @@ def _status(
         state = "cancelled"
         ended = [before[need] for need in job.needs if before[need].state not in ("done", *LIVE)]
         why = why or ", ".join(f"{need.name} {need.state}" for need in ended)
-    log = log_of(run, name) if job else folder / "logs"
+    log = (
+        log_of(run, name) if job else next(filter(Path.exists, (folder / "logs" / "rank-0.log", folder / "logs")), None)
+    )
     return Status(
         name, state, job and job.id, **(_progress(folder, state == "running") if name == folder.name else {}),
-        restarts=max(0, record.get("tries", 0) - 1), why=why, log=os.path.relpath(log) if log.exists() else "",
+        restarts=max(0, record.get("tries", 0) - 1), why=why, log=os.path.relpath(log) if log and log.exists() else "",
     )  # fmt: skip
+
+
+def _here(folder: Path) -> tuple[str, str]:
+    """Return how a stage is that is no job's, and why: as ``patchmill run`` notes it."""
+    noted = read_json(folder / "state.json")
+    state, why = noted.get("state", "begun" if folder.exists() else "not begun"), noted.get("reason", "")
+    if state == "running" and not is_held(folder / "logs" / RUNNER, unknown=True):
+        return "lost", "its process is gone without a word: killed, or its machine was"
+    return state, why
 
 
 def _progress(folder: Path, running: bool) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What ``patchmill submit`` leaves in a run's folder, for its jobs and for who asks how they are.
 
-RUN/plan.toml   slurm/{submission.json, code/, NAME.sbatch, NAME.log, NAME.json, NAME.doctor/}
+RUN/plan.toml   slurm/{submission.json, plan.toml, code/, NAME.sbatch, NAME.log, NAME.json, NAME.begun,
+                       NAME.doctor/}
 """
 
 import json
@@ -40,7 +41,7 @@ class Submission(Settings):
     """All jobs of a run, and what they go by.
 
     Attributes:
-        plan: Path of the plan's file; its text then is ``RUN/plan.toml``.
+        plan: Path of the plan's file; its text then is ``RUN/slurm/plan.toml``.
         directory: That it was submitted from, which its jobs run in.
         smoke: As of ``patchmill run``.
         known: Digests of the plan's inputs, by path.
@@ -55,7 +56,7 @@ class Submission(Settings):
 
     def read_plan(self, run: Path) -> Plan:
         """Return the plan as it was submitted."""
-        text = (run / "plan.toml").read_text(encoding="utf-8")
+        text = (folder_of(run) / "plan.toml").read_text(encoding="utf-8")
         return read_submitted(text, Path(self.plan), run, self.smoke, dict(self.known))
 
     def write(self, run: Path) -> None:
@@ -71,6 +72,11 @@ def folder_of(run: Path) -> Path:
 def log_of(run: Path, name: str) -> Path:
     """Return where a job of a run writes what it says."""
     return folder_of(run) / f"{name}.log"
+
+
+def begun_of(run: Path, name: str) -> Path:
+    """Return the file that the script of a job makes when it begins, and ``launch.job`` removes when it does."""
+    return folder_of(run) / f"{name}.begun"
 
 
 def read_submission(run: Path) -> Submission | None:
@@ -104,30 +110,55 @@ def check_run(run: Path) -> None:
 
 
 class Record:
-    """What is known of the tries of a job, in ``NAME.json``; the job alone writes it.
+    """What is known of the tries of a job, in ``NAME.json``; the job's last try alone writes it.
 
     Attributes:
-        table: ``state`` (running, stopped, crashed, failed, done), ``tries``, ``barren`` (tries in a row that came no
-            further than the one before), ``samples`` (where the last began), ``nodes`` and ``reason``.
+        table: ``state`` (running, stopped, crashed, failed, done), ``tries``, ``job`` (Slurm's number of the last),
+            ``barren`` (tries in a row that came no further than the one before), ``at`` (where the last began: samples,
+            or finished shards), ``nodes`` and ``reason``. While only the script of a try has begun, it is ``failed``.
     """
 
     def __init__(self, run: Path, name: str):
-        self.path = folder_of(run) / f"{name}.json"
+        self.run, self.name, self.path = run, name, folder_of(run) / f"{name}.json"
+        self._begun = begun_of(run, name)
         self.table: dict[str, Any] = read_json(self.path)
+        if self._begun.exists():
+            said = _last_line(log_of(run, name))
+            self.table |= {"state": "failed", "reason": f"in its script, before launch.job{said and f': {said}'}"}
 
-    def begin(self, samples: int) -> int:
-        """Note that a try begins, with so many samples behind it; return how many came no further, with this one."""
-        barren = self.table.get("barren", 0) if samples <= self.table.get("samples", 0) else 0
-        tries = self.table.get("tries", 0) + 1
+    def begin(self, at: int) -> int:
+        """Note that a try begins, with so much behind it; return how many came no further, with this one."""
+        barren = self.table.get("barren", 0) if at <= self.table.get("at", 0) else 0
+        tries, job = self.table.get("tries", 0) + 1, os.environ.get("SLURM_JOB_ID")
         nodes = os.environ.get("SLURM_JOB_NODELIST", "")
-        self.note("running", tries=tries, barren=barren + 1, samples=samples, nodes=nodes, reason=None)
+        self._write(state="running", tries=tries, job=job, barren=barren + 1, at=at, nodes=nodes, reason=None)
         return barren + 1
 
+    def forget(self) -> None:
+        """Remove it, as of a job before."""
+        self.path.unlink(missing_ok=True)
+        self._begun.unlink(missing_ok=True)
+
+    def is_superseded(self) -> bool:
+        """Tell whether another try has begun since this one: Slurm starts one when it loses a node that lives on."""
+        now = read_json(self.path)
+        return any(now.get(key) != self.table.get(key) for key in ("tries", "job"))
+
     def note(self, state: str, **more: Any) -> None:
-        """Note how it is."""
-        self.table |= {"state": state, **more}
-        write_text(self.path, json.dumps(self.table))
+        """Note how it is, unless that is for another try to tell."""
+        if not self.is_superseded():
+            self._write(state=state, **more)
 
     def excuse(self, state: str, reason: str) -> None:
         """Note that the try was ended from outside, which is no fault of it."""
         self.note(state, barren=max(0, self.table.get("barren", 0) - 1), reason=reason)
+
+    def _write(self, **more: Any) -> None:
+        self.table |= more
+        write_text(self.path, json.dumps(self.table))
+        self._begun.unlink(missing_ok=True)
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")

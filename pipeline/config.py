@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.datasettings import DataSettings
-from pipeline.settings import Duration, Period, Settings, Url
+from pipeline.settings import Duration, Period, Settings, Url, View
 from shards.errors import UserError
 
 
@@ -258,8 +258,10 @@ class EvaluateSettings(Settings):
 
     every: Period = Duration("1 epoch")
     batch: int = Field(64, gt=0, description="images a rank takes at once")
-    view: Literal["resize", "center_crop"] = Field(
-        "resize", description="the whole image, squeezed; or its middle, of 8/7 of the resolution on the short side"
+    view: View = Field(
+        "resize",
+        description="the whole image, squeezed; its middle, of 8/7 of the resolution on the short side; or that of the "
+        "whole, squeezed to a square of 8/7",
     )
     ema: bool = Field(False, description="evaluate the moving average of the weights that optim.ema keeps")
     patience: int | None = Field(
@@ -276,6 +278,7 @@ class ProbeSettings(Settings):
     fewshot: bool = Field(True, description="least squares on a few images of each class, mean of three draws")
     shots: tuple[Annotated[int, Field(gt=0)], ...] = Field((5,), min_length=1, description="images of each class")
     linear: bool = Field(False, description="logistic regression on all images of train")
+    view: View = Field("resize_center_crop", description="as of [evaluate]; by default as few-shot is published")
 
     @model_validator(mode="after")
     def _of_something(self) -> "ProbeSettings":

@@ -62,8 +62,7 @@ def open_data(settings: TrainSettings, out: Path, first_batch: int) -> TrainingD
     """
     data = settings.data
     held_out = Dataset.open(data.val, settings=data.store) if data.val else None
-    if held_out is not None and settings.kind in OF_CLASSES:
-        check_labelled(held_out)
+    check_held_out(settings, held_out)
     options = {
         "global_batch": settings.global_batch, "rank": distributed.rank(), "world_size": distributed.world_size(),
         "seed": settings.seed, "transform": training_transform(data), "threads": data.threads,
@@ -78,8 +77,7 @@ def open_data(settings: TrainSettings, out: Path, first_batch: int) -> TrainingD
         )  # fmt: skip
         return TrainingData(loader, held_out.classes, None, held_out, schedule, None)
     dataset = training_set(data)
-    if held_out is not None and held_out.classes != dataset.classes:
-        raise UserError(f"{data.val} has other classes than {dataset.url}; build both with one list of classes")
+    check_same_classes(dataset, held_out)
     check_window(dataset, data, settings.seed)
     schedule = Schedule.of(settings, len(dataset), first_batch)
     in_process = data.decode == "process"
@@ -93,13 +91,25 @@ def open_data(settings: TrainSettings, out: Path, first_batch: int) -> TrainingD
     return TrainingData(loader, dataset.classes, len(dataset), held_out, schedule, names)
 
 
+def check_held_out(settings: TrainSettings, held_out: Dataset | None) -> None:
+    """Raise a UserError where a stage that tells classes is to be evaluated on images without any."""
+    if held_out is not None and settings.kind in OF_CLASSES:
+        check_labelled(held_out)
+
+
+def check_same_classes(dataset: Dataset | Mixture, held_out: Dataset | None) -> None:
+    """Raise a UserError where what is held out has other classes than what is trained on."""
+    if held_out is not None and held_out.classes != dataset.classes:
+        raise UserError(f"{held_out.url} has other classes than {dataset.url}; build both with one list of classes")
+
+
 def _labels(settings: TrainSettings) -> Accepts:
     """Return how many labels an image may have: to a softmax one without is nothing, and elsewhere it serves."""
     return "some" if settings.kind in OF_CLASSES and settings.loss == "softmax" else "any"
 
 
 def training_set(data: DataSettings) -> Dataset | Mixture:
-    """Open the data set of a training stage, or several as the mixture that they are drawn from.
+    """Open the data set of a training stage, or several as the mixture that they are drawn from: by weight, or by size.
 
     Raises:
         UserError: One is not there or not whole, or their classes do not go together.
@@ -107,6 +117,16 @@ def training_set(data: DataSettings) -> Dataset | Mixture:
     opened = [
         Dataset.open(source.url, source.exclude, settings=data.store, subset=source.subset) for source in data.sources
     ]
+    return mixed(data, opened)
+
+
+def mixed(data: DataSettings, opened: list[Dataset]) -> Dataset | Mixture:
+    """Return what is drawn from a stage's training sets, opened in the order of its settings.
+
+    Raises:
+        UserError: Their classes do not go together.
+    """
     if len(opened) == 1:
         return opened[0]
-    return Mixture([(dataset, source.weight) for dataset, source in zip(opened, data.sources, strict=True)])
+    weights = [source.weight or len(dataset) for dataset, source in zip(opened, data.sources, strict=True)]
+    return Mixture(list(zip(opened, weights, strict=True)))

@@ -16,7 +16,12 @@ class TrainSource(Settings):
     """One data set of a mixture, a ``[[data.train]]`` table."""
 
     url: Url
-    weight: float = Field(gt=0, allow_inf_nan=False, description="samples are drawn by the ratio of the weights")
+    weight: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="samples are drawn by the ratio of the weights; set in no table: by size, every image as often",
+    )
     exclude: str | None = Field(None, description="version of the drop list that this run pins")
     subset: int | None = Field(
         None, gt=0, description="so many samples alone, in whole shards; smaller ones are parts of larger"
@@ -34,7 +39,7 @@ class DataSettings(Settings):
         Annotated[Url, Tag("|url")] | Annotated[tuple[TrainSource, ...], Tag("|tables")],
         Discriminator(_url_or_tables),
     ] = Field(
-        description="a data set; [[data.train]] tables of several to draw from by weight; or a stream: '-', "
+        description="a data set; [[data.train]] tables of several, drawn from by weight or size; or a stream: '-', "
         "'pipe:COMMAND' or tars without a manifest"
     )
     val: Url | None = None
@@ -75,7 +80,18 @@ class DataSettings(Settings):
     def _url_or_tables(cls, value: Any) -> Any:
         tables = isinstance(value, (list, tuple)) and all(isinstance(each, (dict, TrainSource)) for each in value)
         if not isinstance(value, str) and not (tables and value):
-            raise ValueError("give the URL of a data set, or [[data.train]] tables with the url and weight of each")
+            raise ValueError("give the URL of a data set, or [[data.train]] tables with the url of each, and weights")
+        return value
+
+    @field_validator("train")
+    @classmethod
+    def _all_weighted_or_none(cls, value: str | tuple[TrainSource, ...]) -> str | tuple[TrainSource, ...]:
+        without = [] if isinstance(value, str) else [source.url for source in value if source.weight is None]
+        if without and len(without) < len(value):
+            raise ValueError(
+                f"{' and '.join(without)} without weight, and others with one; set it in all tables, or in none, which "
+                "draws by size"
+            )
         return value
 
     @field_validator("crop_area")
@@ -140,9 +156,9 @@ class DataSettings(Settings):
 
     @property
     def sources(self) -> tuple[TrainSource, ...]:
-        """The training sets; a single one has all the weight."""
+        """The training sets, of which all or none have a weight."""
         if isinstance(self.train, str):
-            return (TrainSource(url=self.train, weight=1.0, exclude=self.exclude, subset=self.subset),)
+            return (TrainSource(url=self.train, exclude=self.exclude, subset=self.subset),)
         return self.train
 
     @property

@@ -169,6 +169,16 @@ def ranks_here() -> list[int]:
     return [number for number, host in enumerate(hosts) if host == hosts[rank()]]
 
 
+def cores_each() -> int:
+    """Return how many cores each rank of this machine has for itself, at least 1; collective.
+
+    Whether its ranks may use all of them, or a launcher has bound each to its own.
+    """
+    everywhere = everyone((socket.gethostname(), os.sched_getaffinity(0)))
+    here = [mine for host, mine in everywhere if host == everywhere[rank()][0]]
+    return max(1, len(set().union(*here)) // len(here))
+
+
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Keep other runs out of a stage's folder; ranks of a launcher that was killed get a minute to end."""

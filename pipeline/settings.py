@@ -6,7 +6,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
@@ -64,6 +64,9 @@ def _without_secrets(url: str) -> str:
 
 
 Url = Annotated[str, AfterValidator(_without_secrets)]
+
+View = Literal["resize", "center_crop", "resize_center_crop"]
+"""What a model that is evaluated sees of an image: all, squeezed; its middle; or the middle of it all, squeezed."""
 
 
 S = TypeVar("S", bound=Settings)

@@ -130,6 +130,22 @@ def first_values(template: nn.Module, init: Source | None, settings: TrainSettin
     return value_of
 
 
+def check_heads(settings: TrainSettings, init: Source, model: dict[str, Any]) -> None:
+    """Raise a UserError where the heads of weights do not fit a stage's model, by shapes alone.
+
+    Args:
+        settings: Of the stage.
+        init: That it starts from.
+        model: What ``resolve_model`` says of both.
+    """
+    with torch.device("meta"):
+        template = create_model(**model, seed=None)
+    value_of = first_values(template, replace(init, tensor=init.parameters().__getitem__), settings)
+    for name, parameter in template.named_parameters():
+        if name.startswith(OF_THE_OBJECTIVE) and not (settings.kind == "finetune" and name.startswith("head.")):
+            value_of(name, tuple(parameter.shape))
+
+
 def _fixed_positions(template: nn.Module, init: Source) -> Tensor | None:
     """Return the position embeddings of weights whose positions are fixed, as ones that are learned; else None."""
     kind = init.model.get("position")

@@ -123,3 +123,20 @@ def only_one(folder: Path, doing: str, wait: float = 0.0, shared: bool = False, 
         yield
     finally:
         os.close(descriptor)
+
+
+def is_held(folder: Path, unknown: bool) -> bool:
+    """Tell whether a process has ``folder`` to itself, as of ``only_one``; ``unknown`` where folders are not locked."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return unknown
+    finally:
+        os.close(descriptor)
+    return False

@@ -176,9 +176,31 @@ class CenterCrop:
         image = _not_too_long(image)
         h, w = image.shape[:2]
         scale = short / min(h, w)
-        image = resize(image, max(short, round(h * scale)), max(short, round(w * scale)))
-        top, left = ((side - self.size) // 2 for side in image.shape[:2])
-        return image[top : top + self.size, left : left + self.size]
+        return _middle(resize(image, max(short, round(h * scale)), max(short, round(w * scale))), self.size)
+
+
+@dataclass(frozen=True)
+class ResizeCenterCrop:
+    """The whole image to a larger square, then the middle of it: for few-shot evaluation, as big_vision does it.
+
+    Attributes:
+        size: Side of the result, pixels.
+        larger: Side of the square it is cut from, pixels; by default 8/7 of it, as 256 is of 224.
+    """
+
+    size: int
+    larger: int | None = None
+
+    def __call__(self, image: np.ndarray, key: Key) -> np.ndarray:
+        """Transform uint8 [h, w, 3] to uint8 [size, size, 3]; ``key`` is not used."""
+        larger = self.larger or round(self.size * 8 / 7)
+        return _middle(resize(image, larger, larger), self.size)
+
+
+def _middle(image: np.ndarray, size: int) -> np.ndarray:
+    """Return the central square; of a margin that is odd, the smaller part is above and on the left."""
+    top, left = ((side - size) // 2 for side in image.shape[:2])
+    return image[top : top + size, left : left + size]
 
 
 def _not_too_long(image: np.ndarray) -> np.ndarray:
@@ -193,6 +215,7 @@ TRANSFORMS: dict[str, Callable[[int], Transform]] = {
     "resize": Resize,
     "resize_crop": ResizeCrop,
     "center_crop": CenterCrop,
+    "resize_center_crop": ResizeCenterCrop,
 }
 """Transforms by the name that settings give them, made from the side of their result."""
 

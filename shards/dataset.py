@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -112,6 +113,7 @@ class Dataset:
         exclude: The version of the drop list in use, or None.
         subset: How many samples were asked for, of whole shards that are the same ones always; None: all.
         classes: Class names; labels index into them.
+        build: The settings that made it: its ``source``, whether images may have several labels, and so on.
         digest: Hex digest of classes, shard contents, dropped samples, and the shards of a subset.
         paths: Of the tars, one a shard.
         raw_sizes: (shards,) int64, samples a shard, dropped ones too.
@@ -141,9 +143,9 @@ class Dataset:
             self.tars = open_store(info.tars, settings=settings) if info.tars else store
         except MissingError as error:
             raise UserError(f"the tars of {store.url} are not at {info.tars}; index them where they are") from error
-        self._read_again = 0
+        self._read_again, self._lock = 0, threading.Lock()
         self._remedy = "index them" if info.build.get("source") == "index" else "copy or build the data set"
-        self.classes = info.classes
+        self.classes, self.build = info.classes, info.build
         self.mean_bytes = info.image_bytes / info.samples
         self.paths = shards["path"].to_pylist()
         self.raw_sizes = shards["samples"].to_numpy()
@@ -191,7 +193,7 @@ class Dataset:
         settings = settings or StoreSettings()
         store = open_store(url, settings=settings)
         try:
-            info = manifest.parse_info(store.read(manifest.DATASET), store.url)
+            info = manifest.read_info(store)
         except MissingError as error:
             raise UserError(f"no data set at {store.url}{_hint(store)}") from error
         if not info.samples:
@@ -349,7 +351,9 @@ class Dataset:
         for _ in range(TRIES):
             if not wrong:
                 break
-            self._read_again += len(wrong)
+            with self._lock:
+                self._read_again += len(wrong)
+            self.tars.forget(self.paths[shard])  # type: ignore[union-attr]  # of a local store nothing is wrong
             again = ask(list(wrong))
             found |= again
             wrong = {i: data for i, data in again.items() if data != wrong[i] and not rows.is_whole(i, data)}

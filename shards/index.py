@@ -168,7 +168,7 @@ def _check_output(store: Store, jobs: list[Job], settings: dict, elsewhere: str 
     """Tell whether a finished index of these tars is there, made with these settings; refuse anything else."""
     remedy = "choose another folder with --out, or remove its manifest first"
     try:
-        info = manifest.parse_info(store.read(manifest.DATASET), store.url)
+        info = manifest.read_info(store)
     except MissingError:
         return False
     if info.build.get("source") != "index":
@@ -274,7 +274,7 @@ def _write_manifest(
 
 
 def _result(store: Store, tars: Store, jobs: list[Job], receipts: list[Receipt], read: int) -> Indexed:
-    info = manifest.parse_info(store.read(manifest.DATASET), store.url)
+    info = manifest.read_info(store)
     skipped: Counter[str] = Counter()
     for receipt in receipts:
         skipped.update(receipt.notes["skipped"])

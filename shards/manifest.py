@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from shards.errors import UserError
+from shards.errors import PatchmillError, UserError
 from shards.store import Store
 
 SCHEMA_VERSION = 3
@@ -254,6 +254,25 @@ def write_manifest(
         tars=tars,
     )
     write_info(store, info)
+
+
+def read_info(store: Store) -> Info:
+    """Read the ``dataset.json`` of a store; over a network until it comes the same twice, since nothing else checks it.
+
+    Raises:
+        MissingError: There is none.
+        UserError: As of ``parse_info``.
+        PatchmillError: It comes otherwise each time.
+    """
+    data, before = store.read(DATASET), None
+    for _ in range(TRIES):
+        if store.local or data == before:
+            return parse_info(data, store.url)
+        data, before = store.read(DATASET), data
+    raise PatchmillError(
+        f"{store.url}/{DATASET} comes otherwise each time, {TRIES + 1} times; check the network and what is between "
+        "this machine and the server"
+    )
 
 
 def parse_info(data: bytes, url: str) -> Info:

@@ -17,7 +17,7 @@ from shards.errors import UserError
 from shards.localstore import LocalStore
 from shards.manifest import Receipt
 from shards.objects import MissingError
-from shards.plan import WHOLE
+from shards.plan import WHOLE, Slice
 from shards.shard import finished
 from shards.store import Store, open_store
 
@@ -150,7 +150,7 @@ def _built(out: str | Path) -> Building:
     for name in [WHOLE, *root.folders()]:
         store = open_store(root.url if name == WHOLE else f"{root.url}/{name}")
         if store.exists(manifest.DATASET):
-            info = manifest.parse_info(store.read(manifest.DATASET), store.url)
+            info = manifest.read_info(store)
             sizes = manifest.open_table(store, manifest.SHARDS, ["samples"])["samples"].to_pylist()
             if "plan" in info.build:
                 found[name] = info.classes, PartBuilding(sizes, [0] * len(sizes), info.image_bytes, info.build)
@@ -188,6 +188,12 @@ def finished_shards(wanted: dict[tuple[str, int], tuple[str, int]]) -> dict[tupl
     with ThreadPoolExecutor(32) as pool:  # each is some round trips to a bucket
         found = pool.map(lambda place: finished(stores[place[0]], place[1], *wanted[place]), wanted)
         return {place: receipt for place, receipt in zip(wanted, found, strict=True) if receipt}
+
+
+def count_written(out: Path, own: Slice) -> int:
+    """Return how many shards of a slice have a receipt in a local folder: what a build need not write again."""
+    tables = out.glob(f"**/{Path(manifest.samples_path(0)).parent}/[0-9]*.parquet")
+    return sum(own.has(int(table.stem)) for table in tables)
 
 
 def finish(out: str | Path, building: Building, receipts: dict[tuple[str, int], Receipt]) -> Result:

@@ -18,7 +18,6 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import count
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -32,9 +31,8 @@ from shards.errors import PatchmillError, UserError
 from shards.loader import Loader
 from shards.meter import Counts
 from shards.mixture import Mixture
-from shards.workers import end_with_parent
+from shards.workers import deaf, end_with_parent
 
-_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2  # are for who trains: it saves, and ends us
 _PATIENCE = 5.0  # seconds for the process to end by itself
 
 
@@ -86,7 +84,8 @@ class ProcessLoader:
         pipes = [context.Pipe() for _ in range(3)]
         (calls, steps, memory), theirs = zip(*pipes, strict=True)
         process = context.Process(target=_run, args=(*theirs, os.getcwd(), packed), name="decode", daemon=True)
-        _start_without_signals(process)
+        with deaf():
+            process.start()
         for end in theirs:
             end.close()  # so that nobody has them but the process, and what it leaves open ends with it
         self._end = weakref.finalize(self, _end, process, calls, steps, memory)
@@ -161,16 +160,6 @@ def _fate(code: int | None) -> str:
     if code is not None and code < 0:
         return f"was killed by {signal.Signals(-code).name} (out of memory?); run again, with more memory if so"
     return f"ended with exit code {code}; see what it said before that"
-
-
-def _start_without_signals(process: BaseProcess) -> None:
-    """Start a process that our signals do not reach: from its first moment on, so by what it inherits."""
-    resource_tracker.ensure_running()  # starting it would let signals through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    try:
-        process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end(process: BaseProcess, *connections: Connection) -> None:

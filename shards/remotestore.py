@@ -88,6 +88,11 @@ class RemoteStore:
             found.append(data)
         return found
 
+    def forget(self, path: str) -> None:
+        """Ask the server anew for an object of which a copy may be here."""
+        if self._whole:
+            self._whole.forget(path)
+
     def _get_spans(self, path: str, starts: list[int], ends: list[int]) -> list[obstore.Bytes]:
         parts = obstore.get_ranges(self._reads, path, starts=starts, ends=ends, coalesce=0)
         short = [end for part, start, end in zip(parts, starts, ends, strict=True) if len(part) < end - start]

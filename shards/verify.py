@@ -224,7 +224,7 @@ def check_shard(job: _Job) -> tuple[list[Fault], list[Fault], int]:
 @lru_cache(maxsize=1)
 def _manifest(url: str) -> tuple[Info, pa.Table]:
     store = open_store(url)
-    info = manifest.parse_info(store.read(manifest.DATASET), store.url)
+    info = manifest.read_info(store)
     return info, manifest.open_table(store, manifest.SHARDS, manifest.SHARDS_SCHEMA.names)
 
 

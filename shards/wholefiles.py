@@ -3,8 +3,8 @@
 import hashlib
 import threading
 import weakref
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from shards.atomic import whole_file
@@ -33,11 +33,23 @@ class WholeFiles:
 
     def read_range(self, path: str, start: int, length: int) -> bytes:
         """Return a range of an object, as ``LocalStore.read_range`` does of its copy."""
+        with self._alone(path) as name:
+            if not self._copies.exists(name):
+                with whole_file(self.folder / name) as partial:
+                    self._fetch(path, partial)
+            return self._copies.read_range(name, start, length)
+
+    def forget(self, path: str) -> None:
+        """Fetch an object anew when it is asked for the next time."""
+        with self._alone(path) as name:
+            (self.folder / name).unlink(missing_ok=True)
+            self._copies = LocalStore(self.folder)  # the one before has the file open
+
+    @contextmanager
+    def _alone(self, path: str) -> Iterator[str]:
+        """Yield the name of a copy, which nobody else touches meanwhile."""
         name = hashlib.sha256(path.encode()).hexdigest()
         with self._lock:
             lock = self._locks.setdefault(name, threading.Lock())
         with lock:
-            if not self._copies.exists(name):
-                with whole_file(self.folder / name) as partial:
-                    self._fetch(path, partial)
-        return self._copies.read_range(name, start, length)
+            yield name

@@ -7,13 +7,15 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import connection
+from contextlib import contextmanager
+from multiprocessing import connection, resource_tracker
 from typing import TypeVar
 
 from shards.errors import PatchmillError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2  # ask for a stop
 
 
 def cores() -> int:
@@ -39,11 +41,14 @@ def run_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], workers: in
     context = multiprocessing.get_context("spawn")
     running: dict[Future, Job] = {}
     waiting = iter(jobs)
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
+    with deaf():
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent)
+    with pool:
         try:
             while True:
                 for job in waiting:
-                    running[pool.submit(function, job)] = job
+                    with deaf():
+                        running[pool.submit(function, job)] = job
                     if len(running) > workers:  # one more than can run: no worker waits for us
                         break
                 if not running:
@@ -58,10 +63,34 @@ def run_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], workers: in
             pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def deaf() -> Iterator[None]:
+    """Let processes that are started in here not hear ``SIGNALS``, from their first moment on: by what they inherit.
+
+    Slurm sends them to every process of a step. They are for the one that started the others: it saves, and ends them.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        resource_tracker.ensure_running()  # starting it lets some of them through again
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def end_with_parent() -> None:
-    """End this process when its parent is killed: an orphan would write on under the feet of the next try."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    """End this process when its parent is killed, whom it would write on under the feet of the next try, or says so.
+
+    It was started ``deaf``; a SIGTERM of its parent's, which a pool sends when it breaks, is the one that it heeds.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
     sentinel = parent.sentinel
     threading.Thread(target=lambda: (connection.wait([sentinel]), os._exit(1)), daemon=True).start()
+    threading.Thread(target=_obey, args=[parent.pid], daemon=True).start()
+
+
+def _obey(parent: int) -> None:
+    while (heard := signal.sigwaitinfo(SIGNALS)).si_pid != parent or heard.si_signo != signal.SIGTERM:
+        pass
+    os._exit(1)

@@ -27,3 +27,14 @@ def build_image_set(root: Path, per_class: int, **options: object) -> Path:
     """Build ``root/set`` of images as above; ``options`` are those of ``build``."""
     build(make_image_folder(root / "images", per_class), root / "set", workers=1, **options)
     return root / "set"
+
+
+def make_slow_images(root: Path, count: int) -> Path:
+    """Write ``root/noise/NNN.png``: links to one image of noise that takes a while to be encoded anew."""
+    folder = root / "noise"
+    folder.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(root.parent / "noise.png")
+    for index in range(count):
+        (folder / f"{index:03d}.png").hardlink_to(root.parent / "noise.png")
+    return root

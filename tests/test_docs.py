@@ -14,6 +14,11 @@ import typer
 
 from launch.cli import app
 from launch.cli_checkpoint import checkpoint_app
+from launch.cluster import Cluster, PodSettings
+from launch.plan import read_plan
+from launch.slurm import layout
+from launch.stages import KINDS
+from launch.status import COLOURS, LIVE, WORDS
 from pipeline.config import CheckpointSettings, ModelSettings, TrainSettings
 from pipeline.figures.distance import patch_distances
 from pipeline.flops import cost_of
@@ -28,6 +33,7 @@ from pipeline.settings import check, override
 from pipeline.weights import check_model
 from tests.command import patchmill
 from tests.pipeline import paper
+from tests.plans import write_plan
 
 DOCS = Path(__file__).parent.parent / "docs"
 MODELS_PAGE = (DOCS / "models.md").read_text()
@@ -250,3 +256,23 @@ def test_the_page_on_the_report_names_every_section():
     sections = re.findall(r'^        "([A-Z][a-z ,-]+)": ', text, re.MULTILINE)
     assert len(sections) == 11
     assert [name for name in sections if f"| {name.lower()} |" not in page] == ["Stages"]
+
+
+def test_the_pages_on_clusters_show_a_plan_and_profiles_that_hold(tmp_path):
+    page, launchers = (DOCS / "cluster.md").read_text(), (DOCS / "launchers.md").read_text()
+    plan, profile = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    checked = read_plan(write_plan(tmp_path, plan, "first.toml"), tmp_path / "runs")  # it needs nothing of a checkout
+    pods = re.search(r"```toml\n(.*?)```", launchers, re.DOTALL)[1]
+    for name, text, of in (("cluster.toml", profile, "Slurm"), ("pods.toml", pods, "Kubernetes")):
+        (tmp_path / name).write_text(text)
+        Cluster(tmp_path / name, of=of).check_names(list(KINDS), [stage.name for stage in checked.table.stage])
+    layouts = [
+        layout(stage.table.ranks, Cluster(tmp_path / "cluster.toml").job(stage.table.kind, stage.table.name), "")
+        for stage in checked.stages
+    ]
+    assert layouts == [(1, 1), (2, 8), (1, 8), (1, 1), (1, 1)]  # as the picture has them
+    told = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| `.*\n", launchers, re.MULTILINE))))
+    assert PodSettings.model_fields.keys() <= told | set(re.findall(r"^(\w+) =", pods, re.MULTILINE))
+    states = {*WORDS.values(), *LIVE, *COLOURS, "stopped", "crashed", "not begun", "begun"}
+    told = re.search(r"\| state \|.*?\n\n", page, re.DOTALL)[0]
+    assert states == set(re.findall(r"`([a-z ]+)`", told)) - {"patchmill run"}

@@ -65,7 +65,7 @@ def _what(made: nn.Module) -> str:
 def _training(note: dict[str, Any], settings: dict[str, Any]) -> str:
     known = {
         "kind": settings.get("kind"),
-        "data": settings.get("data", {}).get("train"),
+        "data": _sources(settings.get("data", {}).get("train")),
         "validation data": settings.get("data", {}).get("val"),
         "started from": settings.get("init"),
         "samples seen": note["samples"],
@@ -75,6 +75,14 @@ def _training(note: dict[str, Any], settings: dict[str, Any]) -> str:
         **{f"validation {key}": value for key, value in (note["val"] or {}).items()},
     }
     return _table({key: value for key, value in known.items() if value is not None})
+
+
+def _sources(train: str | list[dict[str, Any]] | None) -> str | None:
+    """Return where training data came from: of several sets each with what was set of it."""
+    if not isinstance(train, list):
+        return train
+    of_each = (", ".join(f"{k} {v}" for k, v in each.items() if k != "url" and v is not None) for each in train)
+    return "; ".join(each["url"] + (f" ({said})" if said else "") for each, said in zip(train, of_each, strict=True))
 
 
 def _changes(changed: dict[str, str]) -> str:

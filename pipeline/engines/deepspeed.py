@@ -127,6 +127,7 @@ class DeepSpeedEngine:
     def load(self, read: Read) -> None:
         """Fill masters, optimizer states and averages from a checkpoint, then the parameters, which follow masters."""
         held = replicated(self._named(), 0, 1) if self.stage == 0 else self._owned()
+        self._let_go()
         load_pieces(held, self.optimizer, read, self.ema.averages, self._changing)
         self._spread()
         if self.scale:
@@ -163,6 +164,7 @@ class DeepSpeedEngine:
         self._exchange()  # not after an error: it may be of this rank alone, and the others would not come
 
     def _exchange(self) -> None:
+        self._let_go()
         for master in self._masters():
             with self._changing(master):
                 self.ema.exchange(master)
@@ -187,14 +189,20 @@ class DeepSpeedEngine:
             if self.stage == 3:
                 self.zero._reassign_or_swap_out_partitioned_parameters(self._group_of(master))
 
+    def _let_go(self) -> None:
+        """Let go of what is still gathered, or read from NVMe, from the last use, before masters change.
+
+        It would be old; and what is in memory is changed there alone, while NVMe keeps what was.
+        """
+        if self.stage == 3:
+            self.zero._partition_all_parameters()
+
     def _spread(self) -> None:
         """Bring all that changed to all ranks."""
         if self.stage in (1, 2):
             self.zero.update_lp_params()
-        elif self.stage == 3:
-            self.zero._partition_all_parameters()  # what is still gathered from the last use is old
-            if self.zero.persistent_parameters:  # small parameters that stay gathered between steps
-                self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+        elif self.stage == 3 and self.zero.persistent_parameters:  # small ones that stay gathered between steps
+            self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
 
     def _masters(self) -> Iterable[Tensor]:
         """Return the fp32 tensors that this rank's optimizer steps."""

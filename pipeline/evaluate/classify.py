@@ -61,9 +61,19 @@ def check_labelled(dataset: Dataset) -> None:
         raise UserError(f"no image of {dataset.url} has a label; there is nothing to score")
 
 
+def has_real_labels(dataset: Dataset) -> bool:
+    """Tell whether a data set is of ImageNet's validation images with ReaL labels, of which an image has any number."""
+    return dataset.build.get("source") == "imagenet" and dataset.build.get("multi_label", False)
+
+
 def check_classes(model: nn.Module, classes: list[str], dataset: Dataset) -> None:
     """Raise a UserError when a model's classes are not those of a data set."""
-    if not model.num_classes:
+    check_known_classes(model.num_classes, classes, dataset)
+
+
+def check_known_classes(number: int, classes: list[str], dataset: Dataset) -> None:
+    """Raise a UserError when a number of classes and their names, of a model, are not those of a data set."""
+    if not number:
         raise UserError(
             "the model has no head of classes; fine-tune it, or see what its features are worth: `patchmill fewshot`"
         )

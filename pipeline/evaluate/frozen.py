@@ -21,7 +21,8 @@ from pipeline.evaluate.knn import knn_accuracy
 from pipeline.evaluate.linear import linear_accuracy
 from pipeline.images import to_model_input
 from pipeline.prefetch import prefetched
-from shards.augment import Resize
+from pipeline.settings import View
+from shards.augment import TRANSFORMS, Transform
 from shards.dataset import Dataset
 from shards.errors import UserError
 from shards.evaluation import EvaluationBatch, EvaluationLoader
@@ -46,6 +47,7 @@ def frozen_features_accuracy(
     shots: Sequence[int],
     neighbours: int | None = None,
     linear: bool = False,
+    view: View = "resize_center_crop",
 ) -> dict[str, dict]:
     """Fit linear classifiers on training images, score them on test images (vit-paper 4); collective over all ranks.
 
@@ -56,6 +58,7 @@ def frozen_features_accuracy(
         shots: Numbers of images a class.
         neighbours: Of the k nearest training images, k; None: they are not asked.
         linear: Probe linearly, too: the features of a rank's share of the images are in its memory then.
+        view: What the model sees of an image; by default what ``fewshot_lsr.py`` of big_vision shows it.
 
     Returns:
         On rank 0, for ``features``, and for ``pixels`` (the same images, flattened) if the sets are small:
@@ -72,7 +75,11 @@ def frozen_features_accuracy(
         # Of all ranks' images, on a disk that they share.
         folder = stack.enter_context(tempfile.TemporaryDirectory()) if distributed.rank() == 0 else None
         folder = Path(distributed.everyone(folder)[0])
-        found = [extract(model, each, folder / name, with_pixels) for each, name in ((train, "train"), (test, "test"))]
+        transform = TRANSFORMS[view](model.image_size)
+        found = [
+            extract(model, each, folder / name, transform, with_pixels)
+            for each, name in ((train, "train"), (test, "test"))
+        ]
         result = _scores(*found, shots, neighbours) if distributed.rank() == 0 else {}
         probed = _probed(*found, len(train.classes)) if linear else None
         if result and linear:
@@ -104,13 +111,14 @@ def _probed(train: Frozen, test: Frozen, classes: int) -> float:
 
 
 @torch.no_grad()
-def extract(model: nn.Module, dataset: Dataset, folder: Path, with_pixels: bool) -> Frozen:
+def extract(model: nn.Module, dataset: Dataset, folder: Path, transform: Transform, with_pixels: bool) -> Frozen:
     """Return the features of every image, in the data set's order, in files of a folder; collective over all ranks.
 
     Args:
         model: As in ``frozen_features_accuracy``, on its device.
         dataset: Images with one label each.
         folder: That all ranks see; made here.
+        transform: Makes of an image the square that the model sees.
         with_pixels: Keep what the model sees, too.
 
     Raises:
@@ -124,8 +132,9 @@ def extract(model: nn.Module, dataset: Dataset, folder: Path, with_pixels: bool)
         raise problem
     files = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in sizes}
     parts = EvaluationLoader(
-        dataset, BATCH, transform=Resize(side), rank=distributed.rank(), world_size=distributed.world_size()
-    )
+        dataset, BATCH, transform=transform, rank=distributed.rank(), world_size=distributed.world_size(),
+        threads=distributed.cores_each(),
+    )  # fmt: skip
 
     def prepare(part: EvaluationBatch) -> tuple[Tensor, Tensor]:
         return to_model_input(part.images, device), torch.from_numpy(part.positions[part.valid])

@@ -87,7 +87,7 @@ class Probe:
     def _extract(self, model: nn.Module, dataset: Dataset) -> Features:
         data, evaluate, device = self._settings.data, self._settings.evaluate, distributed.device()
         parts = EvaluationLoader(
-            dataset, evaluate.batch, transform=TRANSFORMS[evaluate.view](data.resolution), rank=distributed.rank(),
+            dataset, evaluate.batch, transform=TRANSFORMS[self._probe.view](data.resolution), rank=distributed.rank(),
             world_size=distributed.world_size(), threads=data.threads,
         )  # fmt: skip
 

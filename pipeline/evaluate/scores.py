@@ -13,12 +13,13 @@ import pyarrow as pa
 import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
-from pipeline.evaluate.classify import check_labelled
+from pipeline.evaluate.classify import check_labelled, has_real_labels
 from pipeline.evaluate.predict import Predictions
 from shards.atomic import whole_file
 from shards.dataset import Dataset
 from shards.manylabels import stacked
 
+REAL = "ReaL"
 BINS = 15  # of confidence: as in "On Calibration of Modern Neural Networks" (arXiv 1706.04599)
 
 
@@ -43,10 +44,10 @@ class Scores:
         right = (predictions.ranked[:, :, None] == truth[:, None]).any(axis=2)  # [n, k]
         self._right, self._right5 = right[:, 0], right.any(axis=1)
 
-    def summary(self) -> dict[str, float | int]:
+    def summary(self) -> dict[str, float | int | str]:
         """Return ``loss``, ``top1``, ``top5``, ``calibration_error``, all in [0, 1] but the first, and ``images``.
 
-        ``unlabelled`` is there if some are not counted.
+        ``unlabelled`` is there if some are not counted; ``labels`` is ``"ReaL"`` of ImageNet with such.
         """
         counted = self._labelled
         bins = self.calibration()
@@ -58,6 +59,7 @@ class Scores:
             "top5": float(self._right5[counted].mean()),
             "images": int(counted.sum()),
             **({"unlabelled": int((~counted).sum())} if not counted.all() else {}),
+            **({"labels": REAL} if has_real_labels(self._dataset) else {}),
             "calibration_error": float((weights * apart).sum()),
         }
 

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 
 from pipeline.convert.recognise import open_source
 from pipeline.report.heldout import held_out
-from pipeline.report.run import Run, Stage
+from pipeline.report.run import TRAINING, Run, Stage
 from shards.errors import PatchmillError, UserError
 
 
@@ -25,7 +26,7 @@ def accuracies(run: Run) -> list[Row]:
     """Return top-1 on held-out images of everything the run measured, chance first."""
     sets = run.finished("shards")
     rows = [_chance(stage, f" in {stage.name}" if len(sets) > 1 else "") for stage in sets]
-    rows += _most_frequent(run)
+    rows += _most_frequent(run, len(sets) > 1)
     few = run.finished("fewshot")
     for stage in few:
         where = f" ({stage.name})" if len(few) > 1 else ""
@@ -35,6 +36,7 @@ def accuracies(run: Run) -> list[Row]:
             rows.append(_trained(run, stage))
     for stage in run.finished("evaluate"):
         how = f"{stage.result['images']} images, each once; top-5 {100 * stage.result['top5']:.1f} %"
+        how += f"; {stage.result['labels']} labels" if "labels" in stage.result else ""
         rows.append(Row(f"{stage.name} (evaluate)", stage.result["top1"], how))
     return _seeds_together(run, rows)
 
@@ -44,20 +46,26 @@ def _chance(stage: Stage, where: str) -> Row:
     return Row(f"chance{where}", 1 / max(len(classes), 1), f"a guess among {len(classes)} classes")
 
 
-def _most_frequent(run: Run) -> list[Row]:
-    """Return what always saying the most frequent class of the held-out images comes to."""
-    stage = next((stage for stage in reversed(run.of("masked_patch", "mae", "supervised", "finetune"))), None)
-    try:
-        val = stage and held_out(stage)
-    except PatchmillError:
-        return []  # it is not there any more
-    if val is None:
-        return []
-    labels = chain.from_iterable(val.rows(shard).labels for shard in range(len(val.shard_sizes)))
-    counts = np.bincount(list(chain.from_iterable(labels)))
-    if not len(counts):
-        return []
-    return [Row("most frequent class", counts.max() / len(val), f"always saying {val.classes[counts.argmax()]}")]
+def _most_frequent(run: Run, several: bool) -> list[Row]:
+    """Return what always saying the most frequent class of held-out images comes to, of each data set the last ones."""
+    last: dict[str, tuple[str, Stage]] = {}  # by data set: the name of its held-out images, and a stage that has them
+    for stage in run.of(*TRAINING):
+        if url := stage.settings.get("data", {}).get("val"):
+            made = run.at(url)
+            last[made.name if made else url] = (f"{made.name}/{Path(url).name}" if made else url, stage)
+    rows = []
+    for name, stage in last.values():
+        try:
+            val = held_out(stage)
+        except PatchmillError:
+            continue  # they are not there any more
+        labels = chain.from_iterable(val.rows(shard).labels for shard in range(len(val.shard_sizes)))
+        counts = np.bincount(list(chain.from_iterable(labels)))
+        if len(counts):
+            where = f" in {name}" if several or len(last) > 1 else ""
+            how = f"always saying {val.classes[counts.argmax()]}"
+            rows.append(Row(f"most frequent class{where}", counts.max() / len(val), how))
+    return rows
 
 
 def _closed_form(stage: Stage) -> list[Row]:

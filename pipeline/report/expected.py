@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.evaluate.scores import REAL
 from pipeline.models import MODELS
 from pipeline.recipe import Expected, Recipe, read_recipe, recipe_names
+from pipeline.report.heldout import is_real
 from pipeline.report.lineage import ancestors
 from pipeline.report.run import TRAINING, Run, Stage
 from pipeline.resume import RULES
@@ -93,23 +95,35 @@ def _applying(
 
 def _measured_on(run: Run, stage: Stage, recipe: Recipe, told: Expected, data: str) -> Stage | None:
     """Return the stage that measured a model on a data set: itself, or one that was fine-tuned from it."""
+    of_images = "ImageNet" if data == REAL else data
     if "after fine-tuning" not in told.metric or stage.kind == "finetune":
-        return stage if data in recipe.about.data.split(" or ") else None
+        return stage if of_images in recipe.about.data.split(" or ") else None
     tuned = [each for each in run.of("finetune") if stage in ancestors(run, each)]
     for each in tuned:
         name = each.table.get("recipe")
-        if name in recipe_names() and data in read_recipe(name).about.data.split(" or "):
+        if name in recipe_names() and of_images in read_recipe(name).about.data.split(" or "):
             return run.named(_plan_name(run, each))
     return None
 
 
 def _top1(run: Run, stage: Stage, what: str) -> float | None:
     """Return top-1 of a stage in per cent, over seeds their mean; None: it has none, or another number is meant."""
-    if any(word in what for word in ("ReaL", "v2", "linear probing", "19 tasks", "after fine-tuning by")):
+    if any(word in what for word in ("v2", "linear probing", "19 tasks", "after fine-tuning by")):
         return None
     sweep: Any = stage.table.get("sweep")
     stages = [stage]
     if isinstance(sweep, dict) and sweep.keys() == {"seed"}:
         stages = [run.stages[name] for name in run.sweeps[stage.table["name"]]]
-    top1 = [each.val["top1"] for each in stages if each.val and "top1" in each.val and each.kind != "masked_patch"]
+    top1 = [top1 for each in stages if (top1 := _measured(run, each, real=REAL in what)) is not None]
     return 100 * sum(top1) / len(top1) if top1 else None
+
+
+def _measured(run: Run, stage: Stage, real: bool) -> float | None:
+    """Return top-1 of a stage on its held-out images; ``real``: with ReaL labels, there or in an evaluation of it."""
+    if stage.val and "top1" in stage.val and stage.kind != "masked_patch" and is_real(stage) == real:
+        return stage.val["top1"]
+    for each in run.finished("evaluate") if real else []:
+        trained = next((above for above in ancestors(run, each) if above.kind in TRAINING), None)
+        if trained is stage and each.result.get("labels") == REAL:
+            return each.result["top1"]
+    return None

@@ -78,7 +78,10 @@ def _made(found: dict[str, Any]) -> str:
     engine = f"DeepSpeed ZeRO {found['zero_stage']}" if found["engine"] == "deepspeed" else "Accelerate"
     facts = [f"{found['parameters']:,} parameters", f"{ranks}, {engine}"]
     for what, digest in (("code", found["commit"]), ("data", found["data"]), ("checkpoint", found["digest"])):
-        if digest:  # of a stream there is none of the data
-            end = "+" if digest.endswith("+") else ""
-            facts.append(f'{what} <code title="{digest}">{digest[:10]}{end}</code>')
+        if digest:  # of a stream there is none of the data, of a mixture one of each set
+            facts.append(f"{what} {' + '.join(map(_short, [digest] if isinstance(digest, str) else digest))}")
     return ", ".join(facts)
+
+
+def _short(digest: str) -> str:
+    return f'<code title="{digest}">{digest[:10]}{"+" if digest.endswith("+") else ""}</code>'

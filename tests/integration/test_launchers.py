@@ -72,11 +72,11 @@ def same(one: Path, other: Path) -> bool:
 
 
 def ranks_of(folder: Path) -> list[psutil.Process]:
-    """Return the ranks, of whatever parent, that work in a folder."""
+    """Return the ranks, of whatever parent, that work below a folder's; of its own name launchers make another."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
-        if "launch.rank" in words[:4] and any("tiny/stages/train" in word for word in words):
+        if "launch.rank" in words[:4] and any(f"{folder.parent}/" in word for word in words):
             found.append(process)
     return found
 
@@ -99,6 +99,23 @@ def test_torchrun_is_stopped_by_a_signal_that_it_would_die_of_and_patchmill_ends
     assert "ChildFailedError" in (stage(folder, "torchrun") / "logs" / "launcher-0.log").read_text()
     assert json.loads((stage(folder, "torchrun") / "stopped.json").read_text())["checkpoint"]
     assert not any(rank.is_running() for rank in ranks)
+    assert not list(folder.parent.rglob("hacked"))
+
+
+@pytest.mark.parametrize("launcher", ["accelerate", "deepspeed"])
+def test_a_short_stage_under_another_launcher(folder, launcher):
+    short, runs = PLAN.replace("400 steps", "3 steps"), f"short-{launcher}"
+    (folder / f"{runs}.toml").write_text(short)
+    code, stderr = done(begin(folder, runs, "--launcher", launcher, plan=f"{runs}.toml"))
+    assert code == 0, stderr
+    made = stage(folder, runs)
+    result = json.loads((made / "result.json").read_text())["result"]
+    assert (result["steps"], result["samples"]) == (3, 36)
+    saved = json.loads((Path(result["checkpoint"]) / "checkpoint.json").read_text())
+    assert saved["world_size"] == 2
+    assert (made / "logs" / "launcher-0.log").exists()
+    assert (made / "logs" / "rank-1.log").exists()
+    assert not ranks_of(folder)
     assert not list(folder.parent.rglob("hacked"))
 
 

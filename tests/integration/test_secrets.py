@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from shards.store import open_store
+from shards.storesettings import StoreSettings
 from tests.command import patchmill, refused
 from tests.images import make_image_folder
 
@@ -86,6 +88,13 @@ def test_nor_has_one_that_fails(bucket, s3_server, tmp_path):
     done = run(tmp_path, name="bad", data="s3://no-such-bucket/set", endpoint=s3_server)
     assert done.returncode == 2
     assert "no data set at s3://no-such-bucket/set/" in done.stderr
+    assert not (tmp_path / "runs").exists()  # it was looked at before
+    assert not with_secrets(tmp_path, done.stdout, done.stderr)
+
+    open_store(f"{bucket}/set/train", settings=StoreSettings(endpoint=s3_server)).delete("shards/000000.tar")
+    done = run(tmp_path, name="gone", data=f"{bucket}/set", endpoint=s3_server)
+    assert done.returncode == 2
+    assert "shards/000000.tar" in done.stderr
     assert not with_secrets(tmp_path / "runs", done.stdout, done.stderr)
 
     done = run(tmp_path, name="worse", data=f"https://me:{SECRET}@example.org/set", endpoint=s3_server)

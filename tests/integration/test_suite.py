@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import runpy
 import shutil
 
@@ -64,7 +65,17 @@ def test_the_whole_suite_runs_on_two_data_sets_from_one_plan(suite, tmp_path, mo
         assert (stages["evaluation"] / "predictions.parquet").is_file()
     drawn = {path.stem for path in (run / "stages" / "figures" / "figures").glob("*.png")}
     assert drawn == {"filters", "positions", "distance", "rollout"}
-    assert (run / "report.html").is_file()
+    page = (run / "report.html").read_text(encoding="utf-8")
+    for data, part in (("clipart", "val"), ("cifar", "test")):
+        features = json.loads((run / "stages" / f"{data}-features" / "result.json").read_text())["result"]["features"]
+        measured = {"least squares": features["all"], "linear probing": features["linear"]}
+        measured |= {"nearest neighbours": features["knn"]}
+        measured |= {f"{shots}-shot": top1 for shots, top1 in features["shots"].items()}
+        assert list(features["shots"]) == ["1", "2"]
+        for how, top1 in measured.items():
+            row = rf"frozen features, {how} \({data}-features\)</td>\s*<td[^>]*>{100 * top1:.1f} %"
+            assert re.search(row, page), (data, how)
+        assert f"most frequent class in {data}/{part}<" in page
 
 
 def test_the_drawings_in_cifars_layout_are_themselves_with_what_the_plan_holds_out_as_test(suite, tmp_path):

@@ -10,6 +10,7 @@ from launch.choice import anew, chosen
 from launch.cli import app
 from launch.plan import read_plan
 from launch.run import run_plan
+from shards.build import build
 from shards.errors import PatchmillError, UserError
 from tests import forked
 from tests.images import make_image_folder
@@ -57,6 +58,7 @@ def done(plan, *names: str, digest: str | None = None) -> None:
             told = {"digest": digest or stage.digest, "kind": stage.table.kind, "seconds": 0, "result": {}}
             (stage.folder / "result.json").write_text(json.dumps(told))
             (stage.folder / "inputs.json").write_text(json.dumps({"inputs": stage.inputs}))
+            build(plan.parent / "images", stage.folder / "data", workers=1)
 
 
 def test_what_follows_a_stage_and_what_is_alone(plan):

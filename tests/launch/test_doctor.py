@@ -13,7 +13,7 @@ from launch.plan import read_plan
 from launch.rankprobe import check_card, pairings
 from shards.dataset import Dataset, write_exclude
 from shards.errors import UserError
-from tests.command import patchmill
+from tests.command import patchmill, refused
 from tests.images import build_image_set
 from tests.shards.servers import serve_faults
 
@@ -54,7 +54,7 @@ def found(folder: Path, *arguments, ranks: int = 2, hosts: str = "", **more) -> 
     checked = read_plan(plan(folder, *arguments, ranks=ranks, **more), folder / "runs")
     hosts = hosts or "a" * ranks
     started = [{**RANK, "host": host, "links": [((at + 1) % len(hosts), 1e9)]} for at, host in enumerate(hosts)]
-    return {each.what.removeprefix("pretrain: "): each[1:3] for each in diagnose(checked.stages, started)}
+    return {each.what.removeprefix("pretrain: "): each[1:3] for each in diagnose(checked, checked.stages, started)}
 
 
 def test_a_plan_that_will_run_is_told_in_every_part(images, tmp_path):
@@ -73,6 +73,18 @@ def test_a_plan_that_will_run_is_told_in_every_part(images, tmp_path):
     assert f"GB of {socket.gethostname()}" in told["pretrain: memory"]["told"]
     assert told["pretrain: checkpoints"]["told"].startswith("3 of 0.0")  # two are kept, and one is being written
     assert not (tmp_path / "runs").exists()  # nothing is left behind
+
+
+def test_it_looks_with_the_ranks_that_are_asked_for(images, tmp_path):
+    done = patchmill("doctor", plan(tmp_path, images, ranks=1), "--ranks", "2", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = {each["what"]: each["told"] for each in json.loads(done.stdout)}
+    assert told["ranks"].startswith("2 on ")
+    assert told["pretrain: readers"] == f"each byte of {images} is read by 1 of 2 ranks"
+    wrong = refused(patchmill("doctor", "plan.toml", "--ranks", "3", cwd=tmp_path))
+    assert "14 does not divide over 3 ranks" in wrong
+    wrong = refused(patchmill("doctor", tmp_path, "--ranks", "2", cwd=tmp_path))
+    assert "is a run, whose jobs have theirs; leave it out" in wrong
 
 
 def test_what_will_not_run_is_told_on_one_page_and_ends_with_2(images, tmp_path):

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from launch.cli import _shown, app
 from pipeline.models import create_model
 from pipeline.weights import write_weights
-from shards.augment import CenterCrop, Resize
+from shards.augment import CenterCrop, ResizeCenterCrop
 from shards.dataset import Dataset
 from shards.decode import decode
 from shards.errors import UserError
@@ -129,7 +129,7 @@ def test_few_shot_of_a_checkpoint_is_what_numpy_finds(data, tmp_path):
         rows = []
         for each in samples:
             with torch.no_grad():
-                image = Resize(16)(decode(each.image, each.key), (0, 0, 0))
+                image = ResizeCenterCrop(16)(decode(each.image, each.key), (0, 0, 0))
                 rows.append(model.features(pixels_of(image))[0].numpy())
         found[part] = np.stack(rows), np.array([each.labels[0] for each in samples])
     command = ("fewshot", data / "w.safetensors", "train", "val", "--json")

@@ -9,25 +9,10 @@ from launch.cluster import Cluster
 from launch.kubernetes import manifest
 from launch.plan import read_plan
 from shards.errors import UserError
-from tests.images import make_image_folder
+from tests.plans import SHARDS, training, write_plan
 
-PLAN = """
-name = "My_plan"
-[[stage]]
-name = "shards"
-kind = "shards"
-set = { source = "images" }
-[[stage]]
-name = "rates"
-kind = "supervised"
-ranks = 16
-sweep = { "optim.lr" = [0.1, 0.2] }
-[stage.set]
-duration = "1 epoch"
-global_batch = 48
-data = { train = "{shards}" }
-model = { name = "vit_ti8" }
-"""
+SWEEP = 'sweep = { "optim.lr" = [0.1, 0.2] }'
+PLAN = 'name = "My_plan"' + SHARDS + training("rates", head=f"ranks = 16\n{SWEEP}")
 PROFILE = """
 image = "registry.example/patchmill:0.1"
 directory = "/data/me"
@@ -48,8 +33,7 @@ memory = "900Gi"
 
 
 def table_of(folder, profile: str = PROFILE, plan: str = PLAN, name: str = "plan.toml") -> dict:
-    make_image_folder(folder / "images", per_class=2)
-    (folder / name).write_text(plan)
+    write_plan(folder, plan, name)
     (folder / "pods.toml").write_text(profile)
     cluster = Cluster(folder / "pods.toml", of="Kubernetes")
     return yaml.safe_load(manifest(read_plan(folder / name, folder / "runs"), cluster, name, "my runs"))
@@ -144,9 +128,46 @@ def test_no_setting_and_no_path_becomes_anything_else(tmp_path):
         assert f'value: "{text}"\n' in raw
 
 
+def test_secrets_are_named_and_nowhere_written(tmp_path):
+    profile = PROFILE + '[kind.supervised]\nsecrets = ["bucket", "wandb.key"]\n'
+    jobs = table_of(tmp_path, profile=profile)["spec"]["replicatedJobs"]
+    shards, rates = (job["template"]["spec"]["template"]["spec"]["containers"][0] for job in jobs[:2])
+    assert "envFrom" not in shards
+    assert rates["envFrom"] == [{"secretRef": {"name": "bucket"}}, {"secretRef": {"name": "wandb.key"}}]
+
+
+@pytest.mark.parametrize(
+    "name", ["AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "WANDB_API_KEY", "HF_TOKEN", "db_password", "SECRET"]
+)
+@pytest.mark.parametrize("of", ["Slurm", "Kubernetes"])
+def test_a_secret_in_a_profile_is_refused_and_not_repeated(tmp_path, name, of):
+    (tmp_path / "cluster.toml").write_text(f'env = {{ {name} = "hunter2" }}')
+    with pytest.raises(UserError, match=rf"{name} is a secret by its name, .* on Slurm export it in the shell") as told:
+        Cluster(tmp_path / "cluster.toml", of=of)
+    assert "hunter2" not in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("env", ["NCCL_SOCKET_IFNAME", "TOKENIZERS_PARALLELISM", "NCCL_IB_PKEY", "KEYS", "AWS_REGION"])
+def test_what_is_no_secret_passes(tmp_path, env):
+    (tmp_path / "cluster.toml").write_text(f'env = {{ {env} = "x" }}\nsetup = ["export HF_TOKEN=$(cat ~/token)"]')
+    assert Cluster(tmp_path / "cluster.toml").job("", "").env == {env: "x"}
+
+
+def test_a_secret_in_a_line_of_shell_is_refused(tmp_path):
+    for line in ("export HF_TOKEN=hunter2", "HF_TOKEN='hunter2' x", 'a=1; export HF_TOKEN="hunter2"'):
+        (tmp_path / "cluster.toml").write_text(f"setup = [{json.dumps(line)}]")
+        with pytest.raises(
+            UserError, match="setup in the profile sets HF_TOKEN, which is a secret by its name"
+        ) as told:
+            Cluster(tmp_path / "cluster.toml")
+        assert "hunter2" not in str(told.value)
+
+
 @pytest.mark.parametrize(
     ("profile", "told"),
     [
+        ('image = "x"\nsecrets = ["A b"]', r"secrets.0 .*'A b' is no name of a Secret"),
         (
             'partition = "gpu"',
             r"partition in .*pods.toml is a setting of Slurm, and this is for Kubernetes; leave it out",
@@ -171,7 +192,7 @@ def test_a_profile_that_does_not_fit(tmp_path, profile, told):
     ],
 )
 def test_a_name_that_kubernetes_does_not_take(tmp_path, old, new, told):
-    plan = PLAN.replace('sweep = { "optim.lr" = [0.1, 0.2] }', "")
+    plan = PLAN.replace(SWEEP, "")
     with pytest.raises(UserError, match=told):
         table_of(tmp_path, profile='image = "x"', plan=plan.replace(old, new))
 

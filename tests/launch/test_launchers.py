@@ -10,49 +10,20 @@ from hypothesis import strategies as st
 from launch import deepspeed
 from launch.launchers import Launch, print_commands
 from launch.plan import read_plan
-from launch.rank import original, plain, who
+from launch.rank import original, plain, threads, who
 from launch.said import Said
 from launch.start import Start
 from shards.errors import UserError
-from tests.images import make_image_folder
+from tests.plans import SHARDS, converting, training, write_plan
 
-PLAN = """
-name = "x"
-[[stage]]
-name = "shards"
-kind = "shards"
-set = { source = "images" }
-[[stage]]
-name = "train"
-kind = "supervised"
-ranks = 4
-[stage.set]
-duration = "1 epoch"
-global_batch = 48
-data = { train = "{shards}" }
-model = { name = "vit_ti8" }
-[[stage]]
-name = "tune"
-kind = "finetune"
-init = "train"
-[stage.set]
-duration = "1 epoch"
-global_batch = 48
-data = { train = "{shards}" }
-model = { name = "vit_ti8" }
-[[stage]]
-name = "convert"
-kind = "convert"
-set = { source = "{train}" }
-"""
+PLAN = 'name = "x"' + SHARDS + training("train", head="ranks = 4")
+PLAN += training("tune", "finetune", 'init = "train"') + converting("train")
 ODD = """it's "my" $(touch hacked) `x` ; # %h & 100=plan"""
 
 
 @pytest.fixture
 def plan(tmp_path):
-    make_image_folder(tmp_path / "images", per_class=2)
-    (tmp_path / "plan.toml").write_text(PLAN)
-    return tmp_path / "plan.toml"
+    return write_plan(tmp_path, PLAN)
 
 
 def ranks_of(plan, **settings) -> dict[str, int]:
@@ -82,10 +53,33 @@ def printed(plan, launch: Launch, capsys, **settings) -> dict[str, list[str]]:
         ),  # mpirun, in a job of Slurm
         ({"SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0", "SLURM_NTASKS_PER_NODE": "2"}, (2, 4, 0, 2)),
         ({"SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURM_LOCALID": "2"}, (2, 4, 2, 1)),
+        (
+            {
+                "SLURM_PROCID": "6", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0", "SLURM_NODEID": "2",
+                "SLURM_STEP_TASKS_PER_NODE": "3(x2),2", "SLURM_TASKS_PER_NODE": "64(x4)",
+            },
+            (6, 8, 0, 2),
+        ),  # plain srun -n 8
     ],
 )  # fmt: skip
 def test_a_rank_knows_itself_by_what_its_launcher_sets(variables, expected):
     assert who(variables) == expected
+
+
+@pytest.mark.parametrize(
+    ("variables", "bound", "here", "expected"),
+    [
+        ({}, 64, 4, 16),
+        ({}, 2, 4, 1),
+        ({"SLURM_CPUS_ON_NODE": "32"}, 64, 4, 8),  # srun -n 4 of half a node, its tasks bound to no cores
+        ({"SLURM_CPUS_ON_NODE": "32"}, 8, 4, 8),  # bound to its own
+        ({"SLURM_CPUS_ON_NODE": "32", "SLURM_CPUS_PER_TASK": "6"}, 64, 4, 6),
+        ({"SLURM_CPUS_ON_NODE": "2"}, 64, 4, 1),
+        ({"SLURM_CPUS_ON_NODE": "32", "RANK": "0"}, 16, 4, 4),  # torchrun, in a task of Slurm with 16 cores
+    ],
+)
+def test_ranks_share_the_cores_that_are_theirs(variables, bound, here, expected):
+    assert threads(variables, bound, here) == expected
 
 
 @given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=40))
@@ -201,6 +195,11 @@ def test_a_variable_that_deepspeed_would_hand_to_a_shell_is_refused(tmp_path, mo
         ({"rdzv_endpoint": "a:1"}, "--rdzv-endpoint is a setting of --launcher torchrun and accelerate"),
         ({"launcher": "accelerate", "remote": "pdsh"}, "--remote is a setting of --launcher deepspeed, and the"),
         ({"launcher": "deepspeed", "remote": "rsh"}, "--remote is 'rsh'; give pdsh or openmpi"),
+        (
+            {"launcher": "torchrun", "rdzv_endpoint": "a:1"},
+            "--rdzv-endpoint a:1 is for several nodes; give --nodes N, too, or leave it out",
+        ),
+        ({"launcher": "accelerate", "node_rank": 0}, "--node-rank 0 is for several nodes; give --nodes N, too"),
         ({"launcher": "torchrun", "nodes": 2}, "--nodes 2 needs --rdzv-endpoint HOST:PORT"),
         ({"launcher": "torchrun", "nodes": 2, "rdzv_endpoint": "node0"}, "'node0' is no HOST:PORT"),
         ({"launcher": "torchrun", "nodes": 2, "rdzv_endpoint": "a:1", "node_rank": 2}, "--node-rank 2 of --nodes 2"),

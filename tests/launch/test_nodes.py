@@ -1,5 +1,8 @@
 """Node 0 and another, at a real port."""
 
+import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -9,6 +12,8 @@ from launch.local import free_port
 from launch.nodes import Leader, follow
 from launch.start import Start
 from shards.errors import PatchmillError, StoppedOnRequestError, UserError
+from tests.command import done, environment
+from tests.images import make_image_folder
 
 START = Start(["train", "it's"], "/logs", 2, 2, "localhost", 1)
 
@@ -64,6 +69,24 @@ def test_a_node_that_is_asked_to_stop_while_it_waits_stops_all():
     leader.end(75)
     thread.join(timeout=30)
     assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_node_that_waits_for_node_0_stops_when_it_is_asked_to(tmp_path, number):
+    make_image_folder(tmp_path / "images", per_class=8)
+    (tmp_path / "plan.toml").write_text(
+        'name = "x"\n[[stage]]\nname = "shards"\nkind = "shards"\nset.source = "images"'
+    )
+    command = ["run", "plan.toml", "--launcher", "torchrun", "--nodes", "2", "--node-rank", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch.cli", *command, "--rdzv-endpoint", f"localhost:{free_port()}"],
+        cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr.readline().startswith("waiting for node 0 at localhost:")
+    process.send_signal(number)
+    code, stderr = done(process)
+    assert code == 75
+    assert stderr.endswith("error: stopped before node 0 was there; run again to go on\n")
 
 
 def test_when_node_0_is_gone_the_others_say_so():

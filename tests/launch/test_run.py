@@ -7,21 +7,18 @@ from launch.run import _set_aside
 from pipeline.models import create_model
 from pipeline.weights import write_weights
 from shards.errors import UserError
-from tests.images import make_image_folder
+from tests.plans import SHARDS, write_plan
 
-PLAN = """
+PLAN = f"""
 name = "x"
-[[stage]]
-name = "shards"
-kind = "shards"
-set = { source = "images" }
+{SHARDS}
 [[stage]]
 name = "tune"
 kind = "finetune"
 recipe = "small_finetune"
 init = "w.safetensors"
 [stage.set]
-data = { train = "{shards}" }
+data = {{ train = "{{shards}}" }}
 """
 
 
@@ -35,10 +32,8 @@ def weights(folder, **settings) -> None:
 
 @pytest.fixture
 def plan(tmp_path):
-    make_image_folder(tmp_path / "images", per_class=2)
     weights(tmp_path, seed=1)
-    (tmp_path / "plan.toml").write_text(PLAN)
-    return tmp_path / "plan.toml"
+    return write_plan(tmp_path, PLAN)
 
 
 def begun(plan, result: dict | None = None):

@@ -10,44 +10,25 @@ from pathlib import Path
 
 import pytest
 
-from launch.cluster import Cluster, JobSettings
+from launch.cluster import Cluster, JobSettings, layout
 from launch.plan import read_plan
-from launch.slurm import CODE, _numbers, _parts, _script, _settings, layout
+from launch.slurm import CODE, _numbers, _parts, _script, _settings
 from launch.snapshot import take_snapshot
 from launch.stages import KINDS
-from launch.submission import Job, Record, folder_of, read_submitted_plan
+from launch.submission import Job, Record, Submission, folder_of, read_submitted_plan
 from pipeline import provenance
 from shards.errors import UserError
 from tests.command import ROOT
-from tests.images import make_image_folder
+from tests.plans import SHARDS, converting, training, write_plan
 
-PLAN = """
-name = "x"
-[[stage]]
-name = "shards"
-kind = "shards"
-set = { source = "images" }
-[[stage]]
-name = "rates"
-kind = "supervised"
-ranks = 16
-sweep = { "optim.lr" = [0.1, 0.2, 0.3] }
-[stage.set]
-duration = "1 epoch"
-global_batch = 48
-data = { train = "{shards}", val = "{shards}" }  # whose best is copied
-model = { name = "vit_ti8" }
-[[stage]]
-name = "copy"
-kind = "convert"
-set = { source = "{rates}" }
-"""
+RATES = 'ranks = 16\nsweep = { "optim.lr" = [0.1, 0.2, 0.3] }'
+PLAN = 'name = "x"' + SHARDS
+PLAN += training("rates", head=RATES, data='train = "{shards}", val = "{shards}"')  # whose best is copied
+PLAN += converting("rates", name="copy")
 
 
 def plan_of(folder: Path):
-    make_image_folder(folder / "images", per_class=2)
-    (folder / "plan.toml").write_text(PLAN)
-    return read_plan(folder / "plan.toml", folder / "runs")
+    return read_plan(write_plan(folder, PLAN), folder / "runs")
 
 
 def scripts(plan, profile: str) -> dict[str, str]:
@@ -82,7 +63,8 @@ def test_a_script_a_stage_with_what_the_profile_says_of_it(tmp_path):
     assert {"--open-mode=append", "--signal=B:USR2@120"} <= set(rates)
     assert f"--output={tmp_path}/runs/x/slurm/rates-%a.log" in rates
     assert found["rates"].startswith("#!/bin/bash -l\n")  # `module` is a function of login shells
-    assert "\nmodule load cuda/12.4\nulimit -n 4096\n" in found["rates"]
+    load = "module load cuda/12.4 || { echo 'error: module load cuda/12.4 failed' >&2; exit 2; }"
+    assert f"\n{load}\nulimit -n 4096\n" in found["rates"]
     assert found["rates"].endswith(f"-P -m launch.job {tmp_path}/runs/x rates-$SLURM_ARRAY_TASK_ID\n")
     assert "--gpus-per-node=1" in options(found["copy"])  # one rank
     assert {"--partition=cpu", "--array=0-3", "--time=1-0"} <= set(options(found["shards.slices"]))
@@ -110,6 +92,12 @@ def test_no_setting_and_no_path_is_read_by_the_shell(tmp_path, text):
     assert not list(tmp_path.rglob("hacked"))
     account = next(option for option in options(script) if option.startswith("--account="))
     assert re.sub(r"\\(.)", r"\1", account.removeprefix("--account=")[1:-1]) == text
+
+
+def test_a_folder_that_python_cannot_find_code_in_is_refused(tmp_path):
+    """A colon parts the folders of PYTHONPATH."""
+    with pytest.raises(UserError, match=r"cannot run the code below '.*a:b/runs/x/slurm', for its colon; choose"):
+        scripts(plan_of(tmp_path / "a:b"), "")
 
 
 def test_a_folder_that_slurm_cannot_write_logs_to_is_refused(tmp_path):
@@ -144,7 +132,7 @@ def test_what_is_wrong_in_a_profile_is_told(tmp_path, profile, told):
 
 def test_the_profile_of_the_docs_fits_and_every_key_is_told():
     page = (ROOT / "docs" / "cluster.md").read_text()
-    shown = tomllib.loads(re.search(r"```toml\n(.*?)```", page, re.DOTALL)[1])
+    shown = tomllib.loads(re.search(r"```toml\n(partition = .*?)```", page, re.DOTALL)[1])
     for table in (shown, *shown["kind"].values(), *shown["stage"].values()):
         JobSettings.model_validate({key: value for key, value in table.items() if key not in ("kind", "stage")})
     rows = " ".join(re.findall(r"^\| (`.*?) \|", page, re.MULTILINE))
@@ -168,6 +156,54 @@ def test_tries_that_come_no_further_are_counted(tmp_path, monkeypatch):
     record.excuse("stopped", "asked")
     assert Record(tmp_path, "x").begin(9) == 1  # the one before was no fault of its own
     assert Record(tmp_path, "x").table["tries"] == 7
+
+
+def test_jobs_go_by_the_plan_that_was_submitted_whatever_is_run_in_its_folder_since(tmp_path):
+    plan = plan_of(tmp_path)
+    folder_of(plan.run).mkdir(parents=True)
+    (folder_of(plan.run) / "plan.toml").write_text(PLAN)
+    (plan.run / "plan.toml").write_text(PLAN.replace("1 epoch", "2 epochs"))  # `patchmill run` leaves it there
+    table = {"plan": str(plan.path), "directory": str(tmp_path), "smoke": False, "known": plan.inputs.known}
+    Submission(**table, jobs={}).write(plan.run)
+    submitted = read_submitted_plan(plan.run)
+    assert [stage.digest for stage in submitted.stages] == [stage.digest for stage in plan.stages]
+
+
+def test_whatever_ends_a_job_is_told(tmp_path):
+    plan = plan_of(tmp_path)
+    job = Job(id="1", stage="shards", settings=JobSettings())
+    table = {"plan": str(plan.path), "directory": str(tmp_path), "smoke": False, "known": plan.inputs.known}
+    Submission(**table, jobs={"shards": job}).write(plan.run)  # and no plan
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.job", plan.run, "shards"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr  # for the log: it is no user's mistake
+    record = Record(plan.run, "shards").table
+    assert record["state"] == "failed"
+    assert record["reason"].startswith("FileNotFoundError: [Errno 2] No such file or directory: '")
+
+
+def test_a_try_that_is_not_the_last_any_more_writes_nothing(tmp_path, monkeypatch):
+    folder_of(tmp_path).mkdir()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    lost = Record(tmp_path, "x")
+    lost.begin(0)
+    lost.note("running", reason="so far")
+    assert not lost.is_superseded()
+    later = Record(tmp_path, "x")
+    later.begin(0)
+    assert lost.is_superseded()
+    lost.note("failed")
+    lost.excuse("stopped", "asked")
+    assert Record(tmp_path, "x").table == later.table
+    assert later.table["state"] == "running"
+
+    later.path.unlink()  # submitted again
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    Record(tmp_path, "x").begin(0)
+    Record(tmp_path, "x").begin(0)
+    assert later.is_superseded()
 
 
 def test_a_snapshot_is_whole_and_says_its_commit(tmp_path):

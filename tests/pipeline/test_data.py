@@ -4,6 +4,7 @@ from pipeline.config import TrainSettings
 from pipeline.data import open_data
 from pipeline.settings import check
 from shards.build import build
+from shards.dataset import Dataset
 from shards.errors import UserError
 from shards.loader import Loader
 from shards.stream import StreamLoader
@@ -62,3 +63,16 @@ def test_a_data_set_is_known_by_its_length(alone, folder, tmp_path):
 def test_what_a_stream_cannot_have_is_found_with_the_settings(folder, data, words):
     with pytest.raises(UserError, match=words):
         settings(folder, **data)
+
+
+def test_sets_without_weights_are_drawn_by_size_every_image_as_often(alone, folder, tmp_path):
+    """As the final runs of fine-tuning take the dev split's images back."""
+    source = make_source(tmp_path / "source", classes=2, each=20)
+    build(source, tmp_path / "parts", shard_samples=13, workers=1, split={"dev": 0.2})
+    urls = [f"{tmp_path}/parts/{part}" for part in ("train", "dev")]
+    data = open_data(settings(folder, train=[{"url": url} for url in urls], length="2 epochs"), tmp_path, 8)
+    sets = [Dataset.open(url) for url in urls]
+    sizes = [len(each) for each in sets]
+    assert (data.epoch, sum(sizes)) == (40, 40)
+    assert sizes[1] != sizes[0]
+    assert (data.loader.order.quotas / data.loader.order.period).tolist() == [size / 40 for size in sizes]

@@ -14,6 +14,9 @@ def test_training_data_is_one_set_or_several_with_weights():
     assert [source.subset for source in settings(data={"subset": 9}).data.sources] == [9]
     mixed = settings(data={"train": MIXED})
     assert [(s.url, s.weight, s.exclude) for s in mixed.data.sources] == [("a", 3, None), ("b", 1, "v1")]
+    by_size = settings(data={"train": [{"url": "a"}, {"url": "b", "exclude": "v1"}]})
+    assert [(s.url, s.weight, s.exclude) for s in by_size.data.sources] == [("a", None, None), ("b", None, "v1")]
+    assert check(TrainSettings, tomllib.loads(dump_toml(by_size.model_dump(mode="json"))), "again.toml") == by_size
     text = ["data.train=[{url='a', weight=3}, {url='b', weight=1, exclude='v1'}]"]
     assert check(TrainSettings, override(MINIMAL, text), "here.toml") == mixed
     assert (
@@ -26,9 +29,12 @@ def test_training_data_is_one_set_or_several_with_weights():
     ("data", "words"),
     [
         ({"train": []}, r"data\.train = \[\] .*give the URL of a data set, or \[\[data\.train\]\] tables"),
-        ({"train": ["a", "b"]}, r"data\.train = \['a', 'b'\] .*tables with the url and weight of each"),
+        ({"train": ["a", "b"]}, r"data\.train = \['a', 'b'\] .*tables with the url of each"),
         ({"train": {"url": "a"}}, r"data\.train in .*tables with the url"),
-        ({"train": [*MIXED, {"url": "c"}]}, r"data\.train\.2\.weight is missing"),
+        (
+            {"train": [*MIXED, {"url": "c"}]},
+            r"data\.train = .*: c without weight, and others with one; set it in all tables, or in none",
+        ),
         (
             {"train": [{"url": "c", "weihgt": 2}]},
             r"unknown setting data\.train\.0\.weihgt .*did you mean 'weight'.*: url, ",

@@ -6,7 +6,16 @@ import pytest
 import torch
 from PIL import Image
 
-from shards.augment import TRANSFORMS, CenterCrop, InceptionCrop, Resize, ResizeCrop, draws, inception_box
+from shards.augment import (
+    TRANSFORMS,
+    CenterCrop,
+    InceptionCrop,
+    Resize,
+    ResizeCenterCrop,
+    ResizeCrop,
+    draws,
+    inception_box,
+)
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (150, 200, 3), dtype=np.uint8)
@@ -31,6 +40,30 @@ def test_center_crop():
     left = (want.shape[1] - 96) // 2
     assert np.abs(image - want[8:104, left : left + 96]).max() <= 1.01
     assert CenterCrop(224)(NOISE[:, :20], (0, 0, 0)).shape == (224, 224, 3)
+
+
+def by_numpy(image, side, crop):
+    """The middle ``crop`` of the ``side`` x ``side`` square, each pixel looked up where it lies in the image."""
+    image = image.astype(np.float64)
+
+    def neighbours(length):
+        margin = (side - crop) // 2
+        place = np.clip((np.arange(margin, margin + crop) + 0.5) * length / side - 0.5, 0, length - 1)
+        low = np.minimum(np.floor(place).astype(int), length - 2)
+        return low, place - low
+
+    (top, down), (left, right) = (neighbours(length) for length in image.shape[:2])
+    rows = image[top] * (1 - down)[:, None, None] + image[top + 1] * down[:, None, None]
+    return rows[:, left] * (1 - right)[None, :, None] + rows[:, left + 1] * right[None, :, None]
+
+
+@pytest.mark.parametrize("shape", [(150, 200), (61, 30), (300, 256), (2, 9)])
+@pytest.mark.parametrize(("size", "larger"), [(224, 256), (384, 439), (16, 18)])
+def test_resize_center_crop_is_the_middle_of_a_square_of_8_7(shape, size, larger):
+    """big_vision's few-shot view, ``resize(256)|central_crop(224)``: the square is squeezed, whatever the image."""
+    image = RNG.integers(0, 256, (*shape, 3), dtype=np.uint8)
+    assert np.abs(ResizeCenterCrop(size)(image, (0, 0, 0)) - by_numpy(image, larger, size)).max() <= 1.01  # of 255
+    assert np.abs(ResizeCenterCrop(size, size + 9)(image, (0, 0, 0)) - by_numpy(image, size + 9, size)).max() <= 1.01
 
 
 def test_resize_crop_is_a_part_of_the_larger_square():
@@ -131,7 +164,7 @@ def test_transforms_are_pure_and_of_one_size(name):
     assert (before == NOISE).all()
     for other in ((2, 2, 3), (1, 3, 3), (1, 2, 4)):
         same = (transform(PLACE, other) == transform(PLACE, (1, 2, 3))).all()
-        assert same == (name in ("resize", "center_crop"))
+        assert same == (name in ("resize", "center_crop", "resize_center_crop"))
 
 
 def test_draws_are_uniform_and_pinned():

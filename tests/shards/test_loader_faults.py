@@ -74,6 +74,16 @@ def test_bits_that_a_network_turns_change_no_batch(server, expected):
     assert dataset.retries > 0
 
 
+def test_bits_turned_on_the_way_from_a_server_that_sends_no_parts_change_no_batch(server, expected):
+    server.ranges = False
+    dataset = Dataset.open(server.url, settings=QUICK)
+    read_tables(dataset)
+    server.fault, server.good, server.bad = "flip", 1, 3
+    assert batches(dataset) == expected
+    assert server.bad == 0
+    assert dataset.retries > 0
+
+
 def test_bits_that_a_network_turns_each_time_are_one_clear_error(server):
     dataset = Dataset.open(server.url, settings=QUICK)
     read_tables(dataset)
@@ -88,6 +98,14 @@ def test_bits_that_a_network_turns_in_tables_change_nothing(server, ninety):
     tables = [dataset.table(shard, ROW_COLUMNS) for shard in range(len(dataset.paths))]
     assert server.bad == 0
     assert tables == [Dataset.open(ninety).table(shard, ROW_COLUMNS) for shard in range(len(dataset.paths))]
+
+
+def test_bits_that_a_network_turns_in_the_description_change_nothing(server, ninety):
+    server.fault, server.bad = "flip", 3
+    assert Dataset.open(server.url, settings=QUICK).mean_bytes == Dataset.open(ninety).mean_bytes
+    server.bad = 10**9
+    with pytest.raises(PatchmillError, match=r"dataset\.json comes otherwise each time, 11 times; check the network"):
+        Dataset.open(server.url, settings=QUICK)
 
 
 def test_a_table_that_comes_too_short_is_an_error(server):

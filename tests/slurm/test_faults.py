@@ -1,12 +1,16 @@
 """What goes wrong on a cluster, and what becomes of the jobs; see also test_submit.py for stops of all kinds."""
 
+import json
+import os
 import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from launch.requeue import keep_off
 from tests.command import environment, losses, patchmill, refused
 from tests.slurm.cluster import wait_for
 from tests.slurm.runs import SHARDS, TRAIN, Submitted, write_plan
@@ -30,6 +34,70 @@ def test_a_lost_node_and_a_restarted_controller(cluster, tmp_path):
     run.wait_for_end()
     assert run.result("train")["samples"] == 700 * 12
     assert "from the start" not in run.log("train").split("train: try 2 on")[1]
+
+
+def test_a_node_that_is_lost_while_its_ranks_live_on_and_the_next_try_waits_for_them(cluster, tmp_path):
+    long = TRAIN.replace("700 steps", "9000 steps")
+    cluster.run("scontrol", "update", "NodeName=n1", "State=DRAIN", "Reason=test")
+    run = Submitted(cluster, write_plan(tmp_path, SHARDS, long), "ranks_per_node = 2")
+    run.wait_for_steps("train", 60)
+    cluster.run("scontrol", "update", "NodeName=n1", "State=RESUME")
+    assert run.record("train")["nodes"] == "n2"
+    words = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in cluster.tasks("n2")}
+    ranks = [pid for pid in words if b"launch.rank" in words[pid] and not words[pid].startswith(b"srun")]
+    assert len(ranks) == 2
+    cluster.end("slurmd.n2", signal.SIGKILL)  # alone: what it started knows nothing of it
+    wait_for(lambda: run.shown("train")["Restarts"] == "1", 90, "the node to be missed")
+    assert all(Path(f"/proc/{pid}").exists() for pid in ranks)
+    wait_for(lambda: run.record("train")["tries"] == 2, 60, "the second try")
+    steps = losses(run.stage("train"))[-1][0] // 12
+    run.wait_for_steps("train", steps + 100)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    cluster.start_node("n2")
+    assert "waiting for another rank" in run.log("train")
+    assert "crashed: Node failure on n2" in run.log("train")  # of which srun makes exit code 0
+    record = run.record("train")
+    assert (record["state"], record["tries"], record["nodes"]) == ("running", 2, "n1")
+    assert run.shown("train")["Restarts"] == "1"  # the first try did not send the second back
+    run.cancel()
+    samples = [line[0] for line in losses(run.stage("train"))]
+    assert samples == sorted(set(samples))  # one history
+    audit = patchmill("shards", "audit", run.stage("train"), cwd=tmp_path)
+    assert audit.returncode == 0, audit.stdout
+
+
+def test_a_job_goes_back_into_the_queue_once_the_controller_answers(cluster, tmp_path):
+    run = Submitted(cluster, write_plan(tmp_path, SHARDS, TRAIN))
+    run.wait_for_steps("train", 60)
+    words = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in cluster.tasks("n2")}
+    cluster.end("slurmctld", signal.SIGKILL)
+    os.kill(next(pid for pid in words if b"launch.rank" in words[pid]), signal.SIGTERM)
+    wait_for(lambda: "; tries again" in run.log("train"), 90, "the controller to be missed")
+    record = run.record("train")
+    assert record["state"] == "failed"  # so far
+    assert re.match(r"stopped on request at .* samples, and it cannot go back into the queue: squeue", record["reason"])
+    cluster.start_controller()
+    wait_for(lambda: run.shown("train")["Restarts"] == "1", 60, "the restart")
+    assert run.record("train")["state"] in ("stopped", "running")
+    run.wait_for_end()
+    assert run.result("train")["samples"] == 700 * 12
+    assert run.record("train")["tries"] == 2
+
+
+def test_a_job_that_cannot_go_back_has_failed(cluster, tmp_path, capsys):
+    broken = 'container = ["sh", "-c", "echo error: no such image >&2; exit 1"]'
+    run = Submitted(cluster, write_plan(tmp_path, SHARDS), f'sbatch = ["--no-requeue"]\n{broken}')
+    run.wait_for_end()
+    record = run.record("shards")
+    assert (record["state"], record["tries"]) == ("failed", 1)
+    told = "crashed: no such image, and it cannot go back into the queue: scontrol says: "
+    assert record["reason"].startswith(told)
+    assert record["reason"].endswith("; submit the plan again")
+    shown = patchmill("status", run.run, "--json", cwd=tmp_path).stdout
+    assert json.loads(shown)[0]["state"] == "failed"
+
+    keep_off("4711", ["n1"])
+    assert "n1 cannot be excluded, and may be had again: scontrol says: Invalid job id" in capsys.readouterr().err
 
 
 def test_of_an_array_the_one_that_was_stopped_comes_back_alone(cluster, tmp_path):
@@ -103,9 +171,10 @@ def test_a_health_check_that_no_node_passes_ends_the_job(cluster, tmp_path):
     assert run.shown("shards")["JobState"] == "FAILED"
 
 
-def test_of_two_submits_at_once_one_is_refused(cluster, tmp_path):
+def test_of_two_submits_at_once_one_is_refused_and_so_is_a_run_beside_jobs(cluster, tmp_path):
     plan = write_plan(tmp_path, SHARDS, TRAIN)
-    command = [sys.executable, "-m", "launch.cli", "submit", str(plan)]
+    (tmp_path / "cluster.toml").write_text('sbatch = ["--begin=now+300"]')
+    command = [sys.executable, "-m", "launch.cli", "submit", str(plan), "--cluster", "cluster.toml"]
     both = [
         subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True) for _ in range(2)
     ]
@@ -113,7 +182,12 @@ def test_of_two_submits_at_once_one_is_refused(cluster, tmp_path):
     assert sorted(told) == [0, 2]
     assert "are in the queue (shards, train)" in told[2]
     assert len(cluster.run("squeue", "-h").splitlines()) == 2
-    cancelled = patchmill("cancel", tmp_path / "runs/tiny", "--json", cwd=tmp_path).stdout
+    run = tmp_path / "runs/tiny"
+    plan.write_text(plan.read_text().replace("700 steps", "20 steps"))
+    by_hand = refused(patchmill("run", plan, cwd=tmp_path))
+    assert by_hand.endswith(f"wait for them, or end them: patchmill cancel {run}")
+    assert "700 steps" in (run / "plan.toml").read_text()
+    cancelled = patchmill("cancel", run, "--json", cwd=tmp_path).stdout
     assert cancelled == '["shards", "train"]\n'
 
 

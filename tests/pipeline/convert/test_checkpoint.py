@@ -15,7 +15,7 @@ from tests.pipeline.convert.made import TINY
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-def write(folder, model: dict, best: bool = False, samples: int = 64, ema: bool = True):
+def write(folder, model: dict, best: bool = False, samples: int = 64, ema: bool = True, train="/data/birds"):
     """Write a checkpoint in pieces that end in the middle of rows; the average is the weights and one."""
     made = create_model(**model, seed=3)
     pieces = []
@@ -27,7 +27,7 @@ def write(folder, model: dict, best: bool = False, samples: int = 64, ema: bool 
             ("exp_avg", torch.zeros_like(flat)),
         ):
             pieces += [(kind, name, 0, value[:cut].clone()), (kind, name, cut, value[cut:].clone())]
-    over = {"kind": "supervised", "duration": "1 epoch", "global_batch": 8, "data": {"train": "/data/birds"}}
+    over = {"kind": "supervised", "duration": "1 epoch", "global_batch": 8, "data": {"train": train}}
     over["model"] = {"name": "vit_ti16"}
     settings = check(TrainSettings, over | {"optim": {"lr": 0.125} | ({"ema": 0.9} if ema else {})}, "test")
     state = {"settings": settings.model_dump(mode="json"), "model": model, "classes": [f"bird {i}" for i in range(7)]}
@@ -56,6 +56,23 @@ def test_a_checkpoint_goes_everywhere(to, where, tmp_path):
     for told in ("| data | /data/birds |", "| samples seen | 64 |", "| commit of Patchmill | 0123abcd |",
                  "| validation top1 | 0.625 |", '"lr": 0.125', "| weights | of the last step |"):  # fmt: skip
         assert told in card, told
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(
+    ("train", "told"),
+    [
+        ([{"url": "a/train"}, {"url": "a/dev"}], "a/train; a/dev"),
+        (
+            [{"url": "a", "weight": 3}, {"url": "b", "weight": 1, "exclude": "v"}],
+            "a (weight 3.0); b (weight 1.0, exclude v)",
+        ),
+    ],
+)
+def test_the_card_tells_every_set_of_a_mixture(train, told, tmp_path):
+    write(tmp_path / "run", {"name": "vit_ti16", **TINY}, train=train)
+    with open(convert(tmp_path / "run", tmp_path / "w", "safetensors")["card"]) as file:
+        assert f"| data | {told} |" in file.read()
 
 
 @pytest.mark.usefixtures("alone")

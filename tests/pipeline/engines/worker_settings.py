@@ -27,8 +27,8 @@ MODEL = {
     "name": "vit_ti16", "image_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 3,
     "num_classes": 5, "drop_path": 0.1,
 }  # fmt: skip
-# What is smaller than a megabyte is never on NVMe.
-WIDE = MODEL | {"embed_dim": 192, "depth": 3, "mlp_dim": 1536}
+# Of what a rank has of a parameter, less than a megabyte is never on NVMe.
+WIDE = MODEL | {"embed_dim": 192, "depth": 3, "mlp_dim": 3072}
 GLOBAL_BATCH, RATE, DECAY = 12, 0.01, 0.8
 # Without this, all parameters of so small a model stay gathered.
 PARTITIONED = {"deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}

@@ -1,5 +1,6 @@
 """Frozen features of real images: the same on any number of ranks, and what is fitted to them is what numpy fits."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -13,15 +14,17 @@ from pipeline.evaluate.fewshot import fewshot_accuracy, least_squares_accuracy
 from pipeline.evaluate.frozen import frozen_features_accuracy
 from pipeline.evaluate.linear import linear_accuracy
 from pipeline.models import create_model
-from shards.augment import Resize
+from shards.augment import CenterCrop, Resize, ResizeCenterCrop
 from shards.dataset import Dataset
 from shards.decode import decode
 from shards.errors import UserError
+from shards.evaluation import EvaluationLoader
 from tests.images import build_image_set
 from tests.ranks import ends_of_ranks, run_on_ranks
 from tests.shards.datasets import Made, plain, write_dataset
 
 WORKER = Path(__file__).parent / "worker_frozen.py"
+VIEW = ResizeCenterCrop(16)  # the default
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +34,14 @@ def folder(tmp_path_factory):
     return folder / "set"
 
 
-def by_hand(folder, name):
+def by_hand(folder, name, view=VIEW):
     """Features and pixels from one image at a time."""
     dataset = Dataset.open(folder / name)
     model = create_model("vit_ti8", embed_dim=24, num_heads=3, depth=1, image_size=16, num_classes=3, seed=3).eval()
     features, pixels, labels = [], [], []
     for index in range(len(dataset)):
         sample = dataset[index]
-        image = Resize(16)(decode(sample.image, sample.key), (0, 0, 0)).astype(np.float32) / 127.5 - 1
+        image = view(decode(sample.image, sample.key), (0, 0, 0)).astype(np.float32) / 127.5 - 1
         image = image.transpose(2, 0, 1)
         with torch.no_grad():
             features.append(model.features(torch.from_numpy(image.copy())[None])[0].numpy())
@@ -64,6 +67,34 @@ def test_accuracies_are_those_of_features_made_by_hand_on_any_number_of_ranks(fo
     assert found["features"]["linear"] == pytest.approx(linear_accuracy(*probed, 3))
     assert "linear" not in found["pixels"]
     assert "knn" not in found["pixels"]
+
+
+def test_of_another_view_they_are_too(folder, alone):
+    model = create_model("vit_ti8", embed_dim=24, num_heads=3, depth=1, image_size=16, num_classes=3, seed=3).eval()
+    sets = [Dataset.open(folder / name) for name in ("train", "val")]
+    pixels = []
+    for name, view in (("resize", Resize(16)), ("center_crop", CenterCrop(16))):
+        (train, train_labels), (test, test_labels) = (by_hand(folder, part, view) for part in ("train", "val"))
+        found = frozen_features_accuracy(model, *sets, [4], view=name)
+        for kind in ("features", "pixels"):
+            expected = fewshot_accuracy(train[kind], train_labels, test[kind], test_labels, 4)
+            assert found[kind]["seeds"]["4"] == expected.tolist()
+        pixels.append(train["pixels"])
+    assert not np.array_equal(*pixels)
+
+
+def test_as_many_threads_decode_as_the_rank_has_cores(folder, alone, monkeypatch):
+    threads = []
+
+    class Watched(EvaluationLoader):
+        def __iter__(self):
+            threads.append(self.threads)
+            return super().__iter__()
+
+    monkeypatch.setattr(frozen, "EvaluationLoader", Watched)
+    model = create_model("vit_ti8", embed_dim=24, num_heads=3, depth=1, image_size=16, num_classes=3, seed=3).eval()
+    frozen_features_accuracy(model, *(Dataset.open(folder / name) for name in ("train", "val")), [1])
+    assert threads == [len(os.sched_getaffinity(0))] * 2
 
 
 def test_of_a_large_set_there_are_no_raw_pixels(folder, alone, monkeypatch):

@@ -12,7 +12,7 @@ from pipeline.evaluate.linear import linear_accuracy
 from pipeline.evaluate.probe import Probe
 from pipeline.models import create_model
 from pipeline.settings import check
-from shards.augment import Resize
+from shards.augment import Resize, ResizeCenterCrop, Transform
 from shards.dataset import Dataset
 from shards.decode import decode
 from shards.errors import UserError
@@ -21,6 +21,7 @@ from tests.ranks import run_on_ranks
 from tests.shards.datasets import Made, plain, write_dataset
 
 WORKER = Path(__file__).parent / "worker_probe.py"
+VIEW = ResizeCenterCrop(16)  # the default
 
 
 def clusters(n: int, seed: int, d: int = 12, classes: int = 4, noise: float = 4.0):
@@ -78,10 +79,10 @@ def settings(train: Path, test: Path, ranks: int = 1, engine: dict | None = None
     }, "test")  # fmt: skip
 
 
-def features_by_hand(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+def features_by_hand(dataset: Dataset, view: Transform = VIEW) -> tuple[np.ndarray, np.ndarray]:
     model = create_model("vit_ti8", embed_dim=24, num_heads=3, depth=1, image_size=16, num_classes=3, seed=3).eval()
     samples = [dataset[index] for index in range(len(dataset))]
-    pixels = np.stack([Resize(16)(decode(each.image, each.key), (0, 0, 0)) for each in samples])
+    pixels = np.stack([view(decode(each.image, each.key), (0, 0, 0)) for each in samples])
     with torch.no_grad():
         features = model.features(torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1).permute(0, 3, 1, 2))
     return features.numpy(), np.array([each.labels[0] for each in samples])
@@ -97,6 +98,17 @@ def test_probes_find_the_same_on_any_ranks_and_engines_as_one_image_after_the_ot
         for found in run_on_ranks(WORKER, ranks, folder, *engines):
             for engine in engines:
                 assert found[engine] == pytest.approx(few, abs=1e-9), (ranks, engine)
+
+
+def test_the_view_is_the_probes_own(folder, alone):
+    model = create_model("vit_ti8", embed_dim=24, num_heads=3, depth=1, image_size=16, num_classes=3, seed=3)
+    sets = folder / "train", folder / "test"
+    for name, view in (("resize", Resize(16)), ("resize_center_crop", ResizeCenterCrop(16))):
+        train, test = (features_by_hand(Dataset.open(each), view) for each in sets)
+        probe = Probe(settings(*sets, shots=[3], linear=False, view=name))
+        expected = fewshot_accuracy(*train, *test, 3).mean()
+        assert probe.measure(model, 0, None) == {"probe_3shot": pytest.approx(expected, abs=1e-9)}
+    assert not np.array_equal(train[0], features_by_hand(Dataset.open(sets[0]), Resize(16))[0])
 
 
 def test_what_cannot_be_probed_is_told_at_the_start(folder, tmp_path, alone):

@@ -1,6 +1,7 @@
 """Scores of predictions against counting one image at a time."""
 
 import csv
+import json
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,9 +11,11 @@ import torch
 from pipeline.evaluate.predict import predict
 from pipeline.evaluate.scores import Scores
 from shards.augment import Resize
+from shards.build import build
 from shards.dataset import Dataset
 from shards.errors import UserError
 from tests.shards.datasets import Made, plain, write_dataset
+from tests.shards.sources.test_imagenet import TRUTH, write_devkit, write_val
 
 CLASSES = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu"]
 LABELS = [(0,), (1, 2), (), (3,), (0,), (5, 0, 6), (3,), (), (4,), (3,), (1,), (2,)]
@@ -48,6 +51,20 @@ def by_hand(logits):
         for i, labels in enumerate(LABELS)
         if labels
     ]
+
+
+def test_the_summary_tells_real_labels(tmp_path, alone):
+    write_val(tmp_path / "val.tar")
+    write_devkit(tmp_path / "ILSVRC2012_devkit_t12.tar.gz", TRUTH)
+    (tmp_path / "real.json").write_text(json.dumps([[2], [], [0, 1], [0], [2, 0], []]))
+    for name, options in (("real", {"real": str(tmp_path / "real.json")}), ("plain", {})):
+        build(tmp_path / "val.tar", tmp_path / name, options=options, workers=1)
+        dataset = Dataset.open(tmp_path / name)
+        first = torch.zeros(len(dataset), len(dataset.classes))
+        first[:, 0] = 1
+        found = Scores(predict(lambda images, first=first: first, dataset, Resize(8), len(dataset)), dataset).summary()
+        told = (4, 2, "ReaL", 3 / 4) if name == "real" else (6, None, None, 2 / 6)
+        assert (found["images"], found.get("unlabelled"), found.get("labels"), found["top1"]) == told
 
 
 def test_the_summary_counts_each_image_with_labels_once(scores, by_hand):

@@ -1,9 +1,15 @@
+import json
+
 import pytest
 
 from pipeline.report.expected import compared
 from pipeline.report.lineage import ancestors, lineage, parent
 from pipeline.report.run import read_run
+from shards.build import build
 from tests.pipeline.report.made import ended, made_run, trained
+from tests.shards.sources.test_imagenet import TRUTH, write_devkit, write_val
+
+KINDS = ("ReaL", "ImageNet v2")
 
 PLAN = """
 [[stage]]
@@ -109,6 +115,91 @@ def test_a_masked_models_own_accuracy_is_of_patches_and_beside_nothing(tmp_path)
     trained(folder, "one", recipe, 0.35)
     (row,) = compared(read_run(folder))
     assert (row.expected, row.ours) == ((79.9, 79.9), None)
+
+
+REAL = """
+[[stage]]
+name = "big"
+kind = "supervised"
+recipe = "vit_b16_imagenet21k"
+
+[[stage]]
+name = "tuned"
+kind = "finetune"
+recipe = "finetune_imagenet"
+init = "big"
+sweep = { seed = [0, 1] }
+
+[[stage]]
+name = "weights"
+kind = "convert"
+set = { source = "{tuned-1}" }
+
+[[stage]]
+name = "plain"
+kind = "evaluate"
+set = { weights = "{tuned-0}", data = "there" }
+
+[[stage]]
+name = "real-0"
+kind = "evaluate"
+set = { weights = "{tuned-0}", data = "{real}" }
+
+[[stage]]
+name = "real-1"
+kind = "evaluate"
+set = { weights = "{weights}", data = "{real}" }
+
+[[stage]]
+name = "real-big"
+kind = "evaluate"
+set = { weights = "{big}", data = "{real}" }
+"""
+
+
+def test_real_accuracy_is_what_an_evaluation_with_real_labels_found(tmp_path):
+    folder = made_run(tmp_path / "a", REAL)
+    big = trained(folder, "big", "vit_b16_imagenet21k", 0.4)
+    for seed, top1 in enumerate((0.83, 0.85)):
+        trained(folder, f"tuned-{seed}", "finetune_imagenet", top1, init=str(big), seed=seed)
+    ended(folder, "weights", "convert", {"weights": str(folder / "stages/weights/model.safetensors"), "parameters": 1})
+    ended(folder, "plain", "evaluate", {"top1": 0.5, "top5": 0.9, "images": 10})
+
+    def ours() -> dict:
+        run = read_run(folder)
+        own = {what: row.ours for what, row in rows_of(run, "tuned").items()}
+        return own | {what: row.ours for what, row in rows_of(run, "big").items() if row.ours is not None}
+
+    own, reached = "top-1 on ReaL, by the weights it starts from: vit_b16_imagenet21k", "ImageNet"
+    before = ours()
+    assert before.pop(own) is None
+    assert [what.rpartition(": ")[2] for what in before] == ["vit_b16_imagenet21k", reached]
+    ended(folder, "real-0", "evaluate", {"top1": 0.88, "top5": 0.97, "images": 9, "unlabelled": 1, "labels": "ReaL"})
+    assert ours()[own] == pytest.approx(88)
+    ended(folder, "real-1", "evaluate", {"top1": 0.90, "top5": 0.97, "images": 9, "unlabelled": 1, "labels": "ReaL"})
+    ended(folder, "real-big", "evaluate", {"top1": 0.2, "top5": 0.3, "images": 9, "unlabelled": 1, "labels": "ReaL"})
+    after = ours()
+    assert after.pop(own) == pytest.approx(89)
+    (real,) = (after.pop(what) for what in list(after) if what.endswith(": ReaL"))
+    assert real == pytest.approx(89)
+    assert after == before == {what: pytest.approx(84) for what in before}
+
+
+def test_held_out_images_with_real_labels_are_beside_real_accuracy_alone(tmp_path):
+    write_val(tmp_path / "val.tar")
+    write_devkit(tmp_path / "ILSVRC2012_devkit_t12.tar.gz", TRUTH)
+    (tmp_path / "real.json").write_text(json.dumps([[2], [], [0, 1], [0], [2, 0], []]))
+    build(tmp_path / "val.tar", tmp_path / "real", options={"real": str(tmp_path / "real.json")}, workers=1)
+    build(tmp_path / "val.tar", tmp_path / "plain", workers=1)
+    found = {}
+    for name in ("real", "plain"):
+        text = '[[stage]]\nname = "one"\nkind = "supervised"\nrecipe = "simple_vit_s16_imagenet"\n'
+        folder = made_run(tmp_path / f"run-{name}", text)
+        trained(folder, "one", "simple_vit_s16_imagenet", 0.7, data={"val": str(tmp_path / name)})
+        found[name] = {row.what: row.ours for row in compared(read_run(folder))}
+    top1, real, v2 = ("top-1, by epochs: 90 epochs", *(f"top-1 on {x}, by epochs: 90 epochs" for x in KINDS))
+    assert found["plain"] == {top1: pytest.approx(70), real: None, v2: None}
+    assert found["real"] == {top1: None, real: pytest.approx(70), v2: None}
 
 
 def test_where_weights_come_from(run):

@@ -14,6 +14,7 @@ from pipeline.report.run import read_run
 from pipeline.settings import check, merge
 from pipeline.train import train
 from shards.build import build
+from shards.dataset import Dataset
 from tests.browser import CHROMIUM, browser
 from tests.command import patchmill, refused
 from tests.shards.images import make_source
@@ -119,6 +120,17 @@ def test_the_page_has_figures_lineage_settings_and_what_differs(page):
     for name in ("slow", "quick"):
         assert f"<b>{name}</b> (masked_patch): <code>samples-000000000024</code>, 24 samples seen" in text
         assert f"<summary>{name}: every setting</summary>" in text
+
+
+def test_of_a_mixture_the_digest_of_each_data_set_is_told(folder, tmp_path, alone):
+    sets = [folder / "set" / part for part in ("train", "val")]
+    data = {"train": [{"url": str(each)} for each in sets], "val": str(sets[1])}
+    train(check(TrainSettings, merge(TABLE, {"kind": "supervised", "data": data}), "test"), tmp_path / "mixed")
+    write_page([read_run(tmp_path / "mixed")], tmp_path / "p.html")
+    text = (tmp_path / "p.html").read_text()
+    first, second = (Dataset.open(each).digest for each in sets)
+    told = " + ".join(f'<code title="{each}">{each[:10]}</code>' for each in (first, second))
+    assert f"data {told}, checkpoint" in text
 
 
 def test_what_is_gone_is_said_in_its_place(folder, runs, tmp_path):

@@ -7,6 +7,7 @@ from pipeline.report.page import names
 from pipeline.report.run import read_run
 from shards.errors import UserError
 from tests.pipeline.report.made import ended, made_run, trained
+from tests.shards.datasets import Made, plain, write_dataset
 
 PLAN = """
 [[stage]]
@@ -103,6 +104,40 @@ def test_few_shot_results_of_several_data_sets_are_told_apart(tmp_path):
         "frozen features, least squares (two)", "frozen features, 5-shot (two)",
     ]  # fmt: skip
     assert [top1 for _, top1 in rows] == [0.5, 0.4, 0.6, 0.5]
+
+
+def test_the_most_frequent_class_of_several_data_sets_is_told_apart_of_each_the_last_held_out_images(tmp_path):
+    stages = ("one", "shards"), ("two", "shards"), ("rates", "finetune"), ("final", "finetune"), ("other", "finetune")
+    text = "".join(f'[[stage]]\nname = "{name}"\nkind = "{kind}"\n' for name, kind in stages)
+    run = made_run(tmp_path / "a", text)
+    made = {"one/dev": "rr", "one/val": "rrrg", "two/test": "rggggg"}
+    for place, colours in made.items():
+        name, part = place.split("/")
+        if name == "one":
+            ended(run, name, "shards", {"classes": ["green", "red"]})
+        images = [Made(f"k{i}", plain("red"), (int(colour == "r"),)) for i, colour in enumerate(colours)]
+        write_dataset(run / "stages" / name / "data" / part, ["green", "red"], [images])
+
+    def said() -> list[tuple]:
+        rows = accuracies(read_run(run))
+        return [(row.what, row.top1, row.how) for row in rows if row.what.startswith("most frequent")]
+
+    held_out = {"rates": "one/dev", "final": "one/val", "other": "two/test"}
+    for name, place in held_out.items():
+        url = run / "stages" / place.replace("/", "/data/")
+        trained(run, name, "finetune_cifar10", 0.5, data={"val": str(url)})
+        if name == "final":
+            assert said() == [("most frequent class", 0.75, "always saying red")]
+            ended(run, "two", "shards", {"classes": ["green", "red"]})
+            assert said() == [("most frequent class in one/val", 0.75, "always saying red")]
+    assert said() == [
+        ("most frequent class in one/val", 0.75, "always saying red"),
+        ("most frequent class in two/test", pytest.approx(5 / 6), "always saying green"),
+    ]
+    elsewhere = write_dataset(tmp_path / "elsewhere", ["green", "red"], [[Made("k", plain("red"), (1,))]])
+    shutil.rmtree(run / "stages" / "other")
+    trained(run, "other", "finetune_cifar10", 0.5, data={"val": str(elsewhere)})
+    assert said()[1] == (f"most frequent class in {elsewhere}", 1.0, "always saying red")
 
 
 def test_a_folder_that_is_no_run(tmp_path):

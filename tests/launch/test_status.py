@@ -1,0 +1,159 @@
+"""What `patchmill status`, `logs` and `cancel` tell of runs that were never submitted; tests/slurm has the others."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.plan import read_plan
+from launch.run import begin, finish
+from launch.status import Status, print_log, print_status, status_of
+from shards.errors import UserError
+from tests.command import environment, patchmill, refused, wait_for_steps
+from tests.images import build_image_set
+
+PLAN = """
+name = "x"
+[[stage]]
+name = "train"
+kind = "supervised"
+[stage.set]
+duration = "4000 steps"
+global_batch = 12
+log_every = "10 steps"
+checkpoint = { every = "1000 steps" }
+data = { train = "set", resolution = 16 }
+model = { name = "vit_ti8", embed_dim = 24, num_heads = 3, depth = 1 }
+engine = { kind = "accelerate" }
+[[stage]]
+name = "rates"
+kind = "supervised"
+sweep = { "optim.lr" = [0.1, 0.2] }
+[stage.set]
+duration = "1 step"
+global_batch = 12
+data = { train = "set", resolution = 16 }
+model = { name = "vit_ti8", embed_dim = 24, num_heads = 3, depth = 1 }
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    build_image_set(folder, per_class=8, shard_samples=8)
+    (folder / "plan.toml").write_text(PLAN)
+    return folder
+
+
+def status(folder: Path) -> dict[str, Status]:
+    return {stage.name: stage for stage in status_of(folder / "runs" / "x")}
+
+
+def test_a_run_is_followed_stopped_and_killed(data, capsys):
+    command = [sys.executable, "-m", "launch.cli", "run", "plan.toml", "--only", "train"]
+    train = data / "runs/x/stages/train"
+
+    def started(steps: int) -> subprocess.Popen:
+        process = subprocess.Popen(command, cwd=data, stderr=subprocess.PIPE, text=True, env=environment())
+        wait_for_steps(train, process, steps)
+        return process
+
+    process = started(3)
+    told = json.loads(patchmill("status", "runs/x", "--json", cwd=data).stdout)
+    assert [each["name"] for each in told] == ["train", "rates-0", "rates-1"]
+    assert [each["state"] for each in told] == ["running", "not begun", "not begun"]
+    assert told[0]["step"] >= 30
+    assert told[0]["seconds_left"] > 0
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    told = status(data)["train"]
+    assert (told.state, told.seconds_left) == ("stopped", None)
+    assert told.why.startswith("stopped on request at ")
+    assert told.log.endswith("train/logs/rank-0.log")
+    print_log(data / "runs/x", "train", rank=0, lines=10, follow=False)
+    assert "error: stopped on request at " in capsys.readouterr().out
+    assert "stopped on request at " in process.stderr.read()  # on the terminal, too
+
+    steps = told.step // 10
+    process = started(steps + 3)
+    process.kill()
+    deadline = time.monotonic() + 60
+    while (told := status(data)["train"]).state == "running":
+        assert time.monotonic() < deadline
+    assert (told.state, told.why) == ("lost", "its process is gone without a word: killed, or its machine was")
+    process.wait()
+
+
+def test_a_stage_that_failed_says_why(data, tmp_path, capsys):
+    (tmp_path / "plan.toml").write_text(PLAN.replace('train = "set"', f'train = "{data}/set"'))
+    plan = read_plan(tmp_path / "plan.toml", tmp_path / "runs")
+    begin(plan.stages[0])  # as if of a checkpoint that is broken since
+    (plan.stages[0].folder / "checkpoints" / "samples-000000000012").mkdir(parents=True)
+    (plan.run / "plan.toml").write_text(plan.path.read_text())
+    assert status(tmp_path)["train"].state == "begun"
+    ended = patchmill("run", "plan.toml", "--only", "train", cwd=tmp_path)
+    assert ended.returncode == 2
+    told = status(tmp_path)["train"]
+    assert told.state == "failed"
+    assert told.why.startswith("none of the checkpoints of this run is whole: ")
+    print_status(plan.run)
+    assert re.search(r"train +failed +none of the checkpoints", capsys.readouterr().out)
+    finish(plan.stages[0], '{"samples": 12}', 1.0)
+    assert (status(tmp_path)["train"].state, status(tmp_path)["train"].why) == ("done", "")
+
+
+def test_on_a_terminal_a_rank_draws_and_its_log_has_the_rest(data, tmp_path):
+    """Of a terminal that this test opens, as a user's: bars, and no part of them in the log."""
+    bad = PLAN.replace('train = "set"', f'train = "{data}/set"').replace("4000 steps", "200 steps")
+    (tmp_path / "plan.toml").write_text(bad)
+    command = [sys.executable, "-m", "launch.cli", "run", "plan.toml", "--only", "train"]
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=theirs, env=environment(TERM="xterm", COLUMNS="100"))
+    os.close(theirs)
+    wait_for_steps(tmp_path / "runs/x/stages/train", process, 3)
+    process.send_signal(signal.SIGTERM)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal ends
+        while part := os.read(ours, 4096):
+            shown += part
+    os.close(ours)
+    assert process.wait(60) == 75
+    assert b"images/s" in shown
+    assert b"\x1b[" in shown
+    told = status(tmp_path)["train"]
+    assert told.why.startswith("stopped on request at ")
+    assert told.why.encode() in shown
+    log = Path(tmp_path / "runs/x/stages/train/logs/rank-0.log").read_text()
+    assert "\x1b" not in log
+    assert f"error: {told.why}\n" in log
+
+
+def test_what_was_never_submitted_cannot_be_cancelled(data, tmp_path):
+    run = tmp_path / "runs" / "x"
+    run.mkdir(parents=True)
+    (run / "plan.toml").write_text(PLAN)
+    assert refused(patchmill("cancel", run, cwd=tmp_path)) == (
+        f"error: no job of {run} is known: it was never submitted; stop its `patchmill run` by Ctrl-C or SIGTERM"
+    )
+    assert [stage.state for stage in status_of(run)] == ["not begun"] * 3
+    with pytest.raises(UserError, match=r"train/logs/rank-0\.log yet; nothing else is there"):
+        print_log(run, "train", rank=0, lines=10, follow=False)
+
+
+def test_the_logs_that_are_there_are_named(tmp_path, capsys):
+    run = tmp_path / "runs" / "x"
+    logs = run / "stages/train/logs"
+    logs.mkdir(parents=True)
+    (logs / "rank-1.log").write_text("hello\n")
+    (run / "plan.toml").write_text(PLAN)
+    with pytest.raises(UserError, match=rf"rank-0\.log yet; {logs}/rank-1\.log"):
+        print_log(run, "train", rank=0, lines=10, follow=False)
+    print_log(run, "train", rank=1, lines=10, follow=False)
+    assert capsys.readouterr().out == "hello\n"

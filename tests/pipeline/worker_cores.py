@@ -1,0 +1,14 @@
+"""One rank: how many cores it has, bound to some or not. worker_cores.py [CORES,... of rank 0, of rank 1, ...]"""
+
+import json
+import os
+import sys
+
+from pipeline import distributed
+
+distributed.start()
+if len(sys.argv) > 1:
+    os.sched_setaffinity(0, map(int, sys.argv[1 + distributed.rank()].split(",")))
+print(json.dumps(distributed.cores_each()))
+distributed.finish()
+distributed.end_process(0)

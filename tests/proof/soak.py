@@ -1,0 +1,250 @@
+"""A long run, watched from outside: python tests/proof/soak.py [--minutes N] [--picture PATH] [--json].
+
+Two ranks train a small ViT on small images with all that a long run has: average of the weights, held-out images,
+asynchronous checkpoints that rotate, a tracker. Every few seconds each rank's memory, descriptors, threads and
+processor time are read, and what lies on its disks. In the end the run is told to stop, and what grew is told: the
+second sixth of the time against the last one. Exit code 1 if something did. For a quiet machine.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import psutil
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.command import environment, losses  # noqa: E402
+from tests.images import make_image_folder  # noqa: E402
+
+GLOBAL_BATCH, SAVED, KEEP = 24, 500, 3  # images a step, steps, checkpoints
+PLAN = f"""
+name = "soak"
+
+[[stage]]
+name = "shards"
+kind = "shards"
+set = {{ source = "images", split = {{ val = 0.1 }}, shard_samples = 256, workers = 1 }}
+
+[[stage]]
+name = "train"
+kind = "supervised"
+ranks = 2
+[stage.set]
+duration = "100000000 steps"
+global_batch = {GLOBAL_BATCH}
+log_every = "100 steps"
+checkpoint = {{ every = "{SAVED} steps", keep = {KEEP} }}
+evaluate = {{ every = "1000 steps", ema = true }}
+data = {{ train = "{{shards}}/train", val = "{{shards}}/val", resolution = 32, window_bytes = 1000000 }}
+model = {{ name = "vit_ti8", embed_dim = 48, num_heads = 3, depth = 2 }}
+optim = {{ name = "adamw", lr = 1e-4, clip = 1.0, ema = 0.999 }}
+engine = {{ kind = "deepspeed", zero_stage = 2 }}
+"""
+IMAGES = 1500  # of each of three classes
+EVERY = 5.0  # seconds between two looks
+GROWTH = 10.0  # MB that the memory of both ranks may grow by: an arena of the allocator
+SLOWER = 1.05  # times as long as before that a step may take, since others work on these cores
+
+
+class Look(NamedTuple):
+    """What is seen at one time, summed over the ranks.
+
+    Attributes:
+        minutes: Since the first look.
+        steps: Done so far.
+        memory: MB that belong to the ranks alone (USS).
+        descriptors: Open files.
+        threads: Number of them.
+        processor: Seconds used so far.
+        checkpoints: Folders of whole checkpoints.
+        disk: MB of all of the run's files but its logs.
+        logs: MB of these.
+        temporary: Files of Patchmill's in the system's temporary folders.
+    """
+
+    minutes: float
+    steps: int
+    memory: float
+    descriptors: int
+    threads: int
+    processor: float
+    checkpoints: int
+    disk: float
+    logs: float
+    temporary: int
+
+
+class Finding(NamedTuple):
+    """Of one quantity: what it was early, and late, and whether that is flat."""
+
+    what: str
+    early: float
+    late: float
+    flat: bool
+
+
+def ranks_of(process: psutil.Process) -> list[psutil.Process]:
+    """Return the ranks among what a process started."""
+    return [each for each in process.children(recursive=True) if "RANK" in each.environ()]
+
+
+def look(began: float, ranks: list[psutil.Process], stage: Path) -> Look:
+    """Look at the ranks and at what their stage has on disk."""
+    done = losses(stage)
+    sizes = {path: path.stat().st_size / 1e6 for path in _files(stage)}
+    logs = sum(size for path, size in sizes.items() if "checkpoints" not in path.parts)
+    return Look(
+        minutes=(time.monotonic() - began) / 60,
+        steps=done[-1][0] // GLOBAL_BATCH if done else 0,
+        memory=sum(rank.memory_full_info().uss for rank in ranks) / 1e6,
+        descriptors=sum(rank.num_fds() for rank in ranks),
+        threads=sum(rank.num_threads() for rank in ranks),
+        processor=sum(sum(rank.cpu_times()[:2]) for rank in ranks),
+        checkpoints=len([path for path in stage.glob("checkpoints/samples-*") if path.is_dir()]),
+        disk=sum(sizes.values()) - logs,
+        logs=logs,
+        temporary=sum(len(list(Path(folder).glob("*patchmill*"))) for folder in (tempfile.gettempdir(), "/dev/shm")),
+    )
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the files below a folder that others write to meanwhile, less what goes as one looks."""
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def watch(folder: Path, minutes: float) -> tuple[list[Look], list[dict], int]:
+    """Train for so many minutes; return what was seen, the metrics, and the exit code."""
+    make_image_folder(folder / "images", IMAGES, side=40)
+    (folder / "plan.toml").write_text(PLAN)
+    stage = folder / "runs/soak/stages/train"
+    with open(folder / "output", "w") as output:
+        command = [sys.executable, "-m", "launch.cli", "run", "plan.toml"]
+        process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=output, env=environment())
+        try:
+            _await_steps(process, stage, folder / "output")
+            began, seen, ranks = time.monotonic(), [], ranks_of(psutil.Process(process.pid))
+            while time.monotonic() - began < minutes * 60:
+                if process.poll() is not None:
+                    sys.exit(f"error: it ended by itself: {(folder / 'output').read_text()[-2000:]}")
+                try:
+                    seen.append(look(began, ranks, stage))
+                except FileNotFoundError:  # a checkpoint was rotated away as it was looked at
+                    continue
+                time.sleep(EVERY)
+            process.send_signal(signal.SIGTERM)
+            code = process.wait(120)
+        finally:
+            process.kill()
+    metrics = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    return seen, metrics, code
+
+
+def _await_steps(process: subprocess.Popen, stage: Path, output: Path) -> None:
+    deadline = time.monotonic() + 300
+    while not losses(stage):
+        if process.poll() is not None or time.monotonic() > deadline:
+            sys.exit(f"error: it did not begin: {output.read_text()[-2000:]}")
+        time.sleep(0.5)
+
+
+def judge(seen: list[Look], metrics: list[dict], code: int) -> list[Finding]:
+    """Compare the second sixth of the time with the last."""
+    sixth = len(seen) // 6
+    early, late = seen[sixth : 2 * sixth], seen[-sixth:]
+    found = []
+
+    def both(what: str, of: str, room: float, reduce: Callable[[list[float]], float] = median) -> None:
+        before, after = (reduce([getattr(each, of) for each in part]) for part in (early, late))
+        found.append(Finding(what, before, after, after <= before + room))
+
+    both("memory, MB", "memory", GROWTH)
+    both("open files, at most", "descriptors", 0, max)
+    both("threads, at most", "threads", 0, max)
+    both("disk but for logs, at most, MB", "disk", 0.5, max)
+    both("temporary files, at most", "temporary", 0, max)
+    steps_ms = partial(_step_ms, metrics)
+    for what, of in (("processor time of a step, ms", _processor_ms), ("a step, ms", steps_ms)):
+        found.append(Finding(what, of(early), of(late), of(late) <= of(early) * SLOWER))
+    written, kept = seen[-1].steps // SAVED, seen[-1].checkpoints
+    found.append(Finding("checkpoints written, and kept", written, kept, kept <= KEEP + 1 < written))
+    found.append(Finding("exit code when it was told to stop", 75, code, code == 75))
+    return found
+
+
+def _processor_ms(part: list[Look]) -> float:
+    """Return the median of a step's milliseconds of processor time between two looks."""
+    pairs = [(old, new) for old, new in pairwise(part) if new.steps > old.steps]
+    return median(1000 * (new.processor - old.processor) / (new.steps - old.steps) for old, new in pairs)
+
+
+def _step_ms(metrics: list[dict], part: list[Look]) -> float:
+    """Return the median of a step's milliseconds by the clock, as the run itself logged them."""
+    first, last = part[0].steps, part[-1].steps
+    return median(line["step_ms_median"] for line in metrics if first < line.get("step", 0) <= last)
+
+
+def draw(seen: list[Look], path: Path) -> None:
+    """Draw what was seen over time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = {
+        "memory": "memory of both ranks (MB)", "descriptors": "open files", "threads": "threads",
+        "steps": "steps done", "checkpoints": "checkpoints on disk", "disk": "disk but for logs (MB)",
+    }  # fmt: skip
+    figure, axes = plt.subplots(2, 3, figsize=(12, 5), layout="constrained")
+    for place, (name, title) in zip(axes.flat, shown.items(), strict=True):
+        place.plot([each.minutes for each in seen], [getattr(each, name) for each in seen], color="#0b6e4f", lw=1)
+        place.set_title(title, fontsize=9, loc="left")
+        place.set_ylim(bottom=0)
+        place.set_xlabel("minutes", fontsize=8)
+        place.tick_params(labelsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> int:
+    """Watch one run."""
+    parser = argparse.ArgumentParser(description=re.split(r"\n\n", __doc__)[0])
+    parser.add_argument("--minutes", type=float, default=60, help="of training")
+    parser.add_argument("--picture", type=Path, metavar="PATH", help="draw what was seen, as PNG")
+    parser.add_argument("--json", action="store_true", help="the result as JSON")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
+    folder = Path(tempfile.mkdtemp(prefix="soak-"))
+    try:
+        seen, metrics, code = watch(folder, arguments.minutes)
+        found = judge(seen, metrics, code)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if arguments.picture:
+        draw(seen, arguments.picture)
+    if arguments.json:
+        print(json.dumps({"findings": [each._asdict() for each in found], "seen": [each._asdict() for each in seen]}))
+    else:
+        print("| | early | late | |\n|---|---|---|---|")
+        for each in found:
+            print(f"| {each.what} | {each.early:,.4g} | {each.late:,.4g} | {'flat' if each.flat else 'NOT FLAT'} |")
+        print(f"\n{seen[-1].steps:,} steps in {seen[-1].minutes:.0f} minutes, {len(seen)} looks")
+    return 0 if all(each.flat for each in found) else 1
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(main())
