@@ -19,11 +19,12 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PEERS  := .venv-peers
 SEED   ?= 1
-MINUTES ?= 60
 TESTS  ?= tests
+MINUTES ?= 60
 PIP    := python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo test test-slow slurm slurm-stop test-slurm proof soak test-peers peers lint types coverage docs bench bench-peers clean
+.PHONY: setup demo test test-slow slurm slurm-stop test-slurm proof soak test-peers peers lint types coverage docs bench \
+	bench-peers clean
 
 # The native JPEG decoder is built at once if it is not there, and gone on without if it cannot be.
 setup: $(READY)

@@ -7,7 +7,7 @@ from html import escape
 
 HOUSE = {
     "launch": {
-        "the command line": ("cli.py", "cli_shards.py", "cli_checkpoint.py"),
+        "the command line": ("cli.py", "cli_plan.py", "cli_model.py", "cli_shards.py", "cli_checkpoint.py"),
         "plans, stage by stage": ("plan.py", "stages.py", "sweep.py", "run.py"),
         "ranks, here and on Slurm": ("local.py", "slurm.py", "job.py", "rank.py", "status.py"),
         "before anything starts": ("doctor.py", "estimate.py"),

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from shards.errors import PatchmillError, UserError
@@ -169,8 +170,9 @@ def _table(store: Store, path: str, data: bytes, columns: list[str], remedy: str
 def _check_column(name: str, column: pa.ChunkedArray) -> None:
     if name in _FIELDS and column.type != _FIELDS[name].type:
         raise ValueError(f"column {name} is of type {column.type}, not {_FIELDS[name].type}")
-    if column.null_count and name in _FIELDS and name not in _MAY_LACK:
-        raise ValueError(f"column {name} lacks {column.null_count} values")
+    lacking = pc.list_flatten(column) if name in _MAY_LACK else column
+    if lacking.null_count and name in _FIELDS:
+        raise ValueError(f"column {name} lacks {lacking.null_count} values")
 
 
 @contextmanager

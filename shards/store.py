@@ -36,7 +36,7 @@ def open_store(url: str | Path, create: bool = False, settings: StoreSettings | 
     root = Path(unquote(parts.path)) if parts.scheme == "file" else Path(url)
     if create:
         root.mkdir(parents=True, exist_ok=True)
-    if not root.is_dir():
+    if not os.path.isdir(root):  # also of a name too long for any
         raise MissingError(f"no folder {root}; check the path")
     return LocalStore(root)
 
