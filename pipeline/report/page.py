@@ -73,7 +73,8 @@ def _anchor(title: str) -> str:
 def _summary(runs: dict[str, Run]) -> str:
     told = []
     for name, run in runs.items():
-        kinds = f"{sum(stage.result is not None for stage in run.stages.values())} of {len(run.stages)} stages finished"
+        stages = [stage for stage in run.stages.values() if stage.kind != "report"]  # which this page may be of
+        kinds = f"{sum(stage.result is not None for stage in stages)} of {len(stages)} stages finished"
         told.append(f"{name}: {kinds}" if run.plan is not None else f"{name}: a training stage that was run by hand")
     return f"<p class=note>{escape('; '.join(told))}.</p>"
 

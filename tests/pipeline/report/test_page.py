@@ -17,6 +17,7 @@ from shards.build import build
 from shards.dataset import Dataset
 from tests.browser import CHROMIUM, browser
 from tests.command import patchmill, refused
+from tests.pipeline.report.made import made_run, trained
 from tests.shards.images import make_source
 
 TABLE = {
@@ -131,6 +132,14 @@ def test_of_a_mixture_the_digest_of_each_data_set_is_told(folder, tmp_path, alon
     first, second = (Dataset.open(each).digest for each in sets)
     told = " + ".join(f'<code title="{each}">{each[:10]}</code>' for each in (first, second))
     assert f"data {told}, checkpoint" in text
+
+
+def test_the_stage_that_writes_the_page_is_not_among_those_to_finish(tmp_path):
+    names = {"pretrain": "supervised", "convert": "convert", "page": "report"}
+    run = made_run(tmp_path / "r", "".join(f'[[stage]]\nname = "{n}"\nkind = "{kind}"\n' for n, kind in names.items()))
+    trained(run, "pretrain", "small_pretrain", 0.5)
+    write_page([read_run(run)], tmp_path / "p.html")
+    assert "<p class=note>r: 1 of 2 stages finished.</p>" in (tmp_path / "p.html").read_text()
 
 
 def test_what_is_gone_is_said_in_its_place(folder, runs, tmp_path):
