@@ -91,7 +91,7 @@ def test_weights_of_no_recipe_have_the_range_and_what_was_changed_is_said(run):
         ("simple_vit_s16_imagenet", {}, [("top-1, by epochs: 90 epochs", 76.5, 70.0)]),
         ("simple_vit_s16_imagenet", {"duration": "300 epochs"}, [("top-1, by epochs: 300 epochs", 80.0, 70.0)]),
         ("augreg_imagenet", {}, [("top-1 of ViT-B/16 at 224 px, about: ImageNet", 79, 70.0)]),
-        ("small_pretrain", {}, [("top-1 on 302 held-out drawings, one seed: clip art", 60.9, 70.0)]),
+        ("small_pretrain", {}, [("top-1 on 302 held-out drawings, one seed: clip art", 61.6, 70.0)]),
         (
             "mae_finetune_imagenet",
             {"model": {"name": "vit_l16"}},
