@@ -29,7 +29,7 @@ MADE = "<!-- made of the code by docs/reference.py: change it there, then `make 
 
 PUBLIC = {
     "Data sets and their samples": (
-        "shards.dataset.Dataset", "shards.dataset.Sample", "shards.dataset.Rows", "shards.dataset.write_exclude",
+        "shards.dataset.Dataset", "shards.dataset.Sample", "shards.dataset.Rows", "shards.droplist.write_exclude",
         "shards.mixture.Mixture", "shards.storesettings.StoreSettings",
     ),
     "Batches": (

@@ -1,13 +1,11 @@
 """A data set at rest: opening costs O(shards), sample rows are read lazily, shard by shard."""
 
 import hashlib
-import re
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +16,7 @@ from xxhash import xxh3_128_digest
 from shards import manifest
 from shards.errors import PatchmillError, UserError
 from shards.hashing import hash_array, hash_int
-from shards.objects import ExistsError, MissingError
+from shards.objects import MissingError
 from shards.order import DEFAULT_WINDOW_BYTES, Order, choose_shuffle
 from shards.store import Store, open_store
 from shards.storesettings import StoreSettings
@@ -426,83 +424,9 @@ def _subset(sizes: np.ndarray, samples: int, url: str) -> np.ndarray:
     return np.isin(np.arange(len(sizes)), drawn[before < samples])
 
 
-def write_exclude(url: str | Path, version: str, rows: Iterable[tuple[int, int, str]]) -> None:
-    """Write a drop list, for ``Dataset.open(url, exclude=version)``; on any store that takes files.
-
-    Args:
-        url: The data set.
-        version: A new name; a drop list never changes once written.
-        rows: (shard, raw index in the shard, reason) of each sample to drop. Raw: as without any drop list.
-
-    Raises:
-        UserError: The version exists, its name is no plain word, a row names no sample or one twice, or the data set
-            takes no files.
-    """
-    dataset = Dataset.open(url)
-    check_version(dataset, version)
-    rows = sorted(rows)
-    for shard, index, _ in rows:
-        if not (0 <= shard < len(dataset.shard_sizes) and 0 <= index < dataset.shard_sizes[shard]):
-            raise UserError(f"drop list {version}: {url} has no sample {index} in shard {shard}; count from 0")
-    for (shard, index, _), following in pairwise(rows):
-        if following[:2] == (shard, index):
-            raise UserError(f"drop list {version}: sample {index} of shard {shard} is listed twice; drop it once")
-    columns = [[row[i] for row in rows] for i in range(3)]
-    data = manifest.table_bytes(pa.table(columns, schema=manifest.EXCLUDE_SCHEMA))
-    try:
-        dataset.store.create(manifest.exclude_path(version), data)
-    except ExistsError as error:
-        raise UserError(f"drop list {version} of {url} exists and never changes; choose another name") from error
-
-
-def check_exclude_name(version: str) -> None:
-    """Raise a UserError unless ``version`` is a name that a drop list can have."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", version):
-        raise UserError(f"drop list name {version!r}: use letters, digits, dots, dashes and underscores")
-
-
-def check_takes_lists(dataset: Dataset) -> None:
-    """Raise a UserError if no drop list can be written to a data set, as on a web server."""
-    if dataset.store.web:
-        raise UserError(f"{dataset.url} takes no drop list: a web server; copy the data set first")
-
-
-def check_version(dataset: Dataset, version: str) -> None:
-    """Check the name of a drop list that is to be written later.
-
-    Raises:
-        UserError: It is no plain word, there is such a list already, or the data set is on a web server.
-    """
-    check_exclude_name(version)
-    check_takes_lists(dataset)
-    if dataset.store.exists(manifest.exclude_path(version)):
-        raise UserError(f"drop list {version} of {dataset.url} exists and never changes; choose another name")
-
-
-def read_exclude(url: str | Path, version: str | None) -> list[tuple[int, int, str]]:
-    """Return the (shard, raw index, reason) of all samples that a drop list drops; none for None.
-
-    Raises:
-        UserError: There is no such drop list.
-    """
-    table = _read_exclude(open_store(url), version)
-    return list(zip(*(table[name].to_pylist() for name in table.column_names), strict=True))
-
-
-def _read_exclude(store: Store, version: str | None) -> pa.Table:
-    if version is None:
-        return manifest.EXCLUDE_SCHEMA.empty_table()
-    try:
-        return manifest.open_table(store, manifest.exclude_path(version), manifest.EXCLUDE_SCHEMA.names)
-    except MissingError as error:
-        raise UserError(
-            f"{store.url} has no drop list {version!r}; there is no manifest/exclude/{version}.parquet"
-        ) from error
-
-
 def _read_dropped(store: Store, exclude: str | None) -> np.ndarray:
     """Return (2, dropped) int32: shard and raw index of each dropped sample, sorted."""
-    table = _read_exclude(store, exclude)
+    table = manifest.open_exclude(store, exclude)
     return np.stack([table["shard"].to_numpy(), table["index"].to_numpy()])
 
 

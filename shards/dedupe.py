@@ -20,9 +20,10 @@ import pyarrow as pa
 
 from shards import hashindex, manifest, phash
 from shards.atomic import only_one, whole_file, write_text
-from shards.dataset import Dataset, Sample, check_exclude_name, check_takes_lists, read_exclude, write_exclude
+from shards.dataset import Dataset, Sample
 from shards.decode import DECODER, DecodeError
 from shards.dedupereport import write_report
+from shards.droplist import check_exclude_name, check_takes_lists, read_exclude, write_exclude
 from shards.errors import UserError
 from shards.hashindex import HashIndex, TestImages
 from shards.plan import Slice

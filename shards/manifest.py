@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from shards.errors import PatchmillError, UserError
+from shards.objects import MissingError
 from shards.store import Store
 
 SCHEMA_VERSION = 3
@@ -155,6 +156,20 @@ def open_table(store: Store, path: str, columns: list[str], remedy: str = REMEDY
                 raise
             data = again
     return _table(store, path, data, columns, remedy)
+
+
+def open_exclude(store: Store, version: str | None) -> pa.Table:
+    """Read a drop list, columns of ``EXCLUDE_SCHEMA``; without rows for None.
+
+    Raises:
+        UserError: There is no such drop list, or it is damaged.
+    """
+    if version is None:
+        return EXCLUDE_SCHEMA.empty_table()
+    try:
+        return open_table(store, exclude_path(version), EXCLUDE_SCHEMA.names)
+    except MissingError as error:
+        raise UserError(f"{store.url} has no drop list {version!r}; there is no {exclude_path(version)}") from error
 
 
 def _table(store: Store, path: str, data: bytes, columns: list[str], remedy: str) -> pa.Table:

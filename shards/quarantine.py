@@ -10,7 +10,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from shards.dataset import Dataset, Sample, read_exclude, write_exclude
+from shards.dataset import Dataset, Sample
+from shards.droplist import read_exclude, write_exclude
 from shards.errors import PatchmillError, UserError
 from shards.mixture import Mixture
 from shards.store import absolute

@@ -13,8 +13,9 @@ from rich.table import Table
 from xxhash import xxh3_128_digest
 
 from shards import manifest
-from shards.dataset import Dataset, check_version, read_exclude, write_exclude
+from shards.dataset import Dataset
 from shards.decode import DecodeError, decode
+from shards.droplist import check_version, read_exclude, write_exclude
 from shards.errors import PatchmillError, UserError
 from shards.header import BrokenImageError, read_header
 from shards.labels import ClassNames, LabelError, LabelRule, as_index

@@ -18,7 +18,7 @@ from pipeline import checkpoint, distributed
 from pipeline.convert.tensors import NOTE
 from pipeline.models import create_model
 from shards import manifest
-from shards.dataset import write_exclude
+from shards.droplist import write_exclude
 from tests.fuzz.targets import CORPUS
 from tests.fuzz.targets_shards import pack
 from tests.pipeline.convert import official

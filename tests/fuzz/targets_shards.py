@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 
 from shards import manifest
 from shards.augment import CenterCrop, InceptionCrop, Resize, transform_encoded
-from shards.dataset import Dataset, read_exclude
+from shards.dataset import Dataset
 from shards.decode import decode
+from shards.droplist import read_exclude
 from shards.encode import Encoding
 from shards.header import BrokenImageError, read_header
 from shards.jpegcrop import decode_part

@@ -11,7 +11,8 @@ from launch.doctor import diagnose
 from launch.machines import SLOW, ranks_together, software
 from launch.plan import read_plan
 from launch.rankprobe import check_card, pairings
-from shards.dataset import Dataset, write_exclude
+from shards.dataset import Dataset
+from shards.droplist import write_exclude
 from shards.errors import UserError
 from tests.command import patchmill, refused
 from tests.images import build_image_set

@@ -6,7 +6,7 @@ error    500, and nothing else
 reset    of the connection, before an answer
 cut      half a body, then the connection ends
 stall    half a body, then nothing more comes
-flip     a bit of the body is another one; of tars alone, whose bytes have checksums in the manifest
+flip     a bit of the body is another one; of objects, not of a list of names, which nothing can check
 """
 
 import http.client
@@ -49,7 +49,7 @@ class Proxy(ThreadingHTTPServer):
     def next(self, path: str) -> str:
         """Return what is to happen to the answer to a request, or nothing."""
         with self._lock:
-            if not self._left or (self._kind == "flip" and not path.partition("?")[0].endswith(".tar")):
+            if not self._left or (self._kind == "flip" and "list-type=" in path):
                 return ""
             self._left -= 1
             self.spoiled += 1

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from shards import ledger
 from shards.augment import Resize
-from shards.dataset import Dataset, write_exclude
+from shards.dataset import Dataset
+from shards.droplist import write_exclude
 from shards.ledger import Frame, RankFile, new_segment, read_frame
 from shards.loader import Loader
 from shards.mixture import Mixture

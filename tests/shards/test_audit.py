@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from launch.cli import app
 from shards import ledger
 from shards.audit import audit, audit_span
-from shards.dataset import Dataset, write_exclude
+from shards.dataset import Dataset
+from shards.droplist import write_exclude
 from shards.errors import PatchmillError, UserError
 from shards.ledger import RankFile, rank_path
 from shards.quarantine import read_quarantine

@@ -17,7 +17,8 @@ from PIL import Image
 
 from shards import manifest
 from shards.build import build, parse_split
-from shards.dataset import Dataset, write_exclude
+from shards.dataset import Dataset
+from shards.droplist import write_exclude
 from shards.errors import UserError
 from shards.store import open_store
 from shards.tarwrite import TAR

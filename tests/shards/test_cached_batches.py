@@ -16,7 +16,8 @@ from shards.augment import InceptionCrop
 from shards.build import build
 from shards.cache import MARK, ChunkCache
 from shards.chunks import ChunkReader
-from shards.dataset import Dataset, write_exclude
+from shards.dataset import Dataset
+from shards.droplist import write_exclude
 from shards.errors import UserError
 from shards.loader import Loader
 from shards.mixture import Mixture

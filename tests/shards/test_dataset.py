@@ -13,7 +13,8 @@ from shards import dataset as dataset_module
 from shards import manifest
 from shards.augment import Resize
 from shards.build import build
-from shards.dataset import Dataset, write_exclude
+from shards.dataset import Dataset
+from shards.droplist import write_exclude
 from shards.errors import UserError
 from shards.loader import Loader
 from tests.shards.datasets import Made, plain, write_dataset

@@ -21,8 +21,9 @@ from shards import dedupe as dedupe_module
 from shards import manifest
 from shards.atomic import only_one
 from shards.build import build
-from shards.dataset import Dataset, write_exclude
+from shards.dataset import Dataset
 from shards.dedupe import dedupe
+from shards.droplist import write_exclude
 from shards.errors import UserError
 from shards.plan import Slice
 from shards.verify import verify

@@ -10,7 +10,8 @@ import tracemalloc
 
 import pytest
 
-from shards.dataset import Dataset, write_exclude
+from shards.dataset import Dataset
+from shards.droplist import write_exclude
 from shards.errors import UserError
 from shards.index import index
 from tests.shards.foreign import samples, write_named, write_webdataset

@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from shards.dataset import Dataset, write_exclude
+from shards.dataset import Dataset
+from shards.droplist import write_exclude
 from shards.errors import UserError
 from shards.index import index
 from shards.store import open_store

@@ -10,8 +10,9 @@ from PIL import Image
 from shards import manifest
 from shards.augment import InceptionCrop, Resize, draws
 from shards.build import build
-from shards.dataset import Dataset, write_exclude
+from shards.dataset import Dataset
 from shards.decode import DecodeError, decode
+from shards.droplist import write_exclude
 from shards.errors import PatchmillError, UserError
 from shards.evaluation import EvaluationLoader
 from shards.loader import Loader

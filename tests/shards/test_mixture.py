@@ -9,8 +9,9 @@ import pytest
 
 from shards.augment import InceptionCrop
 from shards.build import build
-from shards.dataset import Dataset, write_exclude
+from shards.dataset import Dataset
 from shards.decode import decode
+from shards.droplist import write_exclude
 from shards.errors import UserError
 from shards.loader import Loader
 from shards.mixture import Mixture

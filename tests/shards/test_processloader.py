@@ -18,7 +18,8 @@ import pytest
 
 from shards.augment import InceptionCrop
 from shards.cache import ChunkCache
-from shards.dataset import Dataset, write_exclude
+from shards.dataset import Dataset
+from shards.droplist import write_exclude
 from shards.errors import PatchmillError, UserError
 from shards.loader import Loader
 from shards.mixture import Mixture

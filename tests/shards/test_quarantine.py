@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 from launch.cli import app
 from shards import manifest
 from shards.augment import Resize
-from shards.dataset import Dataset, read_exclude, write_exclude
+from shards.dataset import Dataset
+from shards.droplist import read_exclude, write_exclude
 from shards.errors import PatchmillError
 from shards.loader import Loader
 from shards.mixture import Mixture

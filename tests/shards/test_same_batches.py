@@ -10,7 +10,8 @@ import pytest
 
 from shards.augment import InceptionCrop
 from shards.build import build
-from shards.dataset import Dataset, write_exclude
+from shards.dataset import Dataset
+from shards.droplist import write_exclude
 from shards.loader import Loader
 from shards.store import open_store
 from tests.shards.images import make_source

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards.dataset import Dataset, write_exclude
+from shards.dataset import Dataset
+from shards.droplist import write_exclude
 from shards.errors import UserError
 from shards.show import COLUMNS, GAP, HEADING, LINE, TILE, show
 from tests.shards.datasets import Made, plain, write_dataset

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from launch.cli import app
 from shards import repeats as repeats_module
-from shards.dataset import Dataset, write_exclude
+from shards.dataset import Dataset
+from shards.droplist import write_exclude
 from shards.errors import UserError
 from shards.header import read_header
 from shards.index import index

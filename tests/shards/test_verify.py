@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from launch.cli import app
 from shards import manifest
 from shards.build import build
-from shards.dataset import Dataset, read_exclude, write_exclude
+from shards.dataset import Dataset
+from shards.droplist import read_exclude, write_exclude
 from shards.errors import PatchmillError, UserError
 from shards.index import index
 from shards.store import open_store
