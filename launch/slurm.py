@@ -244,7 +244,8 @@ def _script(plan: Plan, part: Part, settings: JobSettings) -> str:
     lines += [f"# {part.title} of {_comment(plan.path)}, written by `patchmill submit`."]
     lines += [f"#SBATCH --{name}={_option(str(value))}" for name, value in options.items() if value is not None]
     lines += ["#SBATCH --requeue", *(f"#SBATCH {option}" for option in settings.sbatch), ""]
-    lines += [f"touch {shlex.quote(str(folder))}/{part.job}.begun  # until launch.job removes it"]
+    mark = f"{shlex.quote(str(folder))}/{part.job}"
+    lines += [f"wc -c <{mark}.log >{mark}.begun  # until launch.job removes it"]
     lines += ["trap '' USR2  # which warns of the time limit, until launch.job listens"]
     lines += [_load(module) for module in settings.modules]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in settings.env.items()]

@@ -191,6 +191,8 @@ def _status(
     why = record.get("reason") or ""
     if queued:
         state = WORDS.get(queued.state, queued.state.lower())
+        if state == "running" and record.get("state") == "starting":
+            state = "starting"
         if queued.reason == "Dependency":
             why = f"after {', '.join(need for need in job.needs if before[need].state != 'done')}"
         elif queued.state == "PENDING" and queued.reason != "None":
@@ -201,6 +203,8 @@ def _status(
         state, why = _here(folder)
     elif queue is None or record.get("state") == "failed":
         state = record.get("state", "waiting")
+    elif record.get("state") == "starting":
+        state = "failed"
     elif record.get("state") == "running":
         state, why = "lost", "its job is gone without a word: killed, or its node was"
     else:

@@ -6,6 +6,7 @@ RUN/plan.toml   slurm/{submission.json, plan.toml, code/, NAME.sbatch, NAME.log,
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,10 @@ def log_of(run: Path, name: str) -> Path:
 
 
 def begun_of(run: Path, name: str) -> Path:
-    """Return the file that the script of a job makes when it begins, and ``launch.job`` removes when it does."""
+    """Return the file that the script of a job makes when it begins, and ``launch.job`` removes when it does.
+
+    It holds how long the job's log was by then, in bytes.
+    """
     return folder_of(run) / f"{name}.begun"
 
 
@@ -113,18 +117,19 @@ class Record:
     """What is known of the tries of a job, in ``NAME.json``; the job's last try alone writes it.
 
     Attributes:
-        table: ``state`` (running, stopped, crashed, failed, done), ``tries``, ``job`` (Slurm's number of the last),
-            ``barren`` (tries in a row that came no further than the one before), ``at`` (where the last began: samples,
-            or finished shards), ``nodes`` and ``reason``. While only the script of a try has begun, it is ``failed``.
+        table: ``state`` (starting, running, stopped, crashed, failed, done), ``tries``, ``job`` (Slurm's number of the
+            last), ``barren`` (tries in a row that came no further than the one before), ``at`` (where the last began:
+            samples, or finished shards), ``nodes`` and ``reason``. While only the script of a try has begun, it is
+            ``starting``; a job that ended so has failed, with that reason.
     """
 
     def __init__(self, run: Path, name: str):
         self.run, self.name, self.path = run, name, folder_of(run) / f"{name}.json"
         self._begun = begun_of(run, name)
         self.table: dict[str, Any] = read_json(self.path)
-        if self._begun.exists():
-            said = _last_line(log_of(run, name))
-            self.table |= {"state": "failed", "reason": f"in its script, before launch.job{said and f': {said}'}"}
+        with suppress(FileNotFoundError):
+            said = _last_line(log_of(run, name), int(self._begun.read_text() or 0))
+            self.table |= {"state": "starting", "reason": f"in its script, before launch.job{said and f': {said}'}"}
 
     def begin(self, at: int) -> int:
         """Note that a try begins, with so much behind it; return how many came no further, with this one."""
@@ -159,6 +164,7 @@ class Record:
         self._begun.unlink(missing_ok=True)
 
 
-def _last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+def _last_line(log: Path, start: int) -> str:
+    """Return the last line that says anything from a byte on."""
+    text = log.read_bytes()[start:].decode(errors="replace") if log.exists() else ""
+    return next((line.strip() for line in reversed(text.split("\n")) if line.strip()), "")

@@ -15,7 +15,7 @@ from launch.plan import read_plan
 from launch.slurm import CODE, _numbers, _parts, _script, _settings
 from launch.snapshot import take_snapshot
 from launch.stages import KINDS
-from launch.submission import Job, Record, Submission, folder_of, read_submitted_plan
+from launch.submission import Job, Record, Submission, folder_of, log_of, read_submitted_plan
 from pipeline import provenance
 from shards.errors import UserError
 from tests.command import ROOT
@@ -204,6 +204,24 @@ def test_a_try_that_is_not_the_last_any_more_writes_nothing(tmp_path, monkeypatc
     Record(tmp_path, "x").begin(0)
     Record(tmp_path, "x").begin(0)
     assert later.is_superseded()
+
+
+def test_a_try_whose_script_alone_has_begun_is_starting_and_its_words_are_told_not_those_of_the_try_before(tmp_path):
+    plan = plan_of(tmp_path)
+    text = next(iter(scripts(plan, "").values()))
+    name = plan.stages[0].table.name
+    folder_of(plan.run).mkdir(parents=True, exist_ok=True)
+    log = log_of(plan.run, name)
+    log.write_text("[2026] shards: stopped on request at the start\n")
+    (command,) = re.findall(r"^wc .*begun", text, re.MULTILINE)
+    subprocess.run(["bash", "-c", command], check=True)
+    told = Record(plan.run, name).table
+    assert (told["state"], told["reason"]) == ("starting", "in its script, before launch.job")
+    with open(log, "a") as file:
+        file.write("module: nope\n\n")
+    assert Record(plan.run, name).table["reason"] == "in its script, before launch.job: module: nope"
+    Record(plan.run, name).begin(0)
+    assert Record(plan.run, name).table["state"] == "running"
 
 
 def test_a_snapshot_is_whole_and_says_its_commit(tmp_path):
