@@ -10,7 +10,6 @@ why it ends is in ``LOGS/ended``. Whoever makes a file ``LOGS/stop`` asks all ra
 """
 
 import argparse
-import contextlib
 import ctypes
 import fcntl
 import os
@@ -22,6 +21,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
+
+from shards.atomic import hold, is_held
 
 ENDED = "ended"
 STOP = "stop"
@@ -128,9 +129,7 @@ def _arguments(words: list[str]) -> argparse.Namespace:
 
 
 def _speak_into(logs: Path, rank: int, quiet: bool) -> None:
-    logs.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(OSError):  # some network file systems lock nothing
-        fcntl.flock(os.open(logs, os.O_RDONLY), fcntl.LOCK_SH)  # until this process ends: so the launcher sees it has
+    hold(logs, fcntl.LOCK_SH)  # until this process ends: so the launcher sees it has
     if rank or quiet:
         written = os.open(logs / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(written, 1)
@@ -141,28 +140,11 @@ def _speak_into(logs: Path, rank: int, quiet: bool) -> None:
 
 
 def _await_stop(logs: Path) -> None:
-    driven = _driven(logs, unknown=False)
-    while not (logs / STOP).exists() and _driven(logs, unknown=driven) == driven:
+    driven = is_held(logs / DRIVER, unknown=False)  # by somebody who started this, and would be told how it ends
+    while not (logs / STOP).exists() and is_held(logs / DRIVER, unknown=driven) == driven:
         time.sleep(SECONDS)
     (logs / STOP).unlink(missing_ok=True)  # or who goes on by hand would stop at once
     os.kill(os.getpid(), signal.SIGUSR1)  # one rank is enough: they agree on a step
-
-
-def _driven(logs: Path, unknown: bool) -> bool:
-    """Tell whether somebody who started this lives, and would be told how it ends."""
-    try:
-        folder = os.open(logs / DRIVER, os.O_RDONLY)
-    except OSError:
-        return unknown
-    try:
-        fcntl.flock(folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return unknown
-    finally:
-        os.close(folder)
-    return False
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from shards.errors import UserError
+from shards.errors import PatchmillError, UserError
 
 ASIDE = ".replaced.partial"  # ends the name of a folder that another one is about to replace
+LOCK = ".lock"  # in a folder: its lock stands for the folder. Over NFS each machine locks folders for itself alone
 
 
 def fsync_folder(folder: Path) -> None:
@@ -102,35 +103,75 @@ def only_one(folder: Path, doing: str, wait: float = 0.0, shared: bool = False, 
 
     Raises:
         UserError: Another process is at it.
+        PatchmillError: Nothing can be written to ``folder``.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor, deadline = None, time.monotonic() + wait
+    while descriptor is None:
+        try:
+            descriptor = hold(folder, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise UserError(f"another {doing} is writing to {folder}; wait for it or stop it") from None
+            if told:
+                print(f"waiting for another {doing}, which is writing to {folder}", file=sys.stderr, flush=True)
+                told = False
+            time.sleep(0.2)
+        except OSError as error:
+            raise PatchmillError(f"cannot write to {folder}: {error.strerror}") from error
     try:
-        deadline = time.monotonic() + wait
-        while True:
-            try:
-                fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError(f"another {doing} is writing to {folder}; wait for it or stop it") from None
-                if told:
-                    print(f"waiting for another {doing}, which is writing to {folder}", file=sys.stderr, flush=True)
-                    told = False
-                time.sleep(0.2)
-            except OSError:
-                break  # some network file systems lock no folders
         yield
     finally:
+        if not shared and _is_at(folder / LOCK, descriptor):  # else the folder has another name since
+            (folder / LOCK).unlink()
         os.close(descriptor)
 
 
-def is_held(folder: Path, unknown: bool) -> bool:
-    """Tell whether a process has ``folder`` to itself, as of ``only_one``; ``unknown`` where folders are not locked."""
+def hold(folder: Path, how: int) -> int:
+    """Lock a folder, which is made if it is not there, until the descriptor that is returned is closed.
+
+    Args:
+        folder: The folder.
+        how: As of ``fcntl.flock``.
+
+    Raises:
+        BlockingIOError: Another process has it, and ``how`` says not to wait.
+        OSError: Nothing can be written to it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)  # over NFS only who may write may lock alone
+        try:
+            fcntl.flock(descriptor, how)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise
+        except OSError:
+            return descriptor  # some network file systems lock nothing
+        if _is_at(folder / LOCK, descriptor):
+            return descriptor
+        os.close(descriptor)  # who had it before removed it meanwhile
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Tell whether an open file is the one at a path; opened, since over NFS nothing else is sure to ask the server."""
     try:
-        descriptor = os.open(folder, os.O_RDONLY)
+        there = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        return os.path.samestat(os.fstat(there), os.fstat(descriptor))
+    finally:
+        os.close(there)
+
+
+def is_held(folder: Path, unknown: bool) -> bool:
+    """Tell whether a process has ``folder`` to itself, as of ``only_one``; ``unknown`` where nobody can tell."""
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDONLY)
     except FileNotFoundError:
         return False
+    except OSError:
+        return unknown
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:

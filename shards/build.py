@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from shards import manifest
-from shards.atomic import only_one
+from shards.atomic import LOCK, only_one
 from shards.encode import FORMATS, Encoding
 from shards.errors import UserError
 from shards.manifest import Info, Receipt
@@ -252,7 +252,7 @@ def _workplace(out: str | Path, own: Slice, dry_run: bool) -> Iterator[_Workplac
     finished = False
     try:
         with only_one(local or base, "build", shared=shared), only_one(work.plan, "build of this slice"):
-            for old in work.plan.iterdir():  # what a killed try left
+            for old in (each for each in work.plan.iterdir() if each.name != LOCK):  # what a killed try left
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
             try:
                 yield work
@@ -263,7 +263,7 @@ def _workplace(out: str | Path, own: Slice, dry_run: bool) -> Iterator[_Workplac
                 if not (shared or keep):
                     shutil.rmtree(base)
     except UserError:
-        if local and fresh and not any(path.is_file() for path in local.rglob("*")):
+        if local and fresh and not any(path.is_file() and path.name != LOCK for path in local.rglob("*")):
             shutil.rmtree(local)  # nothing was begun: leave nothing
         raise
 

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from shards import hashindex, manifest, phash
-from shards.atomic import only_one, whole_file, write_text
+from shards.atomic import LOCK, only_one, whole_file, write_text
 from shards.dataset import Dataset, Sample
 from shards.decode import DECODER, DecodeError
 from shards.dedupereport import write_report
@@ -265,7 +265,7 @@ def _claim(out: Path, train: Dataset, tests: list[Dataset]) -> None:
             if old != plan:
                 other = ", ".join(name for name in plan if old.get(name) != plan[name])
                 raise UserError(f"{out} holds another dedupe ({other} differ); choose another --out or remove it")
-        elif any(entry.name != ".plan.json.partial" for entry in out.iterdir()):
+        elif any(entry.name not in (LOCK, ".plan.json.partial") for entry in out.iterdir()):
             raise UserError(f"{out} holds something else; choose another --out")
         else:
             write_text(path, json.dumps(plan, indent=1) + "\n")

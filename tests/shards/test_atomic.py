@@ -5,10 +5,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from threading import Thread
 
 import pytest
 
 from shards import atomic
+from shards.atomic import is_held, only_one
+from shards.errors import PatchmillError
 
 
 def names(folder):
@@ -62,6 +65,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from shards import atomic
+from shards.atomic import is_held, only_one
+from shards.errors import PatchmillError
 folder, left = Path(sys.argv[1]), int(sys.argv[2])
 replace = os.replace
 def replace_then_die(*paths):
@@ -92,3 +97,43 @@ def test_a_kill_between_the_renames_of_a_replacement_loses_nothing(tmp_path, ren
         assert names(tmp_path / "a [b]") == [there]
         assert ".a [b].replaced.partial" not in names(tmp_path)
         shutil.rmtree(tmp_path / "a [b]")
+
+
+def test_of_many_that_take_turns_none_is_beside_another_and_nothing_is_left(tmp_path):
+    folder, count = tmp_path / "folder", tmp_path / "count"
+    count.write_text("0")
+
+    def take_turns():
+        for _ in range(10):
+            with only_one(folder, "turn", wait=60):
+                before = int(count.read_text())
+                assert is_held(folder, unknown=False)
+                count.write_text(str(before + 1))
+
+    threads = [Thread(target=take_turns) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert count.read_text() == "40"
+    assert not is_held(folder, unknown=True)
+    assert not list(folder.iterdir())
+
+
+def test_a_folder_that_has_another_name_since_keeps_its_lock_and_the_new_one_has_its_own(tmp_path):
+    folder = tmp_path / "folder"
+    with only_one(folder, "first"):
+        folder.rename(tmp_path / "aside")
+        with only_one(folder, "second"):
+            assert is_held(tmp_path / "aside", unknown=False)
+            assert is_held(folder, unknown=False)
+        assert is_held(tmp_path / "aside", unknown=False)
+
+
+def test_where_nothing_can_be_written_that_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(PatchmillError, match=r"cannot write to .*file/folder: Not a directory"),
+        only_one(tmp_path / "file/folder", "turn"),
+    ):
+        pass

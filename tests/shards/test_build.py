@@ -1,6 +1,5 @@
 """Building: bytes that depend on the input alone, kills, and everything that can be wrong with a source."""
 
-import fcntl
 import os
 import shutil
 import signal
@@ -16,6 +15,7 @@ import webdataset as wds
 from PIL import Image
 
 from shards import manifest
+from shards.atomic import only_one
 from shards.build import build, parse_split
 from shards.dataset import Dataset
 from shards.droplist import write_exclude
@@ -457,12 +457,8 @@ def test_unsplit_build_into_a_split_one_is_refused(own, tmp_path):
 
 
 def test_two_builds_into_one_folder_are_refused(own, tmp_path):
-    (tmp_path / "out").mkdir()
-    folder = os.open(tmp_path / "out", os.O_RDONLY)
-    fcntl.flock(folder, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match="another build is writing"):
+    with only_one(tmp_path / "out", "build"), pytest.raises(UserError, match="another build is writing"):
         build(own, tmp_path / "out", workers=1)
-    os.close(folder)
     build(own, tmp_path / "out", workers=1)
 
 
