@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, create_model
+from pydantic import AfterValidator, Field, ValidationInfo, create_model
 
 from pipeline.settings import Settings, check, merge, nearest, read_toml
 from shards.errors import UserError
@@ -31,11 +31,11 @@ def _variable(name: str) -> str:
     return name
 
 
-def _shell(line: str) -> str:
-    """Refuse a secret that stands in a line of shell, without repeating it; from a file or a program it may come."""
+def _no_secret(line: str, info: ValidationInfo) -> str:
+    """Refuse a secret that stands in a line or word, without repeating it; from a file or a program it may come."""
     for name in re.findall(r"(?<![\w$])(\w+)=[\"']?[^\s\"'$`]", line):
         if SECRET.search(name):
-            raise UserError(f"setup in the profile sets {name}, which {IN_THE_OPEN}")
+            raise UserError(f"{info.field_name} in the profile sets {name}, which {IN_THE_OPEN}")
     return line
 
 
@@ -47,7 +47,8 @@ def _secret(name: str) -> str:
 
 Line = Annotated[str, AfterValidator(_one_line)]
 Variable = Annotated[str, AfterValidator(_variable)]
-Shell = Annotated[str, AfterValidator(_shell)]
+Shell = Annotated[str, AfterValidator(_no_secret)]
+Word = Annotated[Line, AfterValidator(_no_secret)]
 Secret = Annotated[str, AfterValidator(_secret)]
 
 
@@ -72,14 +73,14 @@ class JobSettings(NodeSettings):
     constraint: Line | None = None
     time: Line | None = Field(None, description="limit of one try, as sbatch takes it: 1-12:00:00")
     slices: int = Field(1, gt=0, description="of a stage of kind shards: so many jobs of an array build it")
-    health: list[Line] = Field([], description="command that a node must pass before each try, or it is excluded")
+    health: list[Word] = Field([], description="command that a node must pass before each try, or it is excluded")
     doctor: bool = Field(False, description="look at all that the stage needs on the nodes of each try, before it")
     modules: list[Line] = []
     setup: list[Shell] = Field([], description="lines of shell, run as they are on the first node")
-    container: list[Line] = Field([], description="words before a rank's command: apptainer exec --nv image.sif")
+    container: list[Word] = Field([], description="words before a rank's command: apptainer exec --nv image.sif")
     python: Line | None = Field(None, description="of the ranks; default: the one that submits")
-    sbatch: list[Line] = Field([], description="more options of sbatch, each as it is: --exclusive")
-    srun: list[Line] = Field([], description="more options of srun: --container-image=...")
+    sbatch: list[Word] = Field([], description="more options of sbatch, each as it is: --exclusive")
+    srun: list[Word] = Field([], description="more options of srun: --container-image=...")
 
 
 class PodSettings(NodeSettings):

@@ -14,9 +14,12 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from launch.choice import goes_on
 from launch.cluster import layout
 from launch.driver import await_ranks
 from launch.findings import Finding, print_findings
@@ -24,7 +27,7 @@ from launch.jobnodes import can_do_without, sick_nodes
 from launch.local import free_port
 from launch.plan import Stage
 from launch.rank import ENDED, NAMES, STOP
-from launch.requeue import SUPERSEDED, requeue, say
+from launch.requeue import SUPERSEDED, is_over_time, requeue, say
 from launch.run import begin, finish, is_done
 from launch.said import Said
 from launch.submission import Job, Record, folder_of, log_of, read_submission
@@ -33,15 +36,31 @@ from shards.errors import PatchmillError, StoppedOnRequestError, UserError
 from shards.merge import count_written
 from shards.plan import Slice
 
+EARLY = "stopped on request before its ranks were started"
+LOOK = 0.5  # seconds
+LAST = 10.0  # seconds that ranks get after SIGTERM if the time is over; Slurm kills after 30, or as KillWait says
+
 
 class Ranks:
     """The ranks of a try: started, told to stop, awaited."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen | None = None
+        self._heeds = False
         self.asked: set[int] = set()
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, self._stop)
+
+    @contextmanager
+    def heeding(self) -> Iterator[None]:
+        """End what is done here, which may take long, with a StoppedOnRequestError if the job is asked to stop."""
+        self._heeds = True
+        try:
+            if self.asked:
+                raise StoppedOnRequestError(EARLY)
+            yield
+        finally:
+            self._heeds = False
 
     def run(self, command: list[str], **environment: str) -> int:
         """Run srun to its end; return its exit code, which is of the last rank to be ended."""
@@ -51,6 +70,14 @@ class Ranks:
         self._process = subprocess.Popen(command, env={**inherited, **environment}, stdin=subprocess.DEVNULL)
         if self.asked:  # while it was started
             self._process.send_signal(signal.SIGUSR2)
+        while signal.SIGTERM not in self.asked:
+            with suppress(subprocess.TimeoutExpired):
+                return self._process.wait(LOOK)
+        with suppress(subprocess.TimeoutExpired):
+            return self._process.wait(LAST)
+        if is_over_time():  # Slurm kills whoever is left soon, this too, and nobody would put the job back
+            say("its time is over, and the ranks have not ended: what they did since the last checkpoint is lost")
+            return 128 + signal.SIGTERM
         return self._process.wait()
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
@@ -58,6 +85,9 @@ class Ranks:
         self.asked.add(number)
         if self._process and self._process.poll() is None:
             self._process.send_signal(signal.SIGUSR2)
+        if self._heeds:
+            self._heeds = False
+            raise StoppedOnRequestError(EARLY)
 
 
 class Progress:
@@ -73,9 +103,11 @@ class Progress:
     """
 
     def __init__(self, stage: Stage, slice: str | None):
-        self._unit = "samples"
+        self._unit, self.number = "shards" if stage.table.kind == "shards" else "samples", 0
+        if not goes_on(stage):
+            return  # what is there is of other settings, and goes out of the way
         if stage.table.kind == "shards":
-            self._unit, own = "shards", Slice.parse(slice) if slice not in (None, "merge") else Slice()
+            own = Slice.parse(slice) if slice not in (None, "merge") else Slice()
             self.number = count_written(stage.folder / "data", own)
         else:
             saved = whole_checkpoints(stage.folder / "checkpoints")
@@ -98,21 +130,28 @@ def run_job(record: Record) -> None:
     job = submission.jobs[name]
     stages = {stage.table.name: stage for stage in submission.read_plan(run).stages}
     stage = stages[job.stage]
-    if job.digest not in (None, stage.digest):
+    if job.digest not in (None, stage.digest) or not submission.has_recipe_of(stage.table):
         raise UserError(f"stage {job.stage} changed since it was submitted: a recipe beside the plan; submit it again")
     if is_done(stage):
         record.note("done", reason=None)
         return
     if lacking := [need for need in stage.needs if not is_done(stages[need])]:
         raise UserError(f"stage {job.stage} needs {', '.join(lacking)}, which did not finish; submit the plan again")
-    at, before = Progress(stage, job.slice), record.table.get("nodes")
+    at, before, last = Progress(stage, job.slice), record.table.get("nodes"), record.table.get("reason")
     say(f"{name}: try {record.table.get('tries', 0) + 1} on {os.environ['SLURM_JOB_NODELIST']}, from {at}")
     if record.begin(at.number) > job.settings.retries + 1:  # Slurm brought it back, each time a node was lost
-        raise PatchmillError(f"{job.settings.retries + 1} tries in a row came no further than {at}")
+        why = f"; the last: {last}" if last else ""
+        raise PatchmillError(f"{job.settings.retries + 1} tries in a row came no further than {at}{why}")
     logs = _logs(job, stage)
-    for folder in (_doctors_logs(record), logs):
-        _end_ranks_of_before(folder, before)
-    if sick := sick_nodes(job.settings.health):
+    try:
+        with ranks.heeding():
+            for folder in (_doctors_logs(record), logs):
+                _end_ranks_of_before(folder, before)
+            sick = sick_nodes(job.settings.health)
+    except StoppedOnRequestError as error:
+        record.excuse("stopped", str(error))
+        raise requeue(record, str(error)) from None
+    if sick:
         told = f"health check failed on {', '.join(sick)}"
         if not can_do_without(sick, run):
             raise PatchmillError(f"{told}, and the job cannot do without; mend that or `health`, then submit again")
@@ -178,15 +217,18 @@ def _step(record: Record, job: Job, stage: Stage, ranks: Ranks, logs: Path, argu
     if ended == UserError.exit_code:
         raise UserError(f"{said.error()}; mend it, then submit the plan again")
     at = Progress(stage, job.slice)
-    stopped = bool(ranks.asked) or (stage.folder / "stopped.json").exists()
-    stopped = stopped or ended == StoppedOnRequestError.exit_code or said.was_terminated()
+    heard = bool(ranks.asked) or (stage.folder / "stopped.json").exists()
+    heard = heard or ended == StoppedOnRequestError.exit_code
+    stopped, late = heard or said.was_terminated(), signal.SIGUSR2 in ranks.asked
     reason = f"stopped on request at {at}" if stopped else f"crashed: {said.error()}"
-    if stopped and signal.SIGUSR2 not in ranks.asked:
+    reason = f"its time limit came at {at}" if late else reason
+    if stopped and not late and (heard or at.number > record.table["at"]):
         record.excuse("stopped", reason)
-    else:  # a time limit that is too short to come any further is no better than a crash
+    else:  # a time limit that is too short to come any further is no better than a crash; nor is what kills at once
         record.note("stopped" if stopped else "crashed", reason=reason)
         if record.table["barren"] > job.settings.retries and at.number <= record.table["at"]:
-            raise PatchmillError(f"{record.table['barren']} tries came no further than {at}; {reason}")
+            remedy = "; give it more `time`" if late else ""
+            raise PatchmillError(f"{record.table['barren']} tries came no further than {at}; {reason}{remedy}")
     raise requeue(record, reason)
 
 
@@ -222,7 +264,9 @@ def _slow_nodes(record: Record, job: Job, stage: Stage, ranks: Ranks) -> list[st
     try:
         said = _step(record, job, stage, ranks, logs, command)
     except UserError as error:
-        said, failed = (logs / "stdout.log").read_text(), error
+        said, failed = (logs / "stdout.log").read_text() if (logs / "stdout.log").exists() else "", error
+        if not said:  # it did not even begin
+            raise
     findings = [Finding(**each) for each in json.loads((said.splitlines() or ["[]"])[-1])]
     print_findings(findings, file=sys.stderr)
     if failed:

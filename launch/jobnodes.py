@@ -1,12 +1,13 @@
 """The nodes of this job: those that fail their health check, and whether it could do without some."""
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 
 from launch.slurm import slurm
 from launch.submission import folder_of
-from shards.errors import PatchmillError
+from shards.errors import PatchmillError, StoppedOnRequestError
 
 CHECK = 120.0  # seconds for the health check of all nodes
 
@@ -23,7 +24,11 @@ def excluded(job: str) -> list[str]:
 
 
 def sick_nodes(health: list[str]) -> list[str]:
-    """Return the nodes on which a command fails, or does not end; of no command none."""
+    """Return the nodes on which a command fails, or does not end; of no command none.
+
+    Raises:
+        StoppedOnRequestError: It was ended from outside, and nobody knows.
+    """
     if not health:
         return []
     nodes = slurm("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
@@ -33,6 +38,8 @@ def sick_nodes(health: list[str]) -> list[str]:
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, timeout=CHECK)
         healthy = done.stdout
+        if done.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM):
+            raise StoppedOnRequestError("stopped on request while the health of its nodes was checked")
     except subprocess.TimeoutExpired as late:
         healthy = (late.stdout or b"").decode()
     return [node for node in nodes if node not in healthy.split()]

@@ -84,8 +84,8 @@ def _wait(processes: list[subprocess.Popen], logs: Path, tail: Tail) -> int:
             # A rank that says why (2, 75) knows more than one that only lost its peers.
             rank, code = min(zip(failed, codes, strict=True), key=lambda pair: pair[1] not in (2, 75))
             if rank > 0:
-                tail = (logs / f"rank-{rank}.log").read_text(errors="replace").strip().splitlines()[-1:]
-                print(f"rank {rank} ended with {_name(code)}: {' '.join(tail)}", file=sys.stderr)
+                last = (logs / f"rank-{rank}.log").read_text(errors="replace").strip().splitlines()[-1:]
+                print(f"rank {rank} ended with {_name(code)}: {' '.join(last)}", file=sys.stderr)
             elif code < 0:
                 print(f"rank 0 ended with {_name(code)}", file=sys.stderr)
             return code if code and code > 0 else 1

@@ -69,6 +69,14 @@ def keep_off(job: str, nodes: list[str]) -> None:
             time.sleep(1)
 
 
+def is_over_time() -> bool:
+    """Tell whether Slurm is ending this job because its time limit has come."""
+    try:
+        return slurm("squeue", "--noheader", f"--jobs={job_number()}", "--format=%r").strip() == "TimeLimit"
+    except PatchmillError:
+        return False
+
+
 def say(text: str) -> None:
     """Tell in the job's log."""
     print(f"[{time.strftime('%F %T')}] {text}", file=sys.stderr, flush=True)

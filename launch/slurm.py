@@ -17,7 +17,7 @@ from launch.plan import Plan, Stage
 from launch.run import begin, is_done
 from launch.snapshot import take_snapshot
 from launch.stages import KINDS
-from launch.submission import Job, Record, Submission, folder_of, read_submission
+from launch.submission import Job, Record, Submission, folder_of, read_submission, recipes_of
 from shards.atomic import only_one, write_text
 from shards.errors import PatchmillError, UserError
 
@@ -116,6 +116,7 @@ def submit(plan: Plan, cluster: Cluster) -> dict[str, Job]:
         write_text(folder / "plan.toml", text)
         take_snapshot(folder / CODE)
         table = {"plan": str(plan.path), "directory": os.getcwd(), "smoke": plan.smoke, "known": plan.inputs.known}
+        table |= {"recipes": recipes_of(plan.path, plan.table.stage)}
         jobs: dict[str, Job] = {}
         try:
             for (part, settings), text in zip(parts, scripts, strict=True):
@@ -245,7 +246,8 @@ def _script(plan: Plan, part: Part, settings: JobSettings) -> str:
     lines += [f"#SBATCH --{name}={_option(str(value))}" for name, value in options.items() if value is not None]
     lines += ["#SBATCH --requeue", *(f"#SBATCH {option}" for option in settings.sbatch), ""]
     mark = f"{shlex.quote(str(folder))}/{part.job}"
-    lines += [f"wc -c <{mark}.log >{mark}.begun  # until launch.job removes it"]
+    told = f"${{SLURM_RESTART_COUNT:-0}} $(stat -c %s {mark}.log 2>/dev/null)"
+    lines += [f'echo "{told}" >{mark}.begun  # until launch.job removes it']
     lines += ["trap '' USR2  # which warns of the time limit, until launch.job listens"]
     lines += [_load(module) for module in settings.modules]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in settings.env.items()]

@@ -4,14 +4,15 @@ RUN/plan.toml   slurm/{submission.json, plan.toml, code/, NAME.sbatch, NAME.log,
                        NAME.doctor/}
 """
 
+import hashlib
 import json
 import os
-from contextlib import suppress
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from launch.cluster import JobSettings
-from launch.plan import Plan, read_submitted
+from launch.plan import Plan, StageTable, read_submitted
 from launch.results import read_json
 from pipeline.settings import Settings, check
 from shards.atomic import write_text
@@ -46,6 +47,7 @@ class Submission(Settings):
         directory: That it was submitted from, which its jobs run in.
         smoke: As of ``patchmill run``.
         known: Digests of the plan's inputs, by path.
+        recipes: SHA-256 of the recipes beside the plan, by name.
         jobs: By name, in the plan's order.
     """
 
@@ -53,6 +55,7 @@ class Submission(Settings):
     directory: str
     smoke: bool
     known: dict[str, str]
+    recipes: dict[str, str]
     jobs: dict[str, Job]
 
     def read_plan(self, run: Path) -> Plan:
@@ -60,9 +63,19 @@ class Submission(Settings):
         text = (folder_of(run) / "plan.toml").read_text(encoding="utf-8")
         return read_submitted(text, Path(self.plan), run, self.smoke, dict(self.known))
 
+    def has_recipe_of(self, stage: StageTable) -> bool:
+        """Tell whether a stage's recipe, if it is one beside the plan, is still as it was."""
+        return recipes_of(self.plan, [stage]).items() <= self.recipes.items()
+
     def write(self, run: Path) -> None:
         """Write it into the run's folder."""
         write_text(folder_of(run) / "submission.json", self.model_dump_json(indent=1, exclude_unset=True))
+
+
+def recipes_of(plan: str | Path, stages: Iterable[StageTable]) -> dict[str, str]:
+    """Return the SHA-256 of each recipe beside a plan, by the name that stages have for it."""
+    names = {stage.recipe for stage in stages if stage.recipe and stage.recipe.endswith(".toml")}
+    return {name: hashlib.sha256((Path(plan).parent / name).read_bytes()).hexdigest() for name in sorted(names)}
 
 
 def folder_of(run: Path) -> Path:
@@ -78,7 +91,7 @@ def log_of(run: Path, name: str) -> Path:
 def begun_of(run: Path, name: str) -> Path:
     """Return the file that the script of a job makes when it begins, and ``launch.job`` removes when it does.
 
-    It holds how long the job's log was by then, in bytes.
+    It holds how often Slurm has put the job back by then, and how many bytes its log had.
     """
     return folder_of(run) / f"{name}.begun"
 
@@ -127,8 +140,8 @@ class Record:
         self.run, self.name, self.path = run, name, folder_of(run) / f"{name}.json"
         self._begun = begun_of(run, name)
         self.table: dict[str, Any] = read_json(self.path)
-        with suppress(FileNotFoundError):
-            said = _last_line(log_of(run, name), int(self._begun.read_text() or 0))
+        if mark := self._mark():
+            said = _last_line(log_of(run, name), mark[1])
             self.table |= {"state": "starting", "reason": f"in its script, before launch.job{said and f': {said}'}"}
 
     def begin(self, at: int) -> int:
@@ -146,8 +159,9 @@ class Record:
 
     def is_superseded(self) -> bool:
         """Tell whether another try has begun since this one: Slurm starts one when it loses a node that lives on."""
-        now = read_json(self.path)
-        return any(now.get(key) != self.table.get(key) for key in ("tries", "job"))
+        now, mark = read_json(self.path), self._mark()
+        here = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        return any(now.get(key) != self.table.get(key) for key in ("tries", "job")) or bool(mark and mark[0] > here)
 
     def note(self, state: str, **more: Any) -> None:
         """Note how it is, unless that is for another try to tell."""
@@ -157,6 +171,14 @@ class Record:
     def excuse(self, state: str, reason: str) -> None:
         """Note that the try was ended from outside, which is no fault of it."""
         self.note(state, barren=max(0, self.table.get("barren", 0) - 1), reason=reason)
+
+    def _mark(self) -> tuple[int, int] | None:
+        """Return what the script of the try that began last noted, unless that has come to ``launch.job``."""
+        try:
+            restarts, size, *_ = [*self._begun.read_text().split(), "0", "0"]  # it may be at it just now
+        except FileNotFoundError:
+            return None
+        return int(restarts), int(size)
 
     def _write(self, **more: Any) -> None:
         self.table |= more

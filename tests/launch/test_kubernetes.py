@@ -164,6 +164,17 @@ def test_a_secret_in_a_line_of_shell_is_refused(tmp_path):
         assert "hunter2" not in str(told.value)
 
 
+@pytest.mark.parametrize("key", ["sbatch", "srun", "container", "health"])
+def test_a_secret_among_words_of_a_command_is_refused(tmp_path, key):
+    (tmp_path / "cluster.toml").write_text(f'[kind.supervised]\n{key} = ["--export=ALL,WANDB_API_KEY=hunter2"]')
+    cluster = Cluster(tmp_path / "cluster.toml")
+    with pytest.raises(UserError, match=f"{key} in the profile sets WANDB_API_KEY, which is a secret") as told:
+        cluster.job("supervised", "")
+    assert "hunter2" not in str(told.value)
+    (tmp_path / "cluster.toml").write_text(f'{key} = ["--export=ALL,WANDB_API_KEY"]')  # its name alone
+    assert getattr(Cluster(tmp_path / "cluster.toml").job("", ""), key) == ["--export=ALL,WANDB_API_KEY"]
+
+
 @pytest.mark.parametrize(
     ("profile", "told"),
     [

@@ -6,19 +6,22 @@ import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launch.cluster import Cluster, JobSettings, layout
+from launch.job import Progress
 from launch.plan import read_plan
+from launch.run import begin
 from launch.slurm import CODE, _numbers, _parts, _script, _settings
 from launch.snapshot import take_snapshot
 from launch.stages import KINDS
-from launch.submission import Job, Record, Submission, folder_of, log_of, read_submitted_plan
+from launch.submission import Job, Record, Submission, folder_of, log_of, read_submitted_plan, recipes_of
 from pipeline import provenance
 from shards.errors import UserError
-from tests.command import ROOT
+from tests.command import ROOT, patchmill
 from tests.plans import SHARDS, converting, training, write_plan
 
 RATES = 'ranks = 16\nsweep = { "optim.lr" = [0.1, 0.2, 0.3] }'
@@ -163,7 +166,13 @@ def test_jobs_go_by_the_plan_that_was_submitted_whatever_is_run_in_its_folder_si
     folder_of(plan.run).mkdir(parents=True)
     (folder_of(plan.run) / "plan.toml").write_text(PLAN)
     (plan.run / "plan.toml").write_text(PLAN.replace("1 epoch", "2 epochs"))  # `patchmill run` leaves it there
-    table = {"plan": str(plan.path), "directory": str(tmp_path), "smoke": False, "known": plan.inputs.known}
+    table = {
+        "plan": str(plan.path),
+        "directory": str(tmp_path),
+        "smoke": False,
+        "known": plan.inputs.known,
+        "recipes": {},
+    }
     Submission(**table, jobs={}).write(plan.run)
     submitted = read_submitted_plan(plan.run)
     assert [stage.digest for stage in submitted.stages] == [stage.digest for stage in plan.stages]
@@ -172,7 +181,13 @@ def test_jobs_go_by_the_plan_that_was_submitted_whatever_is_run_in_its_folder_si
 def test_whatever_ends_a_job_is_told(tmp_path):
     plan = plan_of(tmp_path)
     job = Job(id="1", stage="shards", settings=JobSettings())
-    table = {"plan": str(plan.path), "directory": str(tmp_path), "smoke": False, "known": plan.inputs.known}
+    table = {
+        "plan": str(plan.path),
+        "directory": str(tmp_path),
+        "smoke": False,
+        "known": plan.inputs.known,
+        "recipes": {},
+    }
     Submission(**table, jobs={"shards": job}).write(plan.run)  # and no plan
     done = subprocess.run(
         [sys.executable, "-m", "launch.job", plan.run, "shards"], cwd=ROOT, capture_output=True, text=True
@@ -182,6 +197,21 @@ def test_whatever_ends_a_job_is_told(tmp_path):
     record = Record(plan.run, "shards").table
     assert record["state"] == "failed"
     assert record["reason"].startswith("FileNotFoundError: [Errno 2] No such file or directory: '")
+
+
+def test_a_job_that_comes_back_too_often_fails_with_what_was_the_matter_the_last_time(tmp_path):
+    plan = plan_of(tmp_path)
+    job = Job(id="1", stage="shards", settings=JobSettings())
+    table = {"plan": str(plan.path), "directory": str(tmp_path), "smoke": False, "known": plan.inputs.known}
+    Submission(**table, recipes={}, jobs={"shards": job}).write(plan.run)
+    (folder_of(plan.run) / "plan.toml").write_text(PLAN)
+    Record(plan.run, "shards").note("stopped", tries=4, barren=4, at=0, reason="health check failed on n1: excluded")
+    command = [sys.executable, "-m", "launch.job", plan.run, "shards"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "SLURM_JOB_NODELIST": "n2"}, check=False)
+    assert done.returncode == 1
+    record = Record(plan.run, "shards").table
+    told = "4 tries in a row came no further than the start; the last: health check failed on n1: excluded"
+    assert (record["state"], record["reason"]) == ("failed", told)
 
 
 def test_a_try_that_is_not_the_last_any_more_writes_nothing(tmp_path, monkeypatch):
@@ -213,7 +243,7 @@ def test_a_try_whose_script_alone_has_begun_is_starting_and_its_words_are_told_n
     folder_of(plan.run).mkdir(parents=True, exist_ok=True)
     log = log_of(plan.run, name)
     log.write_text("[2026] shards: stopped on request at the start\n")
-    (command,) = re.findall(r"^wc .*begun", text, re.MULTILINE)
+    (command,) = re.findall(r"^echo .*begun", text, re.MULTILINE)
     subprocess.run(["bash", "-c", command], check=True)
     told = Record(plan.run, name).table
     assert (told["state"], told["reason"]) == ("starting", "in its script, before launch.job")
@@ -222,6 +252,48 @@ def test_a_try_whose_script_alone_has_begun_is_starting_and_its_words_are_told_n
     assert Record(plan.run, name).table["reason"] == "in its script, before launch.job: module: nope"
     Record(plan.run, name).begin(0)
     assert Record(plan.run, name).table["state"] == "running"
+
+
+def test_a_try_that_was_put_back_by_another_is_superseded_as_soon_as_the_script_of_the_next_begins(
+    tmp_path, monkeypatch
+):
+    plan = plan_of(tmp_path)
+    name = plan.stages[0].table.name
+    (command,) = re.findall(r"^echo .*begun", next(iter(scripts(plan, "").values())), re.MULTILINE)
+    folder_of(plan.run).mkdir(parents=True, exist_ok=True)
+    begin = ["bash", "-c", command]
+    subprocess.run(begin, check=True)  # and no log: the profile has an --output of its own
+    lost = Record(plan.run, name)
+    assert not lost.is_superseded()
+    lost.begin(0)
+    subprocess.run(begin, check=True, env={**os.environ, "SLURM_RESTART_COUNT": "1"})
+    assert lost.is_superseded()
+    lost.note("crashed", reason="lost its peers")
+    assert Record(plan.run, name).table["state"] == "starting"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert not Record(plan.run, name).is_superseded()
+
+
+def test_what_is_there_of_other_settings_is_no_progress(tmp_path):
+    plan = plan_of(tmp_path)
+    stage = plan.stages[0]
+    begin(stage)
+    assert patchmill(*stage.arguments, cwd=tmp_path).returncode == 0
+    assert str(Progress(stage, None)) != "the start"
+    changed = replace(stage, inputs="others")
+    assert str(Progress(changed, None)) == "the start"
+
+
+def test_a_recipe_beside_the_plan_that_changed_is_seen_also_after_a_sweep(tmp_path):
+    plan = plan_of(tmp_path)
+    (tmp_path / "own.toml").write_text("lr = 1")
+    stage = plan.stages[0].table.model_copy(update={"recipe": "own.toml"})
+    table = {"plan": str(plan.path), "directory": str(tmp_path), "smoke": False, "known": {}, "jobs": {}}
+    submission = Submission(**table, recipes=recipes_of(plan.path, [stage]))
+    assert submission.has_recipe_of(stage)
+    (tmp_path / "own.toml").write_text("lr = 2")
+    assert not submission.has_recipe_of(stage)
+    assert submission.has_recipe_of(plan.stages[0].table)
 
 
 def test_a_snapshot_is_whole_and_says_its_commit(tmp_path):

@@ -38,6 +38,15 @@ def test_a_stage_that_will_not_run_fails_before_it_begins_and_others_are_told_wh
     assert not run.stage("greedy").exists()
 
 
+def test_a_container_that_is_missing_is_told_before_the_doctor_can_look(cluster, tmp_path):
+    profile = 'doctor = true\ncontainer = ["/nowhere/apptainer", "exec"]'
+    run = Submitted(cluster, write_plan(tmp_path, SHARDS), profile)
+    run.wait_for_end()
+    record = run.record("shards")
+    assert record["state"] == "failed"
+    assert record["reason"].startswith("execve(): /nowhere/apptainer: No such file or directory; mend it")
+
+
 def test_a_node_with_a_slow_rank_is_left_out(cluster, tmp_path):
     profile = f"ranks_per_node = 2\n[stage.train]\ndoctor = true\n{slowed('n1 1')}"
     run = Submitted(cluster, write_plan(tmp_path, SHARDS, SHORT), profile)

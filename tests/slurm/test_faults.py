@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -126,8 +127,22 @@ def test_the_time_limit_stops_it_and_it_goes_on(cluster, tmp_path):
     assert run.result("train")["samples"] == 2600 * 12
     record = run.record("train")
     assert record["tries"] >= 2
-    assert len(re.findall(r"\] stopped on request at .*: back", run.log("train"))) == record["tries"] - 1
+    assert len(re.findall(r"\] its time limit came at .*: back", run.log("train"))) == record["tries"] - 1
     assert "TIME LIMIT" not in run.log("train")
+
+
+def test_ranks_that_hang_at_the_time_limit_are_left_and_the_job_goes_on_from_its_newest_checkpoint(cluster, tmp_path):
+    run = Submitted(cluster, write_plan(tmp_path, SHARDS, TRAIN), 'ranks_per_node = 2\ntime = "1"\ngrace = 20')
+    run.wait_for_steps("train", 60)
+    (node,) = run.shown("train")["NodeList"].split(",")
+    for pid in cluster.tasks(node):
+        words = Path(f"/proc/{pid}/cmdline").read_bytes()
+        if b"launch.rank" in words and not words.startswith(b"srun"):
+            os.kill(pid, signal.SIGSTOP)
+    wait_for(lambda: run.shown("train")["Restarts"] == "1", 240, "the job to go back into the queue")
+    assert re.search(r"\] its time limit came at \d+ samples: back into the queue", run.log("train"))
+    run.wait_for_end(500)
+    assert run.result("train")["samples"] == 700 * 12
 
 
 def test_a_job_of_more_weight_takes_the_nodes_and_gives_them_back(cluster, tmp_path):
@@ -160,6 +175,39 @@ def test_a_node_that_fails_its_health_check_is_excluded(cluster, tmp_path):
     assert run.record("shards")["nodes"] == "n2"
     assert run.shown("shards")["ExcNodeList"] == "n1"
     assert "health check failed on n1: excluded" in run.log("shards")
+
+
+def commands(cluster) -> list[bytes]:
+    """Return what runs on the nodes."""
+    found = []
+    for pid in (pid for node in cluster.nodes for pid in cluster.tasks(node)):
+        with suppress(OSError):
+            found.append(Path(f"/proc/{pid}/cmdline").read_bytes())
+    return found
+
+
+SLOW_CHECK = """health = ["sh", "-c", 'test ${SLURM_RESTART_COUNT:-0} != 0 || sleep 100']"""
+
+
+@pytest.mark.parametrize("options", [["--signal=TERM"], ["--signal=TERM", "--batch"]])
+def test_told_to_stop_while_the_health_of_nodes_is_checked_it_comes_back_and_excludes_none(cluster, tmp_path, options):
+    run = Submitted(cluster, write_plan(tmp_path, SHARDS), SLOW_CHECK)
+    wait_for(lambda: b"sleep\x00100\x00" in commands(cluster), 60, "the check to run")
+    cluster.run("scancel", *options, run.jobs["shards"])
+    run.wait_for_end()
+    assert run.result("shards")
+    shown, record = run.shown("shards"), run.record("shards")
+    assert (shown["Restarts"], shown.get("ExcNodeList", "(null)")) == ("1", "(null)")
+    assert (record["tries"], record["barren"]) == (2, 1)
+    assert re.search(r"\] stopped on request .*: back into the queue", run.log("shards"))
+
+
+def test_cancelled_while_the_health_of_nodes_is_checked_it_is_cancelled(cluster, tmp_path):
+    run = Submitted(cluster, write_plan(tmp_path, SHARDS), SLOW_CHECK)
+    wait_for(lambda: b"sleep\x00100\x00" in commands(cluster), 60, "the check to run")
+    run.cancel()
+    (shown,) = json.loads(patchmill("status", run.run, "--json", cwd=tmp_path).stdout)
+    assert shown["state"] == "cancelled"
 
 
 def test_a_health_check_that_no_node_passes_ends_the_job(cluster, tmp_path):
