@@ -1,7 +1,8 @@
 # make        check what pip cannot bring, and install everything else into .venv
 # make demo   the main job on real images, and its result
 # make test   the tests (10 minutes at most on 2 cores)
-# make test-slow   the long ones
+# make test-long   whole runs that take up to a minute each, some 5 minutes in all
+# make test-slow   longer ones, hours in all
 # make slurm       a real Slurm cluster of two nodes on this machine (Debian's packages, as root); make slurm-stop ends it
 # make test-slurm  submitting, stopping, going on and faults on such a cluster
 # make proof       four stages under 50 faults, drawn from SEED, beside the same ones undisturbed (root; half an hour)
@@ -23,8 +24,8 @@ TESTS  ?= tests
 MINUTES ?= 60
 PIP    := python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo test test-slow slurm slurm-stop test-slurm proof soak test-peers peers lint types coverage docs bench \
-	bench-peers clean
+.PHONY: setup demo test test-long test-slow slurm slurm-stop test-slurm proof soak test-peers peers lint types coverage \
+	docs bench bench-peers clean
 
 # The native JPEG decoder is built at once if it is not there, and gone on without if it cannot be.
 setup: $(READY)
@@ -36,6 +37,9 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
+test-long: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long --numprocesses auto --dist loadfile --no-loadscope-reorder
+
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
@@ -46,7 +50,7 @@ slurm-stop:
 	@$(PYTHON) tests/slurm/cluster.py stop
 
 test-slurm: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slurm and not slow" tests/slurm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slurm and not slow" tests/slurm tests/proof
 
 proof: setup
 	$(BIN)/python tests/proof/prove.py --seed $(SEED)
@@ -67,7 +71,7 @@ types: $(READY)
 coverage: setup
 	rm -f .coverage .coverage.*
 	mkdir -p build
-	-OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest $(TESTS)
+	-OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -m "not peers and not slow and not slurm" $(TESTS)
 	-$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report > build/coverage.txt
 	tail -1 build/coverage.txt

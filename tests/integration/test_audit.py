@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import psutil
+import pytest
 
 from shards.audit import audit
 from shards.dataset import Dataset
@@ -36,6 +37,7 @@ def audit_command(stage: Path) -> tuple[int, dict]:
     return done.returncode, json.loads(done.stdout)
 
 
+@pytest.mark.long
 def test_killed_rolled_back_and_on_other_ranks_each_position_came_once(tmp_path):
     train = build_image_set(tmp_path, per_class=16, split={"val": 0.2}, shard_samples=8) / "train"
     damage(train, BROKEN)

@@ -129,6 +129,7 @@ def test_a_second_run_skips_what_is_done(folder, undisturbed):
     assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*.safetensors")} == before
 
 
+@pytest.mark.long
 def test_killed_in_pre_training_and_run_again_it_ends_with_the_same_weights(folder, undisturbed):
     process = start(folder, "killed")
     stage = folder / "killed" / "tiny" / "stages" / "pretrain"

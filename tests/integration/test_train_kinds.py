@@ -128,6 +128,7 @@ def test_the_encoder_is_fine_tuned(folder, run, kind, stage):
     assert {"probe_1shot", "probe_5shot", "probe_linear"} <= result.keys()
 
 
+@pytest.mark.long
 def test_patience_ends_a_stage_as_finished_and_a_resume_goes_no_further(folder):
     """At a learning rate of almost nothing, no evaluation after the first is better by more than rounding."""
     over = ("optim.lr=1e-30", "engine.kind=accelerate", "checkpoint.every='100 epochs'", "evaluate.patience=2")

@@ -124,6 +124,7 @@ def test_stopped_on_request_it_saves_and_goes_on_with_any_ranks_and_data_moved_t
         assert [loss for _, loss in after] == pytest.approx([loss for _, loss in undisturbed], abs=2e-4)
 
 
+@pytest.mark.long
 def test_decoding_in_a_process_of_its_own_trains_the_same_through_signals_to_all_and_leaves_nobody_behind(
     folder, undisturbed
 ):
@@ -147,6 +148,7 @@ def test_decoding_in_a_process_of_its_own_trains_the_same_through_signals_to_all
     assert audit(run).counts == {}
 
 
+@pytest.mark.long
 def test_another_global_batch_on_resume_still_ends_with_a_save_and_an_evaluation(folder):
     run = folder / "other-batch"
     first = launch(folder, 2, run.name, epochs=14)
@@ -167,6 +169,7 @@ def test_another_global_batch_on_resume_still_ends_with_a_save_and_an_evaluation
     assert "val_top1" in lines[-1]
 
 
+@pytest.mark.long
 def test_a_second_run_in_the_same_folder_waits_its_turn(folder):
     """As when a launcher is killed and started again while its ranks are still saving."""
     process = launch(folder, 1, "turns", epochs=2000)
@@ -190,6 +193,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(folder):
     assert "NaN" not in (folder / "diverged" / "metrics.jsonl").read_text()
 
 
+@pytest.mark.long
 def test_with_dropout_a_resumed_run_draws_the_same(folder):
     code, stderr = done(launch(folder, 2, "dropout", epochs=12, stage=2, dropout=0.2))
     assert code == 0, stderr
@@ -201,6 +205,7 @@ def test_with_dropout_a_resumed_run_draws_the_same(folder):
     assert losses(folder / "dropout-stopped") == losses(folder / "dropout")
 
 
+@pytest.mark.long
 def test_randaugment_mixup_and_stochastic_depth_are_the_same_on_any_ranks(folder, undisturbed):
     for ranks in (1, 2):
         over = ("data.augment=medium1", "model.drop_path=0.5")
@@ -212,6 +217,7 @@ def test_randaugment_mixup_and_stochastic_depth_are_the_same_on_any_ranks(folder
     assert [loss for _, loss in one] != pytest.approx([loss for _, loss in undisturbed[: len(one)]], abs=2e-3)
 
 
+@pytest.mark.long
 def test_when_a_rank_is_killed_the_others_end_within_a_minute_and_the_launcher_says_so(folder):
     process = launch(folder, 2, "rank-killed", epochs=400)
     wait_for_steps(folder / "rank-killed", process, 3)

@@ -19,6 +19,7 @@ LENGTHS = ["duration=30 steps", "checkpoint.every=30 steps", "evaluate.every=30 
 OVER = [*LENGTHS, "data.allow_pipe=true", "watchdog=2"]
 
 
+@pytest.mark.long
 def test_data_that_never_comes(tmp_path):
     build_image_set(tmp_path, per_class=8, split={"val": 0.5})
     command = f"sleep 1000 # {uuid.uuid4()}"

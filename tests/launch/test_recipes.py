@@ -84,6 +84,7 @@ def test_one_recipe_is_printed_whole_with_its_commands():
     assert "# 252 runs in all" in text
 
 
+@pytest.mark.long
 def test_smoke_forms_run_from_the_command_line(tmp_path):
     done = patchmill("recipes", "small_pretrain", "--smoke", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

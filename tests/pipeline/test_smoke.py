@@ -97,6 +97,7 @@ def test_every_model_shrinks(name):
     assert small.data.resolution <= 64
 
 
+@pytest.mark.long
 @pytest.mark.timeout(240)
 def test_the_smoke_form_of_every_recipe_runs(alone, monkeypatch):
     """On 2 quiet cores that takes less than a minute; nobody waits for longer than 4."""

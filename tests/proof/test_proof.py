@@ -12,7 +12,6 @@ FAULTS = 8
 
 
 @pytest.mark.slurm
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_under_eight_faults_everything_holds():
     program = ROOT / "tests/proof/prove.py"

@@ -59,6 +59,7 @@ def compare(ranks: list[dict], one: dict) -> None:
         assert found["resumed"] == pytest.approx(one["resumed"], abs=5e-2 if rounded else 1e-5), name
 
 
+@pytest.mark.long
 def test_two_ranks_train_the_same_under_every_setting(one, tmp_path):
     compare(run_on_ranks(WORKER, 2, tmp_path, *FAST, timeout=240), one)
 
