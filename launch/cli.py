@@ -6,8 +6,9 @@ Exit codes: 0 done, 2 a user's mistake, 75 stopped on request with everything sa
 import os
 import signal
 import sys
+from importlib.metadata import version
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -21,6 +22,22 @@ from shards.errors import PatchmillError, StoppedOnRequestError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Mill images into patches, and patches into pre-trained Vision Transformers.")  # fmt: skip
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"patchmill {version('patchmill')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Tell the version, and end.")
+    ] = False,
+) -> None: ...
+
+
 app.add_typer(plan_app)
 app.add_typer(model_app)
 app.add_typer(shards_app, name="shards")

@@ -1,6 +1,7 @@
 """Every mistake: one clear line on stderr, exit code 2, no traceback, nothing under a final name."""
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,11 @@ def data(tmp_path_factory) -> Path:
     parts = json.loads(done.stdout)["parts"]
     assert parts["train"]["samples"] + parts["val"]["samples"] == 60
     return folder
+
+
+def test_the_version_is_told(tmp_path):
+    done = patchmill("--version", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"patchmill {version('patchmill')}\n")
 
 
 def test_stats_and_show(data, tmp_path):
