@@ -105,7 +105,7 @@ def evaluate(
     from pipeline.convert.recognise import load_model
     from pipeline.evaluate.classify import check_classes, check_labelled
     from pipeline.evaluate.predict import predict
-    from pipeline.evaluate.scores import Scores
+    from pipeline.evaluate.scores import Scores, make_folder
     from shards.augment import TRANSFORMS, CenterCrop
     from shards.dataset import Dataset
 
@@ -120,11 +120,14 @@ def evaluate(
         raise UserError(f"--short {short} is less than the {side} pixels that the model sees; give {side} or more")
     transform = CenterCrop(side, short) if short else TRANSFORMS[view](side)
     with distributed.together():
+        folder = out if distributed.rank() == 0 else None
+        if folder:
+            make_folder(folder)
         found = predict(model.to(distributed.device()), dataset, transform, batch, distributed.cores_each())
         scores = Scores(found, dataset)
-        if out and distributed.rank() == 0:
-            scores.write(out)
-        print_result(scores.summary(), as_json)
+        print_result(scores.summary(), as_json)  # which is not lost where no more can be written
+        if folder:
+            scores.write(folder)
 
 
 @model_app.command()
