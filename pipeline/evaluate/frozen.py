@@ -67,8 +67,9 @@ def frozen_features_accuracy(
     """
     if train.classes != test.classes:
         raise UserError(f"{test.url} has other classes than {train.url}; build both with one command")
-    labels = single_labels(train)
-    check_shots(labels, len(train.classes), max(shots), train.classes)
+    labels = single_labels(train), single_labels(test)
+    check_shots(labels[0], len(train.classes), max(shots), train.classes)
+    distributed.let_collectives_take_long()  # others wait for the closed form of rank 0; who dies is told all the same
     model = model.to(distributed.device())
     with_pixels = (len(train) + len(test)) * 3 * model.image_size**2 * 4 <= PIXELS
     with ExitStack() as stack:
@@ -77,8 +78,8 @@ def frozen_features_accuracy(
         folder = Path(distributed.everyone(folder)[0])
         transform = TRANSFORMS[view](model.image_size)
         found = [
-            extract(model, each, folder / name, transform, with_pixels)
-            for each, name in ((train, "train"), (test, "test"))
+            Frozen(*extract(model, each, folder / name, transform, with_pixels), truth)
+            for each, name, truth in zip((train, test), ("train", "test"), labels, strict=True)
         ]
         result = _scores(*found, shots, neighbours) if distributed.rank() == 0 else {}
         probed = _probed(*found, len(train.classes)) if linear else None
@@ -111,8 +112,10 @@ def _probed(train: Frozen, test: Frozen, classes: int) -> float:
 
 
 @torch.no_grad()
-def extract(model: nn.Module, dataset: Dataset, folder: Path, transform: Transform, with_pixels: bool) -> Frozen:
-    """Return the features of every image, in the data set's order, in files of a folder; collective over all ranks.
+def extract(
+    model: nn.Module, dataset: Dataset, folder: Path, transform: Transform, with_pixels: bool
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return features and pixels, as of ``Frozen``, of every image, in files of a folder; collective over all ranks.
 
     Args:
         model: As in ``frozen_features_accuracy``, on its device.
@@ -150,7 +153,7 @@ def extract(model: nn.Module, dataset: Dataset, folder: Path, transform: Transfo
     for each in files.values():
         each.flush()
     distributed.everyone(None)
-    return Frozen(files["features"], files.get("pixels"), single_labels(dataset))
+    return files["features"], files.get("pixels")
 
 
 def _make_files(folder: Path, rows: int, sizes: dict[str, int]) -> UserError | None:
