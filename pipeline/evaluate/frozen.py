@@ -3,7 +3,6 @@
 Features are kept in files, and read some at a time: those of a million images need no more memory than of a thousand.
 """
 
-import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ from pipeline import distributed
 from pipeline.evaluate.fewshot import check_shots, fewshot_accuracy, least_squares_accuracy
 from pipeline.evaluate.knn import knn_accuracy
 from pipeline.evaluate.linear import linear_accuracy
+from pipeline.evaluate.rowfiles import RowFiles
 from pipeline.images import to_model_input
 from pipeline.prefetch import prefetched
 from pipeline.settings import View
@@ -125,15 +125,12 @@ def extract(
         with_pixels: Keep what the model sees, too.
 
     Raises:
-        UserError: The disk has no room for it.
+        UserError: The disk has no room for it, or the ranks do not share the folder.
     """
     device, side = distributed.device(), model.image_size
     width = model(torch.zeros(1, 3, side, side, device=device), features=True).shape[1]
     sizes = {"features": width, **({"pixels": 3 * side * side} if with_pixels else {})}
-    problem = _make_files(folder, len(dataset), sizes) if distributed.rank() == 0 else None
-    if problem := distributed.everyone(problem)[0]:
-        raise problem
-    files = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in sizes}
+    files = RowFiles(folder, len(dataset), sizes)
     parts = EvaluationLoader(
         dataset, BATCH, transform=transform, rank=distributed.rank(), world_size=distributed.world_size(),
         threads=distributed.cores_each(),
@@ -146,32 +143,12 @@ def extract(
         images, where = images[: len(places)], places.cpu().numpy()  # only the last rows of a batch are not valid
         if not len(where):
             continue  # of a small set, a rank may have none
-        rows = slice(int(where[0]), int(where[-1]) + 1)  # a batch is of images that lie together
-        files["features"][rows] = model(images, features=True).float().cpu().numpy()
+        first = int(where[0])  # a batch is of images that lie together
+        files.write("features", first, model(images, features=True).float().cpu().numpy())
         if with_pixels:
-            files["pixels"][rows] = images.flatten(1).cpu().numpy()
-    for each in files.values():
-        each.flush()
-    distributed.everyone(None)
-    return files["features"], files.get("pixels")
-
-
-def _make_files(folder: Path, rows: int, sizes: dict[str, int]) -> UserError | None:
-    """Make a file of float32 [rows, size] for each name, with room for it all: what is mapped is written blindly."""
-    try:
-        folder.mkdir()
-        for name, size in sizes.items():
-            path = folder / f"{name}.npy"
-            np.lib.format.open_memmap(path, "w+", np.float32, (rows, size))
-            with open(path, "rb+") as file:
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    except OSError as error:
-        wanted = rows * sum(sizes.values()) * 4 / 1e9
-        return UserError(
-            f"{' and '.join(sizes)} of {rows:,} images take {wanted:.3g} GB, which do not go into {folder.parent} "
-            f"({error.strerror}); make room, or set TMPDIR to a folder on another disk"
-        )
-    return None
+            files.write("pixels", first, images.flatten(1).cpu().numpy())
+    tables = files.tables()
+    return tables["features"], tables.get("pixels")
 
 
 def single_labels(dataset: Dataset) -> np.ndarray:

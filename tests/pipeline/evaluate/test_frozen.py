@@ -130,6 +130,16 @@ def test_a_disk_without_room_for_the_features_is_one_line(folder, tmp_path, rank
         assert re.search(said, each.stderr), each
 
 
+def test_ranks_that_do_not_share_the_folder_are_told_in_one_line(folder, tmp_path):
+    may = subprocess.run(["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", tmp_path], timeout=10, check=False)
+    if may.returncode:
+        pytest.skip("only root may have mounts of its own")
+    for rank, each in enumerate(ends_of_ranks(WORKER, 2, folder, tmp_path, "apart")):
+        said = r"UserError: rank 1 on \S+ cannot open \S+/features, which rank 0 has made \(No .*\); set TMPDIR to a"
+        assert re.search(said, each.stderr), (rank, each)
+    assert not list(tmp_path.iterdir())
+
+
 def test_ranks_wait_for_a_closed_form_that_takes_longer_than_a_collective_may(folder):
     found, other = run_on_ranks(SLOW_WORKER, 2, folder)
     assert list(found) == ["features", "pixels"]
