@@ -28,7 +28,7 @@ from shards.errors import UserError
 from shards.evaluation import EvaluationBatch, EvaluationLoader
 
 BATCH = 64
-PIXELS = 2**30  # bytes of raw pixels, as float32, up to which they are a baseline
+PIXELS = 2**28  # bytes of raw pixels, as float32, up to which they are a baseline
 SEEDS = (0, 1, 2)  # of the few shots
 
 
