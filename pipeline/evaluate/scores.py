@@ -4,9 +4,7 @@ An image with several labels is right if it is told as any of them, and one with
 ReaL labels are scored ("Are we done with ImageNet?", arXiv 2006.07159).
 """
 
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -17,9 +15,9 @@ import pyarrow.parquet as pq
 
 from pipeline.evaluate.classify import check_labelled, has_real_labels
 from pipeline.evaluate.predict import Predictions
+from pipeline.writable import writing
 from shards.atomic import whole_file
 from shards.dataset import Dataset
-from shards.errors import UserError
 from shards.manylabels import stacked
 
 REAL = "ReaL"
@@ -121,7 +119,7 @@ class Scores:
         Raises:
             UserError: It cannot be written, or its disk is full.
         """
-        with _told(folder):
+        with writing(folder):
             self._write(folder / "predictions.parquet", self.predictions(), pq.write_table)
             for name in ("classes", "confusion", "calibration"):
                 self._write(folder / f"{name}.csv", getattr(self, name)(), csv.write_csv)
@@ -130,20 +128,3 @@ class Scores:
     def _write(path: Path, table: pa.Table, write: Callable[[pa.Table, Path], None]) -> None:
         with whole_file(path) as partial:
             write(table, partial)
-
-
-def make_folder(folder: Path) -> None:
-    """Make the folder of ``Scores.write``; a UserError where nothing can be written into it."""
-    with _told(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-
-
-@contextmanager
-def _told(folder: Path) -> Iterator[None]:
-    """Make one line of an error of writing into a folder."""
-    try:
-        yield
-    except OSError as error:
-        why = error.strerror or error
-        raise UserError(f"cannot write into {folder}: {why}; give another folder, or make room") from error
