@@ -105,7 +105,8 @@ def evaluate(
     from pipeline.convert.recognise import load_model
     from pipeline.evaluate.classify import check_classes, check_labelled
     from pipeline.evaluate.predict import predict
-    from pipeline.evaluate.scores import Scores, make_folder
+    from pipeline.evaluate.scores import Scores
+    from pipeline.writable import make_writable
     from shards.augment import TRANSFORMS, CenterCrop
     from shards.dataset import Dataset
 
@@ -122,7 +123,7 @@ def evaluate(
     with distributed.together():
         folder = out if distributed.rank() == 0 else None
         if folder:
-            make_folder(folder)
+            make_writable(folder)
         found = predict(model.to(distributed.device()), dataset, transform, batch, distributed.cores_each())
         scores = Scores(found, dataset)
         print_result(scores.summary(), as_json)  # which is not lost where no more can be written
