@@ -3,20 +3,20 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from launch.cli_options import Json, Smoke, print_result
+from pipeline.settings import View
 from shards.errors import UserError
 
 model_app = typer.Typer()
 
 Average = Annotated[bool, typer.Option("--ema", help="The moving average of the weights, which optim.ema keeps.")]
-View = Annotated[
-    Literal["resize", "center_crop", "resize_center_crop"],
-    typer.Option(help="The whole image, squeezed; its middle; or the middle of it all, squeezed to 8/7."),
+ViewOption = Annotated[
+    View, typer.Option(help="The whole image, squeezed; its middle; or the middle of it all, squeezed to 8/7.")
 ]
 
 
@@ -90,7 +90,7 @@ def evaluate(
     weights: Annotated[Path, typer.Argument(help="Weights in any format, checkpoint, or a training stage's folder.")],
     data: Annotated[str, typer.Argument(help="Data set.")],
     batch: Annotated[int, typer.Option(min=1, help="Images a rank takes at once.")] = 64,
-    view: View = "resize",
+    view: ViewOption = "resize",
     short: Annotated[
         int | None, typer.Option(min=1, help="Short side that the middle is cut of, pixels; default: 8/7 of it.")
     ] = None,
@@ -143,7 +143,7 @@ def fewshot(
     linear: Annotated[
         bool, typer.Option("--linear", help="Linear probing, too: logistic regression on every training image.")
     ] = False,
-    view: View = "resize_center_crop",
+    view: ViewOption = "resize_center_crop",
     ema: Average = False,
     as_json: Json = False,
 ) -> None:
