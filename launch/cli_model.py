@@ -3,20 +3,20 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from launch.cli_options import Json, Smoke, print_result
+from pipeline.settings import View
 from shards.errors import UserError
 
 model_app = typer.Typer()
 
 Average = Annotated[bool, typer.Option("--ema", help="The moving average of the weights, which optim.ema keeps.")]
-View = Annotated[
-    Literal["resize", "center_crop", "resize_center_crop"],
-    typer.Option(help="The whole image, squeezed; its middle; or the middle of it all, squeezed to 8/7."),
+ViewOption = Annotated[
+    View, typer.Option(help="The whole image, squeezed; its middle; or the middle of it all, squeezed to 8/7.")
 ]
 
 
@@ -90,7 +90,7 @@ def evaluate(
     weights: Annotated[Path, typer.Argument(help="Weights in any format, checkpoint, or a training stage's folder.")],
     data: Annotated[str, typer.Argument(help="Data set.")],
     batch: Annotated[int, typer.Option(min=1, help="Images a rank takes at once.")] = 64,
-    view: View = "resize",
+    view: ViewOption = "resize",
     short: Annotated[
         int | None, typer.Option(min=1, help="Short side that the middle is cut of, pixels; default: 8/7 of it.")
     ] = None,
@@ -106,6 +106,7 @@ def evaluate(
     from pipeline.evaluate.classify import check_classes, check_labelled
     from pipeline.evaluate.predict import predict
     from pipeline.evaluate.scores import Scores
+    from pipeline.writable import make_writable
     from shards.augment import TRANSFORMS, CenterCrop
     from shards.dataset import Dataset
 
@@ -120,11 +121,14 @@ def evaluate(
         raise UserError(f"--short {short} is less than the {side} pixels that the model sees; give {side} or more")
     transform = CenterCrop(side, short) if short else TRANSFORMS[view](side)
     with distributed.together():
+        folder = out if distributed.rank() == 0 else None
+        if folder:
+            make_writable(folder)
         found = predict(model.to(distributed.device()), dataset, transform, batch, distributed.cores_each())
         scores = Scores(found, dataset)
-        if out and distributed.rank() == 0:
-            scores.write(out)
-        print_result(scores.summary(), as_json)
+        print_result(scores.summary(), as_json)  # which is not lost where no more can be written
+        if folder:
+            scores.write(folder)
 
 
 @model_app.command()
@@ -139,7 +143,7 @@ def fewshot(
     linear: Annotated[
         bool, typer.Option("--linear", help="Linear probing, too: logistic regression on every training image.")
     ] = False,
-    view: View = "resize_center_crop",
+    view: ViewOption = "resize_center_crop",
     ema: Average = False,
     as_json: Json = False,
 ) -> None:

@@ -169,7 +169,7 @@ class _Look:
 
     def _dataset(self, setting: str, at: str | TrainSource | None, of: TrainSettings | None = None) -> Dataset | None:
         """Open a data set, by the settings of a training stage if it is of one; None: there is none, or not yet."""
-        source = TrainSource(url=at, weight=1.0) if isinstance(at, str) else at
+        source = TrainSource(url=at) if isinstance(at, str) else at
         if source is None or self.unmade(source.url):
             return None
         store = _hasty(of.data.store if of else StoreSettings())

@@ -4,9 +4,9 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.config import TrainSettings
 from pipeline.settings import Settings, View
@@ -56,6 +56,12 @@ class EvaluateStage(Settings):
     short: int | None = Field(None, gt=0)
     ema: bool = False
 
+    @model_validator(mode="after")
+    def _of_the_middle(self) -> "EvaluateStage":
+        if self.short is not None and self.view != "center_crop":
+            raise ValueError(f"short = {self.short} is of view center_crop, and the view is {self.view}; leave one out")
+        return self
+
 
 class FewshotStage(Settings):
     """Closed-form linear accuracy of frozen features: ``patchmill fewshot``."""
@@ -63,7 +69,7 @@ class FewshotStage(Settings):
     weights: str
     train: str
     test: str
-    shots: list[int] = [1, 5, 10, 25]
+    shots: list[Annotated[int, Field(gt=0)]] = Field([1, 5, 10, 25], min_length=1)
     knn: int | None = Field(None, gt=0)
     linear: bool = False
     view: View = "resize_center_crop"

@@ -20,6 +20,7 @@ from shards.errors import UserError
 from shards.ledger import new_segment
 from shards.loader import Loader
 from shards.manylabels import Accepts
+from shards.mixedorder import PERIODS
 from shards.mixture import Mixture
 from shards.names import sample_names
 from shards.processloader import ProcessLoader
@@ -124,9 +125,16 @@ def mixed(data: DataSettings, opened: list[Dataset]) -> Dataset | Mixture:
     """Return what is drawn from a stage's training sets, opened in the order of its settings.
 
     Raises:
-        UserError: Their classes do not go together.
+        UserError: Their classes do not go together, or one has too few images to be drawn by size.
     """
     if len(opened) == 1:
         return opened[0]
+    total = sum(map(len, opened))
+    for dataset, source in zip(opened, data.sources, strict=True):
+        if source.weight is None and len(dataset) * PERIODS[-1] < total:
+            raise UserError(
+                f"{dataset.url} has {len(dataset):,} of {total:,} images, and drawn by size a set must have 1 of "
+                f"{PERIODS[-1]}; give each a weight, or leave it out"
+            )
     weights = [source.weight or len(dataset) for dataset, source in zip(opened, data.sources, strict=True)]
     return Mixture(list(zip(opened, weights, strict=True)))

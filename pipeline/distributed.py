@@ -72,10 +72,10 @@ def group_beside() -> dist.ProcessGroup:
     return _beside
 
 
-def leave_hangs_to_the_watchdog() -> None:
-    """Let collectives of all groups there are (DeepSpeed makes some of its own) take as long as the watchdog lets them.
+def let_collectives_take_long() -> None:
+    """Let those of all groups there are (DeepSpeed makes some of its own) wait for more than 10 minutes.
 
-    Else ``watchdog`` could not be longer than the shortest of their timeouts, 10 minutes. The store keeps its own.
+    In a training stage ``watchdog``, which could not be longer else, sees hangs then. The store keeps its own timeout.
     """
     for group in dist.distributed_c10d._world.pg_map:
         dist.distributed_c10d._set_pg_timeout(WATCHED, group)

@@ -43,7 +43,7 @@ class Watchdog:
         """Note what begins now, at so many samples consumed."""
         longer = not self._trained or what in (SAVING, EVALUATING)
         if not self._trained:  # at the start, and again when the engine has made groups
-            distributed.leave_hangs_to_the_watchdog()
+            distributed.let_collectives_take_long()
         self._trained = self._trained or what == TRAINING
         limit = math.inf if what == MIRRORING else self._limit * (LONGER if longer else 1)
         self._now = what, samples, time.monotonic(), limit

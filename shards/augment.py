@@ -184,16 +184,14 @@ class ResizeCenterCrop:
     """The whole image to a larger square, then the middle of it: for few-shot evaluation, as big_vision does it.
 
     Attributes:
-        size: Side of the result, pixels.
-        larger: Side of the square it is cut from, pixels; by default 8/7 of it, as 256 is of 224.
+        size: Side of the result, pixels; the square is 8/7 of it, as 256 is of 224.
     """
 
     size: int
-    larger: int | None = None
 
     def __call__(self, image: np.ndarray, key: Key) -> np.ndarray:
         """Transform uint8 [h, w, 3] to uint8 [size, size, 3]; ``key`` is not used."""
-        larger = self.larger or round(self.size * 8 / 7)
+        larger = round(self.size * 8 / 7)
         return _middle(resize(image, larger, larger), self.size)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from shards.atomic import commit_folder, partial_folder
 from shards.build import build
 from shards.dataset import Dataset
 from shards.decode import decode
@@ -23,19 +24,22 @@ SIDE, BATCHES = 32, 5
 
 
 def write(drawings: Path, out: Path) -> None:
-    """Write ``data_batch_1.bin`` to ``_5``, ``test_batch.bin`` and ``batches.meta.txt``."""
+    """Write ``data_batch_1.bin`` to ``_5``, ``test_batch.bin`` and ``batches.meta.txt``: all of them, or nothing."""
+    if out.exists():
+        sys.exit(f"{out} is there already; remove it, or name another folder")
     with tempfile.TemporaryDirectory() as folder:
         # A hash of its name puts an image into its part: into the same one as in the plan.
         split = tomllib.loads((HERE / "plan.toml").read_text())["stage"][0]["set"]["split"]
         build(drawings, folder, split=split, workers=1)
         parts = {part: Dataset.open(Path(folder) / part) for part in ("train", "dev", "val")}
         rows = {part: [_row(dataset[place]) for place in range(len(dataset))] for part, dataset in parts.items()}
-    out.mkdir(parents=True, exist_ok=True)
+    partial = partial_folder(out)
     train = rows["train"] + rows["dev"]
     for number in range(BATCHES):
-        (out / f"data_batch_{number + 1}.bin").write_bytes(b"".join(train[number::BATCHES]))
-    (out / "test_batch.bin").write_bytes(b"".join(rows["val"]))
-    (out / "batches.meta.txt").write_text("\n".join(parts["train"].classes) + "\n")
+        (partial / f"data_batch_{number + 1}.bin").write_bytes(b"".join(train[number::BATCHES]))
+    (partial / "test_batch.bin").write_bytes(b"".join(rows["val"]))
+    (partial / "batches.meta.txt").write_text("\n".join(parts["train"].classes) + "\n")
+    commit_folder(partial, out)
 
 
 def _row(sample) -> bytes:

@@ -18,7 +18,8 @@ L2 = 1024.0
 BIAS = 100.0  # the constant feature: so large that the penalty hardly touches its weight
 STD_FLOOR = 1e-5
 L2_GRID = (1e1, 1e2, 1e3, 1e4, 1e5, 1e6)
-AT_ONCE = 4096  # samples that are float64 at a time
+AT_ONCE = 4096  # samples that are float64 at a time,
+AT_ONCE_BYTES = 2**26  # or fewer, if they take more than this
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def fit(features: np.ndarray, labels: np.ndarray, num_classes: int, l2: float = 
     Raises:
         UserError: a feature is not finite.
     """
-    return fits(features, labels, num_classes, (l2,))[0]
+    return next(fits(features, labels, num_classes, (l2,)))
 
 
 def fits(
@@ -65,8 +66,8 @@ def fits(
     num_classes: int,
     penalties: Sequence[float],
     rows: np.ndarray | None = None,
-) -> list[LinearClassifier]:
-    """Fit once with each of several penalties, as ``fit`` does; to the samples at ``rows`` alone.
+) -> Iterator[LinearClassifier]:
+    """Fit once with each of several penalties, as ``fit`` does, one after the other; to the samples at ``rows`` alone.
 
     Solves the smaller of two equal systems: (D + 1) x (D + 1), summed up part by part, or n x n.
     """
@@ -75,19 +76,24 @@ def fits(
     std = np.sqrt(sum(np.square(x - mean).sum(0) for _, x in _parts(features, rows)) / n) + STD_FLOOR
     parts = ((labels[part], _standardised(x, mean, std)) for part, x in _parts(features, rows))
     if n < d:
-        chosen, x = (np.concatenate(each) for each in zip(*parts, strict=True))  # [n], [n, D + 1]
+        x, chosen, filled = np.empty((n, d)), labels if rows is None else labels[rows], 0
+        for _, part in parts:
+            x[filled : filled + len(part)] = part
+            filled += len(part)
         gram, targets = x @ x.T, 2.0 * np.eye(num_classes)[chosen] - 1.0
-        solutions = [x.T @ np.linalg.solve(gram + l2 * np.eye(n), targets) for l2 in penalties]
     else:
         gram, sums = np.zeros((d, d)), np.zeros((num_classes, d))
-        for chosen, x in parts:
-            gram += x.T @ x
+        for chosen, part in parts:
+            gram += part.T @ part
             order = np.argsort(chosen, kind="stable")
             classes, starts = np.unique(chosen[order], return_index=True)
-            sums[classes] += np.add.reduceat(x[order], starts)
-        products = (2.0 * sums - sums.sum(0)).T  # x.T @ targets, without the targets: [D + 1, K]
-        solutions = [np.linalg.solve(gram + l2 * np.eye(d), products) for l2 in penalties]
-    return [LinearClassifier(mean, std, weights) for weights in solutions]
+            sums[classes] += np.add.reduceat(part[order], starts)
+        targets = (2.0 * sums - sums.sum(0)).T  # x.T @ targets, without x and targets: [D + 1, K]
+    diagonal = gram.diagonal().copy()
+    for l2 in penalties:
+        np.fill_diagonal(gram, diagonal + l2)
+        solution = np.linalg.solve(gram, targets)
+        yield LinearClassifier(mean, std, x.T @ solution if n < d else solution)
 
 
 def fewshot_accuracy(
@@ -123,7 +129,7 @@ def fewshot_accuracy(
     accuracies = []
     for seed in seeds:
         chosen = draw_shots(train_labels, num_classes, shots, seed)
-        classifier = fits(train_features, train_labels, num_classes, (l2,), chosen)[0]
+        classifier = next(fits(train_features, train_labels, num_classes, (l2,), chosen))
         accuracies.append(classifier.accuracy(test_features, test_labels))
     return np.array(accuracies)
 
@@ -154,7 +160,8 @@ def least_squares_accuracy(
     """Return the test accuracy of a fit to all training samples, and the l2 that it used.
 
     The l2 is the one of ``l2_grid`` with the best accuracy on a fifth of the training samples, held out at
-    random; of equal ones the larger. The test samples have no part in the choice.
+    random; of equal ones the larger. Of fewer than five samples none is, and ``L2`` is used. The test samples have no
+    part in the choice.
 
     Args:
         train_features: float [n, D].
@@ -167,10 +174,11 @@ def least_squares_accuracy(
     num_classes = _num_classes(train_labels, test_labels)
     order = np.random.default_rng(seed).permutation(len(train_labels))
     held_out, kept = (np.sort(part) for part in np.split(order, [len(order) // 5]))
-    penalties = sorted(l2_grid, reverse=True)
-    tried = fits(train_features, train_labels, num_classes, penalties, kept)
-    scores = [classifier.accuracy(train_features, train_labels, held_out) for classifier in tried]
-    l2 = penalties[int(np.argmax(scores))]
+    l2, penalties = L2, sorted(l2_grid, reverse=True)
+    if len(held_out):
+        tried = fits(train_features, train_labels, num_classes, penalties, kept)
+        scores = [classifier.accuracy(train_features, train_labels, held_out) for classifier in tried]
+        l2 = penalties[int(np.argmax(scores))]
     return fit(train_features, train_labels, num_classes, l2).accuracy(test_features, test_labels), l2
 
 
@@ -181,8 +189,9 @@ def _standardised(features: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np
 def _parts(features: np.ndarray, rows: np.ndarray | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield places and float64 features of some samples after another; a UserError if any is not finite."""
     rows, bad = np.arange(len(features)) if rows is None else rows, 0
-    for start in range(0, len(rows), AT_ONCE):
-        part = rows[start : start + AT_ONCE]
+    at_once = max(1, min(AT_ONCE, AT_ONCE_BYTES // (8 * features.shape[1])))
+    for start in range(0, len(rows), at_once):
+        part = rows[start : start + at_once]
         x = np.asarray(features[part], dtype=np.float64)
         bad += int((~np.isfinite(x)).any(1).sum())
         if not bad:

@@ -3,7 +3,6 @@
 Features are kept in files, and read some at a time: those of a million images need no more memory than of a thousand.
 """
 
-import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ from pipeline import distributed
 from pipeline.evaluate.fewshot import check_shots, fewshot_accuracy, least_squares_accuracy
 from pipeline.evaluate.knn import knn_accuracy
 from pipeline.evaluate.linear import linear_accuracy
+from pipeline.evaluate.rowfiles import RowFiles
 from pipeline.images import to_model_input
 from pipeline.prefetch import prefetched
 from pipeline.settings import View
@@ -28,7 +28,7 @@ from shards.errors import UserError
 from shards.evaluation import EvaluationBatch, EvaluationLoader
 
 BATCH = 64
-PIXELS = 2**30  # bytes of raw pixels, as float32, up to which they are a baseline
+PIXELS = 2**28  # bytes of raw pixels, as float32, up to which they are a baseline
 SEEDS = (0, 1, 2)  # of the few shots
 
 
@@ -67,8 +67,9 @@ def frozen_features_accuracy(
     """
     if train.classes != test.classes:
         raise UserError(f"{test.url} has other classes than {train.url}; build both with one command")
-    labels = single_labels(train)
-    check_shots(labels, len(train.classes), max(shots), train.classes)
+    labels = single_labels(train), single_labels(test)
+    check_shots(labels[0], len(train.classes), max(shots), train.classes)
+    distributed.let_collectives_take_long()  # others wait for the closed form of rank 0; who dies is told all the same
     model = model.to(distributed.device())
     with_pixels = (len(train) + len(test)) * 3 * model.image_size**2 * 4 <= PIXELS
     with ExitStack() as stack:
@@ -77,8 +78,8 @@ def frozen_features_accuracy(
         folder = Path(distributed.everyone(folder)[0])
         transform = TRANSFORMS[view](model.image_size)
         found = [
-            extract(model, each, folder / name, transform, with_pixels)
-            for each, name in ((train, "train"), (test, "test"))
+            Frozen(*extract(model, each, folder / name, transform, with_pixels), truth)
+            for each, name, truth in zip((train, test), ("train", "test"), labels, strict=True)
         ]
         result = _scores(*found, shots, neighbours) if distributed.rank() == 0 else {}
         probed = _probed(*found, len(train.classes)) if linear else None
@@ -111,8 +112,10 @@ def _probed(train: Frozen, test: Frozen, classes: int) -> float:
 
 
 @torch.no_grad()
-def extract(model: nn.Module, dataset: Dataset, folder: Path, transform: Transform, with_pixels: bool) -> Frozen:
-    """Return the features of every image, in the data set's order, in files of a folder; collective over all ranks.
+def extract(
+    model: nn.Module, dataset: Dataset, folder: Path, transform: Transform, with_pixels: bool
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return features and pixels, as of ``Frozen``, of every image, in files of a folder; collective over all ranks.
 
     Args:
         model: As in ``frozen_features_accuracy``, on its device.
@@ -122,15 +125,12 @@ def extract(model: nn.Module, dataset: Dataset, folder: Path, transform: Transfo
         with_pixels: Keep what the model sees, too.
 
     Raises:
-        UserError: The disk has no room for it.
+        UserError: The disk has no room for it, or the ranks do not share the folder.
     """
     device, side = distributed.device(), model.image_size
     width = model(torch.zeros(1, 3, side, side, device=device), features=True).shape[1]
     sizes = {"features": width, **({"pixels": 3 * side * side} if with_pixels else {})}
-    problem = _make_files(folder, len(dataset), sizes) if distributed.rank() == 0 else None
-    if problem := distributed.everyone(problem)[0]:
-        raise problem
-    files = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in sizes}
+    files = RowFiles(folder, len(dataset), sizes)
     parts = EvaluationLoader(
         dataset, BATCH, transform=transform, rank=distributed.rank(), world_size=distributed.world_size(),
         threads=distributed.cores_each(),
@@ -143,32 +143,12 @@ def extract(model: nn.Module, dataset: Dataset, folder: Path, transform: Transfo
         images, where = images[: len(places)], places.cpu().numpy()  # only the last rows of a batch are not valid
         if not len(where):
             continue  # of a small set, a rank may have none
-        rows = slice(int(where[0]), int(where[-1]) + 1)  # a batch is of images that lie together
-        files["features"][rows] = model(images, features=True).float().cpu().numpy()
+        first = int(where[0])  # a batch is of images that lie together
+        files.write("features", first, model(images, features=True).float().cpu().numpy())
         if with_pixels:
-            files["pixels"][rows] = images.flatten(1).cpu().numpy()
-    for each in files.values():
-        each.flush()
-    distributed.everyone(None)
-    return Frozen(files["features"], files.get("pixels"), single_labels(dataset))
-
-
-def _make_files(folder: Path, rows: int, sizes: dict[str, int]) -> UserError | None:
-    """Make a file of float32 [rows, size] for each name, with room for it all: what is mapped is written blindly."""
-    try:
-        folder.mkdir()
-        for name, size in sizes.items():
-            path = folder / f"{name}.npy"
-            np.lib.format.open_memmap(path, "w+", np.float32, (rows, size))
-            with open(path, "rb+") as file:
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    except OSError as error:
-        wanted = rows * sum(sizes.values()) * 4 / 1e9
-        return UserError(
-            f"{' and '.join(sizes)} of {rows:,} images take {wanted:.3g} GB, which do not go into {folder.parent} "
-            f"({error.strerror}); make room, or set TMPDIR to a folder on another disk"
-        )
-    return None
+            files.write("pixels", first, images.flatten(1).cpu().numpy())
+    tables = files.tables()
+    return tables["features"], tables.get("pixels")
 
 
 def single_labels(dataset: Dataset) -> np.ndarray:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from pipeline.evaluate.classify import check_labelled, has_real_labels
 from pipeline.evaluate.predict import Predictions
+from pipeline.writable import writing
 from shards.atomic import whole_file
 from shards.dataset import Dataset
 from shards.manylabels import stacked
@@ -113,11 +114,15 @@ class Scores:
         })  # fmt: skip
 
     def write(self, folder: Path) -> None:
-        """Write ``predictions.parquet``, ``classes.csv``, ``confusion.csv`` and ``calibration.csv`` into a folder."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self._write(folder / "predictions.parquet", self.predictions(), pq.write_table)
-        for name in ("classes", "confusion", "calibration"):
-            self._write(folder / f"{name}.csv", getattr(self, name)(), csv.write_csv)
+        """Write ``predictions.parquet``, ``classes.csv``, ``confusion.csv`` and ``calibration.csv`` into a folder.
+
+        Raises:
+            UserError: It cannot be written, or its disk is full.
+        """
+        with writing(folder):
+            self._write(folder / "predictions.parquet", self.predictions(), pq.write_table)
+            for name in ("classes", "confusion", "calibration"):
+                self._write(folder / f"{name}.csv", getattr(self, name)(), csv.write_csv)
 
     @staticmethod
     def _write(path: Path, table: pa.Table, write: Callable[[pa.Table, Path], None]) -> None:

@@ -12,6 +12,7 @@ from pipeline.figures.attention import attends_to_all
 from pipeline.figures.canvas import png
 from pipeline.figures.pictures import read_pictures
 from pipeline.images import to_model_input
+from pipeline.writable import make_writable, writing
 from shards.atomic import whole_file
 from shards.dataset import Dataset
 
@@ -65,15 +66,19 @@ def draw_figures(source: str | Path, images: str | Dataset | None, ema: bool = F
 
 
 def write_figures(source: str | Path, out: Path, images: str | None, ema: bool = False) -> dict[str, str]:
-    """Write ``NAME.png`` into a folder for each figure; return by name the path, or why there is none."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Write ``NAME.png`` into a folder for each figure; return by name the path, or why there is none.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    make_writable(out)
     found = {}
     for each in draw_figures(source, images, ema):
         if each.data is None:
             found[each.name] = f"none: {each.why_not}"
         else:
             path = out / f"{each.name}.png"
-            with whole_file(path) as partial:
+            with writing(out), whole_file(path) as partial:
                 partial.write_bytes(each.data)
             found[each.name] = str(path)
     return found

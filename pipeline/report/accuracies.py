@@ -59,12 +59,12 @@ def _most_frequent(run: Run, several: bool) -> list[Row]:
             val = held_out(stage)
         except PatchmillError:
             continue  # they are not there any more
-        labels = chain.from_iterable(val.rows(shard).labels for shard in range(len(val.shard_sizes)))
+        labels = list(chain.from_iterable(val.rows(shard).labels for shard in range(len(val.shard_sizes))))
         counts = np.bincount(list(chain.from_iterable(labels)))
         if len(counts):
             where = f" in {name}" if several or len(last) > 1 else ""
             how = f"always saying {val.classes[counts.argmax()]}"
-            rows.append(Row(f"most frequent class{where}", counts.max() / len(val), how))
+            rows.append(Row(f"most frequent class{where}", counts.max() / sum(map(bool, labels)), how))
     return rows
 
 

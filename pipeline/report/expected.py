@@ -38,12 +38,15 @@ class Compared:
 
 
 def compared(run: Run) -> list[Compared]:
-    """Return what is published of the recipes that a run's stages were made by, those that ship with Patchmill."""
+    """Return what is published of the recipes that a run's stages were made by, those that ship with Patchmill.
+
+    Not of sweeps that settings were chosen by: their accuracy is of a dev split, and what is published of test images.
+    """
     rows: list[Compared] = []
     known = recipe_names()
     for name in dict.fromkeys(_plan_name(run, stage) for stage in run.of(*TRAINING)):
         stage = run.named(name)
-        if stage is not None and stage.table.get("recipe") in known:
+        if name not in run.trials and stage is not None and stage.table.get("recipe") in known:
             recipe = read_recipe(stage.table["recipe"])
             changed = tuple(changes(recipe, stage))
             for each in recipe.about.expected:
@@ -94,15 +97,17 @@ def _applying(
 
 
 def _measured_on(run: Run, stage: Stage, recipe: Recipe, told: Expected, data: str) -> Stage | None:
-    """Return the stage that measured a model on a data set: itself, or one that was fine-tuned from it."""
+    """Return the stage that measured a model on a data set: itself, or the last one that was fine-tuned from it."""
     of_images = "ImageNet" if data == REAL else data
     if "after fine-tuning" not in told.metric or stage.kind == "finetune":
         return stage if of_images in recipe.about.data.split(" or ") else None
     tuned = [each for each in run.of("finetune") if stage in ancestors(run, each)]
-    for each in tuned:
-        name = each.table.get("recipe")
-        if name in recipe_names() and of_images in read_recipe(name).about.data.split(" or "):
-            return run.named(_plan_name(run, each))
+    for each in reversed(tuned):
+        name, recipe_name = _plan_name(run, each), each.table.get("recipe")
+        if name in run.trials or recipe_name not in recipe_names():
+            continue
+        if of_images in read_recipe(recipe_name).about.data.split(" or "):
+            return run.named(name)
     return None
 
 

@@ -33,7 +33,7 @@ def _figures(stage: Stage) -> str:
     missing: dict[str, list[str]] = {}  # names by reason
     images, why_none = _images(stage)
     try:
-        for drawn in draw_figures(stage.folder, images):
+        for drawn in draw_figures(stage.folder, images, stage.settings["evaluate"]["ema"]):
             if drawn.data is None:
                 missing.setdefault(why_none if drawn.wants_images else drawn.why_not, []).append(drawn.name)
             else:

@@ -13,6 +13,7 @@ from pipeline.report.run import Run, Stage
 from pipeline.report.samples import samples, tuned
 from pipeline.report.settings import differences, settings
 from pipeline.report.sweeps import sweeps
+from pipeline.writable import make_writable, writing
 from shards.atomic import write_text
 from shards.errors import PatchmillError, UserError
 
@@ -25,7 +26,11 @@ def write_page(runs: list[Run], page: Path) -> None:
     """Write the page of runs, over each other where there are several.
 
     What is not there any more, as checkpoints or images, is told on the page in its place.
+
+    Raises:
+        UserError: The page cannot be written.
     """
+    make_writable(page.parent)
     named = dict(zip(names(runs), runs, strict=True))
     sections = {
         "Accuracy on held-out images": _accuracies(named),
@@ -46,14 +51,15 @@ def write_page(runs: list[Run], page: Path) -> None:
         f'<section id="{_anchor(title)}"><h2>{title}</h2>{text}</section>' for title, text in sections.items()
     )
     title = escape(", ".join(named))
-    write_text(
-        page,
+    text = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{NOTHING_ELSE}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{title} - Patchmill</title><style>{STYLE.read_text(encoding='utf-8')}</style></head>"
-        f"<body><h1>{title}</h1>{_summary(named)}<nav>{links}</nav>{body}</body></html>",
+        f"<body><h1>{title}</h1>{_summary(named)}<nav>{links}</nav>{body}</body></html>"
     )
+    with writing(page.parent):
+        write_text(page, text)
 
 
 def names(runs: list[Run]) -> list[str]:

@@ -1,6 +1,7 @@
 """What a run's folder holds, and the folder of a training stage that was run by hand: read, nothing computed."""
 
 import json
+import tomllib
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
@@ -76,6 +77,12 @@ class Run:
     plan: str | None
     stages: dict[str, Stage]
     sweeps: dict[str, list[str]]
+
+    @cached_property
+    def trials(self) -> set[str]:
+        """Names of the sweeps that another stage takes the best of: their held-out images chose its settings."""
+        stages = tomllib.loads(self.plan)["stage"] if self.plan else []
+        return {stage["best"] for stage in stages if "best" in stage}
 
     def of(self, *kinds: str) -> list[Stage]:
         """Return the stages of these kinds that have left anything."""

@@ -1,5 +1,6 @@
 """Sweeps of a run: a table of their runs each, and a figure where what they went through has an axis."""
 
+from contextlib import suppress
 from html import escape
 from importlib.util import find_spec
 
@@ -12,7 +13,7 @@ from shards.atomic import whole_file
 
 
 def sweeps(runs: dict[str, Run]) -> str:
-    """Return the sweeps of each run; their figures are ``RUN/sweeps/NAME.png``, too."""
+    """Return the sweeps of each run; their figures are ``RUN/sweeps/NAME.png``, too, where a run can be written."""
     return "".join(
         f"<h3>{escape(swept.name if len(runs) == 1 else f'{name} / {swept.name}')}</h3>"
         f"<div class=wide>{html_table(swept)}</div>{_figure(run, swept)}"
@@ -25,8 +26,7 @@ def sweeps(runs: dict[str, Run]) -> str:
 def _figure(run: Run, swept: Swept) -> str:
     if not find_spec("matplotlib") or (figure := draw(swept)) is None:
         return ""
-    data, folder = png(figure), run.folder / "sweeps"
-    folder.mkdir(exist_ok=True)
-    with whole_file(folder / f"{swept.name}.png") as partial:
+    data = png(figure)
+    with suppress(OSError), whole_file(run.folder / "sweeps" / f"{swept.name}.png") as partial:
         partial.write_bytes(data)
     return f"<figure>{image(data, f'sweep {swept.name}, drawn')}</figure>"

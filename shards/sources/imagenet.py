@@ -44,7 +44,7 @@ class ImageNet(Source):
         unpacked: Where a compressed tar is unpacked.
         devkit: ``ILSVRC2012_devkit_t12.tar.gz``, which has the labels of the validation images; by default beside them.
         real: ``real.json``, other labels of the validation images, none or several for each ("Are we done with
-            ImageNet?", Beyer et al. 2020).
+            ImageNet?", Beyer et al. 2020); of these alone, without the training set.
 
     Raises:
         UserError: It is not ImageNet, or something is missing or damaged.
@@ -77,6 +77,8 @@ class ImageNet(Source):
                 self._tars = [self._class_tar(each) for each in names if CLASS_TAR.fullmatch(each)]
         self._val_part = "" if single else "val"
         self.parts = sorted(filter(None, {*(each.part for each in self._tars), self._val and self._val_part}))
+        if real and self._tars and self._val:
+            raise UserError(f"{url} has training images too, which have no ReaL labels; give {url}/{VAL} alone")
         wnids = sorted({tar.wnid for tar in self._tars})
         if len(wnids) < len(self._tars):
             raise UserError(f"{url} has two tars of one class; remove one")

@@ -40,8 +40,12 @@ def suite(tmp_path):
         if stage["kind"] == "fewshot":
             stage["set"] |= {"shots": [1, 2], "knn": 3}
     (folder / "plan.toml").write_text(dump_toml(plan))
-    runpy.run_path(folder / "as_cifar.py")["write"](images.parent, folder / "cifar-10-batches-bin")
+    write_as_cifar(folder)
     return folder / "plan.toml"
+
+
+def write_as_cifar(folder):
+    runpy.run_path(folder / "as_cifar.py")["write"](folder.parent / "clipart/images", folder / "cifar-10-batches-bin")
 
 
 @pytest.mark.slow
@@ -96,3 +100,5 @@ def test_the_drawings_in_cifars_layout_are_themselves_with_what_the_plan_holds_o
 
     assert small(cifar) == small(drawings)
     assert len(small(cifar)) == len(cifar)
+    with pytest.raises(SystemExit, match=r"cifar-10-batches-bin is there already; remove it"):
+        write_as_cifar(suite.parent)

@@ -199,3 +199,20 @@ def test_the_middle_is_cut_of_something_larger(data):
     assert "--short 12 is of --view center_crop, and the view is resize" in mistake(*command)
     line = mistake(*command, "--view", "center_crop")
     assert "--short 12 is less than the 16 pixels that the model sees; give 16 or more" in line
+
+
+def test_where_nothing_can_be_written_is_told_before_the_evaluation(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    for out, why in (("file", "File exists"), ("file/below", "Not a directory")):
+        command = ("evaluate", data / "w.safetensors", data / "set/val", "--out", out)
+        line = refused(patchmill(*command, cwd=tmp_path))
+        assert f"cannot write into {out}: {why}; give another folder, or make room" in line
+
+
+def test_what_an_evaluation_found_is_told_although_it_cannot_be_written(data, tmp_path):
+    (tmp_path / "out/predictions.parquet").mkdir(parents=True)
+    done = patchmill("evaluate", data / "w.safetensors", data / "set/val", "--out", "out", "--json", cwd=tmp_path)
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["images"] == len(Dataset.open(data / "set/val"))
+    (line,) = done.stderr.strip().splitlines()
+    assert line == "error: cannot write into out: Is a directory; give another folder, or make room"

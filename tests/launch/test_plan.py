@@ -18,7 +18,10 @@ ranks = 2
 [stage.set]
 data = { train = "{shards}/train", val = "{shards}/val" }
 """
+EVALUATE = '[[stage]]\nname = "e"\nkind = "evaluate"\nset = { weights = "{convert}", data = "{shards}/val", MORE }\n'
+FEWSHOT = EVALUATE.replace("evaluate", "fewshot").replace("data", 'train = "{shards}/train", test')
 CONVERT = '[[stage]]\nname = "convert"\nkind = "convert"\nset = { source = "{pretrain}" }\n'
+CHAIN = HEAD + SHARDS + PRETRAIN + CONVERT
 
 
 @pytest.fixture
@@ -166,6 +169,9 @@ def test_every_source_of_a_mixture_is_an_input(write, tmp_path):
         (HEAD + SHARDS.replace("kind", "recpie = 'a'\nkind"), "unknown setting stage.0.recpie .*did you mean 'recipe'"),
         (HEAD + SHARDS + PRETRAIN.replace("small_pretrain", "big"), "there is no recipe 'big'"),
         (HEAD + SHARDS + CONVERT.replace("pretrain", "shards").replace("set", 'init = "shards"\nset'), "no init"),
+        (CHAIN + EVALUATE.replace("MORE", "short = 512"), "short = 512 is of view center_crop, and the view is resize"),
+        (CHAIN + FEWSHOT.replace("MORE", "shots = [0, 5]"), "setting shots.0 = 0 in stage e of .* greater than 0"),
+        (CHAIN + FEWSHOT.replace("MORE", "shots = []"), r"setting shots = \[\] in stage e of .* at least 1 item"),
     ],
 )  # fmt: skip
 def test_mistakes_are_found_before_anything_starts(write, tmp_path, text, message):

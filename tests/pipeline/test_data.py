@@ -8,6 +8,7 @@ from shards.dataset import Dataset
 from shards.errors import UserError
 from shards.loader import Loader
 from shards.stream import StreamLoader
+from tests.shards.datasets import Made, plain, write_dataset
 from tests.shards.images import make_source
 
 
@@ -76,3 +77,18 @@ def test_sets_without_weights_are_drawn_by_size_every_image_as_often(alone, fold
     assert (data.epoch, sum(sizes)) == (40, 40)
     assert sizes[1] != sizes[0]
     assert (data.loader.order.quotas / data.loader.order.period).tolist() == [size / 40 for size in sizes]
+
+
+def test_a_set_too_small_to_be_drawn_by_size_is_told_in_sizes(alone, tmp_path):
+    classes = ["a"]
+    many = [[Made(f"k{shard}/{n}", plain("red")) for n in range(100)] for shard in range(11)]
+    large = write_dataset(tmp_path / "large", classes, many)
+    small = write_dataset(tmp_path / "small", classes, [[Made("k", plain("red"))]])
+    said = (
+        r"small has 1 of 1,101 images, and drawn by size a set must have 1 of 1024; give each a weight, or leave it out"
+    )
+    sources = [{"url": str(each)} for each in (large, small)]
+    with pytest.raises(UserError, match=said):
+        open_data(settings(tmp_path, train=sources, val=str(small)), tmp_path, 8)
+    weighted = [{**each, "weight": weight} for each, weight in zip(sources, (1023, 1), strict=True)]
+    assert open_data(settings(tmp_path, train=weighted, val=str(small)), tmp_path, 8).epoch == 1101

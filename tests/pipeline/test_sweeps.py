@@ -9,6 +9,8 @@ from matplotlib.lines import Line2D
 
 from pipeline.figures.canvas import png
 from pipeline.figures.sweeps import draw, paper_points
+from pipeline.report.run import read_run
+from pipeline.report.sweeps import sweeps
 from pipeline.settings import dump_toml
 from pipeline.sweeps import html_table, print_sweeps, read_sweeps
 from tests.pipeline.paper import TABLE_6
@@ -134,3 +136,14 @@ def test_what_has_no_axis_is_a_table_alone_and_what_has_not_ended_is_left_out(ru
     (later,) = read_sweeps(run)
     assert later.table() == {"run": ["later-0", "later-1"], "seed": [0, 1], "loss": [1.25, 1.25]}
     assert draw(later) is None
+
+
+def test_a_figure_is_on_the_page_and_beside_the_run_if_that_can_be_written(run):
+    scaled(run)
+    found = read_run(run)
+    text = sweeps({"x": found})
+    (run / "sweeps").rename(run / "before")
+    assert list((run / "before").glob("*.png"))
+    (run / "sweeps").write_text("where no folder can be made")
+    assert sweeps({"x": found}) == text
+    assert "data:image/png" in text

@@ -144,3 +144,25 @@ def test_features_that_are_not_finite():
         fit(broken, labels, 3)
     with pytest.raises(UserError, match="2 of 30 images are not finite"):
         fit(features, labels, 3).accuracy(broken, labels)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 5])
+def test_few_training_images_are_fitted_and_of_less_than_five_none_is_held_out(n):
+    features, labels = clusters(n, 6, 2, noise=0.1)
+    accuracy, l2 = least_squares_accuracy(features, labels, features, labels)
+    assert accuracy == fit(features, labels, labels.max() + 1, l2).accuracy(features, labels)
+    assert l2 == fewshot.L2 if n < 5 else l2 in fewshot.L2_GRID
+
+
+def test_wide_features_need_little_more_memory_than_they_have_as_float64():
+    """As raw pixels are: the weights of 6 penalties would take six times as much."""
+    n, d, classes = 250, 60_000, 250
+    features, labels = np.random.default_rng(0).standard_normal((n, d), np.float32), np.arange(n) % classes
+    tracemalloc.start()
+    try:
+        least_squares_accuracy(features, labels, features, labels)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    weights = 8 * d * classes
+    assert peak < 8 * n * d + 2 * weights + 3 * fewshot.AT_ONCE_BYTES

@@ -24,6 +24,7 @@ from tests.ranks import ends_of_ranks, run_on_ranks
 from tests.shards.datasets import Made, plain, write_dataset
 
 WORKER = Path(__file__).parent / "worker_frozen.py"
+SLOW_WORKER = Path(__file__).parent / "worker_frozen_slow.py"
 VIEW = ResizeCenterCrop(16)  # the default
 
 
@@ -129,13 +130,30 @@ def test_a_disk_without_room_for_the_features_is_one_line(folder, tmp_path, rank
         assert re.search(said, each.stderr), each
 
 
+def test_ranks_that_do_not_share_the_folder_are_told_in_one_line(folder, tmp_path):
+    may = subprocess.run(["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", tmp_path], timeout=10, check=False)
+    if may.returncode:
+        pytest.skip("only root may have mounts of its own")
+    for rank, each in enumerate(ends_of_ranks(WORKER, 2, folder, tmp_path, "apart")):
+        said = r"UserError: rank 1 on \S+ cannot open \S+/features, which rank 0 has made \(No .*\); set TMPDIR to a"
+        assert re.search(said, each.stderr), (rank, each)
+    assert not list(tmp_path.iterdir())
+
+
+def test_ranks_wait_for_a_closed_form_that_takes_longer_than_a_collective_may(folder):
+    found, other = run_on_ranks(SLOW_WORKER, 2, folder)
+    assert list(found) == ["features", "pixels"]
+    assert other == {}
+
+
 def test_what_cannot_be_fitted_is_refused_before_anything_is_extracted(folder, tmp_path, alone):
     sets = [Dataset.open(folder / name) for name in ("train", "val")]
     with pytest.raises(UserError, match=r"class .* has \d+ training images for 99 shots; ask for fewer"):
         frozen_features_accuracy(None, *sets, [1, 99])
     two = Dataset.open(write_dataset(tmp_path / "two", sets[0].classes, [[Made("k", plain("red"), (0, 1))]]))
-    with pytest.raises(UserError, match=r"image 0 of .* has 2 labels; features want images with one each"):
-        frozen_features_accuracy(None, two, sets[1], [1])
+    for pair in ((two, sets[1]), (sets[0], two)):
+        with pytest.raises(UserError, match=r"image 0 of .*two has 2 labels; features want images with one each"):
+            frozen_features_accuracy(None, *pair, [1])
     other = Dataset.open(write_dataset(tmp_path / "other", ["x"], [[Made("k", plain("red"), (0,))]]))
     with pytest.raises(UserError, match="has other classes than"):
         frozen_features_accuracy(None, other, sets[1], [1])

@@ -10,6 +10,7 @@ import torch
 
 from pipeline.evaluate.predict import predict
 from pipeline.evaluate.scores import Scores
+from pipeline.writable import make_writable
 from shards.augment import Resize
 from shards.build import build
 from shards.dataset import Dataset
@@ -97,6 +98,7 @@ def test_the_calibration_error_is_the_mean_gap_of_fifteen_bins(scores, by_hand):
 
 
 def test_files_hold_every_prediction_and_the_tables(scores, by_hand, tmp_path):
+    make_writable(tmp_path / "out")
     scores.write(tmp_path / "out")
     assert sorted(each.name for each in (tmp_path / "out").iterdir()) == [
         "calibration.csv", "classes.csv", "confusion.csv", "predictions.parquet",

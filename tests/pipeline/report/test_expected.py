@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 
@@ -23,10 +24,18 @@ kind = "convert"
 set = { source = "{big}" }
 
 [[stage]]
+name = "rates"
+kind = "finetune"
+recipe = "finetune_cifar10"
+init = "weights"
+sweep = "recipe"
+
+[[stage]]
 name = "cifar"
 kind = "finetune"
 recipe = "finetune_cifar10"
 init = "weights"
+best = "rates"
 sweep = { seed = [0, 1] }
 
 [[stage]]
@@ -47,6 +56,8 @@ def run(tmp_path):
     trained(folder, "big", "vit_b16_imagenet21k", 0.4)
     weights = folder / "stages" / "weights" / "model.safetensors"
     ended(folder, "weights", "convert", {"weights": str(weights), "parameters": 86567656})
+    for rate, top1 in enumerate((0.90, 0.93)):  # on the dev split
+        trained(folder, f"rates-{rate}", "finetune_cifar10", top1, init=str(weights))
     for seed, top1 in enumerate((0.98, 0.99)):
         trained(folder, f"cifar-{seed}", "finetune_cifar10", top1, init=str(weights), seed=seed)
     trained(folder, "alone", "finetune_cifar10", 0.6, init=None, duration="5 steps", optim={"lr": 0.03})
@@ -74,6 +85,15 @@ def test_pre_training_is_beside_what_came_of_it_on_each_data_set(run):
         "ImageNet": (83.97, None), "ReaL": (88.35, None), "CIFAR-10": (98.95, pytest.approx(98.5)),
         "CIFAR-100": (91.67, None), "Pets": (94.43, None), "Flowers": (99.38, None),
     }  # fmt: skip
+
+
+def test_what_only_chose_settings_is_beside_nothing_be_there_a_run_with_them_or_not(run):
+    assert not rows_of(run, "rates")
+    for seed in (0, 1):
+        shutil.rmtree(run.folder / "stages" / f"cifar-{seed}")
+    found = read_run(run.folder)
+    assert not rows_of(found, "rates")
+    assert rows_of(found, "big")["top-1 after fine-tuning at 384 px: CIFAR-10"].ours is None
 
 
 def test_weights_of_no_recipe_have_the_range_and_what_was_changed_is_said(run):
@@ -124,10 +144,18 @@ kind = "supervised"
 recipe = "vit_b16_imagenet21k"
 
 [[stage]]
+name = "rates"
+kind = "finetune"
+recipe = "finetune_imagenet"
+init = "big"
+sweep = "recipe"
+
+[[stage]]
 name = "tuned"
 kind = "finetune"
 recipe = "finetune_imagenet"
 init = "big"
+best = "rates"
 sweep = { seed = [0, 1] }
 
 [[stage]]
@@ -160,6 +188,7 @@ set = { weights = "{big}", data = "{real}" }
 def test_real_accuracy_is_what_an_evaluation_with_real_labels_found(tmp_path):
     folder = made_run(tmp_path / "a", REAL)
     big = trained(folder, "big", "vit_b16_imagenet21k", 0.4)
+    trained(folder, "rates-0", "finetune_imagenet", 0.7, init=str(big))
     for seed, top1 in enumerate((0.83, 0.85)):
         trained(folder, f"tuned-{seed}", "finetune_imagenet", top1, init=str(big), seed=seed)
     ended(folder, "weights", "convert", {"weights": str(folder / "stages/weights/model.safetensors"), "parameters": 1})
@@ -213,6 +242,7 @@ def test_where_weights_come_from(run):
     assert text.count("from nothing") == 1
     before = {name: text[: text.index(f"<b>{name}</b>")] for name in stages}
     depth = {name: each.count("<ul>") - each.count("</ul>") for name, each in before.items()}
-    assert depth == {"big": 1, "weights": 2, "cifar-0": 3, "cifar-1": 3, "alone": 1, "scores": 2}
+    tuned = dict.fromkeys(("rates-0", "rates-1", "cifar-0", "cifar-1"), 3)
+    assert depth == {"big": 1, "weights": 2, **tuned, "alone": 1, "scores": 2}
     assert "no checkpoint is there any more" in text
     assert "86,567,656 parameters" in text

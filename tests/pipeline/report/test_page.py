@@ -173,6 +173,8 @@ def test_one_page_of_one_run_stands_in_its_folder_and_runs_are_given_once(folder
     done = patchmill("report", runs[0], "--out", "there/mine.html", "--json", cwd=folder)
     assert json.loads(done.stdout) == {"report": "there/mine.html"}
     assert (folder / "there" / "mine.html").is_file()
+    line = refused(patchmill("report", runs[0], "--out", "there/mine.html/p.html", cwd=folder))
+    assert "cannot write into there/mine.html: File exists; give another folder, or make room" in line
     assert "one run is given twice" in refused(patchmill("report", runs[0], runs[0], cwd=folder))
 
 

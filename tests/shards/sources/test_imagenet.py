@@ -144,6 +144,16 @@ def test_real_labels(place, tmp_path):
     assert labels == {1: (2,), 2: (), 3: (0, 1), 4: (0,), 5: (2, 0), 6: ()}
 
 
+def test_real_labels_are_of_validation_images_alone(official, tmp_path):
+    """Else the training images, in the same build, would count as labelled by ReaL too."""
+    said = r"imagenet has training images too, which have no ReaL labels; give .*imagenet/ILSVRC2012_img_val.tar alone"
+    with pytest.raises(UserError, match=said):
+        build(official, tmp_path / "out", options={"real": str(official / "real.json")}, split={"dev": 0.3})
+    assert not (tmp_path / "out").exists()
+    (official / imagenet.TRAIN).unlink()
+    assert open_source(official, unpacked=tmp_path, real=str(official / "real.json")).parts == ["val"]
+
+
 def test_both_in_a_folder_are_two_parts(official, s3, tmp_path):
     (official / "ILSVRC2012_img_test_v10102019.tar").write_bytes(b"not looked at")
     for url in (official, upload(official, s3)):
