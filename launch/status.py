@@ -197,11 +197,13 @@ def _status(
             why = f"after {', '.join(need for need in job.needs if before[need].state != 'done')}"
         elif queued.state == "PENDING" and queued.reason != "None":
             why = ", ".join(filter(None, (why, f"waits: {queued.reason}")))
-    elif result_of(folder) or record.get("state") == "done":
-        state, why = "done", ""
     elif job is None:
         state, why = _here(folder)
-    elif queue is None or record.get("state") == "failed":
+    elif record.get("state") == "failed":
+        state = "failed"
+    elif record.get("state") == "done" or (job.digest and result_of(folder, job.digest)):
+        state, why = "done", ""
+    elif queue is None:
         state = record.get("state", "waiting")
     elif record.get("state") == "starting":
         state = "failed"
@@ -222,6 +224,8 @@ def _status(
 
 def _here(folder: Path) -> tuple[str, str]:
     """Return how a stage is that is no job's, and why: as ``patchmill run`` notes it."""
+    if result_of(folder):
+        return "done", ""
     noted = read_json(folder / "state.json")
     state, why = noted.get("state", "begun" if folder.exists() else "not begun"), noted.get("reason", "")
     if state == "running" and not is_held(folder / "logs" / RUNNER, unknown=True):

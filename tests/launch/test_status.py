@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from launch.plan import read_plan
+from launch.cluster import JobSettings
+from launch.plan import Plan, read_plan
 from launch.run import begin, finish
 from launch.status import Status, print_log, print_status, status_of
+from launch.submission import Job, Record, Submission, folder_of, log_of
 from shards.errors import UserError
 from tests.command import environment, patchmill, refused, wait_for_steps
 from tests.images import build_image_set
@@ -54,6 +56,42 @@ def data(tmp_path_factory) -> Path:
 
 def status(folder: Path) -> dict[str, Status]:
     return {stage.name: stage for stage in status_of(folder / "runs" / "x")}
+
+
+def submitted(folder: Path, plan: Plan, **digests: str | None) -> Path:
+    """Leave behind what a submission does; the digests are of the stages then. Return the run's folder."""
+    folder_of(plan.run).mkdir(parents=True, exist_ok=True)
+    (plan.run / "plan.toml").write_text(plan.path.read_text())
+    jobs, before = {}, ()
+    for number, stage in enumerate(plan.stages):
+        name = stage.table.name
+        digest = digests.get(name, stage.digest)
+        jobs[name] = Job(id=str(number + 1), stage=name, needs=before, digest=digest, settings=JobSettings())
+        before = (name,)
+    Submission(plan=str(plan.path), directory=str(folder), smoke=False, known={}, jobs=jobs).write(plan.run)
+    return plan.run
+
+
+@pytest.fixture
+def plan(data, tmp_path, monkeypatch) -> Plan:
+    """Of stages in a row, where nobody knows the queue."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    (tmp_path / "plan.toml").write_text(PLAN.replace('train = "set"', f'train = "{data}/set"'))
+    return read_plan(tmp_path / "plan.toml", tmp_path / "runs")
+
+
+def test_what_other_settings_made_does_not_make_a_job_done(plan, tmp_path):
+    for stage in plan.stages:
+        begin(stage)
+        finish(stage, "{}", 1.0)
+    submitted(tmp_path, plan, **{"train": "of before", "rates-0": None})  # rates-0: a sweep was to settle it
+    Record(plan.run, "train").note("failed", reason="module: nope")
+    found = status(tmp_path)
+    assert (found["train"].state, found["train"].why) == ("failed", "module: nope")
+    assert found["rates-0"].state == "waiting"
+    assert found["rates-1"].state == "done"
+    Record(plan.run, "rates-0").note("done", reason=None)
+    assert status(tmp_path)["rates-0"].state == "done"
 
 
 def test_a_run_is_followed_stopped_and_killed(data, capsys):

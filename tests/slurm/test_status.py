@@ -118,6 +118,11 @@ def test_a_script_that_ends_before_its_job_begins_has_failed_and_status_says_wha
     run.wait_for_end()
     assert [(stage["state"], stage["why"]) for stage in status(run).values()] == [("done", "")] * 4
 
+    plan.write_text(plan.read_text().replace("shard_samples = 16", "shard_samples = 8"))
+    run = Submitted(cluster, plan, profile)
+    run.wait_for_end()
+    assert {stage["state"] for stage in status(run).values()} == {"failed"}  # whatever other settings made before
+
 
 def test_without_a_queue_and_with_a_wrong_name(tmp_path):
     plan = write_plan(tmp_path, SHARDS)
