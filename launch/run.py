@@ -10,7 +10,7 @@ from rich.console import Console
 from launch.choice import anew, chosen, goes_on, is_done
 from launch.launchers import LOCAL, Launch
 from launch.plan import Plan, Stage, after_a_sweep
-from launch.results import result_of
+from launch.results import read_json, result_of
 from launch.said import Said
 from pipeline.config import TrainSettings
 from pipeline.settings import dump_toml
@@ -19,6 +19,8 @@ from shards.errors import PatchmillError, StoppedOnRequestError, UserError
 
 FAMILY = {2: UserError, 75: StoppedOnRequestError}
 WAIT = 60.0  # seconds for another run of the same stage, which may be on its way out
+RUNNER = "runner"  # in a stage's logs: locked by the patchmill run that is at it, as long as it lives
+STATE = "state.json"
 
 
 def run_plan(plan: Plan, start: str | None = None, only: str | None = None, launch: Launch = LOCAL) -> None:
@@ -70,9 +72,6 @@ def _run_plan(plan: Plan, names: set[str], again: set[str], launch: Launch) -> N
             plan = after_a_sweep(plan, len(ran))
 
 
-RUNNER = "runner"  # in a stage's logs: locked by the patchmill run that is at it, as long as it lives
-
-
 def begin(stage: Stage) -> None:
     """Make a stage's folder ready, with its settings; what another plan made there goes out of the way."""
     _set_aside(stage)
@@ -84,7 +83,17 @@ def begin(stage: Stage) -> None:
 
 def note(folder: Path, state: str, reason: str = "") -> None:
     """Write into a stage's folder how it is, for ``patchmill status``: running, stopped or failed."""
-    write_text(folder / "state.json", json.dumps({"state": state, "reason": reason}))
+    write_text(folder / STATE, json.dumps({"state": state, "reason": reason}))
+
+
+def noted(folder: Path) -> dict[str, str]:
+    """Return what the last ``patchmill run`` noted of a stage; nothing where there was none since it was submitted."""
+    return read_json(folder / STATE)
+
+
+def forget(folder: Path) -> None:
+    """Remove what was noted of a stage, as a job is to run it now."""
+    (folder / STATE).unlink(missing_ok=True)
 
 
 def finish(stage: Stage, stdout: str, seconds: float) -> None:

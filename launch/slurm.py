@@ -14,7 +14,7 @@ from pathlib import Path
 
 from launch.cluster import Cluster, JobSettings, layout
 from launch.plan import Plan, Stage
-from launch.run import begin, is_done
+from launch.run import begin, forget, is_done
 from launch.snapshot import take_snapshot
 from launch.stages import KINDS
 from launch.submission import Job, Record, Submission, folder_of, read_submission, recipes_of
@@ -127,8 +127,9 @@ def submit(plan: Plan, cluster: Cluster) -> dict[str, Job]:
                 number = _sbatch(script, part.needs, jobs)
                 jobs |= part.jobs(number, settings)
                 Submission(**table, jobs=jobs).write(plan.run)
-            for name in jobs:
+            for name, job in jobs.items():
                 Record(plan.run, name).forget()  # of a job before
+                forget(plan.run / "stages" / job.stage)  # of a `patchmill run` before
             # Held until now: a job that starts finds itself in what was written, and one of half a plan never starts.
             slurm("scontrol", "release", ",".join(_numbers(jobs)))
         except PatchmillError as error:

@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from launch.results import read_json, result_of
-from launch.run import RUNNER
+from launch.results import result_of
+from launch.run import RUNNER, noted
 from launch.slurm import Queued, cancel, states
-from launch.submission import Record, Submission, check_run, log_of, read_submission
+from launch.submission import Job, Record, Submission, check_run, log_of, read_submission
 from launch.sweep import sweep_of
 from pipeline.settings import Duration, read_toml
 from pipeline.telemetry import read_metrics
@@ -136,7 +136,7 @@ def print_log(run: Path, stage: str, rank: int, lines: int, follow: bool) -> Non
         raise UserError(f"{run} has no stage {stage!r}; it has {', '.join(names)}")
     beside = run / "stages" / stage / "logs"
     log = log_of(run, stage)
-    if rank or not log.exists():  # it was never a job
+    if rank or not log.exists() or noted(beside.parent):  # it was never a job, or `patchmill run` was at it since
         log = beside / f"rank-{rank}.log"
     if not log.exists():
         others = ", ".join(str(path) for path in sorted(beside.glob("*.log"))) or "nothing else is there"
@@ -166,8 +166,8 @@ def _names(run: Path, submission: Submission | None) -> Iterator[str]:
     for stage in read_toml(run / "plan.toml")["stage"]:
         name = stage["name"]
         if "sweep" not in stage:
-            parts = {each for each in jobs if re.fullmatch(rf"{re.escape(name)}\.\d+", each)}
-            yield from _in_order(parts)
+            if not noted(run / "stages" / name):
+                yield from _in_order({each for each in jobs if re.fullmatch(rf"{re.escape(name)}\.\d+", each)})
             yield name
             continue
         folders = [path.name for path in (run / "stages").glob(f"{name}-*")]
@@ -188,6 +188,8 @@ def _status(
     folder, record = run / "stages" / name, Record(run, name).table
     job = submission.jobs.get(name) if submission else None
     queued = (queue or {}).get(name)
+    if job and not queued and _ran_since(run, job, record):
+        job, record = None, {}
     why = record.get("reason") or ""
     if queued:
         state = WORDS.get(queued.state, queued.state.lower())
@@ -217,17 +219,23 @@ def _status(
         log_of(run, name) if job else next(filter(Path.exists, (folder / "logs" / "rank-0.log", folder / "logs")), None)
     )
     return Status(
-        name, state, job and job.id, **(_progress(folder, state == "running") if name == folder.name else {}),
+        name, state, job and job.id, **_progress(folder, state == "running"),
         restarts=max(0, record.get("tries", 0) - 1), why=why, log=os.path.relpath(log) if log and log.exists() else "",
     )  # fmt: skip
+
+
+def _ran_since(run: Path, job: Job, record: dict[str, Any]) -> bool:
+    """Tell whether a ``patchmill run`` was at the stage of a job since it was submitted, or set aside what it made."""
+    folder = run / "stages" / job.stage
+    return bool(noted(folder)) or (record.get("state") == "done" and not folder.exists())
 
 
 def _here(folder: Path) -> tuple[str, str]:
     """Return how a stage is that is no job's, and why: as ``patchmill run`` notes it."""
     if result_of(folder):
         return "done", ""
-    noted = read_json(folder / "state.json")
-    state, why = noted.get("state", "begun" if folder.exists() else "not begun"), noted.get("reason", "")
+    told = noted(folder)
+    state, why = told.get("state", "begun" if folder.exists() else "not begun"), told.get("reason", "")
     if state == "running" and not is_held(folder / "logs" / RUNNER, unknown=True):
         return "lost", "its process is gone without a word: killed, or its machine was"
     return state, why

@@ -14,9 +14,10 @@ import pytest
 
 from launch.cluster import JobSettings
 from launch.plan import Plan, read_plan
-from launch.run import begin, finish
+from launch.run import RUNNER, begin, finish, note
 from launch.status import Status, print_log, print_status, status_of
 from launch.submission import Job, Record, Submission, folder_of, log_of
+from shards.atomic import only_one
 from shards.errors import UserError
 from tests.command import environment, patchmill, refused, wait_for_steps
 from tests.images import build_image_set
@@ -92,6 +93,31 @@ def test_what_other_settings_made_does_not_make_a_job_done(plan, tmp_path):
     assert found["rates-1"].state == "done"
     Record(plan.run, "rates-0").note("done", reason=None)
     assert status(tmp_path)["rates-0"].state == "done"
+
+
+def test_of_a_run_after_a_submission_the_run_is_told_and_not_its_jobs(plan, tmp_path, capsys):
+    submitted(tmp_path, plan)
+    for name in ("train", "rates-0"):
+        log_of(plan.run, name).write_text("said by its job\n")
+    Record(plan.run, "train").note("failed", reason="crashed: old", tries=3)
+    Record(plan.run, "rates-0").note("done")  # whose folder `--from` set aside
+    told = status(tmp_path)["train"]
+    assert (told.state, told.why, told.job, told.restarts) == ("failed", "crashed: old", "1", 2)
+    train = plan.stages[0]
+    begin(train)
+    with only_one(train.folder / "logs" / RUNNER, "patchmill run"):
+        note(train.folder, "running")
+        (train.folder / "logs" / "rank-0.log").write_text("said by its rank\n")
+        told = status(tmp_path)["train"]
+        assert (told.state, told.why, told.job, told.restarts) == ("running", "", None, 0)
+        assert told.log.endswith("train/logs/rank-0.log")
+    assert status(tmp_path)["train"].state == "lost"
+    assert status(tmp_path)["rates-0"].state == "not begun"
+    print_log(plan.run, "train", rank=0, lines=10, follow=False)
+    print_log(plan.run, "rates-0", rank=0, lines=10, follow=False)
+    assert capsys.readouterr().out == "said by its rank\nsaid by its job\n"
+    finish(train, "{}", 1.0)
+    assert (status(tmp_path)["train"].state, status(tmp_path)["train"].job) == ("done", None)
 
 
 def test_a_run_is_followed_stopped_and_killed(data, capsys):

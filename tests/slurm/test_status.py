@@ -2,12 +2,14 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
 from pipeline.models import create_model
 from pipeline.weights import write_weights
-from tests.command import patchmill, refused
+from tests.command import environment, patchmill, refused
 from tests.slurm.runs import SHARDS, TRAIN, Submitted, write_plan
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
@@ -56,6 +58,13 @@ def test_a_run_is_followed_cancelled_and_goes_on(cluster, tmp_path):
     assert status(run)["train"]["state"] == "cancelled"
     assert not cluster.run("squeue", "-h")
     assert run.shown("train")["JobState"] == "CANCELLED"
+
+    command = [sys.executable, "-m", "launch.cli", "run", "plan.toml"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment())
+    run.wait_for_steps("train", status(run)["train"]["step"] + 20)
+    process.terminate()
+    assert process.wait(60) == 75
+    assert (status(run)["train"]["state"], status(run)["train"]["job"]) == ("stopped", None)
 
     run = Submitted(cluster, tmp_path / "plan.toml")  # goes on, on two nodes in place of one
     assert list(run.jobs) == ["train"]
