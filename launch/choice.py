@@ -36,7 +36,12 @@ def anew(plan: Plan, start: str | None) -> set[str]:
     Raises:
         UserError: There is no such stage.
     """
-    names = meant(plan, start) if start is not None else set()
+    return with_followers(plan, meant(plan, start) if start is not None else set())
+
+
+def with_followers(plan: Plan, names: set[str]) -> set[str]:
+    """Return the names of some stages and of all that follow them."""
+    names = set(names)
     for stage in plan.stages:  # in the order of their needs
         if names & set(stage.needs):
             names.add(stage.table.name)

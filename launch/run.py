@@ -3,18 +3,19 @@
 import json
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
 
-from launch.choice import anew, chosen, goes_on, is_done
+from launch.choice import anew, chosen, goes_on, is_done, with_followers
 from launch.launchers import LOCAL, Launch
 from launch.plan import Plan, Stage, after_a_sweep
 from launch.results import read_json, result_of
 from launch.said import Said
 from pipeline.config import TrainSettings
 from pipeline.settings import dump_toml
-from shards.atomic import only_one, write_text
+from shards.atomic import is_held, only_one, write_text
 from shards.errors import PatchmillError, StoppedOnRequestError, UserError
 
 FAMILY = {2: UserError, 75: StoppedOnRequestError}
@@ -42,6 +43,9 @@ def run_plan(plan: Plan, start: str | None = None, only: str | None = None, laun
 
 def _run_plan(plan: Plan, names: set[str], again: set[str], launch: Launch) -> None:
     say = Console(stderr=True, highlight=False)
+    changed = {stage.table.name for stage in plan.stages if not (is_done(stage) or goes_on(stage))}
+    going = with_followers(plan, again | changed & names)
+    check_unused(stage.folder for stage in plan.stages if stage.table.name in going)
     plan.run.mkdir(parents=True, exist_ok=True)
     write_text(plan.run / "plan.toml", plan.path.read_text(encoding="utf-8"))
     _set_aside_what_sweeps_lost(plan)
@@ -79,6 +83,17 @@ def begin(stage: Stage) -> None:
     write_text(stage.folder / "inputs.json", json.dumps({"inputs": stage.inputs}))
     if isinstance(stage.settings, TrainSettings):
         write_text(stage.folder / "config.toml", dump_toml(stage.settings.model_dump(mode="json", exclude_unset=True)))
+
+
+def check_unused(folders: Iterable[Path]) -> None:
+    """Check that no ``patchmill run`` is at any of some stages, by their folders.
+
+    Raises:
+        UserError: One is.
+    """
+    for folder in folders:
+        if is_held(folder / "logs" / RUNNER, unknown=False):
+            raise UserError(f"a `patchmill run` is at {folder}; wait for it, or stop it")
 
 
 def note(folder: Path, state: str, reason: str = "") -> None:
@@ -146,7 +161,8 @@ def _set_aside_what_sweeps_lost(plan: Plan) -> None:
 
 
 def _keep(folder: Path) -> Path:
-    """Give a stage's folder a name that no stage has, and return it."""
+    """Give a stage's folder a name that no stage has, and return it; not under the feet of who is at it."""
+    check_unused([folder])
     number = 1
     while (aside := folder.with_name(f"{folder.name}.before-{number}")).exists():
         number += 1

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from launch.cluster import Cluster, JobSettings, layout
 from launch.plan import Plan, Stage
-from launch.run import begin, forget, is_done
+from launch.run import begin, check_unused, forget, is_done
 from launch.snapshot import take_snapshot
 from launch.stages import KINDS
 from launch.submission import Job, Record, Submission, folder_of, read_submission, recipes_of
@@ -99,7 +99,8 @@ def submit(plan: Plan, cluster: Cluster) -> dict[str, Job]:
     """Submit every stage that is not finished; if one cannot be, none is. Return the jobs by name.
 
     Raises:
-        UserError: Jobs of this run are in the queue, Slurm is not here, or it does not take a script.
+        UserError: Jobs of this run are in the queue, a ``patchmill run`` is at it, Slurm is not here, or it does not
+            take a script.
     """
     if shutil.which("sbatch") is None:
         raise UserError("there is no sbatch on this machine; submit from a login node, or use `patchmill run` here")
@@ -107,6 +108,7 @@ def submit(plan: Plan, cluster: Cluster) -> dict[str, Job]:
     folder = folder_of(plan.run)
     with only_one(folder, "submit", wait=60):
         check_idle(plan.run)
+        check_unused(sorted((plan.run / "stages").glob("*")))
         parts = [(part, _settings(part, cluster)) for part in _parts(plan, cluster)]
         scripts = [_script(plan, part, settings) for part, settings in parts]  # all that may be wrong is wrong by now
         text = plan.path.read_text(encoding="utf-8")
