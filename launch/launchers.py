@@ -10,8 +10,8 @@ import torch
 
 from launch import accelerate, deepspeed, torchrun
 from launch.driver import Asked, drive
+from launch.leader import Leader, address_of, follow
 from launch.local import free_port, run_ranks
-from launch.nodes import Leader, address_of, follow
 from launch.plan import Plan, Stage
 from launch.start import Start
 from pipeline.settings import nearest

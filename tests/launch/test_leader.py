@@ -8,8 +8,8 @@ import time
 
 import pytest
 
+from launch.leader import Leader, follow
 from launch.local import free_port
-from launch.nodes import Leader, follow
 from launch.start import Start
 from shards.errors import PatchmillError, StoppedOnRequestError, UserError
 from tests.command import done, environment
