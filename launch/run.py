@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from launch.choice import anew, chosen, goes_on, is_done, with_followers
-from launch.launchers import LOCAL, Launch
+from launch.launchers import LOCAL, Launch, code_of
 from launch.plan import Plan, Stage, after_a_sweep
 from launch.results import read_json, result_of
 from launch.said import Said
@@ -126,17 +126,21 @@ def _run(stage: Stage, launch: Launch) -> None:
         note(stage.folder, "running")
         try:
             code, stdout = launch.run([*stage.arguments, "--json"], stage.table.ranks, stage.folder)
-        except PatchmillError as error:
-            note(stage.folder, "failed", str(error))
+        except BaseException as error:
+            note(stage.folder, _ended(code_of(error)), str(error))
             raise
         if code:
-            note(stage.folder, "stopped" if code == StoppedOnRequestError.exit_code else "failed", said.error())
+            note(stage.folder, _ended(code), said.error())
             remedy = {2: "mend it", 75: "all is saved"}.get(code, f"see {logs}")
             raise FAMILY.get(code, PatchmillError)(
                 f"stage {stage.table.name} ended with exit code {code}; {remedy}, then run the same command again to "
                 "go on"
             )
         finish(stage, stdout, time.monotonic() - began)
+
+
+def _ended(code: int) -> str:
+    return "stopped" if code == StoppedOnRequestError.exit_code else "failed"
 
 
 def _set_aside(stage: Stage) -> None:
