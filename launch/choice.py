@@ -66,6 +66,11 @@ def is_done(stage: Stage) -> bool:
     return result_of(stage.folder, stage.digest) is not None
 
 
+def to_do(plan: Plan, names: set[str], again: set[str]) -> bool:
+    """Tell whether anything is to run, of the stages that are chosen: they are not done, or made anew."""
+    return any(stage.table.name in again or not is_done(stage) for stage in plan.stages if stage.table.name in names)
+
+
 def goes_on(stage: Stage) -> bool:
     """Tell whether what is there of a stage is of an unfinished try with the same inputs, or nothing is.
 

@@ -50,7 +50,7 @@ def run(
     print_only: Annotated[bool, typer.Option("--print", help="Print what would be started, node by node.")] = False,
 ) -> None:
     """Run a plan on this machine; finished stages are skipped, interrupted ones go on. --smoke: in RUNS/NAME-smoke."""
-    from launch.choice import anew, chosen, is_done, print_choice
+    from launch.choice import anew, chosen, print_choice, to_do
     from launch.launchers import Launch, print_commands
     from launch.plan import read_plan
     from launch.readable import check_readable
@@ -73,7 +73,7 @@ def run(
         return
     check_idle(checked.run)
     if launch.follows():
-        if not all(is_done(stage) for stage in checked.stages if stage.table.name in names):
+        if to_do(checked, names, again):
             launch.follow()
         return
     run_plan(checked, start, only, launch)

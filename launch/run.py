@@ -4,11 +4,12 @@ import json
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 
 from rich.console import Console
 
-from launch.choice import anew, chosen, goes_on, is_done, with_followers
+from launch.choice import anew, chosen, goes_on, is_done, to_do, with_followers
 from launch.launchers import LOCAL, Launch, code_of
 from launch.plan import Plan, Stage, after_a_sweep
 from launch.results import read_json, result_of
@@ -37,8 +38,9 @@ def run_plan(plan: Plan, start: str | None = None, only: str | None = None, laun
         UserError: There is no such stage, or what is to run needs others that have not finished.
         PatchmillError: A stage failed; its own message is already on stderr.
     """
-    with launch.leading():
-        _run_plan(plan, chosen(plan, only), anew(plan, start), launch)
+    names, again = chosen(plan, only), anew(plan, start)
+    with launch.leading() if to_do(plan, names, again) else nullcontext():  # else the others do not follow
+        _run_plan(plan, names, again, launch)
 
 
 def _run_plan(plan: Plan, names: set[str], again: set[str], launch: Launch) -> None:

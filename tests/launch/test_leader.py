@@ -1,6 +1,7 @@
 """Node 0 and another, at a real port."""
 
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from launch.start import Start
 from launch.status import status_of
 from shards.atomic import only_one
 from shards.errors import PatchmillError, StoppedOnRequestError, UserError
-from tests.command import done, environment
+from tests.command import done, environment, patchmill
 from tests.images import build_image_set, make_image_folder, make_slow_images
 
 ALONE = 'name = "x"\n[[stage]]\nname = "shards"\nkind = "shards"\nset = { source = "images" }\n'
@@ -154,6 +155,21 @@ def test_a_stage_before_which_another_node_was_asked_to_stop_has_stopped_and_not
     (plan.run / "plan.toml").write_text(ALONE)
     (told,) = status_of(plan.run)
     assert (told.state, told.why) == ("stopped", "stopped between two stages, on request of node 1")
+
+
+def test_of_a_finished_plan_nodes_wait_for_each_other_only_where_it_is_made_anew(tmp_path):
+    make_image_folder(tmp_path / "images", per_class=2)
+    (tmp_path / "plan.toml").write_text(ALONE)
+    assert patchmill("run", "plan.toml", cwd=tmp_path).returncode == 0
+    endpoint = f"localhost:{free_port()}"
+    with socket.create_server(("", int(endpoint.rpartition(":")[2]))):  # where node 0 cannot lead
+        ends = [done(begin(tmp_path, node, endpoint)) for node in range(2)]
+    assert [code for code, _ in ends] == [0, 0], ends
+    other = begin(tmp_path, 1, endpoint, "--from", "shards")
+    assert other.stderr.readline().startswith("waiting for node 0 at localhost:")
+    ends = [done(process) for process in (begin(tmp_path, 0, endpoint, "--from", "shards"), other)]
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert "shards is made anew" in ends[0][1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
