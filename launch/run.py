@@ -50,7 +50,7 @@ def _run_plan(plan: Plan, names: set[str], again: set[str], launch: Launch) -> N
     check_unused(stage.folder for stage in plan.stages if stage.table.name in going)
     plan.run.mkdir(parents=True, exist_ok=True)
     write_text(plan.run / "plan.toml", plan.path.read_text(encoding="utf-8"))
-    _set_aside_what_sweeps_lost(plan)
+    set_aside_what_sweeps_lost(plan)
     for stage in plan.stages:
         if stage.table.name in again and stage.folder.exists():  # all at once: a kill must not leave some for done
             print(
@@ -120,6 +120,19 @@ def finish(stage: Stage, stdout: str, seconds: float) -> None:
     write_text(stage.folder / "result.json", json.dumps(result, indent=1))
 
 
+def set_aside_what_sweeps_lost(plan: Plan) -> None:
+    """Move runs out of the way that a sweep had when it was longer: a report would have them still."""
+    for sweep in {stage.sweep.name: stage.sweep for stage in plan.stages if stage.sweep}.values():
+        for folder in sorted((plan.run / "stages").glob(f"{sweep.name}-*")):
+            number = folder.name.removeprefix(f"{sweep.name}-")
+            if number.isdecimal() and folder.name not in {stage.table.name for stage in plan.stages}:
+                aside = _keep(folder)
+                print(
+                    f"sweep {sweep.name} has no {folder.name} any more: what it made is kept in {aside}",
+                    file=sys.stderr,
+                )
+
+
 def _run(stage: Stage, launch: Launch) -> None:
     began, logs = time.monotonic(), stage.folder / "logs"
     begin(stage)
@@ -151,19 +164,6 @@ def _set_aside(stage: Stage) -> None:
         return
     aside = _keep(stage.folder)
     print(f"settings or inputs of {stage.table.name} changed: what it made before is kept in {aside}", file=sys.stderr)
-
-
-def _set_aside_what_sweeps_lost(plan: Plan) -> None:
-    """Move runs out of the way that a sweep had when it was longer: a report would have them still."""
-    for sweep in {stage.sweep.name: stage.sweep for stage in plan.stages if stage.sweep}.values():
-        for folder in sorted((plan.run / "stages").glob(f"{sweep.name}-*")):
-            number = folder.name.removeprefix(f"{sweep.name}-")
-            if number.isdecimal() and folder.name not in {stage.table.name for stage in plan.stages}:
-                aside = _keep(folder)
-                print(
-                    f"sweep {sweep.name} has no {folder.name} any more: what it made is kept in {aside}",
-                    file=sys.stderr,
-                )
 
 
 def _keep(folder: Path) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from launch.cluster import Cluster, JobSettings, layout
 from launch.plan import Plan, Stage
-from launch.run import begin, check_unused, forget, is_done
+from launch.run import begin, check_unused, forget, is_done, set_aside_what_sweeps_lost
 from launch.snapshot import take_snapshot
 from launch.stages import KINDS
 from launch.submission import Job, Record, Submission, folder_of, read_submission, recipes_of
@@ -111,6 +111,7 @@ def submit(plan: Plan, cluster: Cluster) -> dict[str, Job]:
         check_unused(sorted((plan.run / "stages").glob("*")))
         parts = [(part, _settings(part, cluster)) for part in _parts(plan, cluster)]
         scripts = [_script(plan, part, settings) for part, settings in parts]  # all that may be wrong is wrong by now
+        set_aside_what_sweeps_lost(plan)
         text = plan.path.read_text(encoding="utf-8")
         write_text(plan.run / "plan.toml", text)
         if not parts:

@@ -7,7 +7,6 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,11 +169,12 @@ def _names(run: Path, submission: Submission | None) -> Iterator[str]:
                 yield from _in_order({each for each in jobs if re.fullmatch(rf"{re.escape(name)}\.\d+", each)})
             yield name
             continue
-        folders = [path.name for path in (run / "stages").glob(f"{name}-*")]
-        members = {each for each in [*jobs, *folders] if re.fullmatch(rf"{re.escape(name)}-\d+", each)}
-        with suppress(UserError):  # its values are in a recipe beside the plan: those that have begun, then
+        try:
             sweeps[name] = sweep_of(name, stage["sweep"], stage.get("recipe"), sweeps)
-            members |= set(sweeps[name].members)
+            members = set(sweeps[name].members)
+        except UserError:  # its values are in a recipe beside the plan: those that have begun, then
+            folders = [path.name for path in (run / "stages").glob(f"{name}-*")]
+            members = {each for each in [*jobs, *folders] if re.fullmatch(rf"{re.escape(name)}-\d+", each)}
         yield from _in_order(members or {name})
 
 

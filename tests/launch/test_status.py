@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.cluster import JobSettings
+from launch.cluster import Cluster, JobSettings
 from launch.plan import Plan, read_plan
 from launch.run import RUNNER, begin, finish, note
+from launch.slurm import submit
 from launch.status import Status, print_log, print_status, status_of
 from launch.submission import Job, Record, Submission, folder_of, log_of
 from shards.atomic import only_one
@@ -118,6 +119,20 @@ def test_of_a_run_after_a_submission_the_run_is_told_and_not_its_jobs(plan, tmp_
     assert capsys.readouterr().out == "said by its rank\nsaid by its job\n"
     finish(train, "{}", 1.0)
     assert (status(tmp_path)["train"].state, status(tmp_path)["train"].job) == ("done", None)
+
+
+def test_what_a_sweep_has_no_more_is_set_aside_when_it_is_submitted(plan, tmp_path, monkeypatch):
+    for stage in plan.stages:
+        begin(stage)
+        finish(stage, "{}", 1.0)
+        Record(submitted(tmp_path, plan), stage.table.name).note("done")
+    assert list(status(tmp_path)) == ["train", "rates-0", "rates-1"]
+    plan.path.write_text(plan.path.read_text().replace("[0.1, 0.2]", "[0.1]"))
+    (tmp_path / "sbatch").touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert submit(read_plan(plan.path, plan.run.parent), Cluster(None)) == {}  # all that is left is done
+    assert list(status(tmp_path)) == ["train", "rates-0"]
+    assert [path.name for path in (plan.run / "stages").glob("rates-1*")] == ["rates-1.before-1"]
 
 
 def test_a_run_is_followed_stopped_and_killed(data, capsys):
