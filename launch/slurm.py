@@ -118,7 +118,7 @@ def submit(plan: Plan, cluster: Cluster) -> dict[str, Job]:
             return {}
         write_text(folder / "plan.toml", text)
         take_snapshot(folder / CODE)
-        table = {"plan": str(plan.path), "directory": os.getcwd(), "smoke": plan.smoke, "known": plan.inputs.known}
+        table = {"plan": str(plan.path), "name": plan.run.name, "smoke": plan.smoke, "known": plan.inputs.known}
         table |= {"recipes": recipes_of(plan.path, plan.table.stage)}
         jobs: dict[str, Job] = {}
         try:
@@ -146,29 +146,31 @@ class Queued:
     """A job in the queue, in ``squeue``'s words."""
 
     state: str
-    elapsed: str
     reason: str
-    nodes: str
 
 
-def states(jobs: dict[str, Job]) -> dict[str, Queued]:
-    """Return those of some jobs that are in the queue, by name.
+def states(submission: Submission) -> dict[str, Queued]:
+    """Return those jobs of a run that are in the queue, by name.
+
+    Numbers alone do not tell: a cluster that was set up anew counts from 1 again, and another has its own.
 
     Raises:
         PatchmillError: Slurm gives no answer.
     """
+    jobs = submission.jobs
     if not jobs:
         return {}
     numbers = ",".join(dict.fromkeys(job.id.partition("_")[0] for job in jobs.values()))
     # Of one number that it has forgotten squeue says that it is invalid, and of several nothing.
     try:
-        told = slurm("squeue", "--noheader", "--array", f"--jobs={numbers}", "--format=%i|%T|%M|%r|%N")
+        told = slurm("squeue", "--noheader", "--array", f"--jobs={numbers}", "--format=%i|%T|%r|%j")
     except PatchmillError as error:
         if "Invalid job id" not in str(error):
             raise
         return {}
-    lines = (line.split("|") for line in told.splitlines())
-    found = {number: Queued(state, elapsed, reason, nodes) for number, state, elapsed, reason, nodes in lines}
+    lines = (line.split("|", 3) for line in told.splitlines())
+    ours = f"{submission.name}:"
+    found = {number: Queued(state, reason) for number, state, reason, name in lines if name.startswith(ours)}
     return {name: found[job.id] for name, job in jobs.items() if job.id in found}
 
 
@@ -180,7 +182,7 @@ def check_idle(run: Path) -> None:
         PatchmillError: Slurm gives no answer.
     """
     submission = read_submission(run)
-    if submission and shutil.which("squeue") and (left := states(submission.jobs)):
+    if submission and shutil.which("squeue") and (left := states(submission)):
         remedy = f"wait for them, or end them: patchmill cancel {shlex.quote(str(run))}"
         raise UserError(f"jobs of {run} are in the queue ({', '.join(left)}); {remedy}")
 

@@ -102,7 +102,9 @@ def cancel_run(run: Path) -> list[str]:
         raise UserError(
             f"no job of {run} is known: it was never submitted; stop its `patchmill run` by Ctrl-C or SIGTERM"
         )
-    while left := states(submission.jobs):
+    if shutil.which("scancel") is None:
+        raise UserError("there is no scancel on this machine; cancel from a login node")
+    while left := states(submission):
         cancelled |= left
         if time.monotonic() > deadline:
             raise PatchmillError(f"{', '.join(left)} were cancelled, and do not end; does their node answer?")
@@ -154,7 +156,7 @@ def _queue(submission: Submission) -> dict[str, Queued] | None:
     if shutil.which("squeue") is None:
         return None
     try:
-        return states(submission.jobs)
+        return states(submission)
     except PatchmillError as error:
         print(f"warning: {error}; this is what the run's folder says", file=sys.stderr)
         return None

@@ -60,7 +60,7 @@ def status(folder: Path) -> dict[str, Status]:
     return {stage.name: stage for stage in status_of(folder / "runs" / "x")}
 
 
-def submitted(folder: Path, plan: Plan, **digests: str | None) -> Path:
+def submitted(plan: Plan, **digests: str | None) -> Path:
     """Leave behind what a submission does; the digests are of the stages then. Return the run's folder."""
     folder_of(plan.run).mkdir(parents=True, exist_ok=True)
     (plan.run / "plan.toml").write_text(plan.path.read_text())
@@ -70,7 +70,7 @@ def submitted(folder: Path, plan: Plan, **digests: str | None) -> Path:
         digest = digests.get(name, stage.digest)
         jobs[name] = Job(id=str(number + 1), stage=name, needs=before, digest=digest, settings=JobSettings())
         before = (name,)
-    Submission(plan=str(plan.path), directory=str(folder), smoke=False, known={}, jobs=jobs).write(plan.run)
+    Submission(plan=str(plan.path), name=plan.run.name, smoke=False, known={}, recipes={}, jobs=jobs).write(plan.run)
     return plan.run
 
 
@@ -86,7 +86,7 @@ def test_what_other_settings_made_does_not_make_a_job_done(plan, tmp_path):
     for stage in plan.stages:
         begin(stage)
         finish(stage, "{}", 1.0)
-    submitted(tmp_path, plan, **{"train": "of before", "rates-0": None})  # rates-0: a sweep was to settle it
+    submitted(plan, **{"train": "of before", "rates-0": None})  # rates-0: a sweep was to settle it
     Record(plan.run, "train").note("failed", reason="module: nope")
     found = status(tmp_path)
     assert (found["train"].state, found["train"].why) == ("failed", "module: nope")
@@ -97,7 +97,7 @@ def test_what_other_settings_made_does_not_make_a_job_done(plan, tmp_path):
 
 
 def test_of_a_run_after_a_submission_the_run_is_told_and_not_its_jobs(plan, tmp_path, capsys):
-    submitted(tmp_path, plan)
+    submitted(plan)
     for name in ("train", "rates-0"):
         log_of(plan.run, name).write_text("said by its job\n")
     Record(plan.run, "train").note("failed", reason="crashed: old", tries=3)
@@ -125,7 +125,7 @@ def test_what_a_sweep_has_no_more_is_set_aside_when_it_is_submitted(plan, tmp_pa
     for stage in plan.stages:
         begin(stage)
         finish(stage, "{}", 1.0)
-        Record(submitted(tmp_path, plan), stage.table.name).note("done")
+        Record(submitted(plan), stage.table.name).note("done")
     assert list(status(tmp_path)) == ["train", "rates-0", "rates-1"]
     plan.path.write_text(plan.path.read_text().replace("[0.1, 0.2]", "[0.1]"))
     (tmp_path / "sbatch").touch(0o755)
@@ -224,6 +224,12 @@ def test_what_was_never_submitted_cannot_be_cancelled(data, tmp_path):
     assert [stage.state for stage in status_of(run)] == ["not begun"] * 3
     with pytest.raises(UserError, match=r"train/logs/rank-0\.log yet; nothing else is there"):
         print_log(run, "train", rank=0, lines=10, follow=False)
+
+
+def test_without_slurm_nothing_is_cancelled(plan, tmp_path):
+    run = submitted(plan)
+    told = refused(patchmill("cancel", run, cwd=tmp_path))
+    assert told == "error: there is no scancel on this machine; cancel from a login node"
 
 
 def test_the_logs_that_are_there_are_named(tmp_path, capsys):

@@ -133,6 +133,21 @@ def test_a_script_that_ends_before_its_job_begins_has_failed_and_status_says_wha
     assert {stage["state"] for stage in status(run).values()} == {"failed"}  # whatever other settings made before
 
 
+def test_a_job_of_anothers_that_has_the_number_of_an_old_one_is_left_alone(cluster, tmp_path):
+    run = Submitted(cluster, write_plan(tmp_path, SHARDS))
+    run.wait_for_end()
+    other = cluster.run("sbatch", "--parsable", "--job-name=other", "--output=/dev/null", "--wrap=sleep 300").strip()
+    path = run.run / "slurm" / "submission.json"  # as of a cluster that began to count anew since
+    path.write_text(path.read_text().replace(f'"id": "{run.jobs["shards"]}"', f'"id": "{other}"'))
+    assert status(run)["shards"]["state"] == "done"
+    assert status(run)["shards"]["job"] == other
+    again = patchmill("submit", run.plan, "--json", cwd=tmp_path)
+    assert (again.returncode, again.stdout) == (0, "{}\n")
+    assert patchmill("cancel", run.run, cwd=tmp_path).stdout == f"no job of {run.run} is in the queue\n"
+    assert cluster.run("squeue", "-h", "-o", "%i").split() == [other]
+    cluster.run("scancel", other)
+
+
 def test_without_a_queue_and_with_a_wrong_name(tmp_path):
     plan = write_plan(tmp_path, SHARDS)
     assert patchmill("run", plan, cwd=tmp_path).returncode == 0
