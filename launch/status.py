@@ -26,7 +26,7 @@ from shards.atomic import is_held
 from shards.errors import PatchmillError, UserError
 
 WORDS = {"PENDING": "waiting", "RUNNING": "running", "COMPLETING": "ending", "CONFIGURING": "starting"}
-LIVE = ("waiting", "starting", "running", "ending")  # of jobs in the queue
+DEAD = ("failed", "cancelled", "lost")
 COLOURS = {"done": "green", "running": "bold", "failed": "red", "lost": "red", "cancelled": "yellow"}
 SECONDS = 5.0  # between two looks
 GONE = 90.0  # seconds in which cancelled jobs should have ended; Slurm kills what does not listen after 30
@@ -77,14 +77,16 @@ def status_of(run: Path) -> list[Status]:
 
 
 def print_status(run: Path, watch: bool = False) -> None:
-    """Show how a run is, on stdout; with ``watch`` until no job of it is in the queue."""
+    """Show how a run is, on stdout; with ``watch`` until nothing of it runs, or will by itself, at two looks."""
     console = Console(width=None if sys.stdout.isatty() else 250)  # a file has no edge
+    idle = 0  # looks; between two stages of a `patchmill run` there is nothing for a moment
     while True:
         stages = status_of(run)
         if watch and console.is_terminal:
             console.clear()
         console.print(_table(run, stages))
-        if not watch or not any(stage.state in LIVE for stage in stages):
+        idle = 0 if any(map(_lives, stages)) else idle + 1
+        if not watch or idle == 2:
             return
         time.sleep(SECONDS)
 
@@ -207,15 +209,15 @@ def _status(
         state = "failed"
     elif record.get("state") == "done" or (job.digest and result_of(folder, job.digest)):
         state, why = "done", ""
-    elif queue is None:
-        state = record.get("state", "waiting")
+    elif record.get("state") and queue is None:
+        state = record["state"]
     elif record.get("state") == "starting":
         state = "failed"
     elif record.get("state") == "running":
         state, why = "lost", "its job is gone without a word: killed, or its node was"
     else:
-        state = "cancelled"
-        ended = [before[need] for need in job.needs if before[need].state not in ("done", *LIVE)]
+        ended = [before[need] for need in job.needs if before[need].state in DEAD]
+        state = "cancelled" if ended or queue is not None else "waiting"
         why = why or ", ".join(f"{need.name} {need.state}" for need in ended)
     log = (
         log_of(run, name) if job else next(filter(Path.exists, (folder / "logs" / "rank-0.log", folder / "logs")), None)
@@ -260,6 +262,11 @@ def _progress(folder: Path, running: bool) -> dict[str, Any]:
         "step": line["step"], "share": min(1.0, line["samples"] / max(total, 1)), "images_per_second": speed,
         "seconds_left": max(0.0, total - line["samples"]) / speed if speed and running else None,
     }  # fmt: skip
+
+
+def _lives(stage: Status) -> bool:
+    """Tell whether a stage goes on by itself: it is run from here, or its job is in the queue, or comes back."""
+    return stage.state == "running" or (stage.job is not None and stage.state not in ("done", *DEAD))
 
 
 def _table(run: Path, stages: list[Status]) -> Table:

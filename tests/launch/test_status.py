@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def test_what_other_settings_made_does_not_make_a_job_done(plan, tmp_path):
     Record(plan.run, "train").note("failed", reason="module: nope")
     found = status(tmp_path)
     assert (found["train"].state, found["train"].why) == ("failed", "module: nope")
-    assert found["rates-0"].state == "waiting"
+    assert (found["rates-0"].state, found["rates-0"].why) == ("cancelled", "train failed")
     assert found["rates-1"].state == "done"
     Record(plan.run, "rates-0").note("done", reason=None)
     assert status(tmp_path)["rates-0"].state == "done"
@@ -133,6 +134,45 @@ def test_what_a_sweep_has_no_more_is_set_aside_when_it_is_submitted(plan, tmp_pa
     assert submit(read_plan(plan.path, plan.run.parent), Cluster(None)) == {}  # all that is left is done
     assert list(status(tmp_path)) == ["train", "rates-0"]
     assert [path.name for path in (plan.run / "stages").glob("rates-1*")] == ["rates-1.before-1"]
+
+
+def watching(run: Path) -> threading.Thread:
+    thread = threading.Thread(target=print_status, args=[run, True], daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_watch_goes_on_while_jobs_come_back_and_ends_when_none_does(plan, monkeypatch):
+    monkeypatch.setattr("launch.status.SECONDS", 0.1)
+    record = Record(submitted(plan), "train")
+    record.note("stopped")
+    thread = watching(plan.run)
+    thread.join(2)
+    assert thread.is_alive()
+    record.note("failed", reason="crashed")
+    thread.join(30)  # although nobody here knows the queue
+    assert not thread.is_alive()
+    told = {stage.name: (stage.state, stage.why) for stage in status_of(plan.run)}
+    assert told == {
+        "train": ("failed", "crashed"), "rates-0": ("cancelled", "train failed"),
+        "rates-1": ("cancelled", "rates-0 cancelled"),
+    }  # fmt: skip
+
+
+def test_a_watch_does_not_end_between_two_stages_of_a_run(plan, monkeypatch, capsys):
+    monkeypatch.setattr("launch.status.SECONDS", 2.0)
+    plan.run.mkdir(parents=True)
+    (plan.run / "plan.toml").write_text(plan.path.read_text())
+    thread, stage = watching(plan.run), plan.stages[0]
+    while "not begun" not in capsys.readouterr().out:
+        assert thread.is_alive()
+    begin(stage)
+    with only_one(stage.folder / "logs" / RUNNER, "patchmill run"):
+        note(stage.folder, "running")
+        thread.join(6)
+        assert thread.is_alive()
+    thread.join(30)
+    assert not thread.is_alive()
 
 
 def test_a_run_is_followed_stopped_and_killed(data, capsys):
