@@ -36,7 +36,12 @@ def anew(plan: Plan, start: str | None) -> set[str]:
     Raises:
         UserError: There is no such stage.
     """
-    names = meant(plan, start) if start is not None else set()
+    return with_followers(plan, meant(plan, start) if start is not None else set())
+
+
+def with_followers(plan: Plan, names: set[str]) -> set[str]:
+    """Return the names of some stages and of all that follow them."""
+    names = set(names)
     for stage in plan.stages:  # in the order of their needs
         if names & set(stage.needs):
             names.add(stage.table.name)
@@ -59,6 +64,11 @@ def _names(stage: Stage) -> Iterable[str]:
 def is_done(stage: Stage) -> bool:
     """Tell whether a stage finished with these settings and inputs."""
     return result_of(stage.folder, stage.digest) is not None
+
+
+def to_do(plan: Plan, names: set[str], again: set[str]) -> bool:
+    """Tell whether anything is to run, of the stages that are chosen: they are not done, or made anew."""
+    return any(stage.table.name in again or not is_done(stage) for stage in plan.stages if stage.table.name in names)
 
 
 def goes_on(stage: Stage) -> bool:

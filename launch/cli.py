@@ -52,6 +52,8 @@ def main() -> None:
 class _Asked(BaseException):
     """A command was asked to stop; nothing on the way that handles errors takes it for one."""
 
+    exit_code = StoppedOnRequestError.exit_code
+
 
 def _stop(number: int, frame: FrameType | None) -> None:
     _listen(signal.SIG_IGN)  # once is enough: what is being finished is not to be stopped, too
@@ -77,9 +79,9 @@ def run_command() -> int | str:
     except PatchmillError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except _Asked:
+    except _Asked as asked:
         print("error: stopped on request; what is finished stays, run again to go on", file=sys.stderr)
-        return StoppedOnRequestError.exit_code
+        return asked.exit_code
     except KeyboardInterrupt:
         return 130
     except SystemExit as exited:

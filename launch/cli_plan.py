@@ -50,7 +50,7 @@ def run(
     print_only: Annotated[bool, typer.Option("--print", help="Print what would be started, node by node.")] = False,
 ) -> None:
     """Run a plan on this machine; finished stages are skipped, interrupted ones go on. --smoke: in RUNS/NAME-smoke."""
-    from launch.choice import anew, chosen, is_done, print_choice
+    from launch.choice import anew, chosen, print_choice, to_do
     from launch.launchers import Launch, print_commands
     from launch.plan import read_plan
     from launch.readable import check_readable
@@ -73,7 +73,7 @@ def run(
         return
     check_idle(checked.run)
     if launch.follows():
-        if not all(is_done(stage) for stage in checked.stages if stage.table.name in names):
+        if to_do(checked, names, again):
             launch.follow()
         return
     run_plan(checked, start, only, launch)
@@ -179,7 +179,7 @@ def manifest(
 @plan_app.command()
 def status(
     run_folder: RunFolder,
-    watch: Annotated[bool, typer.Option("--watch", help="Look again and again, until no job is in the queue.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again and again, until nothing of it goes on.")] = False,
     as_json: Json = False,
 ) -> None:
     """Tell how the stages of a run are, how far, and why one ended; from the folder alone, and Slurm's queue."""
@@ -203,7 +203,7 @@ def logs(
     lines: Annotated[int, typer.Option(min=1, help="So many from the end.")] = 100,
     follow: Annotated[bool, typer.Option("--follow", help="And what comes, until Ctrl-C.")] = False,
 ) -> None:
-    """Show what a stage said as a job."""
+    """Show what a stage said, as a job or under `patchmill run`."""
     from launch.status import newest_run, print_log
 
     print_log(run_folder or newest_run(Path("runs")), stage, rank, lines, follow)

@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,12 +10,12 @@ import torch
 
 from launch import accelerate, deepspeed, torchrun
 from launch.driver import Asked, drive
+from launch.leader import Leader, address_of, follow
 from launch.local import free_port, run_ranks
-from launch.nodes import Leader, address_of, follow
 from launch.plan import Plan, Stage
 from launch.start import Start
 from pipeline.settings import nearest
-from shards.errors import PatchmillError, UserError
+from shards.errors import PatchmillError, StoppedOnRequestError, UserError
 
 A_NODE = {"torchrun": torchrun.command, "accelerate": accelerate.command}  # one command on each node
 LAUNCHERS = ("local", *A_NODE, "deepspeed")
@@ -107,7 +107,8 @@ class Launch:
         if self._leader:
             self._leader.check()
         if ranks == 1 or self.launcher == "local":
-            return run_ranks(arguments, ranks, folder / "logs")
+            with self._leader.heeding() if self._leader else nullcontext():
+                return run_ranks(arguments, ranks, folder / "logs")
         start, logs = self._start(arguments, ranks, folder), folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         if self.launcher == "deepspeed":
@@ -125,8 +126,8 @@ class Launch:
         try:
             yield
             code = 0
-        except PatchmillError as error:
-            code = error.exit_code
+        except BaseException as error:
+            code = code_of(error)
             raise
         finally:
             self._leader.end(code)
@@ -182,6 +183,13 @@ class Launch:
 
 
 LOCAL = Launch()
+
+
+def code_of(error: BaseException) -> int:
+    """Return the exit code that the end of a ``patchmill run`` means to others; a signal and Ctrl-C ask it to stop."""
+    if isinstance(error, KeyboardInterrupt):
+        return StoppedOnRequestError.exit_code
+    return getattr(error, "exit_code", PatchmillError.exit_code)
 
 
 def print_commands(launch: Launch, plan: Plan, names: set[str]) -> None:

@@ -221,8 +221,8 @@ class _Look:
     def _refuse_gone(self, path: Path) -> None:
         for stage in self._plan.stages:
             if path.is_relative_to(stage.folder) and not path.exists():
-                name = stage.table.name
-                raise UserError(f"stage {name} made {path}, which is gone; make it again with --from {name}")
+                told = f"stage {stage.table.name} made {path}, which is gone; to have it made again, move away "
+                raise UserError(f"{told}{stage.folder}")
 
     @contextmanager
     def _at(self, setting: str) -> Iterator[None]:

@@ -3,22 +3,26 @@
 import json
 import sys
 import time
+from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 
 from rich.console import Console
 
-from launch.choice import anew, chosen, goes_on, is_done
-from launch.launchers import LOCAL, Launch
+from launch.choice import anew, chosen, goes_on, is_done, to_do, with_followers
+from launch.launchers import LOCAL, Launch, code_of
 from launch.plan import Plan, Stage, after_a_sweep
-from launch.results import result_of
+from launch.results import read_json, result_of
 from launch.said import Said
 from pipeline.config import TrainSettings
 from pipeline.settings import dump_toml
-from shards.atomic import only_one, write_text
+from shards.atomic import is_held, only_one, write_text
 from shards.errors import PatchmillError, StoppedOnRequestError, UserError
 
 FAMILY = {2: UserError, 75: StoppedOnRequestError}
 WAIT = 60.0  # seconds for another run of the same stage, which may be on its way out
+RUNNER = "runner"  # in a stage's logs: locked by the patchmill run that is at it, as long as it lives
+STATE = "state.json"
 
 
 def run_plan(plan: Plan, start: str | None = None, only: str | None = None, launch: Launch = LOCAL) -> None:
@@ -34,15 +38,19 @@ def run_plan(plan: Plan, start: str | None = None, only: str | None = None, laun
         UserError: There is no such stage, or what is to run needs others that have not finished.
         PatchmillError: A stage failed; its own message is already on stderr.
     """
-    with launch.leading():
-        _run_plan(plan, chosen(plan, only), anew(plan, start), launch)
+    names, again = chosen(plan, only), anew(plan, start)
+    with launch.leading() if to_do(plan, names, again) else nullcontext():  # else the others do not follow
+        _run_plan(plan, names, again, launch)
 
 
 def _run_plan(plan: Plan, names: set[str], again: set[str], launch: Launch) -> None:
     say = Console(stderr=True, highlight=False)
+    changed = {stage.table.name for stage in plan.stages if not (is_done(stage) or goes_on(stage))}
+    going = with_followers(plan, again | changed & names)
+    check_unused(stage.folder for stage in plan.stages if stage.table.name in going)
     plan.run.mkdir(parents=True, exist_ok=True)
     write_text(plan.run / "plan.toml", plan.path.read_text(encoding="utf-8"))
-    _set_aside_what_sweeps_lost(plan)
+    set_aside_what_sweeps_lost(plan)
     for stage in plan.stages:
         if stage.table.name in again and stage.folder.exists():  # all at once: a kill must not leave some for done
             print(
@@ -70,9 +78,6 @@ def _run_plan(plan: Plan, names: set[str], again: set[str], launch: Launch) -> N
             plan = after_a_sweep(plan, len(ran))
 
 
-RUNNER = "runner"  # in a stage's logs: locked by the patchmill run that is at it, as long as it lives
-
-
 def begin(stage: Stage) -> None:
     """Make a stage's folder ready, with its settings; what another plan made there goes out of the way."""
     _set_aside(stage)
@@ -82,9 +87,30 @@ def begin(stage: Stage) -> None:
         write_text(stage.folder / "config.toml", dump_toml(stage.settings.model_dump(mode="json", exclude_unset=True)))
 
 
+def check_unused(folders: Iterable[Path]) -> None:
+    """Check that no ``patchmill run`` is at any of some stages, by their folders.
+
+    Raises:
+        UserError: One is.
+    """
+    for folder in folders:
+        if is_held(folder / "logs" / RUNNER, unknown=False):
+            raise UserError(f"a `patchmill run` is at {folder}; wait for it, or stop it")
+
+
 def note(folder: Path, state: str, reason: str = "") -> None:
     """Write into a stage's folder how it is, for ``patchmill status``: running, stopped or failed."""
-    write_text(folder / "state.json", json.dumps({"state": state, "reason": reason}))
+    write_text(folder / STATE, json.dumps({"state": state, "reason": reason}))
+
+
+def noted(folder: Path) -> dict[str, str]:
+    """Return what the last ``patchmill run`` noted of a stage; nothing where there was none since it was submitted."""
+    return read_json(folder / STATE)
+
+
+def forget(folder: Path) -> None:
+    """Remove what was noted of a stage, as a job is to run it now."""
+    (folder / STATE).unlink(missing_ok=True)
 
 
 def finish(stage: Stage, stdout: str, seconds: float) -> None:
@@ -94,36 +120,7 @@ def finish(stage: Stage, stdout: str, seconds: float) -> None:
     write_text(stage.folder / "result.json", json.dumps(result, indent=1))
 
 
-def _run(stage: Stage, launch: Launch) -> None:
-    began, logs = time.monotonic(), stage.folder / "logs"
-    begin(stage)
-    said = Said([logs / "launcher-0.log", *(logs / f"rank-{rank}.log" for rank in range(stage.table.ranks))])
-    with only_one(logs / RUNNER, "patchmill run", wait=WAIT, told=True):
-        note(stage.folder, "running")
-        try:
-            code, stdout = launch.run([*stage.arguments, "--json"], stage.table.ranks, stage.folder)
-        except PatchmillError as error:
-            note(stage.folder, "failed", str(error))
-            raise
-        if code:
-            note(stage.folder, "stopped" if code == StoppedOnRequestError.exit_code else "failed", said.error())
-            remedy = {2: "mend it", 75: "all is saved"}.get(code, f"see {logs}")
-            raise FAMILY.get(code, PatchmillError)(
-                f"stage {stage.table.name} ended with exit code {code}; {remedy}, then run the same command again to "
-                "go on"
-            )
-        finish(stage, stdout, time.monotonic() - began)
-
-
-def _set_aside(stage: Stage) -> None:
-    """Move what another plan made out of the way: a finished stage, or an unfinished one that had other inputs."""
-    if goes_on(stage):
-        return
-    aside = _keep(stage.folder)
-    print(f"settings or inputs of {stage.table.name} changed: what it made before is kept in {aside}", file=sys.stderr)
-
-
-def _set_aside_what_sweeps_lost(plan: Plan) -> None:
+def set_aside_what_sweeps_lost(plan: Plan) -> None:
     """Move runs out of the way that a sweep had when it was longer: a report would have them still."""
     for sweep in {stage.sweep.name: stage.sweep for stage in plan.stages if stage.sweep}.values():
         for folder in sorted((plan.run / "stages").glob(f"{sweep.name}-*")):
@@ -136,8 +133,42 @@ def _set_aside_what_sweeps_lost(plan: Plan) -> None:
                 )
 
 
+def _run(stage: Stage, launch: Launch) -> None:
+    began, logs = time.monotonic(), stage.folder / "logs"
+    begin(stage)
+    said = Said([logs / "launcher-0.log", *(logs / f"rank-{rank}.log" for rank in range(stage.table.ranks))])
+    with only_one(logs / RUNNER, "patchmill run", wait=WAIT, told=True):
+        note(stage.folder, "running")
+        try:
+            code, stdout = launch.run([*stage.arguments, "--json"], stage.table.ranks, stage.folder)
+        except BaseException as error:
+            note(stage.folder, _ended(code_of(error)), str(error))
+            raise
+        if code:
+            note(stage.folder, _ended(code), said.error())
+            remedy = {2: "mend it", 75: "all is saved"}.get(code, f"see {logs}")
+            raise FAMILY.get(code, PatchmillError)(
+                f"stage {stage.table.name} ended with exit code {code}; {remedy}, then run the same command again to "
+                "go on"
+            )
+        finish(stage, stdout, time.monotonic() - began)
+
+
+def _ended(code: int) -> str:
+    return "stopped" if code == StoppedOnRequestError.exit_code else "failed"
+
+
+def _set_aside(stage: Stage) -> None:
+    """Move what another plan made out of the way: a finished stage, or an unfinished one that had other inputs."""
+    if goes_on(stage):
+        return
+    aside = _keep(stage.folder)
+    print(f"settings or inputs of {stage.table.name} changed: what it made before is kept in {aside}", file=sys.stderr)
+
+
 def _keep(folder: Path) -> Path:
-    """Give a stage's folder a name that no stage has, and return it."""
+    """Give a stage's folder a name that no stage has, and return it; not under the feet of who is at it."""
+    check_unused([folder])
     number = 1
     while (aside := folder.with_name(f"{folder.name}.before-{number}")).exists():
         number += 1

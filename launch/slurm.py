@@ -14,7 +14,7 @@ from pathlib import Path
 
 from launch.cluster import Cluster, JobSettings, layout
 from launch.plan import Plan, Stage
-from launch.run import begin, is_done
+from launch.run import begin, check_unused, forget, is_done, set_aside_what_sweeps_lost
 from launch.snapshot import take_snapshot
 from launch.stages import KINDS
 from launch.submission import Job, Record, Submission, folder_of, read_submission, recipes_of
@@ -99,7 +99,8 @@ def submit(plan: Plan, cluster: Cluster) -> dict[str, Job]:
     """Submit every stage that is not finished; if one cannot be, none is. Return the jobs by name.
 
     Raises:
-        UserError: Jobs of this run are in the queue, Slurm is not here, or it does not take a script.
+        UserError: Jobs of this run are in the queue, a ``patchmill run`` is at it, Slurm is not here, or it does not
+            take a script.
     """
     if shutil.which("sbatch") is None:
         raise UserError("there is no sbatch on this machine; submit from a login node, or use `patchmill run` here")
@@ -107,15 +108,17 @@ def submit(plan: Plan, cluster: Cluster) -> dict[str, Job]:
     folder = folder_of(plan.run)
     with only_one(folder, "submit", wait=60):
         check_idle(plan.run)
+        check_unused(sorted((plan.run / "stages").glob("*")))
         parts = [(part, _settings(part, cluster)) for part in _parts(plan, cluster)]
         scripts = [_script(plan, part, settings) for part, settings in parts]  # all that may be wrong is wrong by now
+        set_aside_what_sweeps_lost(plan)
         text = plan.path.read_text(encoding="utf-8")
         write_text(plan.run / "plan.toml", text)
         if not parts:
             return {}
         write_text(folder / "plan.toml", text)
         take_snapshot(folder / CODE)
-        table = {"plan": str(plan.path), "directory": os.getcwd(), "smoke": plan.smoke, "known": plan.inputs.known}
+        table = {"plan": str(plan.path), "name": plan.run.name, "smoke": plan.smoke, "known": plan.inputs.known}
         table |= {"recipes": recipes_of(plan.path, plan.table.stage)}
         jobs: dict[str, Job] = {}
         try:
@@ -127,8 +130,9 @@ def submit(plan: Plan, cluster: Cluster) -> dict[str, Job]:
                 number = _sbatch(script, part.needs, jobs)
                 jobs |= part.jobs(number, settings)
                 Submission(**table, jobs=jobs).write(plan.run)
-            for name in jobs:
+            for name, job in jobs.items():
                 Record(plan.run, name).forget()  # of a job before
+                forget(plan.run / "stages" / job.stage)  # of a `patchmill run` before
             # Held until now: a job that starts finds itself in what was written, and one of half a plan never starts.
             slurm("scontrol", "release", ",".join(_numbers(jobs)))
         except PatchmillError as error:
@@ -142,29 +146,31 @@ class Queued:
     """A job in the queue, in ``squeue``'s words."""
 
     state: str
-    elapsed: str
     reason: str
-    nodes: str
 
 
-def states(jobs: dict[str, Job]) -> dict[str, Queued]:
-    """Return those of some jobs that are in the queue, by name.
+def states(submission: Submission) -> dict[str, Queued]:
+    """Return those jobs of a run that are in the queue, by name.
+
+    Numbers alone do not tell: a cluster that was set up anew counts from 1 again, and another has its own.
 
     Raises:
         PatchmillError: Slurm gives no answer.
     """
+    jobs = submission.jobs
     if not jobs:
         return {}
     numbers = ",".join(dict.fromkeys(job.id.partition("_")[0] for job in jobs.values()))
     # Of one number that it has forgotten squeue says that it is invalid, and of several nothing.
     try:
-        told = slurm("squeue", "--noheader", "--array", f"--jobs={numbers}", "--format=%i|%T|%M|%r|%N")
+        told = slurm("squeue", "--noheader", "--array", f"--jobs={numbers}", "--format=%i|%T|%r|%j")
     except PatchmillError as error:
         if "Invalid job id" not in str(error):
             raise
         return {}
-    lines = (line.split("|") for line in told.splitlines())
-    found = {number: Queued(state, elapsed, reason, nodes) for number, state, elapsed, reason, nodes in lines}
+    lines = (line.split("|", 3) for line in told.splitlines())
+    ours = f"{submission.name}:"
+    found = {number: Queued(state, reason) for number, state, reason, name in lines if name.startswith(ours)}
     return {name: found[job.id] for name, job in jobs.items() if job.id in found}
 
 
@@ -176,7 +182,7 @@ def check_idle(run: Path) -> None:
         PatchmillError: Slurm gives no answer.
     """
     submission = read_submission(run)
-    if submission and shutil.which("squeue") and (left := states(submission.jobs)):
+    if submission and shutil.which("squeue") and (left := states(submission)):
         remedy = f"wait for them, or end them: patchmill cancel {shlex.quote(str(run))}"
         raise UserError(f"jobs of {run} are in the queue ({', '.join(left)}); {remedy}")
 

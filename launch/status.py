@@ -7,7 +7,6 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from launch.results import read_json, result_of
-from launch.run import RUNNER
+from launch.results import result_of
+from launch.run import RUNNER, noted
 from launch.slurm import Queued, cancel, states
-from launch.submission import Record, Submission, check_run, log_of, read_submission
+from launch.submission import Job, Record, Submission, check_run, log_of, read_submission
 from launch.sweep import sweep_of
 from pipeline.settings import Duration, read_toml
 from pipeline.telemetry import read_metrics
@@ -27,7 +26,7 @@ from shards.atomic import is_held
 from shards.errors import PatchmillError, UserError
 
 WORDS = {"PENDING": "waiting", "RUNNING": "running", "COMPLETING": "ending", "CONFIGURING": "starting"}
-LIVE = ("waiting", "starting", "running", "ending")  # of jobs in the queue
+DEAD = ("failed", "cancelled", "lost")
 COLOURS = {"done": "green", "running": "bold", "failed": "red", "lost": "red", "cancelled": "yellow"}
 SECONDS = 5.0  # between two looks
 GONE = 90.0  # seconds in which cancelled jobs should have ended; Slurm kills what does not listen after 30
@@ -78,14 +77,16 @@ def status_of(run: Path) -> list[Status]:
 
 
 def print_status(run: Path, watch: bool = False) -> None:
-    """Show how a run is, on stdout; with ``watch`` until no job of it is in the queue."""
+    """Show how a run is, on stdout; with ``watch`` until nothing of it runs, or will by itself, at two looks."""
     console = Console(width=None if sys.stdout.isatty() else 250)  # a file has no edge
+    idle = 0  # looks; between two stages of a `patchmill run` there is nothing for a moment
     while True:
         stages = status_of(run)
         if watch and console.is_terminal:
             console.clear()
         console.print(_table(run, stages))
-        if not watch or not any(stage.state in LIVE for stage in stages):
+        idle = 0 if any(map(_lives, stages)) else idle + 1
+        if not watch or idle == 2:
             return
         time.sleep(SECONDS)
 
@@ -103,7 +104,9 @@ def cancel_run(run: Path) -> list[str]:
         raise UserError(
             f"no job of {run} is known: it was never submitted; stop its `patchmill run` by Ctrl-C or SIGTERM"
         )
-    while left := states(submission.jobs):
+    if shutil.which("scancel") is None:
+        raise UserError("there is no scancel on this machine; cancel from a login node")
+    while left := states(submission):
         cancelled |= left
         if time.monotonic() > deadline:
             raise PatchmillError(f"{', '.join(left)} were cancelled, and do not end; does their node answer?")
@@ -136,7 +139,7 @@ def print_log(run: Path, stage: str, rank: int, lines: int, follow: bool) -> Non
         raise UserError(f"{run} has no stage {stage!r}; it has {', '.join(names)}")
     beside = run / "stages" / stage / "logs"
     log = log_of(run, stage)
-    if rank or not log.exists():  # it was never a job
+    if rank or not log.exists() or noted(beside.parent):  # it was never a job, or `patchmill run` was at it since
         log = beside / f"rank-{rank}.log"
     if not log.exists():
         others = ", ".join(str(path) for path in sorted(beside.glob("*.log"))) or "nothing else is there"
@@ -155,7 +158,7 @@ def _queue(submission: Submission) -> dict[str, Queued] | None:
     if shutil.which("squeue") is None:
         return None
     try:
-        return states(submission.jobs)
+        return states(submission)
     except PatchmillError as error:
         print(f"warning: {error}; this is what the run's folder says", file=sys.stderr)
         return None
@@ -166,15 +169,16 @@ def _names(run: Path, submission: Submission | None) -> Iterator[str]:
     for stage in read_toml(run / "plan.toml")["stage"]:
         name = stage["name"]
         if "sweep" not in stage:
-            parts = {each for each in jobs if re.fullmatch(rf"{re.escape(name)}\.\d+", each)}
-            yield from _in_order(parts)
+            if not noted(run / "stages" / name):
+                yield from _in_order({each for each in jobs if re.fullmatch(rf"{re.escape(name)}\.\d+", each)})
             yield name
             continue
-        folders = [path.name for path in (run / "stages").glob(f"{name}-*")]
-        members = {each for each in [*jobs, *folders] if re.fullmatch(rf"{re.escape(name)}-\d+", each)}
-        with suppress(UserError):  # its values are in a recipe beside the plan: those that have begun, then
+        try:
             sweeps[name] = sweep_of(name, stage["sweep"], stage.get("recipe"), sweeps)
-            members |= set(sweeps[name].members)
+            members = set(sweeps[name].members)
+        except UserError:  # its values are in a recipe beside the plan: those that have begun, then
+            folders = [path.name for path in (run / "stages").glob(f"{name}-*")]
+            members = {each for each in [*jobs, *folders] if re.fullmatch(rf"{re.escape(name)}-\d+", each)}
         yield from _in_order(members or {name})
 
 
@@ -188,6 +192,8 @@ def _status(
     folder, record = run / "stages" / name, Record(run, name).table
     job = submission.jobs.get(name) if submission else None
     queued = (queue or {}).get(name)
+    if job and not queued and _ran_since(run, job, record):
+        job, record = None, {}
     why = record.get("reason") or ""
     if queued:
         state = WORDS.get(queued.state, queued.state.lower())
@@ -197,33 +203,43 @@ def _status(
             why = f"after {', '.join(need for need in job.needs if before[need].state != 'done')}"
         elif queued.state == "PENDING" and queued.reason != "None":
             why = ", ".join(filter(None, (why, f"waits: {queued.reason}")))
-    elif result_of(folder) or record.get("state") == "done":
-        state, why = "done", ""
     elif job is None:
         state, why = _here(folder)
-    elif queue is None or record.get("state") == "failed":
-        state = record.get("state", "waiting")
+    elif record.get("state") == "failed":
+        state = "failed"
+    elif record.get("state") == "done" or (job.digest and result_of(folder, job.digest)):
+        state, why = "done", ""
+    elif record.get("state") and queue is None:
+        state = record["state"]
     elif record.get("state") == "starting":
         state = "failed"
     elif record.get("state") == "running":
         state, why = "lost", "its job is gone without a word: killed, or its node was"
     else:
-        state = "cancelled"
-        ended = [before[need] for need in job.needs if before[need].state not in ("done", *LIVE)]
+        ended = [before[need] for need in job.needs if before[need].state in DEAD]
+        state = "cancelled" if ended or queue is not None else "waiting"
         why = why or ", ".join(f"{need.name} {need.state}" for need in ended)
     log = (
         log_of(run, name) if job else next(filter(Path.exists, (folder / "logs" / "rank-0.log", folder / "logs")), None)
     )
     return Status(
-        name, state, job and job.id, **(_progress(folder, state == "running") if name == folder.name else {}),
+        name, state, job and job.id, **_progress(folder, state == "running"),
         restarts=max(0, record.get("tries", 0) - 1), why=why, log=os.path.relpath(log) if log and log.exists() else "",
     )  # fmt: skip
 
 
+def _ran_since(run: Path, job: Job, record: dict[str, Any]) -> bool:
+    """Tell whether a ``patchmill run`` was at the stage of a job since it was submitted, or set aside what it made."""
+    folder = run / "stages" / job.stage
+    return bool(noted(folder)) or (record.get("state") == "done" and not folder.exists())
+
+
 def _here(folder: Path) -> tuple[str, str]:
     """Return how a stage is that is no job's, and why: as ``patchmill run`` notes it."""
-    noted = read_json(folder / "state.json")
-    state, why = noted.get("state", "begun" if folder.exists() else "not begun"), noted.get("reason", "")
+    if result_of(folder):
+        return "done", ""
+    told = noted(folder)
+    state, why = told.get("state", "begun" if folder.exists() else "not begun"), told.get("reason", "")
     if state == "running" and not is_held(folder / "logs" / RUNNER, unknown=True):
         return "lost", "its process is gone without a word: killed, or its machine was"
     return state, why
@@ -246,6 +262,11 @@ def _progress(folder: Path, running: bool) -> dict[str, Any]:
         "step": line["step"], "share": min(1.0, line["samples"] / max(total, 1)), "images_per_second": speed,
         "seconds_left": max(0.0, total - line["samples"]) / speed if speed and running else None,
     }  # fmt: skip
+
+
+def _lives(stage: Status) -> bool:
+    """Tell whether a stage goes on by itself: it is run from here, or its job is in the queue, or comes back."""
+    return stage.state == "running" or (stage.job is not None and stage.state not in ("done", *DEAD))
 
 
 def _table(run: Path, stages: list[Status]) -> Table:

@@ -44,7 +44,7 @@ class Submission(Settings):
 
     Attributes:
         plan: Path of the plan's file; its text then is ``RUN/slurm/plan.toml``.
-        directory: That it was submitted from, which its jobs run in.
+        name: Of the run; it begins the names of its jobs in the queue.
         smoke: As of ``patchmill run``.
         known: Digests of the plan's inputs, by path.
         recipes: SHA-256 of the recipes beside the plan, by name.
@@ -52,7 +52,7 @@ class Submission(Settings):
     """
 
     plan: str
-    directory: str
+    name: str
     smoke: bool
     known: dict[str, str]
     recipes: dict[str, str]

@@ -18,7 +18,7 @@ from launch.cluster import Cluster, PodSettings
 from launch.plan import read_plan
 from launch.slurm import layout
 from launch.stages import KINDS
-from launch.status import COLOURS, LIVE, WORDS
+from launch.status import COLOURS, DEAD, WORDS
 from pipeline.config import CheckpointSettings, ModelSettings, TrainSettings
 from pipeline.figures.distance import patch_distances
 from pipeline.flops import cost_of
@@ -273,6 +273,6 @@ def test_the_pages_on_clusters_show_a_plan_and_profiles_that_hold(tmp_path):
     assert layouts == [(1, 1), (2, 8), (1, 8), (1, 1), (1, 1)]  # as the picture has them
     told = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| `.*\n", launchers, re.MULTILINE))))
     assert PodSettings.model_fields.keys() <= told | set(re.findall(r"^(\w+) =", pods, re.MULTILINE))
-    states = {*WORDS.values(), *LIVE, *COLOURS, "stopped", "crashed", "not begun", "begun"}
+    states = {*WORDS.values(), *DEAD, *COLOURS, "stopped", "crashed", "not begun", "begun"}
     told = re.search(r"\| state \|.*?\n\n", page, re.DOTALL)[0]
     assert states == set(re.findall(r"`([a-z ]+)`", told)) - {"patchmill run"}

@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 
 from launch.plan import read_plan
-from launch.readable import check_readable, misfits
+from launch.readable import _open, check_readable, misfits
+from pipeline.datasettings import TrainSource
 from pipeline.models import create_model
 from pipeline.weights import write_weights
 from shards.build import build
+from shards.dataset import Dataset
 from shards.errors import UserError
+from shards.storesettings import StoreSettings
 from tests.command import patchmill, refused
 from tests.images import build_image_set, make_image_folder
 from tests.shards.servers import serve_faults
@@ -158,9 +161,11 @@ def test_what_was_made_before_is_not_what_will_be_made_anew(data, tmp_path):
         check(plan)
     shutil.rmtree(made / "data")
     with pytest.raises(
-        UserError, match=r"data\.train: stage shards made \S+data, which is gone; .* with --from shards"
+        UserError, match=r"data\.train: stage shards made \S+data, which is gone; .*, move away \S+/stages/shards$"
     ):
         check(plan)
+    made.rename(made.with_name("away"))
+    check(plan)
 
 
 def test_of_a_remote_data_set_the_manifest_is_read_alone_and_one_that_does_not_answer_is_a_warning(data, capsys):
@@ -180,7 +185,12 @@ def test_of_a_remote_data_set_the_manifest_is_read_alone_and_one_that_does_not_a
 
 def test_a_data_set_of_many_runs_is_opened_once(data, monkeypatch):
     opened = []
-    monkeypatch.setattr("launch.readable._open", lambda source, store: opened.append(source.url))
+
+    def counted(source: TrainSource, store: StoreSettings) -> Dataset:
+        opened.append(source.url)
+        return _open(source, store)
+
+    monkeypatch.setattr("launch.readable._open", counted)
     check(
         read(
             data, train('train = "set"').replace("[stage.set]", 'sweep = { "optim.lr" = [0.1, 0.2, 0.3] }\n[stage.set]')

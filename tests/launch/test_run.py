@@ -3,10 +3,12 @@ import json
 import pytest
 
 from launch.plan import read_plan
-from launch.run import _set_aside
+from launch.run import RUNNER, _set_aside, run_plan
 from pipeline.models import create_model
 from pipeline.weights import write_weights
+from shards.atomic import only_one
 from shards.errors import UserError
+from tests.command import patchmill, refused
 from tests.plans import SHARDS, write_plan
 
 PLAN = f"""
@@ -72,6 +74,35 @@ def test_a_finished_stage_with_other_settings_is_set_aside(plan):
     stage = begun(plan, result={"digest": "of before"})
     _set_aside(stage)
     assert (stage.folder.parent / "tune.before-1" / "result.json").exists()
+
+
+@pytest.mark.parametrize("why", ["from", "from before", "changed", "changed before"])
+def test_a_stage_that_a_run_is_at_is_not_set_aside_nor_what_it_reads(plan, why):
+    """``before``: the stage that it needs is made anew, or changed."""
+    runs, stage = plan.parent / "runs", begun(plan)
+    shards = stage.folder.with_name("shards")
+    shards.mkdir()
+    (shards / "inputs.json").write_text("{}")
+    start = {"from": "tune", "from before": "shards"}.get(why)
+    if why == "changed":
+        weights(plan.parent, seed=2)
+    elif why == "changed before":
+        (plan.parent / "images" / "red" / "000.png").unlink()
+        (shards / "inputs.json").write_text('{"inputs": "of before"}')
+    only = "shards" if why == "changed before" else None
+    with only_one(stage.folder / "logs" / RUNNER, "patchmill run"):
+        before = sorted(plan.parent.rglob("*"))
+        with pytest.raises(UserError, match=r"^a `patchmill run` is at \S+/stages/tune; wait for it, or stop it$"):
+            run_plan(read_plan(plan, runs), start, only)
+        assert sorted(plan.parent.rglob("*")) == before
+
+
+def test_a_plan_that_a_run_is_at_is_not_submitted(plan):
+    stage = begun(plan)
+    with only_one(stage.folder / "logs" / RUNNER, "patchmill run"):
+        (plan.parent / "sbatch").touch(0o755)  # it does not come to that
+        told = refused(patchmill("submit", plan, cwd=plan.parent, PATH=str(plan.parent)))
+    assert told == f"error: a `patchmill run` is at {stage.folder}; wait for it, or stop it"
 
 
 def test_weights_that_a_stage_cannot_start_from_are_told_before_anything_starts(plan):

@@ -168,7 +168,7 @@ def test_jobs_go_by_the_plan_that_was_submitted_whatever_is_run_in_its_folder_si
     (plan.run / "plan.toml").write_text(PLAN.replace("1 epoch", "2 epochs"))  # `patchmill run` leaves it there
     table = {
         "plan": str(plan.path),
-        "directory": str(tmp_path),
+        "name": plan.run.name,
         "smoke": False,
         "known": plan.inputs.known,
         "recipes": {},
@@ -183,7 +183,7 @@ def test_whatever_ends_a_job_is_told(tmp_path):
     job = Job(id="1", stage="shards", settings=JobSettings())
     table = {
         "plan": str(plan.path),
-        "directory": str(tmp_path),
+        "name": plan.run.name,
         "smoke": False,
         "known": plan.inputs.known,
         "recipes": {},
@@ -202,7 +202,7 @@ def test_whatever_ends_a_job_is_told(tmp_path):
 def test_a_job_that_comes_back_too_often_fails_with_what_was_the_matter_the_last_time(tmp_path):
     plan = plan_of(tmp_path)
     job = Job(id="1", stage="shards", settings=JobSettings())
-    table = {"plan": str(plan.path), "directory": str(tmp_path), "smoke": False, "known": plan.inputs.known}
+    table = {"plan": str(plan.path), "name": plan.run.name, "smoke": False, "known": plan.inputs.known}
     Submission(**table, recipes={}, jobs={"shards": job}).write(plan.run)
     (folder_of(plan.run) / "plan.toml").write_text(PLAN)
     Record(plan.run, "shards").note("stopped", tries=4, barren=4, at=0, reason="health check failed on n1: excluded")
@@ -288,7 +288,7 @@ def test_a_recipe_beside_the_plan_that_changed_is_seen_also_after_a_sweep(tmp_pa
     plan = plan_of(tmp_path)
     (tmp_path / "own.toml").write_text("lr = 1")
     stage = plan.stages[0].table.model_copy(update={"recipe": "own.toml"})
-    table = {"plan": str(plan.path), "directory": str(tmp_path), "smoke": False, "known": {}, "jobs": {}}
+    table = {"plan": str(plan.path), "name": plan.run.name, "smoke": False, "known": {}, "jobs": {}}
     submission = Submission(**table, recipes=recipes_of(plan.path, [stage]))
     assert submission.has_recipe_of(stage)
     (tmp_path / "own.toml").write_text("lr = 2")

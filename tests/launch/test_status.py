@@ -7,14 +7,19 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from launch.plan import read_plan
-from launch.run import begin, finish
+from launch.cluster import Cluster, JobSettings
+from launch.plan import Plan, read_plan
+from launch.run import RUNNER, begin, finish, note
+from launch.slurm import submit
 from launch.status import Status, print_log, print_status, status_of
+from launch.submission import Job, Record, Submission, folder_of, log_of
+from shards.atomic import only_one
 from shards.errors import UserError
 from tests.command import environment, patchmill, refused, wait_for_steps
 from tests.images import build_image_set
@@ -54,6 +59,120 @@ def data(tmp_path_factory) -> Path:
 
 def status(folder: Path) -> dict[str, Status]:
     return {stage.name: stage for stage in status_of(folder / "runs" / "x")}
+
+
+def submitted(plan: Plan, **digests: str | None) -> Path:
+    """Leave behind what a submission does; the digests are of the stages then. Return the run's folder."""
+    folder_of(plan.run).mkdir(parents=True, exist_ok=True)
+    (plan.run / "plan.toml").write_text(plan.path.read_text())
+    jobs, before = {}, ()
+    for number, stage in enumerate(plan.stages):
+        name = stage.table.name
+        digest = digests.get(name, stage.digest)
+        jobs[name] = Job(id=str(number + 1), stage=name, needs=before, digest=digest, settings=JobSettings())
+        before = (name,)
+    Submission(plan=str(plan.path), name=plan.run.name, smoke=False, known={}, recipes={}, jobs=jobs).write(plan.run)
+    return plan.run
+
+
+@pytest.fixture
+def plan(data, tmp_path, monkeypatch) -> Plan:
+    """Of stages in a row, where nobody knows the queue."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    (tmp_path / "plan.toml").write_text(PLAN.replace('train = "set"', f'train = "{data}/set"'))
+    return read_plan(tmp_path / "plan.toml", tmp_path / "runs")
+
+
+def test_what_other_settings_made_does_not_make_a_job_done(plan, tmp_path):
+    for stage in plan.stages:
+        begin(stage)
+        finish(stage, "{}", 1.0)
+    submitted(plan, **{"train": "of before", "rates-0": None})  # rates-0: a sweep was to settle it
+    Record(plan.run, "train").note("failed", reason="module: nope")
+    found = status(tmp_path)
+    assert (found["train"].state, found["train"].why) == ("failed", "module: nope")
+    assert (found["rates-0"].state, found["rates-0"].why) == ("cancelled", "train failed")
+    assert found["rates-1"].state == "done"
+    Record(plan.run, "rates-0").note("done", reason=None)
+    assert status(tmp_path)["rates-0"].state == "done"
+
+
+def test_of_a_run_after_a_submission_the_run_is_told_and_not_its_jobs(plan, tmp_path, capsys):
+    submitted(plan)
+    for name in ("train", "rates-0"):
+        log_of(plan.run, name).write_text("said by its job\n")
+    Record(plan.run, "train").note("failed", reason="crashed: old", tries=3)
+    Record(plan.run, "rates-0").note("done")  # whose folder `--from` set aside
+    told = status(tmp_path)["train"]
+    assert (told.state, told.why, told.job, told.restarts) == ("failed", "crashed: old", "1", 2)
+    train = plan.stages[0]
+    begin(train)
+    with only_one(train.folder / "logs" / RUNNER, "patchmill run"):
+        note(train.folder, "running")
+        (train.folder / "logs" / "rank-0.log").write_text("said by its rank\n")
+        told = status(tmp_path)["train"]
+        assert (told.state, told.why, told.job, told.restarts) == ("running", "", None, 0)
+        assert told.log.endswith("train/logs/rank-0.log")
+    assert status(tmp_path)["train"].state == "lost"
+    assert status(tmp_path)["rates-0"].state == "not begun"
+    print_log(plan.run, "train", rank=0, lines=10, follow=False)
+    print_log(plan.run, "rates-0", rank=0, lines=10, follow=False)
+    assert capsys.readouterr().out == "said by its rank\nsaid by its job\n"
+    finish(train, "{}", 1.0)
+    assert (status(tmp_path)["train"].state, status(tmp_path)["train"].job) == ("done", None)
+
+
+def test_what_a_sweep_has_no_more_is_set_aside_when_it_is_submitted(plan, tmp_path, monkeypatch):
+    for stage in plan.stages:
+        begin(stage)
+        finish(stage, "{}", 1.0)
+        Record(submitted(plan), stage.table.name).note("done")
+    assert list(status(tmp_path)) == ["train", "rates-0", "rates-1"]
+    plan.path.write_text(plan.path.read_text().replace("[0.1, 0.2]", "[0.1]"))
+    (tmp_path / "sbatch").touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert submit(read_plan(plan.path, plan.run.parent), Cluster(None)) == {}  # all that is left is done
+    assert list(status(tmp_path)) == ["train", "rates-0"]
+    assert [path.name for path in (plan.run / "stages").glob("rates-1*")] == ["rates-1.before-1"]
+
+
+def watching(run: Path) -> threading.Thread:
+    thread = threading.Thread(target=print_status, args=[run, True], daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_watch_goes_on_while_jobs_come_back_and_ends_when_none_does(plan, monkeypatch):
+    monkeypatch.setattr("launch.status.SECONDS", 0.1)
+    record = Record(submitted(plan), "train")
+    record.note("stopped")
+    thread = watching(plan.run)
+    thread.join(2)
+    assert thread.is_alive()
+    record.note("failed", reason="crashed")
+    thread.join(30)  # although nobody here knows the queue
+    assert not thread.is_alive()
+    told = {stage.name: (stage.state, stage.why) for stage in status_of(plan.run)}
+    assert told == {
+        "train": ("failed", "crashed"), "rates-0": ("cancelled", "train failed"),
+        "rates-1": ("cancelled", "rates-0 cancelled"),
+    }  # fmt: skip
+
+
+def test_a_watch_does_not_end_between_two_stages_of_a_run(plan, monkeypatch, capsys):
+    monkeypatch.setattr("launch.status.SECONDS", 2.0)
+    plan.run.mkdir(parents=True)
+    (plan.run / "plan.toml").write_text(plan.path.read_text())
+    thread, stage = watching(plan.run), plan.stages[0]
+    while "not begun" not in capsys.readouterr().out:
+        assert thread.is_alive()
+    begin(stage)
+    with only_one(stage.folder / "logs" / RUNNER, "patchmill run"):
+        note(stage.folder, "running")
+        thread.join(6)
+        assert thread.is_alive()
+    thread.join(30)
+    assert not thread.is_alive()
 
 
 def test_a_run_is_followed_stopped_and_killed(data, capsys):
@@ -145,6 +264,12 @@ def test_what_was_never_submitted_cannot_be_cancelled(data, tmp_path):
     assert [stage.state for stage in status_of(run)] == ["not begun"] * 3
     with pytest.raises(UserError, match=r"train/logs/rank-0\.log yet; nothing else is there"):
         print_log(run, "train", rank=0, lines=10, follow=False)
+
+
+def test_without_slurm_nothing_is_cancelled(plan, tmp_path):
+    run = submitted(plan)
+    told = refused(patchmill("cancel", run, cwd=tmp_path))
+    assert told == "error: there is no scancel on this machine; cancel from a login node"
 
 
 def test_the_logs_that_are_there_are_named(tmp_path, capsys):

@@ -2,12 +2,14 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
 from pipeline.models import create_model
 from pipeline.weights import write_weights
-from tests.command import patchmill, refused
+from tests.command import environment, patchmill, refused
 from tests.slurm.runs import SHARDS, TRAIN, Submitted, write_plan
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
@@ -56,6 +58,13 @@ def test_a_run_is_followed_cancelled_and_goes_on(cluster, tmp_path):
     assert status(run)["train"]["state"] == "cancelled"
     assert not cluster.run("squeue", "-h")
     assert run.shown("train")["JobState"] == "CANCELLED"
+
+    command = [sys.executable, "-m", "launch.cli", "run", "plan.toml"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment())
+    run.wait_for_steps("train", status(run)["train"]["step"] + 20)
+    process.terminate()
+    assert process.wait(60) == 75
+    assert (status(run)["train"]["state"], status(run)["train"]["job"]) == ("stopped", None)
 
     run = Submitted(cluster, tmp_path / "plan.toml")  # goes on, on two nodes in place of one
     assert list(run.jobs) == ["train"]
@@ -117,6 +126,26 @@ def test_a_script_that_ends_before_its_job_begins_has_failed_and_status_says_wha
     run = Submitted(cluster, plan, "")
     run.wait_for_end()
     assert [(stage["state"], stage["why"]) for stage in status(run).values()] == [("done", "")] * 4
+
+    plan.write_text(plan.read_text().replace("shard_samples = 16", "shard_samples = 8"))
+    run = Submitted(cluster, plan, profile)
+    run.wait_for_end()
+    assert {stage["state"] for stage in status(run).values()} == {"failed"}  # whatever other settings made before
+
+
+def test_a_job_of_anothers_that_has_the_number_of_an_old_one_is_left_alone(cluster, tmp_path):
+    run = Submitted(cluster, write_plan(tmp_path, SHARDS))
+    run.wait_for_end()
+    other = cluster.run("sbatch", "--parsable", "--job-name=other", "--output=/dev/null", "--wrap=sleep 300").strip()
+    path = run.run / "slurm" / "submission.json"  # as of a cluster that began to count anew since
+    path.write_text(path.read_text().replace(f'"id": "{run.jobs["shards"]}"', f'"id": "{other}"'))
+    assert status(run)["shards"]["state"] == "done"
+    assert status(run)["shards"]["job"] == other
+    again = patchmill("submit", run.plan, "--json", cwd=tmp_path)
+    assert (again.returncode, again.stdout) == (0, "{}\n")
+    assert patchmill("cancel", run.run, cwd=tmp_path).stdout == f"no job of {run.run} is in the queue\n"
+    assert cluster.run("squeue", "-h", "-o", "%i").split() == [other]
+    cluster.run("scancel", other)
 
 
 def test_without_a_queue_and_with_a_wrong_name(tmp_path):

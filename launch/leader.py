@@ -1,10 +1,14 @@
 """One run on several nodes: node 0 goes through the plan, and tells the others what to start with it."""
 
 import json
+import os
+import signal
 import socket
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 
@@ -65,6 +69,25 @@ class Leader:
         if self._store.check(["stop"]):
             node = self._store.get("stop").decode()
             raise StoppedOnRequestError(f"stopped between two stages, on request of node {node}")
+
+    @contextmanager
+    def heeding(self) -> Iterator[None]:
+        """While this node works alone, give its process a SIGUSR1 when another node is asked to stop."""
+        ended = threading.Event()
+
+        def look() -> None:
+            while not ended.wait(LOOK):
+                if self._store.check(["stop"]):
+                    os.kill(os.getpid(), signal.SIGUSR1)
+                    return
+
+        thread = threading.Thread(target=look, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def end(self, code: int) -> None:
         """Have the others end with this exit code."""
