@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+from launch.lastwords import LastWords
 from launch.rank import DRIVER, ENDED, STOP, die_with_parent
-from launch.said import Said
 from launch.start import Start
 from launch.tail import Tail
 from pipeline import stop
@@ -75,7 +75,7 @@ def drive(command: list[str], start: Start, node: int, tell: Callable[[Start], o
 def _drive(command: list[str], start: Start, node: int, tell: Callable[[Start], object] | None) -> int:
     logs = Path(start.logs)
     told = logs / f"launcher-{node}.log"
-    said = Said([told, *(logs / f"rank-{rank}.log" for rank in range(start.ranks))])
+    words = LastWords([told, *(logs / f"rank-{rank}.log" for rank in range(start.ranks))])
     with Asked(then=(logs / STOP).touch) as asked, open(told, "a", encoding="utf-8") as log:
         if tell:
             tell(start)
@@ -97,7 +97,7 @@ def _drive(command: list[str], start: Start, node: int, tell: Callable[[Start], 
         return StoppedOnRequestError.exit_code
     code = ended or (StoppedOnRequestError.exit_code if asked.signals else 1)
     if code not in (2, 75) and node == 0:
-        print(f"the ranks ended: {said.error()}", file=sys.stderr)
+        print(f"the ranks ended: {words.error()}", file=sys.stderr)
     return code
 
 

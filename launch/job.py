@@ -24,12 +24,12 @@ from launch.cluster import layout
 from launch.driver import await_ranks
 from launch.findings import Finding, print_findings
 from launch.jobnodes import can_do_without, sick_nodes
+from launch.lastwords import LastWords
 from launch.local import free_port
 from launch.plan import Stage
 from launch.rank import ENDED, NAMES, STOP
 from launch.requeue import SUPERSEDED, is_over_time, requeue, say
 from launch.run import begin, finish, is_done
-from launch.said import Said
 from launch.submission import Job, Record, folder_of, log_of, read_submission
 from pipeline.checkpoint import samples_of, whole_checkpoints
 from shards.errors import PatchmillError, StoppedOnRequestError, UserError
@@ -206,7 +206,9 @@ def _step(record: Record, job: Job, stage: Stage, ranks: Ranks, logs: Path, argu
     """
     for stale in (stage.folder / "stopped.json", logs / ENDED, logs / STOP, logs / "stdout.log"):
         stale.unlink(missing_ok=True)
-    said = Said([log_of(record.run, record.name), *(logs / f"rank-{rank}.log" for rank in range(1, stage.table.ranks))])
+    words = LastWords(
+        [log_of(record.run, record.name), *(logs / f"rank-{rank}.log" for rank in range(1, stage.table.ranks))]
+    )
     code = ranks.run(_command(job, stage, logs, arguments), **_meeting(stage.table.ranks))
     if record.is_superseded():
         raise StoppedOnRequestError(SUPERSEDED)
@@ -215,12 +217,12 @@ def _step(record: Record, job: Job, stage: Stage, ranks: Ranks, logs: Path, argu
         return told
     ended = int((logs / ENDED).read_text()) if (logs / ENDED).exists() else code
     if ended == UserError.exit_code:
-        raise UserError(f"{said.error()}; mend it, then submit the plan again")
+        raise UserError(f"{words.error()}; mend it, then submit the plan again")
     at = Progress(stage, job.slice)
     heard = bool(ranks.asked) or (stage.folder / "stopped.json").exists()
     heard = heard or ended == StoppedOnRequestError.exit_code
-    stopped, late = heard or said.was_terminated(), signal.SIGUSR2 in ranks.asked
-    reason = f"stopped on request at {at}" if stopped else f"crashed: {said.error()}"
+    stopped, late = heard or words.was_terminated(), signal.SIGUSR2 in ranks.asked
+    reason = f"stopped on request at {at}" if stopped else f"crashed: {words.error()}"
     reason = f"its time limit came at {at}" if late else reason
     if stopped and not late and (heard or at.number > record.table["at"]):
         record.excuse("stopped", reason)

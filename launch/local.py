@@ -35,7 +35,7 @@ def run_ranks(arguments: list[str], ranks: int, logs: Path) -> tuple[int, str]:
         tail = stack.enter_context(Tail(logs / "rank-0.log", loud=not terminal))
         for rank, environment in enumerate(environments):
             if rank == 0 and terminal:
-                words, err = ["launch.told", str(logs / "rank-0.log")], None
+                words, err = ["launch.tee", str(logs / "rank-0.log")], None
             else:  # a file and no pipe: who is killed leaves ranks behind that speak, and save
                 err = stack.enter_context(open(logs / f"rank-{rank}.log", "a", encoding="utf-8"))
                 words = ["launch.cli"]

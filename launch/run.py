@@ -10,10 +10,10 @@ from pathlib import Path
 from rich.console import Console
 
 from launch.choice import anew, chosen, goes_on, is_done, to_do, with_followers
+from launch.lastwords import LastWords
 from launch.launchers import LOCAL, Launch, code_of
 from launch.plan import Plan, Stage, after_a_sweep
 from launch.results import read_json, result_of
-from launch.said import Said
 from pipeline.config import TrainSettings
 from pipeline.settings import dump_toml
 from shards.atomic import is_held, only_one, write_text
@@ -136,7 +136,7 @@ def set_aside_what_sweeps_lost(plan: Plan) -> None:
 def _run(stage: Stage, launch: Launch) -> None:
     began, logs = time.monotonic(), stage.folder / "logs"
     begin(stage)
-    said = Said([logs / "launcher-0.log", *(logs / f"rank-{rank}.log" for rank in range(stage.table.ranks))])
+    words = LastWords([logs / "launcher-0.log", *(logs / f"rank-{rank}.log" for rank in range(stage.table.ranks))])
     with only_one(logs / RUNNER, "patchmill run", wait=WAIT, told=True):
         note(stage.folder, "running")
         try:
@@ -145,7 +145,7 @@ def _run(stage: Stage, launch: Launch) -> None:
             note(stage.folder, _ended(code_of(error)), str(error))
             raise
         if code:
-            note(stage.folder, _ended(code), said.error())
+            note(stage.folder, _ended(code), words.error())
             remedy = {2: "mend it", 75: "all is saved"}.get(code, f"see {logs}")
             raise FAMILY.get(code, PatchmillError)(
                 f"stage {stage.table.name} ended with exit code {code}; {remedy}, then run the same command again to "

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch import deepspeed
+from launch.lastwords import LastWords
 from launch.launchers import Launch, print_commands
 from launch.plan import read_plan
 from launch.rank import original, plain, threads, who
-from launch.said import Said
 from launch.start import Start
 from shards.errors import UserError
 from tests.plans import SHARDS, converting, training, write_plan
@@ -225,9 +225,9 @@ def test_a_node_must_know_which_it_is():
 
 
 def test_what_torchrun_says_of_a_rank_that_was_killed_goes_before_what_it_left_the_others_with(tmp_path):
-    said = Said([tmp_path / "launcher-0.log", tmp_path / "rank-0.log"])
+    words = LastWords([tmp_path / "launcher-0.log", tmp_path / "rank-0.log"])
     (tmp_path / "launcher-0.log").write_text(
         "  traceback : Signal 9 (SIGKILL) received by PID 7\nx.ChildFailedError:\n"
     )
     (tmp_path / "rank-0.log").write_text("RuntimeError: Connection closed by peer\n")
-    assert said.error() == "Signal 9 (SIGKILL) received by PID 7"
+    assert words.error() == "Signal 9 (SIGKILL) received by PID 7"

@@ -12,7 +12,7 @@ PATTERNS = {  # best first, and which of several lines tells most
 TERMINATED = re.compile(r"srun: error: \S+: tasks? \S+: (Terminated|Exited with exit code 143)")
 
 
-class Said:
+class LastWords:
     """What logs say from now on.
 
     Args:

@@ -1,13 +1,13 @@
 """A rank on a terminal, on which it draws: what it says there in plain lines, it writes into a log too.
 
-python -m launch.told LOG train CONFIG ...
+python -m launch.tee LOG train CONFIG ...
 """
 
 import sys
 from typing import Any, TextIO
 
 
-class Told:
+class Tee:
     """A terminal, and a log of what is written on it but for what only terminals understand, as bars.
 
     Args:
@@ -31,7 +31,7 @@ class Told:
 def main() -> None:
     """Run a command as ``patchmill`` does."""
     with open(sys.argv.pop(1), "a", encoding="utf-8", buffering=1) as log:
-        sys.stderr = Told(sys.stderr, log)
+        sys.stderr = Tee(sys.stderr, log)
         from launch.cli import main as run
 
         run()
