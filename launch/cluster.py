@@ -39,6 +39,12 @@ def _no_secret(line: str, info: ValidationInfo) -> str:
     return line
 
 
+def _no_name(option: str) -> str:
+    if re.match(r"--job-name|-J", option):
+        raise ValueError(f"{option!r} names the job, and Patchmill knows its jobs by their names; leave it out")
+    return option
+
+
 def _secret(name: str) -> str:
     if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", name):
         raise ValueError(f"{name!r} is no name of a Secret; give the one that `kubectl get secrets` shows")
@@ -49,6 +55,7 @@ Line = Annotated[str, AfterValidator(_one_line)]
 Variable = Annotated[str, AfterValidator(_variable)]
 Shell = Annotated[str, AfterValidator(_no_secret)]
 Word = Annotated[Line, AfterValidator(_no_secret)]
+Option = Annotated[Word, AfterValidator(_no_name)]
 Secret = Annotated[str, AfterValidator(_secret)]
 
 
@@ -79,7 +86,7 @@ class JobSettings(NodeSettings):
     setup: list[Shell] = Field([], description="lines of shell, run as they are on the first node")
     container: list[Word] = Field([], description="words before a rank's command: apptainer exec --nv image.sif")
     python: Line | None = Field(None, description="of the ranks; default: the one that submits")
-    sbatch: list[Word] = Field([], description="more options of sbatch, each as it is: --exclusive")
+    sbatch: list[Option] = Field([], description="more options of sbatch, each as it is: --exclusive")
     srun: list[Word] = Field([], description="more options of srun: --container-image=...")
 
 

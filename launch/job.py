@@ -29,6 +29,7 @@ from launch.local import free_port
 from launch.plan import Stage
 from launch.rank import ENDED, NAMES, STOP
 from launch.requeue import SUPERSEDED, is_over_time, requeue, say
+from launch.results import read_json
 from launch.run import begin, finish, is_done
 from launch.submission import Job, Record, folder_of, log_of, read_submission
 from pipeline.checkpoint import samples_of, whole_checkpoints
@@ -73,12 +74,12 @@ class Ranks:
         while signal.SIGTERM not in self.asked:
             with suppress(subprocess.TimeoutExpired):
                 return self._process.wait(LOOK)
-        with suppress(subprocess.TimeoutExpired):
-            return self._process.wait(LAST)
-        if is_over_time():  # Slurm kills whoever is left soon, this too, and nobody would put the job back
-            say("its time is over, and the ranks have not ended: what they did since the last checkpoint is lost")
-            return 128 + signal.SIGTERM
-        return self._process.wait()
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                return self._process.wait(LAST)
+            if is_over_time():  # Slurm kills whoever is left soon, this too, and nobody would put the job back
+                say("its time is over, and the ranks have not ended: what they did since the last checkpoint is lost")
+                return 128 + signal.SIGTERM
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         # Nothing is saved here: the ranks agree on a step. srun hands USR2 on; of TERM it would kill them.
@@ -137,7 +138,8 @@ def run_job(record: Record) -> None:
         return
     if lacking := [need for need in stage.needs if not is_done(stages[need])]:
         raise UserError(f"stage {job.stage} needs {', '.join(lacking)}, which did not finish; submit the plan again")
-    at, before, last = Progress(stage, job.slice), record.table.get("nodes"), record.table.get("reason")
+    at, before = Progress(stage, job.slice), record.table.get("nodes")
+    last = read_json(record.path).get("reason")  # of the try before; by now the record is of this one
     say(f"{name}: try {record.table.get('tries', 0) + 1} on {os.environ['SLURM_JOB_NODELIST']}, from {at}")
     if record.begin(at.number) > job.settings.retries + 1:  # Slurm brought it back, each time a node was lost
         why = f"; the last: {last}" if last else ""
@@ -149,8 +151,10 @@ def run_job(record: Record) -> None:
                 _end_ranks_of_before(folder, before)
             sick = sick_nodes(job.settings.health)
     except StoppedOnRequestError as error:
-        record.excuse("stopped", str(error))
-        raise requeue(record, str(error)) from None
+        late = signal.SIGUSR2 in ranks.asked
+        reason = "its time limit came before its ranks were started" if late else str(error)
+        record.note("stopped", reason=reason) if late else record.excuse("stopped", reason)
+        raise requeue(record, reason) from None
     if sick:
         told = f"health check failed on {', '.join(sick)}"
         if not can_do_without(sick, run):

@@ -82,10 +82,11 @@ def print_status(run: Path, watch: bool = False) -> None:
     idle = 0  # looks; between two stages of a `patchmill run` there is nothing for a moment
     while True:
         stages = status_of(run)
-        if watch and console.is_terminal:
-            console.clear()
-        console.print(_table(run, stages))
         idle = 0 if any(map(_lives, stages)) else idle + 1
+        if idle < 2:  # the last look finds what the one before did
+            if watch and console.is_terminal:
+                console.clear()
+            console.print(_table(run, stages))
         if not watch or idle == 2:
             return
         time.sleep(SECONDS)

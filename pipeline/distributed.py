@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.liveness import Liveness
 from shards.atomic import only_one
-from shards.errors import StoppedOnRequestError, UserError
+from shards.errors import PatchmillError, StoppedOnRequestError, UserError
 
 TIMEOUT = datetime.timedelta(minutes=10)  # of joining, and of collectives where no watchdog watches
 WATCHED = datetime.timedelta(days=14)  # more than any watchdog's; in milliseconds still an int32
@@ -187,7 +187,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         if rank() == 0:
             try:
                 stack.enter_context(only_one(folder, "training run", wait=60))
-            except UserError as problem:
+            except PatchmillError as problem:
                 error = problem
         raise_together(error)
         yield

@@ -1,12 +1,13 @@
 """Files and folders that appear under their name whole, or not at all."""
 
+import errno
 import fcntl
 import os
 import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from shards.errors import PatchmillError, UserError
@@ -122,7 +123,8 @@ def only_one(folder: Path, doing: str, wait: float = 0.0, shared: bool = False, 
         yield
     finally:
         if not shared and _is_at(folder / LOCK, descriptor):  # else the folder has another name since
-            (folder / LOCK).unlink()
+            with suppress(OSError):  # it may stay
+                (folder / LOCK).unlink()
         os.close(descriptor)
 
 
@@ -140,16 +142,20 @@ def hold(folder: Path, how: int) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     while True:
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)  # over NFS only who may write may lock alone
+        with suppress(PermissionError):  # somebody else made it
+            os.fchmod(descriptor, folder.stat().st_mode & 0o666)  # who may write to the folder may lock it
         try:
             fcntl.flock(descriptor, how)
-        except BlockingIOError:
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                return descriptor  # some network file systems lock nothing
             os.close(descriptor)
+            if error.errno == errno.ESTALE:  # who had it before removed it meanwhile
+                continue
             raise
-        except OSError:
-            return descriptor  # some network file systems lock nothing
         if _is_at(folder / LOCK, descriptor):
             return descriptor
-        os.close(descriptor)  # who had it before removed it meanwhile
+        os.close(descriptor)  # likewise
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

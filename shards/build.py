@@ -249,23 +249,41 @@ def _workplace(out: str | Path, own: Slice, dry_run: bool) -> Iterator[_Workplac
         base, shared = _own_folder(f"{out} {name}"), False
     work = _Workplace(base / "begin", base / name, base / "unpacked")
     fresh = local and not local.exists()
-    finished = False
+    finished, keep = False, True
     try:
-        with only_one(local or base, "build", shared=shared), only_one(work.plan, "build of this slice"):
-            for old in (each for each in work.plan.iterdir() if each.name != LOCK):  # what a killed try left
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
+        with only_one(local or base, "build", shared=shared):
             try:
-                yield work
-                finished = True
+                with only_one(work.plan, "build of this slice"):
+                    _empty(work.plan)  # of what a killed try left
+                    try:
+                        yield work
+                        finished = True
+                    finally:
+                        _empty(work.plan)
             finally:
-                shutil.rmtree(work.plan)
-                keep = work.unpacked.exists() and not finished and read_building(out)
-                if not (shared or keep):
-                    shutil.rmtree(base)
+                _remove_empty(work.plan)
+                keep = shared or bool(work.unpacked.exists() and not finished and read_building(out))
+                if not keep:
+                    _empty(base)
     except UserError:
         if local and fresh and not any(path.is_file() and path.name != LOCK for path in local.rglob("*")):
             shutil.rmtree(local)  # nothing was begun: leave nothing
         raise
+    finally:
+        if not keep:
+            _remove_empty(base)
+
+
+def _empty(folder: Path) -> None:
+    """Remove what is in a folder but its lock: over NFS a folder stays as long as a file in it is open."""
+    for old in folder.iterdir():
+        if old.name != LOCK:
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # somebody else is there by now
+        folder.rmdir()
 
 
 def _own_folder(purpose: str) -> Path:

@@ -5,7 +5,7 @@ Features are kept in files, and read some at a time: those of a million images n
 
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -74,8 +74,8 @@ def frozen_features_accuracy(
     with_pixels = (len(train) + len(test)) * 3 * model.image_size**2 * 4 <= PIXELS
     with ExitStack() as stack:
         # Of all ranks' images, on a disk that they share.
-        folder = stack.enter_context(tempfile.TemporaryDirectory()) if distributed.rank() == 0 else None
-        folder = Path(distributed.everyone(folder)[0])
+        own = tempfile.TemporaryDirectory(ignore_cleanup_errors=True) if distributed.rank() == 0 else nullcontext()
+        folder = Path(distributed.everyone(stack.enter_context(own))[0])
         transform = TRANSFORMS[view](model.image_size)
         found = [
             Frozen(*extract(model, each, folder / name, transform, with_pixels), truth)
@@ -85,6 +85,7 @@ def frozen_features_accuracy(
         probed = _probed(*found, len(train.classes)) if linear else None
         if result and linear:
             result["features"]["linear"] = probed
+        del found  # over NFS a folder stays as long as a file in it is mapped
         distributed.everyone(None)  # before the files go
     return result
 

@@ -123,6 +123,8 @@ def test_ranks_must_fill_nodes():
         ("partitions = 1", r"unknown setting partitions in .*did you mean 'partition'"),
         ("[kind.shard]", r"there is no such kind \(did you mean 'shards'\?\)"),
         ("[stage.x]\ntimes = 1", r"unknown setting times in \[stage.x\] of .*did you mean 'time'"),
+        ('sbatch = ["-J", "x"]', "'-J' names the job, and Patchmill knows its jobs by their names; leave it out"),
+        ('sbatch = ["--job-name=x"]', "'--job-name=x' names the job"),
         ('qos = "a\\nb"', "must be one line of printable characters"),
         ('env = { "A B" = "1" }', "is no name of an environment variable"),
     ],
@@ -206,6 +208,8 @@ def test_a_job_that_comes_back_too_often_fails_with_what_was_the_matter_the_last
     Submission(**table, recipes={}, jobs={"shards": job}).write(plan.run)
     (folder_of(plan.run) / "plan.toml").write_text(PLAN)
     Record(plan.run, "shards").note("stopped", tries=4, barren=4, at=0, reason="health check failed on n1: excluded")
+    (command,) = re.findall(r"^echo .*begun", scripts(plan, "")["shards"], re.MULTILINE)
+    subprocess.run(["bash", "-c", command], check=True)
     command = [sys.executable, "-m", "launch.job", plan.run, "shards"]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "SLURM_JOB_NODELIST": "n2"}, check=False)
     assert done.returncode == 1

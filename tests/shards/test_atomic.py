@@ -65,8 +65,6 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from shards import atomic
-from shards.atomic import is_held, only_one
-from shards.errors import PatchmillError
 folder, left = Path(sys.argv[1]), int(sys.argv[2])
 replace = os.replace
 def replace_then_die(*paths):

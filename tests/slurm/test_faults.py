@@ -202,6 +202,16 @@ def test_told_to_stop_while_the_health_of_nodes_is_checked_it_comes_back_and_exc
     assert re.search(r"\] stopped on request .*: back into the queue", run.log("shards"))
 
 
+def test_a_time_limit_that_comes_while_the_health_of_nodes_is_checked_is_no_excuse(cluster, tmp_path):
+    run = Submitted(cluster, write_plan(tmp_path, SHARDS), SLOW_CHECK)
+    wait_for(lambda: b"sleep\x00100\x00" in commands(cluster), 60, "the check to run")
+    cluster.run("scancel", "--signal=USR2", "--batch", run.jobs["shards"])  # as Slurm does before the limit
+    run.wait_for_end()
+    assert run.result("shards")
+    assert (run.record("shards")["tries"], run.record("shards")["barren"]) == (2, 2)
+    assert "its time limit came before its ranks were started: back into the queue" in run.log("shards")
+
+
 def test_cancelled_while_the_health_of_nodes_is_checked_it_is_cancelled(cluster, tmp_path):
     run = Submitted(cluster, write_plan(tmp_path, SHARDS), SLOW_CHECK)
     wait_for(lambda: b"sleep\x00100\x00" in commands(cluster), 60, "the check to run")
