@@ -223,14 +223,13 @@ def _step(record: Record, job: Job, stage: Stage, ranks: Ranks, logs: Path, argu
     if ended == UserError.exit_code:
         raise UserError(f"{words.error()}; mend it, then submit the plan again")
     at = Progress(stage, job.slice)
-    heard = bool(ranks.asked) or (stage.folder / "stopped.json").exists()
-    heard = heard or ended == StoppedOnRequestError.exit_code
-    stopped, late = heard or words.was_terminated(), signal.SIGUSR2 in ranks.asked
+    stopped, late = bool(ranks.asked) or (stage.folder / "stopped.json").exists(), signal.SIGUSR2 in ranks.asked
+    stopped = stopped or ended == StoppedOnRequestError.exit_code or words.was_terminated()
     reason = f"stopped on request at {at}" if stopped else f"crashed: {words.error()}"
     reason = f"its time limit came at {at}" if late else reason
-    if stopped and not late and (heard or at.number > record.table["at"]):
+    if stopped and not late:
         record.excuse("stopped", reason)
-    else:  # a time limit that is too short to come any further is no better than a crash; nor is what kills at once
+    else:  # a time limit that is too short to come any further is no better than a crash
         record.note("stopped" if stopped else "crashed", reason=reason)
         if record.table["barren"] > job.settings.retries and at.number <= record.table["at"]:
             remedy = "; give it more `time`" if late else ""

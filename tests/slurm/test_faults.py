@@ -119,15 +119,16 @@ def test_of_an_array_the_one_that_was_stopped_comes_back_alone(cluster, tmp_path
 
 
 def test_the_time_limit_stops_it_and_it_goes_on(cluster, tmp_path):
-    long = TRAIN.replace("700 steps", "2600 steps")
-    run = Submitted(
-        cluster, write_plan(tmp_path, SHARDS, long), 'ranks_per_node = 2\ntime = "2"\ngrace = 60'
-    )  # heard 15 to 45 s on
-    run.wait_for_end(500)
-    assert run.result("train")["samples"] == 2600 * 12
-    record = run.record("train")
-    assert record["tries"] >= 2
-    assert len(re.findall(r"\] its time limit came at .*: back", run.log("train"))) == record["tries"] - 1
+    endless = TRAIN.replace("700 steps", "1000000 steps")
+    profile = 'ranks_per_node = 2\ntime = "2"\ngrace = 60'  # heard 15 to 45 s on
+    run = Submitted(cluster, write_plan(tmp_path, SHARDS, endless), profile)
+    wait_for(lambda: run.shown("train")["Restarts"] == "1", 240, "the time limit")
+    reason = run.record("train")["reason"]
+    samples = int(re.fullmatch(r"its time limit came at ([\d,]+) samples", reason)[1].replace(",", ""))
+    assert samples == losses(run.stage("train"))[-1][0]  # nothing was lost
+    wait_for(lambda: losses(run.stage("train"))[-1][0] > samples, 120, "a step beyond")
+    run.cancel()
+    assert f"try 2 on {run.record('train')['nodes']}, from {samples:,} samples" in run.log("train")
     assert "TIME LIMIT" not in run.log("train")
 
 

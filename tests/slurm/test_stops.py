@@ -83,7 +83,8 @@ def test_ranks_that_do_not_train_are_stopped_and_one_that_is_killed_is_a_crash(c
 
 def test_a_build_that_is_told_to_stop_goes_on_from_its_finished_shards(cluster, tmp_path):
     run = submitted(cluster, tmp_path, 96, "retries = 0", workers=2)
-    for restarts, options in ((1, ["--signal=USR1"]), (2, ["--batch", "--signal=USR2"])):  # the second as a time limit
+    steps = ((["--signal=USR1"], "stopped on request"), (["--batch", "--signal=USR2"], "its time limit came"))
+    for restarts, (options, why) in enumerate(steps, start=1):
         before = written(run)
         wait_for(lambda before=before: len(written(run)) > len(before) + 1, 90, "shards")
         before = written(run)
@@ -91,7 +92,7 @@ def test_a_build_that_is_told_to_stop_goes_on_from_its_finished_shards(cluster, 
         wait_for(lambda: run.shown("shards")["Restarts"] == str(restarts), 60, "the restart")  # noqa: B023
         record = run.record("shards")
         assert record["state"] == "stopped"
-        number = re.fullmatch(r"stopped on request at (\d+) shards", record["reason"])[1]
+        number = re.fullmatch(rf"{why} at (\d+) shards", record["reason"])[1]
         assert int(number) >= len(before)
         assert before.items() <= written(run).items()  # none of them was written again
     run.wait_for_end()
