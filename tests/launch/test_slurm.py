@@ -40,6 +40,11 @@ def scripts(plan, profile: str) -> dict[str, str]:
     return {part.name: _script(plan, part, _settings(part, cluster)) for part in _parts(plan, cluster)}
 
 
+def submission_of(plan, **more) -> Submission:
+    table = {"plan": str(plan.path), "name": plan.run.name, "smoke": False, "known": plan.inputs.known}
+    return Submission(**table | {"recipes": {}, "jobs": {}} | more)
+
+
 def options(script: str) -> list[str]:
     return re.findall(r"^#SBATCH (.*)$", script, re.MULTILINE)
 
@@ -168,14 +173,7 @@ def test_jobs_go_by_the_plan_that_was_submitted_whatever_is_run_in_its_folder_si
     folder_of(plan.run).mkdir(parents=True)
     (folder_of(plan.run) / "plan.toml").write_text(PLAN)
     (plan.run / "plan.toml").write_text(PLAN.replace("1 epoch", "2 epochs"))  # `patchmill run` leaves it there
-    table = {
-        "plan": str(plan.path),
-        "name": plan.run.name,
-        "smoke": False,
-        "known": plan.inputs.known,
-        "recipes": {},
-    }
-    Submission(**table, jobs={}).write(plan.run)
+    submission_of(plan).write(plan.run)
     submitted = read_submitted_plan(plan.run)
     assert [stage.digest for stage in submitted.stages] == [stage.digest for stage in plan.stages]
 
@@ -183,14 +181,7 @@ def test_jobs_go_by_the_plan_that_was_submitted_whatever_is_run_in_its_folder_si
 def test_whatever_ends_a_job_is_told(tmp_path):
     plan = plan_of(tmp_path)
     job = Job(id="1", stage="shards", settings=JobSettings())
-    table = {
-        "plan": str(plan.path),
-        "name": plan.run.name,
-        "smoke": False,
-        "known": plan.inputs.known,
-        "recipes": {},
-    }
-    Submission(**table, jobs={"shards": job}).write(plan.run)  # and no plan
+    submission_of(plan, jobs={"shards": job}).write(plan.run)  # and no plan
     done = subprocess.run(
         [sys.executable, "-m", "launch.job", plan.run, "shards"], cwd=ROOT, capture_output=True, text=True
     )
@@ -204,8 +195,7 @@ def test_whatever_ends_a_job_is_told(tmp_path):
 def test_a_job_that_comes_back_too_often_fails_with_what_was_the_matter_the_last_time(tmp_path):
     plan = plan_of(tmp_path)
     job = Job(id="1", stage="shards", settings=JobSettings())
-    table = {"plan": str(plan.path), "name": plan.run.name, "smoke": False, "known": plan.inputs.known}
-    Submission(**table, recipes={}, jobs={"shards": job}).write(plan.run)
+    submission_of(plan, jobs={"shards": job}).write(plan.run)
     (folder_of(plan.run) / "plan.toml").write_text(PLAN)
     Record(plan.run, "shards").note("stopped", tries=4, barren=4, at=0, reason="health check failed on n1: excluded")
     (command,) = re.findall(r"^echo .*begun", scripts(plan, "")["shards"], re.MULTILINE)
@@ -292,8 +282,7 @@ def test_a_recipe_beside_the_plan_that_changed_is_seen_also_after_a_sweep(tmp_pa
     plan = plan_of(tmp_path)
     (tmp_path / "own.toml").write_text("lr = 1")
     stage = plan.stages[0].table.model_copy(update={"recipe": "own.toml"})
-    table = {"plan": str(plan.path), "name": plan.run.name, "smoke": False, "known": {}, "jobs": {}}
-    submission = Submission(**table, recipes=recipes_of(plan.path, [stage]))
+    submission = submission_of(plan, recipes=recipes_of(plan.path, [stage]))
     assert submission.has_recipe_of(stage)
     (tmp_path / "own.toml").write_text("lr = 2")
     assert not submission.has_recipe_of(stage)
