@@ -61,7 +61,12 @@ PEERS = ("webdataset,", "dali,", "streaming,", "timm,", "transformers,")  # whos
         ("manifest", 16, set()),
         ("ledger", 6, set()),
         ("dedupe", 21, set()),
-        ("build", 6, {"tar, 1 worker", "tar, 2 workers", "Pillow + webdataset, 1 worker", "1 worker, 2 workers"}),
+        pytest.param(
+            "build",
+            6,
+            {"tar, 1 worker", "tar, 2 workers", "Pillow + webdataset, 1 worker", "1 worker, 2 workers"},
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_quick_form_writes_the_contract(name, rows, peers, tmp_path):

@@ -21,6 +21,7 @@ def killed(folder: Path, points: int, seed: int, timeout: float) -> dict:
     return found
 
 
+@pytest.mark.long
 def test_killed_in_three_saves_a_run_ends_bit_identical(tmp_path):
     found = killed(tmp_path, 3, 1, 150)
     assert min(found["calls"]) > 100  # so many points there are

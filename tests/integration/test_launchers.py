@@ -86,6 +86,7 @@ def wait_until_gone(processes: list[psutil.Process]) -> None:
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
+@pytest.mark.long
 def test_torchrun_is_stopped_by_a_signal_that_it_would_die_of_and_patchmill_ends_with_code_75(folder):
     process = begin(folder, "torchrun", "--launcher", "torchrun")
     wait_for_steps(stage(folder, "torchrun"), process, 3)
@@ -102,6 +103,7 @@ def test_torchrun_is_stopped_by_a_signal_that_it_would_die_of_and_patchmill_ends
     assert not list(folder.parent.rglob("hacked"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("launcher", ["accelerate", "deepspeed"])
 def test_a_short_stage_under_another_launcher(folder, launcher):
     short, runs = PLAN.replace("400 steps", "3 steps"), f"short-{launcher}"

@@ -19,6 +19,7 @@ from tests.integration.resume_matrix import (
 )
 
 
+@pytest.mark.long
 def test_another_stage_offload_engine_and_number_of_ranks_go_on_with_the_same_batches_and_moments(tmp_path):
     pairs = [
         Pair(Shape("ZeRO 3, offloaded", 2), Shape("Accelerate", 1)), Pair(Shape("ZeRO 1", 2), Shape("ZeRO 2", 1)),

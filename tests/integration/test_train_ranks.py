@@ -90,7 +90,14 @@ def test_log_lines_say_what_the_loaders_of_all_ranks_did(folder, undisturbed):
     assert all(line["quarantined"] == line["replaced"] == 0 for line in lines)
 
 
-@pytest.mark.parametrize("ranks", [*(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (2, 1)), 3])
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        pytest.param(2, marks=pytest.mark.slow),
+        pytest.param(1, marks=pytest.mark.slow),
+        pytest.param(3, marks=pytest.mark.long),
+    ],
+)
 def test_stopped_on_request_it_saves_and_goes_on_with_any_ranks_and_data_moved_to_a_server(folder, undisturbed, ranks):
     run = folder / f"stopped-{ranks}"
     first = launch(folder, 2, run.name)

@@ -54,6 +54,7 @@ def samples(folder: Path, out: str) -> list[int]:
     return [line["samples"] for line in lines if "loss" in line]
 
 
+@pytest.mark.long
 def test_standard_input_ends_is_saved_and_more_of_it_goes_on(folder):
     files = [
         (label, path)

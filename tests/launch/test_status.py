@@ -175,6 +175,7 @@ def test_a_watch_does_not_end_between_two_stages_of_a_run(plan, monkeypatch, cap
     assert not thread.is_alive()
 
 
+@pytest.mark.long
 def test_a_run_is_followed_stopped_and_killed(data, capsys):
     command = [sys.executable, "-m", "launch.cli", "run", "plan.toml", "--only", "train"]
     train = data / "runs/x/stages/train"

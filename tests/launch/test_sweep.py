@@ -277,6 +277,7 @@ def test_a_run_without_a_finite_loss_is_never_the_best():
     assert sweep.summary(found) == "best optim.lr=0.5: loss 7.00"
 
 
+@pytest.mark.long
 def test_a_sweep_runs_its_best_goes_on_and_the_report_has_the_mean_of_the_seeds(plan, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("launch.launchers.run_ranks", forked.run_ranks)
     run_plan(read_plan(plan, tmp_path / "runs", smoke=True))

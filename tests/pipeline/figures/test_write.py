@@ -35,6 +35,7 @@ def stage(folder, name, **over):
     return folder / name
 
 
+@pytest.mark.long
 def test_every_figure_of_a_masked_patch_stage_and_its_bytes_are_the_same_again(folder, alone):
     run = stage(folder, "masked", kind="masked_patch")
     outs = []
