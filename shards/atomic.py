@@ -13,6 +13,7 @@ from pathlib import Path
 from shards.errors import PatchmillError, UserError
 
 ASIDE = ".replaced.partial"  # ends the name of a folder that another one is about to replace
+TRIES = 20  # at a lock in a folder that others remove
 LOCK = ".lock"  # in a folder: its lock stands for the folder. Over NFS each machine locks folders for itself alone
 
 
@@ -139,11 +140,8 @@ def hold(folder: Path, how: int) -> int:
         BlockingIOError: Another process has it, and ``how`` says not to wait.
         OSError: Nothing can be written to it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     while True:
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)  # over NFS only who may write may lock alone
-        with suppress(PermissionError):  # somebody else made it
-            os.fchmod(descriptor, folder.stat().st_mode & 0o666)  # who may write to the folder may lock it
+        descriptor = _open_lock(folder)
         try:
             fcntl.flock(descriptor, how)
         except OSError as error:
@@ -156,6 +154,23 @@ def hold(folder: Path, how: int) -> int:
         if _is_at(folder / LOCK, descriptor):
             return descriptor
         os.close(descriptor)  # likewise
+
+
+def _open_lock(folder: Path) -> int:
+    """Open the lock of a folder; both are made if they are not there."""
+    for left in reversed(range(TRIES)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            mode = folder.stat().st_mode & 0o666
+            # Over NFS only who may write may lock alone. No link: others may write to the folder, and it is changed.
+            descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            break
+        except (FileNotFoundError, FileExistsError):  # who had it before may have removed the folder meanwhile
+            if not left:
+                raise
+    with suppress(OSError):  # somebody else made it, or there are no modes here
+        os.fchmod(descriptor, mode)  # who may write to the folder may lock it
+    return descriptor
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

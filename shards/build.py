@@ -263,7 +263,7 @@ def _workplace(out: str | Path, own: Slice, dry_run: bool) -> Iterator[_Workplac
             finally:
                 _remove_empty(work.plan)
                 keep = shared or bool(work.unpacked.exists() and not finished and read_building(out))
-                if not keep:
+                if not keep and base.is_dir():  # else it could not be made, and the error says why
                     _empty(base)
     except UserError:
         if local and fresh and not any(path.is_file() and path.name != LOCK for path in local.rglob("*")):

@@ -5,12 +5,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from threading import Thread
 
 import pytest
 
 from shards import atomic
-from shards.atomic import is_held, only_one
+from shards.atomic import LOCK, is_held, only_one
 from shards.errors import PatchmillError
 
 
@@ -135,3 +136,39 @@ def test_where_nothing_can_be_written_that_is_told(tmp_path):
         only_one(tmp_path / "file/folder", "turn"),
     ):
         pass
+
+
+def test_a_folder_that_others_remove_when_they_are_through_can_be_had(tmp_path):
+    folder, errors = tmp_path / "base" / "own", []
+
+    def take_turns():
+        for _ in range(200):
+            try:
+                with only_one(folder, "turn", wait=60):
+                    pass
+            except PatchmillError as error:
+                errors.append(error)
+            for each in (folder, folder.parent):
+                with suppress(OSError):
+                    each.rmdir()
+
+    threads = [Thread(target=take_turns) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+
+
+def test_who_may_write_to_a_folder_may_lock_it_and_a_link_in_place_of_its_lock_is_not_followed(tmp_path):
+    folder, private = tmp_path / "folder", tmp_path / "private"
+    folder.mkdir()
+    folder.chmod(0o770)
+    with only_one(folder, "turn"):
+        assert (folder / LOCK).stat().st_mode & 0o777 == 0o660
+    private.touch(0o600)
+    folder.chmod(0o777)  # anybody may have made the link
+    (folder / LOCK).symlink_to(private)
+    with pytest.raises(PatchmillError, match="folder: Too many levels of symbolic links"), only_one(folder, "turn"):
+        pass
+    assert private.stat().st_mode & 0o777 == 0o600

@@ -14,7 +14,7 @@ from shards.build import build
 from shards.dataset import Dataset
 from shards.decode import decode
 from shards.encode import Encoding
-from shards.errors import UserError
+from shards.errors import PatchmillError, UserError
 from shards.merge import merge
 from shards.plan import Slice
 from shards.store import open_store
@@ -229,6 +229,13 @@ def test_a_refused_build_leaves_nothing_behind_and_does_not_list_the_source(sour
         build(make_source(tmp_path / "other", classes=3, each=2), tmp_path / "set", workers=1)
     assert tree(tmp_path / "set") == before
     assert not (tmp_path / "set/.build").exists()
+
+
+def test_where_there_is_no_room_to_work_in_the_reason_is_told(source, tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/.build").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(PatchmillError, match=r"cannot write to .*set/\.build/slice-0-of-1: File exists"):
+        build(source, tmp_path / "set", workers=1)
 
 
 def test_parts_of_an_earlier_try_are_cleared(source, tmp_path):
