@@ -79,11 +79,12 @@ def status_of(run: Path) -> list[Status]:
 def print_status(run: Path, watch: bool = False) -> None:
     """Show how a run is, on stdout; with ``watch`` until nothing of it runs, or will by itself, at two looks."""
     console = Console(width=None if sys.stdout.isatty() else 250)  # a file has no edge
-    idle = 0  # looks; between two stages of a `patchmill run` there is nothing for a moment
+    idle, shown = 0, None  # looks; between two stages of a `patchmill run` there is nothing for a moment
     while True:
         stages = status_of(run)
         idle = 0 if any(map(_lives, stages)) else idle + 1
-        if idle < 2:  # the last look finds what the one before did
+        if idle < 2 or stages != shown:
+            shown = stages
             if watch and console.is_terminal:
                 console.clear()
             console.print(_table(run, stages))

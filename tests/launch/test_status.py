@@ -175,6 +175,24 @@ def test_a_watch_does_not_end_between_two_stages_of_a_run(plan, monkeypatch, cap
     assert not thread.is_alive()
 
 
+def test_the_last_table_of_a_watch_has_what_was_done_between_two_looks(plan, monkeypatch, capsys):
+    monkeypatch.setattr("launch.status.SECONDS", 3.0)
+    stage = plan.stages[0]
+    begin(stage)
+    finish(stage, "{}", 1.0)
+    done = stage.folder.rename(plan.run / "done")
+    (plan.run / "plan.toml").write_text(plan.path.read_text())
+    thread, shown = watching(plan.run), ""
+    while "rates-1" not in shown:
+        assert thread.is_alive()
+        shown += capsys.readouterr().out
+    done.rename(stage.folder)
+    thread.join(30)
+    assert not thread.is_alive()
+    shown += capsys.readouterr().out
+    assert re.findall(r"^train +(\w+)", shown, re.MULTILINE) == ["not", "done"]  # and none twice
+
+
 @pytest.mark.long
 def test_a_run_is_followed_stopped_and_killed(data, capsys):
     command = [sys.executable, "-m", "launch.cli", "run", "plan.toml", "--only", "train"]
