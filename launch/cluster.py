@@ -40,7 +40,7 @@ def _no_secret(line: str, info: ValidationInfo) -> str:
 
 
 def _no_name(option: str) -> str:
-    if re.match(r"--job-name|-J", option):
+    if re.search(r"(^|\s)(--j|-J)", option):  # of its name sbatch takes the beginning, too, and several on a line
         raise ValueError(f"{option!r} names the job, and Patchmill knows its jobs by their names; leave it out")
     return option
 

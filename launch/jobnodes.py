@@ -5,7 +5,7 @@ import signal
 import subprocess
 from pathlib import Path
 
-from launch.slurm import slurm
+from launch.slurm import sbatch, slurm
 from launch.submission import folder_of
 from shards.errors import PatchmillError, StoppedOnRequestError
 
@@ -49,7 +49,7 @@ def can_do_without(nodes: list[str], run: Path) -> bool:
     """Tell whether this job of a run could ever start without some nodes, and without those that it is not to have."""
     script = folder_of(run) / f"{os.environ['SLURM_JOB_NAME'].rpartition(':')[2]}.sbatch"
     try:
-        slurm("sbatch", "--test-only", f"--exclude={','.join([*excluded(job_number()), *nodes])}", str(script))
+        sbatch(script, "--test-only", f"--exclude={','.join([*excluded(job_number()), *nodes])}")
     except PatchmillError:
         return False
     return True

@@ -8,7 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from shards.atomic import only_one, write_text
 from shards.errors import PatchmillError, UserError
 
 CODE = "code"  # the snapshot, in the folder of scripts
+OTHERWISE = {"mem": "MEM_PER_NODE", "requeue": "NO_REQUEUE", "time": "TIMELIMIT"}
+"""Variables of sbatch, less SBATCH_, that are not called as their options are."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,10 @@ def submit(plan: Plan, cluster: Cluster) -> dict[str, Job]:
                 forget(plan.run / "stages" / job.stage)  # of a `patchmill run` before
             # Held until now: a job that starts finds itself in what was written, and one of half a plan never starts.
             slurm("scontrol", "release", ",".join(_numbers(jobs)))
-        except PatchmillError as error:
+        except BaseException as error:  # Ctrl-C, too, leaves none of them held in the queue
             cancel(jobs)
+            if not isinstance(error, PatchmillError | OSError):
+                raise
             raise UserError(f"{error}; nothing was submitted, and the scripts are in {folder}") from None
     return jobs
 
@@ -284,7 +288,7 @@ def _sbatch(script: Path, needs: tuple[str, ...], jobs: dict[str, Job]) -> str:
     options = ["--parsable", "--hold", "--kill-on-invalid-dep=yes"]
     if needs:
         options.append(f"--dependency=afterok:{':'.join(_numbers(jobs, needs))}")
-    return slurm("sbatch", *options, str(script)).strip().partition(";")[0]
+    return sbatch(script, *options).strip().partition(";")[0]
 
 
 def _numbers(jobs: dict[str, Job], names: Iterable[str] | None = None) -> list[str]:
@@ -295,14 +299,28 @@ def _numbers(jobs: dict[str, Job], names: Iterable[str] | None = None) -> list[s
     return sorted({number if array[number] in parted else array[number] for number in some})
 
 
-def slurm(*command: str) -> str:
-    """Run a command of Slurm's, as from a shell outside of any job.
+def sbatch(script: Path, *options: str) -> str:
+    """Run sbatch with a script that goes by its own lines, whatever variables it is run with; as of ``slurm``."""
+    return slurm("sbatch", *options, str(script), without=overruling(script.read_text(encoding="utf-8")))
+
+
+def overruling(script: str) -> set[str]:
+    """Return the variables that sbatch would put before what a script says, or that are not for its user to say."""
+    said = re.findall(r"^#SBATCH --([a-z-]+)", script, re.MULTILINE)
+    named = {f"SBATCH_{OTHERWISE.get(option, option.replace('-', '_').upper())}" for option in said}
+    return named | {"SBATCH_ARRAY_INX", "SBATCH_ERROR", "SBATCH_WAIT"}
+
+
+def slurm(*command: str, without: Container[str] = ()) -> str:
+    """Run a command of Slurm's, as from a shell outside of any job; ``without`` some variables.
 
     Raises:
         PatchmillError: It fails.
     """
     inherited = {
-        name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name == "SLURM_CONF"
+        name: value
+        for name, value in os.environ.items()
+        if name not in without and (not name.startswith("SLURM_") or name == "SLURM_CONF")
     }
     try:
         done = subprocess.run(command, env=inherited, capture_output=True, text=True, timeout=120, check=False)

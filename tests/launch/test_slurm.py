@@ -15,7 +15,7 @@ from launch.cluster import Cluster, JobSettings, layout
 from launch.job import Progress
 from launch.plan import read_plan
 from launch.run import begin
-from launch.slurm import CODE, _numbers, _parts, _script, _settings
+from launch.slurm import CODE, _numbers, _parts, _script, _settings, overruling
 from launch.snapshot import take_snapshot
 from launch.stages import KINDS
 from launch.submission import Job, Record, Submission, folder_of, log_of, read_submitted_plan, recipes_of
@@ -79,6 +79,14 @@ def test_a_script_a_stage_with_what_the_profile_says_of_it(tmp_path):
     assert found["shards.slices"].endswith(" shards.$SLURM_ARRAY_TASK_ID\n")
 
 
+def test_no_variable_of_sbatch_goes_before_what_a_script_says(tmp_path):
+    profile = 'account = "vision"\ntime = "1-0"\nmemory = "8G"\nsbatch = ["--reservation=x"]'
+    found = overruling(scripts(plan_of(tmp_path), profile)["rates"])
+    said = "JOB_NAME OUTPUT OPEN_MODE ARRAY_INX MEM_PER_NODE TIMELIMIT SIGNAL ACCOUNT NO_REQUEUE RESERVATION ERROR WAIT"
+    assert found >= {f"SBATCH_{name}" for name in said.split()}
+    assert not found & {"SBATCH_PARTITION", "SBATCH_QOS", "SBATCH_CONSTRAINT"}  # of which it says nothing
+
+
 @pytest.mark.parametrize(
     "text", ["a b", "it's", '"', "$(touch hacked)", "`touch hacked`", "; touch hacked #", "& x", "\\"]
 )
@@ -130,6 +138,7 @@ def test_ranks_must_fill_nodes():
         ("[stage.x]\ntimes = 1", r"unknown setting times in \[stage.x\] of .*did you mean 'time'"),
         ('sbatch = ["-J", "x"]', "'-J' names the job, and Patchmill knows its jobs by their names; leave it out"),
         ('sbatch = ["--job-name=x"]', "'--job-name=x' names the job"),
+        ('sbatch = ["--exclusive --job=x"]', "'--exclusive --job=x' names the job"),
         ('qos = "a\\nb"', "must be one line of printable characters"),
         ('env = { "A B" = "1" }', "is no name of an environment variable"),
     ],

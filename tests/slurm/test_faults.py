@@ -269,6 +269,15 @@ def test_what_slurm_does_not_take_is_told_and_nothing_is_submitted(cluster, tmp_
     assert not list(tmp_path.rglob("hacked"))
 
 
+def test_of_a_plan_of_which_one_script_cannot_be_written_no_job_is_left(cluster, tmp_path):
+    plan = write_plan(tmp_path, SHARDS, TRAIN)
+    (tmp_path / "runs/tiny/slurm/train.sbatch").mkdir(parents=True)
+    told = refused(patchmill("submit", plan, cwd=tmp_path))
+    assert "Is a directory" in told
+    assert "; nothing was submitted, and the scripts are in " in told
+    assert not cluster.run("squeue", "-h")
+
+
 def test_without_slurm_or_profile(tmp_path):
     plan = write_plan(tmp_path, SHARDS)
     assert "there is no sbatch on this machine" in refused(patchmill("submit", plan, cwd=tmp_path, PATH="/nowhere"))
