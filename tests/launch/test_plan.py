@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from launch.plan import read_plan
+from shards.atomic import only_one
 from shards.errors import UserError
 from tests.images import make_image_folder
 
@@ -69,6 +70,10 @@ def test_a_digest_follows_settings_inputs_and_images_but_not_ranks(write, tmp_pa
     assert digests(HEAD + SHARDS + PRETRAIN.replace("ranks = 2", "ranks = 1") + CONVERT) == before
     changed = digests(HEAD + SHARDS + PRETRAIN + "[stage.set.optim]\nlr = 0.5\n" + CONVERT)
     assert [a == b for a, b in zip(before, changed, strict=True)] == [True, False, False]
+    with only_one(tmp_path / "images", "build"):  # which may write there just now
+        (tmp_path / "images" / ".build").mkdir()
+        (tmp_path / "images" / ".build" / "plan").touch()
+        assert digests(HEAD + SHARDS + PRETRAIN + CONVERT) == before
     (tmp_path / "images" / "red" / "000.png").unlink()
     assert not set(before) & set(digests(HEAD + SHARDS + PRETRAIN + CONVERT))
 
