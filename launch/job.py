@@ -151,7 +151,7 @@ def run_job(record: Record) -> None:
                 _end_ranks_of_before(folder, before)
             sick = sick_nodes(job.settings.health)
     except StoppedOnRequestError as error:
-        late = signal.SIGUSR2 in ranks.asked
+        late = signal.SIGUSR2 in ranks.asked or is_over_time()
         reason = "its time limit came before its ranks were started" if late else str(error)
         record.note("stopped", reason=reason) if late else record.excuse("stopped", reason)
         raise requeue(record, reason) from None
@@ -223,8 +223,10 @@ def _step(record: Record, job: Job, stage: Stage, ranks: Ranks, logs: Path, argu
     if ended == UserError.exit_code:
         raise UserError(f"{words.error()}; mend it, then submit the plan again")
     at = Progress(stage, job.slice)
-    stopped, late = bool(ranks.asked) or (stage.folder / "stopped.json").exists(), signal.SIGUSR2 in ranks.asked
+    stopped = bool(ranks.asked) or (stage.folder / "stopped.json").exists()
     stopped = stopped or ended == StoppedOnRequestError.exit_code or words.was_terminated()
+    # Slurm warns of the limit by SIGUSR2, which is lost while the script loads modules.
+    late = signal.SIGUSR2 in ranks.asked or (stopped and at.number <= record.table["at"] and is_over_time())
     reason = f"stopped on request at {at}" if stopped else f"crashed: {words.error()}"
     reason = f"its time limit came at {at}" if late else reason
     if stopped and not late:

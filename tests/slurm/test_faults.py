@@ -132,6 +132,16 @@ def test_the_time_limit_stops_it_and_it_goes_on(cluster, tmp_path):
     assert "TIME LIMIT" not in run.log("train")
 
 
+def test_a_time_limit_of_which_nothing_warned_is_no_excuse_either(cluster, tmp_path):
+    profile = 'time = "1"\nretries = 0\nsetup = ["sleep 32"]\ncontainer = ["sh", "-c", "sleep 300"]'  # warned by then
+    run = Submitted(cluster, write_plan(tmp_path, SHARDS), profile)
+    run.wait_for_end(240)
+    record = run.record("shards")
+    assert (record["state"], record["tries"]) == ("failed", 1)
+    told = "1 tries came no further than the start; its time limit came at the start; give it more `time`"
+    assert record["reason"] == told
+
+
 def test_ranks_that_hang_at_the_time_limit_are_left_and_the_job_goes_on_from_its_newest_checkpoint(cluster, tmp_path):
     run = Submitted(cluster, write_plan(tmp_path, SHARDS, TRAIN), 'ranks_per_node = 2\ntime = "1"\ngrace = 20')
     run.wait_for_steps("train", 60)
