@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from launch.lastwords import LastWords
-from launch.rank import DRIVER, ENDED, STOP, die_with_parent
+from launch.rank import DRIVER, ENDED, STOP, code_of_ranks, die_with_parent
 from launch.start import Start
 from launch.tail import Tail
 from pipeline import stop
@@ -90,7 +90,7 @@ def _drive(command: list[str], start: Start, node: int, tell: Callable[[Start], 
             if process.returncode:
                 (logs / STOP).touch()  # for ranks that it left behind
             await_ranks(logs)
-    ended = int((logs / ENDED).read_text()) if (logs / ENDED).exists() else None
+    ended = code_of_ranks(logs)
     if process.returncode == 0 and ended is None:
         return 0
     if (logs.parent / STOPPED).exists():

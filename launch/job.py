@@ -27,7 +27,7 @@ from launch.jobnodes import can_do_without, sick_nodes
 from launch.lastwords import LastWords
 from launch.local import free_port
 from launch.plan import Stage
-from launch.rank import ENDED, NAMES, STOP
+from launch.rank import ENDED, NAMES, STOP, code_of_ranks
 from launch.requeue import SUPERSEDED, is_over_time, requeue, say
 from launch.results import read_json
 from launch.run import begin, finish, is_done
@@ -219,7 +219,7 @@ def _step(record: Record, job: Job, stage: Stage, ranks: Ranks, logs: Path, argu
     told = (logs / "stdout.log").read_text() if (logs / "stdout.log").exists() else ""
     if code == 0 and told:  # srun ends with 0, too, when it hears that a node was lost
         return told
-    ended = int((logs / ENDED).read_text()) if (logs / ENDED).exists() else code
+    ended = code_of_ranks(logs) or code
     if ended == UserError.exit_code:
         raise UserError(f"{words.error()}; mend it, then submit the plan again")
     at = Progress(stage, job.slice)

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,8 +113,15 @@ def main() -> None:
 
     code = run_command()
     if code and (code in (2, 75) or not (logs / ENDED).exists()):  # these know more than those that lost a peer
-        (logs / ENDED).write_text(str(code))
+        with suppress(OSError):  # its disk may be full, which may be why it ends
+            (logs / ENDED).write_text(str(code))
     end(code)
+
+
+def code_of_ranks(logs: Path) -> int | None:
+    """Return the exit code of a rank that knew why it ends; None: there is none, or its disk was full."""
+    told = (logs / ENDED).read_text() if (logs / ENDED).exists() else ""
+    return int(told) if told else None
 
 
 def _arguments(words: list[str]) -> argparse.Namespace:

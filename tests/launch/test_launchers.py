@@ -2,6 +2,7 @@
 
 import shlex
 import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -11,9 +12,10 @@ from launch import deepspeed
 from launch.lastwords import LastWords
 from launch.launchers import Launch, print_commands
 from launch.plan import read_plan
-from launch.rank import original, plain, threads, who
+from launch.rank import code_of_ranks, original, plain, threads, who
 from launch.start import Start
 from shards.errors import UserError
+from tests.command import ROOT
 from tests.plans import SHARDS, converting, training, write_plan
 
 PLAN = 'name = "x"' + SHARDS + training("train", head="ranks = 4")
@@ -231,3 +233,18 @@ def test_what_torchrun_says_of_a_rank_that_was_killed_goes_before_what_it_left_t
     )
     (tmp_path / "rank-0.log").write_text("RuntimeError: Connection closed by peer\n")
     assert words.error() == "Signal 9 (SIGKILL) received by PID 7"
+
+
+def test_a_full_disk_does_not_hide_how_a_rank_ended(tmp_path):
+    """Nothing can be written to /dev/full; of what is on a full disk, an empty file is left."""
+    (tmp_path / "ended").symlink_to("/dev/full")
+    command = [sys.executable, "-m", "launch.rank", str(tmp_path), "train", "none.toml"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    (tmp_path / "ended").unlink()
+    assert code_of_ranks(tmp_path) is None
+    (tmp_path / "ended").touch()
+    assert code_of_ranks(tmp_path) is None
+    (tmp_path / "ended").write_text("75")
+    assert code_of_ranks(tmp_path) == 75
