@@ -14,6 +14,10 @@ import pytest
 import typer
 
 from launch.cli import app
+from pipeline.config import TrainSettings
+from pipeline.recipe import read_settings, recipe_names
+from pipeline.settings import check, merge, override
+from shards.errors import UserError
 from tests.command import ROOT, environment
 
 DOCS = ROOT / "docs"
@@ -200,6 +204,77 @@ def test_every_command_within_a_line_has_its_options(name):
         if not hasattr(command, "commands"):
             known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
             assert {word.partition("=")[0] for word in rest if word.startswith("--")} <= known, text
+
+
+def check_settings(words: list[str]) -> None:
+    """Check what a ``train`` or ``estimate`` sets, over the recipe that it names; a UserError if there is no such."""
+    over = [word for word in words if re.match(r"[a-z_]+(\.\w+)*=", word)]
+    if over and "--model" not in words:  # which has a model's arguments, not settings
+        table, _ = read_settings(words[1] if words[1] in recipe_names() else "small_finetune")  # in CONFIG's place
+        named = {"data": {"train": "TRAIN"}} | ({"init": "WEIGHTS"} if table.get("kind") == "finetune" else {})
+        check(TrainSettings, override(merge(table, named), over), " ".join(words))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_setting_of_a_command_is_one(name):
+    text = (ROOT / name).read_text()
+    within = [each.split() for each in re.findall(r"`patchmill ((?:train|estimate) [^`]*)`", prose(text))]
+    for words in [*commands(text), *within]:
+        if words[0] in ("train", "estimate"):
+            check_settings(words)
+
+
+@pytest.mark.parametrize("wrong", [["train", "small_pretrain", "optim.lrr=1"], ["estimate", "C", "global_batch=few"]])
+def test_a_setting_that_does_not_fit_is_seen(wrong):
+    with pytest.raises(UserError, match=r"lrr|few"):
+        check_settings(wrong)
+
+
+# ---- other commands
+
+
+def others(text: str, program: str) -> Iterator[list[str]]:
+    """Yield the words behind another program's name, of a page's blocks of code and of what stands in backticks."""
+    lines = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", prose(text)) + re.findall(r"^ {4}(.*)$", prose(text), re.MULTILINE)
+    for block in re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        lines += block.splitlines()
+    for line in lines:
+        if found := re.match(rf"(?:\w+=\w+ )?{program} (.+)$", line):
+            yield shlex.split(found[1], comments=True)
+
+
+def test_other_commands_are_found_in_a_page():
+    page = "`make a`\n\n    A=1 make b X=2   # it\n\n```sh\nmake c\nmakes d\n```\n"
+    assert list(others(page, "make")) == [["a"], ["b", "X=2"], ["c"]]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_target_of_make_is_one(name):
+    makefile = (ROOT / "Makefile").read_text()
+    for word in [word for words in others((ROOT / name).read_text(), "make") for word in words]:
+        variable, equals, _ = word.partition("=")
+        assert re.search(rf"^{variable} *\?=" if equals else rf"^{word}:", makefile, re.MULTILINE), word
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_script_has_its_options(name):
+    for script, *rest in others((ROOT / name).read_text(), "python"):
+        if script == "-m":
+            assert importlib.util.find_spec(rest[0]), rest
+        elif script != "-c":
+            options = [word.strip("[]") for word in rest if word.strip("[]").startswith("--")]
+            assert [each for each in options if f'"{each}"' not in (ROOT / script).read_text()] == [], script
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_mark_and_folder_of_pytest_is_there(name):
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["markers"]
+    marks = {"and", "not"} | {each.partition(":")[0] for each in known}
+    for words in others((ROOT / name).read_text(), "pytest"):
+        asked = words[words.index("-m") + 1] if "-m" in words else ""
+        assert set(asked.split()) <= marks, words
+        for word in words:
+            assert word in ("-m", asked) or (ROOT / word).exists(), words
 
 
 # ---- the quickstart
