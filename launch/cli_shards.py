@@ -204,7 +204,8 @@ def shards_verify(
         print(f"{verdict}: {what}, {found.bytes:,} bytes: {found.url}")
         if found.quarantine:
             dropped = _count(found.faulty + found.dropped, "sample")
-            print(f"drop list {found.quarantine} leaves out {dropped}; runs use it once told: exclude = ...")
+            told = f'data.exclude = "{found.quarantine}"'
+            print(f"drop list {found.quarantine} leaves out {dropped}; runs use it once told: {told}")
     if found.unwritten:
         raise UserError(found.unwritten)
     if found.faults:

@@ -230,6 +230,29 @@ def test_a_setting_that_does_not_fit_is_seen(wrong):
         check_settings(wrong)
 
 
+# ---- settings
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_settings_of_a_stage_that_a_page_shows_fit_each_other(name):
+    rest = {"duration": "1 epoch", "global_batch": 8, "data": {"train": "a", "val": "b"}, "model": {"name": "vit_b16"}}
+    for text in re.findall(r"^```toml\n(.*?)^```$", (ROOT / name).read_text(), re.MULTILINE | re.DOTALL):
+        table = tomllib.loads(text)
+        if table.keys() <= TrainSettings.model_fields.keys():  # else a plan, or a cluster's profile
+            check(TrainSettings, merge(rest, table), name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_setting_of_a_stage_that_a_page_names_is_one(name):
+    page = re.search(r"^## A training stage$.*?^## ", (DOCS / "settings.md").read_text(), re.MULTILINE | re.DOTALL)[0]
+    tables = dict(re.findall(r"^### `\[+([\w.]+)\]+`$(.*?)(?=^##)", page, re.MULTILINE | re.DOTALL))
+    known = {f"{table}.{key}" for table in tables for key in re.findall(r"^\| `(\w+)` \|", tables[table], re.MULTILINE)}
+    assert len(known) > 80
+    within = rf"`((?:{'|'.join(tables)})\.[a-z_]+(?:\.[a-z_]+)*)(?= ?=|`)"
+    for found in re.findall(within, prose((ROOT / name).read_text())):
+        assert found in known | tables.keys() or Path(found).suffix in (".json", ".safetensors", ".py"), found
+
+
 # ---- other commands
 
 
