@@ -44,9 +44,7 @@ def main() -> None:
     text(12, y - 18, "2  A hash of (seed, epoch) permutes all chunks; the sequence is cut into lanes", 'class="h"')
     for lane in range(LANES):
         text(LEFT - 12, y + 15, f"lane {lane}", 'class="r"')
-        mine = sorted(
-            {(int(shard[p]), int(index[p]) // CHUNK) for p in range(lane, epoch, LANES)}, key=_first(order, lane)
-        )
+        mine = sorted({(int(shard[p]), int(index[p]) // CHUNK) for p in range(lane, epoch, LANES)}, key=_first(lane))
         x = LEFT
         for s, chunk in mine:
             held = sorted(
@@ -111,7 +109,7 @@ def main() -> None:
     print("</svg>")
 
 
-def _first(order: Order, lane: int):
+def _first(lane: int):
     """Return a sort key for the chunks of a lane: where they stand before blocks are shuffled."""
     plain = Order([SAMPLES] * SHARDS, 0, Shuffle(LANES, CHUNK, 1))
     _, shard, index = plain.locate(np.arange(lane, SHARDS * SAMPLES, LANES))

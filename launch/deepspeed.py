@@ -75,7 +75,7 @@ def check_remote(remote: str) -> None:
             raise UserError(f"pdsh cannot start {sys.executable!r}; use a Python whose path is plain, or {OTHERWISE}")
 
 
-def command(start: Start, hosts: dict[str, int], remote: str | None) -> list[str]:
+def command(start: Start, remote: str | None) -> list[str]:
     """Return the command that starts all ranks; ``remote`` None: they are on this machine."""
     words = [
         sys.executable, "-m", "deepspeed.launcher.runner", f"--hostfile={hostfile_of(start)}", "--no_ssh_check",

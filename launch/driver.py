@@ -15,9 +15,8 @@ from launch.start import Start
 from launch.tail import Tail
 from pipeline import stop
 from shards.atomic import only_one
-from shards.errors import StoppedOnRequestError
+from shards.errors import TOLD, StoppedOnRequestError
 
-STOPPED = "stopped.json"
 LOOK = 0.1  # seconds
 OTHER = 60.0  # seconds to wait for another run of the same stage
 LEFT = 900.0  # seconds that ranks whose launcher is gone may take to save and end
@@ -64,7 +63,7 @@ def drive(command: list[str], start: Start, node: int, tell: Callable[[Start], o
     with only_one(logs / DRIVER, "patchmill run", wait=OTHER, told=True):
         (logs / STOP).touch()
         await_ranks(logs)  # of a run before, which was killed
-        for stale in (logs.parent / STOPPED, logs / ENDED, logs / STOP):
+        for stale in (logs.parent / stop.STOPPED, logs / ENDED, logs / STOP):
             stale.unlink(missing_ok=True)
         try:
             return _drive(command, start, node, tell)
@@ -93,10 +92,10 @@ def _drive(command: list[str], start: Start, node: int, tell: Callable[[Start], 
     ended = code_of_ranks(logs)
     if process.returncode == 0 and ended is None:
         return 0
-    if (logs.parent / STOPPED).exists():
+    if (logs.parent / stop.STOPPED).exists():
         return StoppedOnRequestError.exit_code
     code = ended or (StoppedOnRequestError.exit_code if asked.signals else 1)
-    if code not in (2, 75) and node == 0:
+    if code not in TOLD and node == 0:
         print(f"the ranks ended: {words.error()}", file=sys.stderr)
     return code
 

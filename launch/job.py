@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from launch.choice import goes_on
+from launch.choice import goes_on, is_done
 from launch.cluster import layout
 from launch.driver import await_ranks
 from launch.findings import Finding, print_findings
@@ -30,9 +30,10 @@ from launch.plan import Stage
 from launch.rank import ENDED, NAMES, STOP, code_of_ranks
 from launch.requeue import SUPERSEDED, is_over_time, requeue, say
 from launch.results import read_json
-from launch.run import begin, finish, is_done
+from launch.run import begin, finish
 from launch.submission import Job, Record, folder_of, log_of, read_submission
 from pipeline.checkpoint import samples_of, whole_checkpoints
+from pipeline.stop import STOPPED
 from shards.errors import PatchmillError, StoppedOnRequestError, UserError
 from shards.merge import count_written
 from shards.plan import Slice
@@ -208,7 +209,7 @@ def _step(record: Record, job: Job, stage: Stage, ranks: Ranks, logs: Path, argu
     Raises:
         PatchmillError: It did not end well; as of ``run_job``.
     """
-    for stale in (stage.folder / "stopped.json", logs / ENDED, logs / STOP, logs / "stdout.log"):
+    for stale in (stage.folder / STOPPED, logs / ENDED, logs / STOP, logs / "stdout.log"):
         stale.unlink(missing_ok=True)
     words = LastWords(
         [log_of(record.run, record.name), *(logs / f"rank-{rank}.log" for rank in range(1, stage.table.ranks))]
@@ -223,7 +224,7 @@ def _step(record: Record, job: Job, stage: Stage, ranks: Ranks, logs: Path, argu
     if ended == UserError.exit_code:
         raise UserError(f"{words.error()}; mend it, then submit the plan again")
     at = Progress(stage, job.slice)
-    stopped = bool(ranks.asked) or (stage.folder / "stopped.json").exists()
+    stopped = bool(ranks.asked) or (stage.folder / STOPPED).exists()
     stopped = stopped or ended == StoppedOnRequestError.exit_code or words.was_terminated()
     # Slurm warns of the limit by SIGUSR2, which is lost while the script loads modules.
     late = signal.SIGUSR2 in ranks.asked or (stopped and at.number <= record.table["at"] and is_over_time())

@@ -176,7 +176,7 @@ class Launch:
         if self.launcher in A_NODE:
             return A_NODE[self.launcher](start, node)
         hosts = deepspeed.read_hosts(self.hostfile, start.ranks)
-        return deepspeed.command(start, hosts, self._remote(hosts))
+        return deepspeed.command(start, self._remote(hosts))
 
     def _remote(self, hosts: dict[str, int]) -> str | None:
         return (self.remote or "pdsh") if len(hosts) > 1 or self.remote else None

@@ -15,7 +15,7 @@ from datetime import timedelta
 from torch.distributed import TCPStore
 
 from launch.start import Start
-from shards.errors import PatchmillError, StoppedOnRequestError, UserError
+from shards.errors import PatchmillError, StoppedOnRequestError, UserError, error_of
 
 JOIN = 600.0  # seconds that the nodes may be apart when they start
 LEAVE = 30.0  # seconds that node 0 stays for the others to hear of the end
@@ -130,8 +130,7 @@ def follow(endpoint: str, node: int, run: Callable[[Start], object], asked: Call
     except RuntimeError as error:
         raise PatchmillError(f"node 0 is gone: {_first_line(error)}; it may say why") from None
     if order["end"]:
-        kinds = {each.exit_code: each for each in (UserError, StoppedOnRequestError)}
-        raise kinds.get(order["end"], PatchmillError)(f"node 0 ended with exit code {order['end']}, and says why")
+        raise error_of(order["end"])(f"node 0 ended with exit code {order['end']}, and says why")
 
 
 def _join(endpoint: str, asked: Callable[[], bool]) -> TCPStore:

@@ -13,6 +13,7 @@ from pathlib import Path
 from launch.rank import die_with_parent
 from launch.tail import Tail
 from pipeline import stop
+from shards.errors import TOLD
 
 GRACE = 20.0  # seconds that the other ranks get to end by themselves when one has failed
 
@@ -81,8 +82,7 @@ def _wait(processes: list[subprocess.Popen], logs: Path, tail: Tail) -> int:
             _end(processes, GRACE)
             tail.show()
             codes = [processes[rank].returncode for rank in failed]
-            # A rank that says why (2, 75) knows more than one that only lost its peers.
-            rank, code = min(zip(failed, codes, strict=True), key=lambda pair: pair[1] not in (2, 75))
+            rank, code = min(zip(failed, codes, strict=True), key=lambda pair: pair[1] not in TOLD)
             if rank > 0:
                 last = (logs / f"rank-{rank}.log").read_text(errors="replace").strip().splitlines()[-1:]
                 print(f"rank {rank} ended with {_name(code)}: {' '.join(last)}", file=sys.stderr)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shards.atomic import hold, is_held
+from shards.errors import TOLD
 
 ENDED = "ended"
 STOP = "stop"
@@ -112,7 +113,7 @@ def main() -> None:
     from launch.cli import end, run_command
 
     code = run_command()
-    if code and (code in (2, 75) or not (logs / ENDED).exists()):  # these know more than those that lost a peer
+    if code and (code in TOLD or not (logs / ENDED).exists()):
         with suppress(OSError):  # its disk may be full, which may be why it ends
             (logs / ENDED).write_text(str(code))
     end(code)

@@ -17,9 +17,8 @@ from launch.results import read_json, result_of
 from pipeline.config import TrainSettings
 from pipeline.settings import dump_toml
 from shards.atomic import is_held, only_one, write_text
-from shards.errors import PatchmillError, StoppedOnRequestError, UserError
+from shards.errors import StoppedOnRequestError, UserError, error_of
 
-FAMILY = {2: UserError, 75: StoppedOnRequestError}
 WAIT = 60.0  # seconds for another run of the same stage, which may be on its way out
 RUNNER = "runner"  # in a stage's logs: locked by the patchmill run that is at it, as long as it lives
 STATE = "state.json"
@@ -146,8 +145,9 @@ def _run(stage: Stage, launch: Launch) -> None:
             raise
         if code:
             note(stage.folder, _ended(code), words.error())
-            remedy = {2: "mend it", 75: "all is saved"}.get(code, f"see {logs}")
-            raise FAMILY.get(code, PatchmillError)(
+            remedies = {UserError.exit_code: "mend it", StoppedOnRequestError.exit_code: "all is saved"}
+            remedy = remedies.get(code, f"see {logs}")
+            raise error_of(code)(
                 f"stage {stage.table.name} ended with exit code {code}; {remedy}, then run the same command again to "
                 "go on"
             )

@@ -12,9 +12,10 @@ from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.choice import is_done
 from launch.cluster import Cluster, JobSettings, layout
 from launch.plan import Plan, Stage
-from launch.run import begin, check_unused, forget, is_done, set_aside_what_sweeps_lost
+from launch.run import begin, check_unused, forget, set_aside_what_sweeps_lost
 from launch.snapshot import take_snapshot
 from launch.stages import KINDS
 from launch.submission import Job, Record, Submission, folder_of, read_submission, recipes_of

@@ -42,8 +42,8 @@ def facts(path: Path) -> dict[str, Any]:
     Returns:
         ``name``, ``path``, ``pointers`` to it, and ``problem`` (None: all files are there and as long as they should
         be); of one whose index is readable ``samples``, ``step``, ``global_batch``, ``world_size``,
-        ``engine``, ``zero_stage``, ``precision``, ``bytes``, ``parameters``, ``kinds`` (bytes of each), ``digest`` (of
-        names, sizes and checksums of all files), ``data`` (digest of the data set, of several of
+        ``engine``, ``zero_stage``, ``precision``, ``bytes``, ``parameters``, ``kinds`` (bytes of each), ``model`` (its
+        name), ``digest`` (of names, sizes and checksums of all files), ``data`` (digest of the data set, of several of
         each), ``versions``, ``commit``, ``val``, ``best``, ``probe``, ``format_version``.
     """
     told: dict[str, Any] = {

@@ -77,7 +77,7 @@ class DataSettings(Settings):
 
     @field_validator("train", mode="before")
     @classmethod
-    def _url_or_tables(cls, value: Any) -> Any:
+    def _of_one_set_or_several(cls, value: Any) -> Any:
         tables = isinstance(value, (list, tuple)) and all(isinstance(each, (dict, TrainSource)) for each in value)
         if not isinstance(value, str) and not (tables and value):
             raise ValueError("give the URL of a data set, or [[data.train]] tables with the url of each, and weights")

@@ -75,7 +75,7 @@ def estimate_stage(
         settings: The stage.
         classes: How many there are; None asks the data set.
         epoch: Samples of an epoch; None asks the data set, if that is what the stage's duration is in.
-        hardware: What it is to run on; None leaves ``memory`` and ``speed`` out.
+        hardware: What it is to run on; None leaves memory and speed out.
         image_bytes: Mean size of an image in the shards; None asks the data set, if it is asked anything.
 
     Raises:
@@ -104,7 +104,7 @@ def estimate_stage(
 def _on(
     hardware: Hardware, settings: TrainSettings, model: dict[str, Any], found: dict[str, Any], epoch: int | None
 ) -> dict[str, Any]:
-    """Return ``memory``, ``shuffle_window`` and ``speed`` of a stage on some hardware."""
+    """Return memory and shuffle window of a stage on some hardware, and on a known card speed and what fits."""
     gpu = card(hardware.gpu) if hardware.gpu else None
     memory = MemoryEstimate(settings, model, hardware.ranks, cuda=gpu is not None)
     micro_batch, size = settings.micro_batch or memory.local, found["image_bytes"]

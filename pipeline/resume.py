@@ -32,6 +32,11 @@ RULES = {
 """The longest key that fits a setting decides."""
 
 
+def rule_of(key: str) -> str:
+    """Return whether a setting, by its dotted key, may change when a run goes on: free, allowed, or refused."""
+    return RULES[max((rule for rule in RULES if key == rule or key.startswith(f"{rule}.")), key=len)]
+
+
 def last_checkpoint(settings: TrainSettings, out: Path, watch: Watchdog) -> Checkpoint | None:
     """Return where a run goes on; collective over all ranks.
 
@@ -120,7 +125,7 @@ def changes(settings: TrainSettings, state: dict[str, Any], where: object) -> li
         if before.get(key) == now.get(key):
             continue
         change = f"{key} changed from {before.get(key)!r} to {now.get(key)!r}"
-        rule = RULES[max((r for r in RULES if key == r or key.startswith(f"{r}.")), key=len)]
+        rule = rule_of(key)
         if rule == "refused":
             raise UserError(
                 f"cannot go on from {where}: {change}; set it back, or start another run in another folder, with "

@@ -9,6 +9,8 @@ from pipeline import distributed
 from shards.atomic import write_text
 from shards.errors import StoppedOnRequestError, UserError
 
+STOPPED = "stopped.json"
+"""In a stage's folder: where it was stopped on request. Launchers lose exit codes."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 _asked = False
@@ -26,10 +28,10 @@ def asked() -> bool:
 
 
 def stopped(out: Path, samples: int, checkpoint: Path | None) -> StoppedOnRequestError:
-    """Return the error that ends a run between two steps, noted in ``out/stopped.json``: launchers lose exit codes."""
+    """Return the error that ends a run between two steps, noted in ``out/stopped.json``."""
     if distributed.rank() == 0:
         note = {"samples": samples, "checkpoint": checkpoint and str(checkpoint)}
-        write_text(out / "stopped.json", json.dumps(note))
+        write_text(out / STOPPED, json.dumps(note))
     where = f"saved in {checkpoint}" if checkpoint else "before the first checkpoint"
     return StoppedOnRequestError(f"stopped on request at {samples} samples, {where}; run again to go on")
 

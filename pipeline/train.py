@@ -114,7 +114,7 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
     telemetry = None
     if rank == 0:
         provenance.note(out, settings, engine.configuration)
-        (out / "stopped.json").unlink(missing_ok=True)
+        (out / stop.STOPPED).unlink(missing_ok=True)
         telemetry = Telemetry(out, out.name, schedule.total, samples, mirrors(settings, out, samples))
         ending.callback(telemetry.close)
     kept, at = schedule.periods.get("keep"), lambda what: watch.at(what, samples)

@@ -21,3 +21,12 @@ class StoppedOnRequestError(PatchmillError):
     """The run was asked to stop and everything is saved: start it again to go on."""
 
     exit_code = 75
+
+
+TOLD = (UserError.exit_code, StoppedOnRequestError.exit_code)
+"""Exit codes that say why: a rank that ends with one knows more than those that only lost it."""
+
+
+def error_of(code: int) -> type[PatchmillError]:
+    """Return the kind of error that a process ended of, by its exit code."""
+    return next((kind for kind in (UserError, StoppedOnRequestError) if kind.exit_code == code), PatchmillError)

@@ -19,7 +19,7 @@ import numpy as np
 # The second word, after the seed:
 #   1, 2 chunks and blocks of the order (shards/order.py)
 #   3, 4 draws and seeds of the sources of a mixture (shards/mixedorder.py)
-# Dropout's generators hash (seed, samples, rank, micro-batch), with no such word (pipeline/train.py).
+# Dropout's generators hash (seed, samples, rank, micro-batch), with no such word (pipeline/microbatch.py).
 
 _MASK = (1 << 64) - 1
 _STEP, _MUL1, _MUL2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB

@@ -34,13 +34,14 @@ def find_checkpoint(source: str | Path, which: str = "latest") -> checkpoint.Che
         found.verify()
         return found
     folder = source / "checkpoints"
-    candidates = checkpoint.whole_checkpoints(folder) if which == "latest" else [checkpoint.pointer(folder, which)]
-    for path in filter(None, candidates):
+    named = None if which == "latest" else checkpoint.pointer(folder, which)
+    candidates = checkpoint.whole_checkpoints(folder) if which == "latest" else [named] if named else []
+    for path in candidates:
         try:
             found = checkpoint.Checkpoint(path)
             found.verify()
         except checkpoint.BrokenCheckpointError as error:
-            print(f"warning: {error} (falling back to the one before)", file=sys.stderr)
+            print(checkpoint.passed_over(error, path != candidates[-1]), file=sys.stderr)
             continue
         return found
     raise UserError(

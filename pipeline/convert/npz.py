@@ -306,16 +306,16 @@ def write(path: Path, source: Source, cast: Callable[[Tensor], Tensor], note: di
             member = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
             with archive.open(member, "w", force_zip64=True) as stream:
                 np.lib.format.write_array(stream, _as_array(cast(tensor(name))), allow_pickle=False)
-        archive.comment = _comment(path, note)
+        archive.comment = _comment(note)
 
 
 def change_note(path: Path, note: dict[str, Any]) -> None:
     """Put another note into a written file: the archive's comment, which no reader of arrays sees."""
     with zipfile.ZipFile(path, "a") as archive:
-        archive.comment = _comment(path, note)
+        archive.comment = _comment(note)
 
 
-def _comment(path: Path, note: dict[str, Any]) -> bytes:
+def _comment(note: dict[str, Any]) -> bytes:
     comment = zlib.compress(json.dumps(note).encode(), 9)
     if len(comment) > zipfile.ZIP_MAX_COMMENT:
         raise UserError(

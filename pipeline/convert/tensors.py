@@ -27,8 +27,8 @@ from pipeline.mapped import Mapped
 from shards.errors import UserError
 
 NOTE = "patchmill"  # the key of our note in the metadata of our own files
-DENSEST = 1100  # bytes that one of a .npz can stand for, somewhat more than deflate can
 EXPORT = "patchmill_export"  # and of those that are for others, and have their names
+DENSEST = 1100  # bytes that one of a .npz can stand for, somewhat more than deflate can
 
 
 @dataclass(frozen=True)

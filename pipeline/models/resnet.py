@@ -142,7 +142,7 @@ class ResNet(nn.Module):
         x = self.features(images)
         return x if features or not self.num_classes else self.head(x[:, :, None, None])
 
-    def features(self, images: Tensor, draws: Tensor | None = None) -> Tensor:
+    def features(self, images: Tensor) -> Tensor:
         """Return what the head sees, [n, embed_dim]: the mean over the image of the last norm's output."""
         return self.norm(self.stages(self.stem(images))).mean((2, 3))
 

@@ -10,7 +10,7 @@ from pipeline.recipe import Expected, Recipe, read_recipe, recipe_names
 from pipeline.report.heldout import is_real
 from pipeline.report.lineage import ancestors
 from pipeline.report.run import TRAINING, Run, Stage
-from pipeline.resume import RULES
+from pipeline.resume import rule_of
 from pipeline.settings import flat
 
 
@@ -59,9 +59,8 @@ def changes(recipe: Recipe, stage: Stage) -> Iterator[str]:
     """Yield the settings of a stage that are not its recipe's, but those that change nothing of what is learned."""
     theirs, ours = flat(recipe.checked.model_dump(mode="json", exclude_none=True)), flat(stage.settings)
     for key in sorted(theirs.keys() | ours.keys()):
-        rule = RULES[max((r for r in RULES if key == r or key.startswith(f"{r}.")), key=len)]
         before, now = theirs.get(key), ours.get(key)
-        if before == now or rule == "free" or key == "seed" or now in recipe.swept.get(key, []):
+        if before == now or rule_of(key) == "free" or key == "seed" or now in recipe.swept.get(key, []):
             continue
         yield f"{key} = {now} (recipe: {before})"
     if "init" in theirs and "init" not in ours:

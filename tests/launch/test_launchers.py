@@ -142,7 +142,7 @@ def test_deepspeed_takes_as_many_slots_as_ranks_and_hands_no_word_to_a_shell_tha
     start = Start(["train", f"/{ODD}", "--json"], str(logs), 4, 2, "node1", 29500)
     deepspeed.write_hostfile(start, hosts)
     assert (logs / "hostfile").read_text() == "node1 slots=3\nnode2 slots=1\n"
-    command = deepspeed.command(start, hosts, remote)
+    command = deepspeed.command(start, remote)
     assert {"--force_multi", f"--launcher={remote}", "--master_addr=node1"} <= set(command)
     words = command[command.index("launch.rank") :]
     # As DeepSpeed's pdsh hands them on: words with a space in double quotes, all of them in one line of shell.
