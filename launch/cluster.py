@@ -119,7 +119,13 @@ def layout(ranks: int, settings: NodeSettings, where: str) -> tuple[int, int]:
     return ranks // each, each
 
 
-CLUSTERS = {"Slurm": JobSettings, "Kubernetes": PodSettings}
+CLUSTERS: dict[str, type[NodeSettings]] = {"Slurm": JobSettings, "Kubernetes": PodSettings}
+
+
+def _profile(settings: type[NodeSettings]) -> type[NodeSettings]:
+    """Return the settings of a whole file: those of all jobs, and tables of kinds and stages."""
+    tables: Any = (dict[str, dict[str, Any]], {})
+    return create_model("Profile", __base__=settings, kind=tables, stage=tables)
 
 
 class Cluster:
@@ -136,14 +142,8 @@ class Cluster:
     def __init__(self, path: str | Path | None = None, of: str = "Slurm"):
         self._path, self._of, self._settings = str(path) if path else "no profile", of, CLUSTERS[of]
         self._table = read_toml(path) if path else {}
-        table = create_model(
-            "Profile",
-            __base__=self._settings,
-            kind=(dict[str, dict[str, Any]], {}),
-            stage=(dict[str, dict[str, Any]], {}),
-        )
         self._refuse_others(self._table, self._path)
-        check(table, self._table, self._path)
+        check(_profile(self._settings), self._table, self._path)
 
     def check_names(self, kinds: list[str], stages: list[str]) -> None:
         """Check that kinds and stages that have settings of their own are there.

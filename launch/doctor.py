@@ -4,6 +4,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from math import gcd
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,11 +61,12 @@ def diagnose(plan: Plan, stages: list[Stage], ranks: list[dict[str, Any]]) -> li
     found = [*software(), *ranks_together(ranks)]
     for stage in stages:
         if isinstance(stage.settings, TrainSettings):
-            found += [each._replace(what=f"{stage.table.name}: {each.what}") for each in _of_stage(stage, ranks)]
+            looked = _of_stage(stage, stage.settings, ranks)
+            found += [each._replace(what=f"{stage.table.name}: {each.what}") for each in looked]
     told = {each.told for each in found}
-    for stage, setting, error in misfits(plan, {stage.table.name for stage in stages}):
+    for name, setting, error in misfits(plan, {stage.table.name for stage in stages}):
         if str(error) not in told:
-            found.append(Finding(f"{stage}: {setting}", "error", str(error)))
+            found.append(Finding(f"{name}: {setting}", "error", str(error)))
     return found
 
 
@@ -78,15 +80,15 @@ def stages_of(plan: Plan, only: str | None) -> list[Stage]:
     return [stage for stage in plan.stages if names is None or stage.table.name in names]
 
 
-def _of_stage(stage: Stage, started: list[dict[str, Any]]) -> Iterator[Finding]:
+def _of_stage(stage: Stage, settings: TrainSettings, started: list[dict[str, Any]]) -> Iterator[Finding]:
     """Look at what a training stage reads, holds and writes."""
-    data, ranks = stage.settings.data, stage.table.ranks
+    waiting, data, ranks = _made_later(stage, settings), settings.data, stage.table.ranks
     hasty = data.model_copy(update={"store": data.store.model_copy(update=HASTE)})
-    settings, room = stage.settings.model_copy(update={"data": hasty}), _least_room(started[:ranks])
+    settings, room = settings.model_copy(update={"data": hasty}), _least_room(started[:ranks])
     if len(started) < ranks:
         told = f"{ranks} in the plan, and {len(started)} were looked at; look again with all, as a step of its job"
         yield Finding("ranks", "warning", told)
-    if waiting := _made_later(stage):
+    if waiting:
         yield Finding("data", "ok", f"{', '.join(waiting)}: to be made by the stages before")
     else:
         read = list(_data(settings, ranks, room))
@@ -95,8 +97,8 @@ def _of_stage(stage: Stage, started: list[dict[str, Any]]) -> Iterator[Finding]:
             yield from _guarded("memory", lambda: _memory(settings, ranks, room))
             yield from _guarded("checkpoints", lambda: _disk(settings, stage.folder))
     yield from _guarded("folder", lambda: _written(stage.folder))
-    if settings.checkpoint.mirror:
-        yield from _guarded("mirror", lambda: _mirrored(settings.checkpoint.mirror))
+    if mirror := settings.checkpoint.mirror:
+        yield from _guarded("mirror", lambda: _mirrored(mirror))
 
 
 def _least_room(ranks: list[dict[str, Any]]) -> Room:
@@ -105,11 +107,10 @@ def _least_room(ranks: list[dict[str, Any]]) -> Room:
     return min(rooms, key=lambda room: room.free / room.ranks)
 
 
-def _made_later(stage: Stage) -> list[str]:
+def _made_later(stage: Stage, settings: TrainSettings) -> list[str]:
     """Return the paths of a stage's settings that stages before it have yet to make."""
-    data, run = stage.settings.data, stage.folder.parents[1]
-    probe = stage.settings.probe
-    urls = [*(source.url for source in data.sources), data.val, stage.settings.init]
+    data, probe, run = settings.data, settings.probe, stage.folder.parents[1]
+    urls = [*(source.url for source in data.sources), data.val, settings.init]
     urls += [probe.train, probe.test] if probe else []
     paths = [Path(url) for url in urls if url]
     return [str(path.relative_to(run)) for path in paths if path.is_relative_to(run) and not path.exists()]
@@ -127,7 +128,7 @@ def _data(settings: TrainSettings, ranks: int, room: Room) -> Iterator[Finding]:
     others = {"held-out data": data.val, "training data of the probe": probe and probe.train}
     for what, url in (others | {"test data of the probe": probe and probe.test}).items():
         if url is not None:
-            yield from _guarded(what, lambda w=what, u=url: _read(w, Dataset.open(u, settings=data.store)))
+            yield from _guarded(what, partial(_opened_and_read, what, url, data.store))
     if is_stream(data.train):
         yield from _guarded("data", lambda: _stream(data))
         return
@@ -136,7 +137,7 @@ def _data(settings: TrainSettings, ranks: int, room: Room) -> Iterator[Finding]:
     except (PatchmillError, OSError) as error:
         yield Finding("data", "error", str(error))
         return
-    read = [each for one in dataset.datasets for each in _guarded("data", lambda one=one: _read("data", one))]
+    read = [each for one in dataset.datasets for each in _guarded("data", partial(_read, "data", one))]
     yield from read
     if all(each.state != "error" for each in read):
         yield from _window(dataset, settings, ranks, room)
@@ -147,6 +148,10 @@ def _stream(data: DataSettings) -> Finding:
         store, tars = find_tars(data.train, data.store)
         return Finding("data", "ok", f"a stream of {len(tars)} tars in {store.url}")
     return Finding("data", "ok", f"a stream, {data.train}")
+
+
+def _opened_and_read(what: str, url: str, store: StoreSettings) -> Finding:
+    return _read(what, Dataset.open(url, settings=store))
 
 
 def _read(what: str, dataset: Dataset) -> Finding:

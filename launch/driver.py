@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from launch.lastwords import LastWords
 from launch.rank import DRIVER, ENDED, STOP, code_of_ranks, die_with_parent
@@ -27,7 +28,8 @@ class Asked:
 
     def __init__(self, then: Callable[[], object] = lambda: None):
         self.signals: set[int] = set()
-        self._then, self._before = then, {}
+        self._then = then
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Asked":
         """Begin."""

@@ -68,10 +68,10 @@ def estimates(
     if model is not None:
         if gpus or gpu:
             raise UserError("--gpus and --gpu are of a training stage; give its settings or a recipe, not --model")
-        over = override({"num_classes": classes} if classes else {}, arguments)
-        if "name" in over:
-            raise UserError(f"name={over['name']} is one model and --model {model} another; give one of them")
-        checked = check(ModelAlone, over, f"--model {model}")
+        given = override({"num_classes": classes} if classes else {}, arguments)
+        if "name" in given:
+            raise UserError(f"name={given['name']} is one model and --model {model} another; give one of them")
+        checked = check(ModelAlone, given, f"--model {model}")
         return [{"name": model, **estimate_model({"name": model} | checked.overrides(), samples)}]
     if not arguments:
         raise UserError("nothing to estimate; give the settings of a stage, a plan, or --model NAME")

@@ -35,7 +35,9 @@ def manifest(plan: Plan, cluster: Cluster, path: Path, runs: Path) -> str:
         UserError: A name is too long for Kubernetes, there is no image, or ranks do not fill nodes.
     """
     cluster.check_names(list(KINDS), [stage.name for stage in plan.table.stage])
-    name, jobs, used = _name(plan.run.name, "the plan"), [], {}
+    name = _name(plan.run.name, "the plan")
+    jobs: list[dict[str, Any]] = []
+    used: dict[str, str] = {}  # names of stages by what Kubernetes calls them
     for stage in plan.stages:
         settings = cluster.job(stage.table.kind, stage.sweep.name if stage.sweep else stage.table.name)
         job = _job(plan, stage, settings, name, path, runs)
@@ -44,7 +46,8 @@ def manifest(plan: Plan, cluster: Cluster, path: Path, runs: Path) -> str:
         if jobs:
             job["dependsOn"] = [{"name": jobs[-1]["name"], "status": "Complete"}]
         jobs.append(job)
-    settings, metadata = cluster.job("", ""), {"name": name}
+    settings = cluster.job("", "")
+    metadata: dict[str, Any] = {"name": name}
     metadata |= {"namespace": settings.namespace} if settings.namespace else {}
     metadata |= {"labels": {"kueue.x-k8s.io/queue-name": settings.queue}} if settings.queue else {}
     table = {

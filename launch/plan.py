@@ -226,7 +226,8 @@ def _in_order(by_name: dict[str, StageTable], sweeps: dict[str, Sweep], path: Pa
         raise UserError(
             f"the stages of {path} wait for each other: {' -> '.join(error.args[1])}; break the circle"
         ) from None
-    ordered, ready = [], []
+    ordered: list[str] = []
+    ready: list[str] = []
     while sorter.is_active():
         ready = sorted([*ready, *sorter.get_ready()], key=list(by_name).index)
         ordered.append(ready.pop(0))
@@ -316,7 +317,7 @@ def _check_ranks(settings: TrainSettings, ranks: int, where: str) -> None:
 def _best(sweep: Sweep, ready: dict[str, Stage], where: str) -> int:
     """Return which of a sweep's stages came out best; before all have ended, the first: what it hands on is checked."""
     stages = [ready[name] for name in sweep.members]
-    if any(stage.settings.data.val is None for stage in stages):
+    if any(isinstance(stage.settings, TrainSettings) and stage.settings.data.val is None for stage in stages):
         raise UserError(f"{where} takes the best of {sweep.name}, which no held-out images tell; set data.val there")
     return sweep.best([result_of(stage.folder, stage.digest) for stage in stages]) or 0
 

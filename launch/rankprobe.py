@@ -5,6 +5,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -91,13 +92,14 @@ def _reduce(device: torch.device) -> float | None:
 
 def _links(device: torch.device, hosts: list[str]) -> list[tuple[int, float]]:
     """Return the speed of exchanges with both neighbours: an all-reduce ends for all ranks together, a pair alone."""
-    found, mine, other = [], *(torch.zeros(EXCHANGED[device.type], device=device) for _ in range(2))
+    mine, other = (torch.zeros(EXCHANGED[device.type], device=device) for _ in range(2))
+    found = []
     for pairs in pairings(hosts):
         dist.barrier()
         for pair in pairs:
             if distributed.rank() in pair:
                 peer = sum(pair) - distributed.rank()
-                seconds = _best(lambda peer=peer: _exchange(mine, other, peer), device, ROUNDS["exchange"])
+                seconds = _best(partial(_exchange, mine, other, peer), device, ROUNDS["exchange"])
                 found.append((peer, mine.nbytes / seconds))
     return found
 

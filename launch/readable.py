@@ -6,10 +6,10 @@ plan has yet to make is left to the stages that read it; but of weights to be ma
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from launch.choice import is_done
 from launch.plan import Plan, Stage
@@ -48,7 +48,7 @@ class Misfit(NamedTuple):
     error: PatchmillError
 
 
-def check_readable(plan: Plan, names: set[str], again: set[str] = frozenset()) -> None:
+def check_readable(plan: Plan, names: Set[str], again: Set[str] = frozenset()) -> None:
     """Check what stages read that is there already; a warning on stderr where a store does not answer.
 
     Args:
@@ -68,7 +68,7 @@ def check_readable(plan: Plan, names: set[str], again: set[str] = frozenset()) -
             print(f"warning: stage {stage}, {setting}, could not be looked at: {error}", file=sys.stderr)
 
 
-def misfits(plan: Plan, names: set[str], again: set[str] = frozenset()) -> Iterator[Misfit]:
+def misfits(plan: Plan, names: Set[str], again: Set[str] = frozenset()) -> Iterator[Misfit]:
     """Yield all that is wrong with what stages read; arguments as of ``check_readable``."""
     look = _Look(plan, again)
     for stage in plan.stages:
@@ -81,8 +81,9 @@ def misfits(plan: Plan, names: set[str], again: set[str] = frozenset()) -> Itera
 class _Look:
     """One look at what stages read: what is the same for many, as the runs of a sweep, is opened once."""
 
-    def __init__(self, plan: Plan, again: set[str]):
-        self._plan, self._opened = plan, {}
+    def __init__(self, plan: Plan, again: Set[str]):
+        self._plan = plan
+        self._opened: dict[tuple, Any] = {}  # what is at a path or URL, or the error that came of it
         self._unmade = {stage.folder: stage for stage in plan.stages if stage.table.name in again or not is_done(stage)}
         self.wrong: list[tuple[str, PatchmillError]] = []
 
@@ -194,7 +195,7 @@ class _Look:
         try:
             if stage is None:
                 source = self._source("", weights)
-                return (cast(int, source.template().num_classes), source.classes) if source else None
+                return (source.template().num_classes, source.classes) if source else None
             if isinstance(stage.settings, ConvertStage) and stage.settings.classes is None:
                 return self._classes_of(stage.settings.source)
             if isinstance(stage.settings, TrainSettings) and stage.settings.kind in OF_CLASSES:

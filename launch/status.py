@@ -19,7 +19,7 @@ from launch.results import result_of
 from launch.run import RUNNER, noted
 from launch.slurm import Queued, cancel, states
 from launch.submission import Job, Record, Submission, check_run, log_of, read_submission
-from launch.sweep import sweep_of
+from launch.sweep import Sweep, sweep_of
 from pipeline.settings import Duration, read_toml
 from pipeline.telemetry import read_metrics
 from shards.atomic import is_held
@@ -101,7 +101,8 @@ def cancel_run(run: Path) -> list[str]:
         PatchmillError: Some do not end.
     """
     check_run(run)
-    submission, cancelled, deadline = read_submission(run), {}, time.monotonic() + GONE
+    submission, deadline = read_submission(run), time.monotonic() + GONE
+    cancelled: dict[str, Queued] = {}
     if submission is None:
         raise UserError(
             f"no job of {run} is known: it was never submitted; stop its `patchmill run` by Ctrl-C or SIGTERM"
@@ -167,7 +168,8 @@ def _queue(submission: Submission) -> dict[str, Queued] | None:
 
 
 def _names(run: Path, submission: Submission | None) -> Iterator[str]:
-    jobs, sweeps = list(submission.jobs) if submission else [], {}
+    jobs = list(submission.jobs) if submission else []
+    sweeps: dict[str, Sweep] = {}
     for stage in read_toml(run / "plan.toml")["stage"]:
         name = stage["name"]
         if "sweep" not in stage:

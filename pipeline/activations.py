@@ -20,7 +20,7 @@ from pipeline.config import TrainSettings
 from pipeline.corruption import corrupted_patches
 from pipeline.engines.blocks import prepare_blocks
 from pipeline.masking import visible_count
-from pipeline.models import create_model, onednn
+from pipeline.models import Model, create_model, onednn
 from pipeline.objectives import create_objective
 
 
@@ -79,7 +79,7 @@ def _forget(parameter: nn.Parameter) -> None:
     parameter.grad = None
 
 
-def _inputs(settings: TrainSettings, built: nn.Module, model: dict[str, Any], n: int) -> tuple[Tensor, ...]:
+def _inputs(settings: TrainSettings, built: Model, model: dict[str, Any], n: int) -> tuple[Tensor, ...]:
     """Return what the objective's ``prepare`` makes of a batch, without values."""
     images = torch.empty(n, 3, built.image_size, built.image_size)
     if settings.kind == "masked_patch":

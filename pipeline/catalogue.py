@@ -6,7 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint import BrokenCheckpointError, Checkpoint, pointer
+from pipeline.checkpoint import Checkpoint, pointer
+from pipeline.checkpointindex import BrokenCheckpointError
 from shards.errors import PatchmillError, UserError
 
 POINTERS = ("latest", "best")

@@ -158,8 +158,8 @@ def prune(folder: Path, keep: int, every: int | None = None, in_use: Path | None
     """
     latest, best = pointer(folder, "latest"), pointer(folder, "best")
     there = whole_checkpoints(folder)
-    names = [each and each.name for each in (latest, best)]
-    gone = superseded([each.name for each in there], *names, keep, every)
+    names = [each.name for each in there]
+    gone = superseded(names, latest.name if latest else None, best.name if best else None, keep, every)
     for old in there:
         # What is newer than the latest was broken: the run went on from the one before.
         newer = latest is not None and old > latest and old != best

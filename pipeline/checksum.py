@@ -1,12 +1,13 @@
 """Checksums of a checkpoint's files: they guard against disks, networks and kills, not against who means to deceive."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from xxhash import xxh3_128
 
-CHECKSUMS = {"xxh3_128": xxh3_128, "sha256": hashlib.sha256}
+CHECKSUMS: dict[str, Callable[[], Any]] = {"xxh3_128": xxh3_128, "sha256": hashlib.sha256}
 """By their names in ``checkpoint.json``; up to format 1 it was SHA-256, which took half of a save's processor time."""
 WRITTEN = "xxh3_128"
 

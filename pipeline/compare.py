@@ -40,7 +40,8 @@ def compare(first: Checkpoint, second: Checkpoint) -> list[dict[str, Any]]:
 
 
 def _values(first: Checkpoint, second: Checkpoint, kind: str, parameter: str, count: int) -> tuple[bool, float | None]:
-    same, largest = True, 0.0
+    same = True
+    largest: float | None = 0.0
     for start in range(0, count, AT_ONCE):
         where = kind, parameter, start, min(AT_ONCE, count - start)
         one, other = first.read(*where), second.read(*where)

@@ -52,6 +52,8 @@ def corruption(
     epochs = positions // (epoch_samples or sys.maxsize)
     prefix = hash_int(_CORRUPTION, seed)
     keys = hash_array(prefix, epochs[:, None], positions[:, None], np.arange(2 * patches))  # [n, 2 N]
+    fate: np.ndarray  # of each patch in its image: below the first of ``ends`` it is masked, and so on
+    ends: tuple[float, ...]
     if exact:
         count = corrupted_patches(patches, share)
         where = np.argsort(keys[:, :patches], axis=1, kind="stable")[:, :count]  # [n, m]

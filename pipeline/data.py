@@ -70,6 +70,7 @@ def open_data(settings: TrainSettings, out: Path, first_batch: int) -> TrainingD
         "quarantine": out / "quarantine.jsonl", "labels": _labels(settings),
     }  # fmt: skip
     data.check_stream()
+    loader: Loader | ProcessLoader | StreamLoader
     if is_stream(data.train):
         schedule = Schedule.of(settings, None, first_batch)
         loader = StreamLoader(

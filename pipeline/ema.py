@@ -1,5 +1,7 @@
 """A moving (Polyak) average of the weights, sharded as the fp32 weights are, which an engine's optimizer steps."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,10 +32,10 @@ class Ema:
             self.averages[master] = master.detach().clone()
 
     @torch.no_grad()
-    def _follow(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+    def _follow(self, optimizer: Any, *_: object) -> None:
         masters = [master for group in optimizer.param_groups for master in group["params"]]
-        if masters:
-            # A tensor, not a number: whether the step was held back is known on the device alone.
+        if masters and self._decay is not None:
+            # A tensor, not a number: whether the step was held back (``found_inf``) is known on the device alone.
             share = ((1 - self._decay) * (1 - optimizer.found_inf)).to(masters[0].device)
             torch._foreach_lerp_([self.averages[master] for master in masters], masters, [share] * len(masters))
 

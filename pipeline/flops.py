@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.corruption import corrupted_patches
@@ -45,7 +46,8 @@ def cost_of(name: str, *, hidden: float = 0.5, **settings: Any) -> Cost:
     """
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model = create_model(name, **settings, seed=None).eval()
-        images, drawn = torch.empty(1, 3, model.image_size, model.image_size), {}
+        images = torch.empty(1, 3, model.image_size, model.image_size)
+        drawn: dict[str, Tensor] = {}
         if settings.get("patch_target") is not None:
             drawn["corruption"] = torch.empty(1, corrupted_patches(model.grid**2, hidden), 2, dtype=torch.int64)
         if settings.get("decoder_depth"):

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
@@ -26,7 +26,7 @@ class Liveness:
     """Signs of life of a rank, given by a thread; made by all ranks together, with ``with`` around what they do.
 
     Args:
-        store: Of the process group; a connection of its own is made to it.
+        store: That of torch of the process group; a connection of its own is made to it.
         rank: Of this process.
         world_size: Number of ranks.
         who: This rank in words.
@@ -35,8 +35,9 @@ class Liveness:
         hang: What is told of a hang of any rank, if there is one.
     """
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, who: str):
-        self._store, self._rank, self._who = dist.PrefixStore("alive", store.clone()), rank, who
+    def __init__(self, store: Any, rank: int, world_size: int, who: str):
+        self._store = dist.PrefixStore("alive", store.clone())
+        self._rank, self._who = rank, who
         self._seen = {other: (b"", 0) for other in range(1, world_size)} if rank == 0 else {}
         self._beats, self._ended, self._reason, self.hang = 0, threading.Event(), "", ""
         self._store.set(f"who/{rank}", who)

@@ -51,6 +51,6 @@ def class_targets(batch: Batch | EvaluationBatch, classes: int, kind: str, devic
     if kind == "softmax":
         total = weights.sum(axis=1, keepdims=True)
         weights = weights / (total + (total == 0))
-    where, weights = (torch.from_numpy(each).to(device) for each in (labels, weights))
+    where, shares = (torch.from_numpy(each).to(device) for each in (labels, weights))
     # Past an image's last label stands -1 with the weight 0.
-    return torch.zeros(len(where), classes, device=device).scatter_add_(1, where.clamp(min=0), weights)
+    return torch.zeros(len(where), classes, device=device).scatter_add_(1, where.clamp(min=0), shares)

@@ -108,7 +108,7 @@ class Mirror:
             self._there = {name: self._store.read(f"{name}/checkpoint.json") for name in whole(self._store)}
         latest = checkpoint.pointer(self._folder, "latest")
         local = [each for each in checkpoint.whole_checkpoints(self._folder) if latest is None or each <= latest]
-        broken = None
+        broken: BrokenCheckpointError | None = None
         for path in local:
             with self._lock:
                 self._busy = path  # from here on it is not deleted
@@ -247,7 +247,7 @@ def _fetch_newer(
             print(f"warning: the best checkpoint is not fetched: {problem}", file=sys.stderr, flush=True)
         else:
             write_text(folder / "best", best + "\n")
-    broken = []
+    broken: list[str] = []
     for name in names:
         if not (problem := problem_of(name)):
             print(f"going on from {url}/{name}", file=sys.stderr, flush=True)

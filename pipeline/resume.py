@@ -56,7 +56,8 @@ def last_checkpoint(settings: TrainSettings, out: Path, watch: Watchdog) -> Chec
     folder, mirror = out / "checkpoints", settings.checkpoint.mirror
     if distributed.rank() == 0:
         put_back(folder)
-    found, fetched, broken = newest(folder), None, []
+    found, fetched = newest(folder), None
+    broken: list[str] = []
     if mirror:
         watch.at(watchdog.MIRRORING, 0)
         fetched, broken = fetch_newer(mirror, folder, found.samples if found else -1, partial(changes, settings))

@@ -101,7 +101,8 @@ def shrink(settings: TrainSettings, ranks: int = 1, weights: dict[str, Any] | No
     resolution = min(settings.data.resolution, patches * _pixels_a_patch(model))
     local = min(settings.global_batch // ranks, BATCH)
     accumulates = settings.accumulation(ranks) > 1 and local % 2 == 0
-    whole, schedule = f"{STEPS} steps", {}
+    whole = f"{STEPS} steps"
+    schedule: dict[str, Any] = {}
     if float(Duration.PATTERN.match(settings.schedule.warmup)[1]):
         schedule["warmup"] = f"{WARMUP} steps"
     if down := len(settings.schedule.milestones):

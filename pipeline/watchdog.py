@@ -71,7 +71,7 @@ class Watchdog:
     def _end(self, what: str, seconds: float, samples: int, of_first: int) -> NoReturn:
         """Write where this rank is, and end it; ``samples`` and ``of_first`` (seconds) are of who saw it first."""
         mine = f"rank {self._rank} on {socket.gethostname()}, process {os.getpid()}: {what} for {seconds:.0f} s"
-        tars = _attempt(self._awaited, []) if what == WAITING else []
+        tars: list[str] = _attempt(self._awaited, []) if what == WAITING else []
         mine += f", of {', '.join(tars[:3])}{f' and {len(tars) - 3} more' if tars[3:] else ''}" if tars else ""
         folder = self._folder / f"hang-samples-{samples:012d}"
         written = _attempt(partial(_write, folder / f"rank-{self._rank:05d}.txt", mine), False)

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.config import TrainSettings
 from pipeline.convert import safetensors
 from pipeline.convert.source import Source
 from pipeline.convert.tensors import NOTE
-from pipeline.models import MODELS, create_model
+from pipeline.models import MODELS, Model, create_model
 from pipeline.models.initial import initial_value
 from pipeline.models.positions import FIXED
+from pipeline.models.vit import VisionTransformer
 from shards.atomic import whole_file
 from shards.errors import UserError
 
@@ -94,7 +95,7 @@ def _in_words_of_settings(where: str | Path) -> Iterator[None]:
         raise UserError(f"{where}: {str(error).replace('image_size', 'data.resolution')}") from None
 
 
-def first_values(template: nn.Module, init: Source | None, settings: TrainSettings) -> Callable[[str, tuple], Tensor]:
+def first_values(template: Model, init: Source | None, settings: TrainSettings) -> Callable[[str, tuple], Tensor]:
     """Return ``value_of(name, shape)``: the first value of each parameter, from converted weights or from scratch.
 
     A new resolution stretches the position embeddings; fine-tuning starts its head at zero. Positions that were fixed
@@ -146,10 +147,10 @@ def check_heads(settings: TrainSettings, init: Source, model: dict[str, Any]) ->
             value_of(name, tuple(parameter.shape))
 
 
-def _fixed_positions(template: nn.Module, init: Source) -> Tensor | None:
+def _fixed_positions(template: Model, init: Source) -> Tensor | None:
     """Return the position embeddings of weights whose positions are fixed, as ones that are learned; else None."""
     kind = init.model.get("position")
-    if kind not in FIXED:
+    if kind not in FIXED or not isinstance(template, VisionTransformer):
         return None
     grid = template.grid * init.model["image_size"] // template.image_size
     return replace(template.positions, kind=kind, grid=grid, registers=0).sincos()

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -63,13 +63,14 @@ class Window:
 
     def clear(self) -> None:
         """Forget the steps: they have their line."""
-        self._losses, self._applied, self._grad_norm = 0.0, 0, None
+        self._losses, self._applied = 0.0, 0
+        self._grad_norm: float | None = None
 
     def state_dict(self) -> dict[str, float | int | None]:
         """Return what a line needs of the settled steps; a run that goes on from a save logs the same lines."""
         return {"losses": self._losses, "applied": self._applied, "grad_norm": self._grad_norm}
 
-    def load_state_dict(self, state: dict[str, float | int | None] | None) -> None:
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Go on from a checkpoint; one from before there were saves between two lines has none."""
         if state is not None:
             self._losses, self._applied, self._grad_norm = state["losses"], state["applied"], state["grad_norm"]
@@ -77,7 +78,8 @@ class Window:
     def open(self) -> None:
         """Begin to measure; steps from here on are on their device."""
         self._steps: list[tuple[int, Step]] = []
-        self._waited, self._passes = 0.0, []
+        self._waited = 0.0
+        self._passes: list[tuple[Mark, Mark]] = []
         self._marks: list[Mark] = [mark()]
         self._before, self._began = self._loader.counts(), time.monotonic()
 
@@ -107,11 +109,8 @@ class Window:
         self.images, self.seconds = self.images + len(taken) * self._settings.global_batch, self.seconds + self._lasted
         for step in taken:
             if step.applied:
-                self._losses, self._applied, self._grad_norm = (
-                    self._losses + step.loss,
-                    self._applied + 1,
-                    step.grad_norm,
-                )
+                self._losses, self._applied = self._losses + step.loss, self._applied + 1
+                self._grad_norm = step.grad_norm
         return taken
 
     def measure(self) -> dict[str, float | int | None]:
@@ -123,9 +122,9 @@ class Window:
         """
         # Under ZeRO 3 a forward pass waits for others, for the weights that they hold.
         passes = [] if self._settings.engine.zero_stage == 3 else self._passes
-        own = self._waited + sum(seconds_between(*each) for each in passes)
+        busy = self._waited + sum(seconds_between(*each) for each in passes)
         ranks, seconds = distributed.world_size(), self._lasted
-        mine = [own, distributed.memory_bytes(), self._waited, *self._loader.counts(), *self._before]
+        mine = [busy, distributed.memory_bytes(), self._waited, *self._loader.counts(), *self._before]
         everyones = distributed.gather_floats(mine)  # [ranks, values]
         own, memory = everyones[:, 0], everyones[:, 1]
         waited, *counts = everyones[:, 2:].sum(axis=0).tolist()

@@ -33,7 +33,7 @@ def square(transform: Transform, data: bytes, name: str, key: Key) -> np.ndarray
     """Decode and transform an image to uint8 [size, size, 3]; raises DecodeError, and UserError if it is not that."""
     image = transform_encoded(transform, data, name, key)
     shape = (transform.size, transform.size, 3)
-    if not isinstance(image, np.ndarray) or (image.dtype, image.shape) != (np.uint8, shape):
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape != shape:
         made = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
         raise UserError(f"the transform made {made} of {name}; let it make uint8 {shape}")
     return image

@@ -351,7 +351,7 @@ class Dataset:
                 break
             with self._lock:
                 self._read_again += len(wrong)
-            self.tars.forget(self.paths[shard])  # type: ignore[union-attr]  # of a local store nothing is wrong
+            self.tars.forget(self.paths[shard])  # of a local store nothing is wrong
             again = ask(list(wrong))
             found |= again
             wrong = {i: data for i, data in again.items() if data != wrong[i] and not rows.is_whole(i, data)}

@@ -5,7 +5,7 @@ import struct
 import warnings
 from typing import NamedTuple
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from shards.orientation import SCAN, jpeg_segments, read_orientation
 
@@ -54,7 +54,7 @@ def read_header(data: bytes) -> Header:
             header = Header((image.format or "").lower(), *image.size, read_orientation(data))
             if header.format == "png":
                 image.verify()
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise BrokenImageError("not a jpg, png or webp image") from error
     except MemoryError:
         raise

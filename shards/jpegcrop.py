@@ -21,7 +21,7 @@ from shards.atomic import whole_file
 from shards.errors import UserError
 
 try:
-    import simplejpeg
+    import simplejpeg as simplejpeg  # for decode.py and encode.py too
 except ImportError:  # Pillow decodes JPEGs then, and there is nothing to check the crop decoder by
     simplejpeg = None
 

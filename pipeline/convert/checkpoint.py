@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline import checkpoint
+from pipeline.checkpointindex import BrokenCheckpointError
 from pipeline.convert.source import ODD, Source
 from shards.errors import UserError
 
@@ -40,7 +41,7 @@ def find_checkpoint(source: str | Path, which: str = "latest") -> checkpoint.Che
         try:
             found = checkpoint.Checkpoint(path)
             found.verify()
-        except checkpoint.BrokenCheckpointError as error:
+        except BrokenCheckpointError as error:
             print(checkpoint.passed_over(error, path != candidates[-1]), file=sys.stderr)
             continue
         return found
@@ -55,7 +56,7 @@ def source(found: checkpoint.Checkpoint, ema: bool) -> Source:
     try:
         return _source(found, ema)
     except ODD as error:
-        raise checkpoint.BrokenCheckpointError(
+        raise BrokenCheckpointError(
             f"{found.path} tells of its model otherwise than Patchmill does ({error!r}); use another checkpoint"
         ) from error
 

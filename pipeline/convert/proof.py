@@ -48,7 +48,7 @@ def compare(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor], dtype: 
     Raises:
         PatchmillError: In float32 they are not the same, or in another dtype they are no numbers any more.
     """
-    found = {"images": IMAGES, "image_size": size, "dtype": dtype}
+    found: dict[str, Any] = {"images": IMAGES, "image_size": size, "dtype": dtype}
     for name, one, other in zip(("logits", "features"), before, after, strict=True):
         found[f"largest_{name}"] = one.abs().max().item()
         found[f"largest_difference_of_{name}"] = (one - other).abs().max().item()

@@ -8,13 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from pipeline.convert import checkpoint, npz, timm, torchvision, transformers
 from pipeline.convert.deepspeed_zero import is_zero, of_zero
 from pipeline.convert.places import at, read
 from pipeline.convert.source import ODD, Source
 from pipeline.convert.tensors import Tensors, of_npz, of_safetensors, of_torch
+from pipeline.models import Model
 from shards.errors import UserError
 
 NAMINGS = (transformers, torchvision, npz, timm)
@@ -71,7 +70,7 @@ def _open(path: Path, which: str, ema: bool, given: dict[str, Any]) -> Source:
     )
 
 
-def load_model(source: str | Path, ema: bool = False) -> tuple[nn.Module, list[str]]:
+def load_model(source: str | Path, ema: bool = False) -> tuple[Model, list[str]]:
     """Return (model on the CPU in evaluation mode, class names) of weights in any format.
 
     With ``ema``, of a checkpoint or folder, the model of the moving average of the weights.

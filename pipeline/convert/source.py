@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.config import ModelSettings
-from pipeline.models import MODELS, create_model
+from pipeline.models import MODELS, Model, create_model
 from pipeline.settings import check, override
 from shards.errors import UserError
 
@@ -42,12 +42,12 @@ class Source:
         """Return every parameter by name, on the meta device: shapes without values."""
         return dict(self.template().named_parameters())
 
-    def template(self) -> nn.Module:
+    def template(self) -> Model:
         """Return the model on the meta device."""
         with torch.device("meta"):
             return create_model(**self.model, seed=None)
 
-    def build(self) -> nn.Module:
+    def build(self) -> Model:
         """Return the model with its values, on the CPU, in float32 and evaluation mode."""
         model = create_model(**self.model, seed=None)
         with torch.no_grad():

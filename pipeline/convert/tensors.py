@@ -52,7 +52,9 @@ class Tensors:
 
 def of_safetensors(files: Iterable[Path], where: Path) -> Tensors:
     """Read a safetensors file, or several that are one model."""
-    found, shapes, note = {}, {}, {}
+    found: dict[str, Path] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    note: dict[str, Any] = {}
 
     def opened(path: Path) -> Any:
         try:

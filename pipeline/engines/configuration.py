@@ -62,9 +62,9 @@ class Asked(dict):
         super().__init__(config)
         self.asked = set[str]()
 
-    def __contains__(self, key: str) -> bool:
+    def __contains__(self, key: object) -> bool:
         """Return whether a key is there."""
-        self.asked.add(key)
+        self.asked.add(str(key))
         return super().__contains__(key)
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -72,7 +72,7 @@ class Asked(dict):
         self.asked.add(key)
         return super().get(key, default)
 
-    def keys(self) -> "Asked":
+    def keys(self) -> Any:
         """Return what DeepSpeed looks for keys in."""
         return self
 

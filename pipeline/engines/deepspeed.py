@@ -24,7 +24,7 @@ from pipeline.optim import create_optimizer, parameter_groups, set_rate
 if distributed.device().type == "cpu":
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns, on stdout, that it found no GPU
 
-import deepspeed
+import deepspeed as deepspeed  # for configuration.py too, which wants it set up as here
 from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 from deepspeed.utils import set_z3_leaf_module
 
@@ -213,7 +213,8 @@ class DeepSpeedEngine:
     def _group_of(self, master: Tensor) -> int:
         return next(i for i, each in enumerate(self.zero.fp32_partitioned_groups_flat) if each is master)
 
-    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def _named(self) -> Iterator[tuple[str, Any]]:
+        """Yield each parameter, which has attributes of DeepSpeed's, after its name."""
         return ((name, parameter) for parameter, name in self.names.items())
 
     def _owned(self) -> Iterator[Fragment]:
@@ -248,6 +249,7 @@ def give_back_what_is_freed() -> None:
 @torch.no_grad()
 def write_first_values(module: nn.Module, value_of: Callable[[str, tuple], Tensor]) -> None:
     """Write every parameter's first value; under ZeRO 3 each rank writes its own partition, so nothing is gathered."""
+    parameter: Any  # with attributes of DeepSpeed's
     for name, parameter in module.named_parameters():
         if not hasattr(parameter, "ds_tensor"):
             parameter.copy_(value_of(name, tuple(parameter.shape)))

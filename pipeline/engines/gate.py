@@ -1,6 +1,7 @@
 """Whether a step is taken: decided on the device, after the last gradient and before anything changes."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class Gate:
                 self._held = self._held | self._guard(self._loss, norm)
         return self._held
 
-    def _tell(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+    def _tell(self, optimizer: Any, *_: object) -> None:
         # DeepSpeed steps one optimizer several times, for one group of parameters each. Where those are in host memory
         # and the answer is on a GPU it is waited for here: torch's copy of it would not be.
         where = [parameter.device for group in optimizer.param_groups for parameter in group["params"]]

@@ -3,12 +3,13 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline import distributed
 from pipeline.evaluate.held_out import mean_over
 from pipeline.images import to_model_input
 from pipeline.losses import class_losses, class_targets
+from pipeline.models import Model
 from shards.augment import Transform
 from shards.dataset import Dataset
 from shards.errors import UserError
@@ -66,7 +67,7 @@ def has_real_labels(dataset: Dataset) -> bool:
     return dataset.build.get("source") == "imagenet" and dataset.build.get("multi_label", False)
 
 
-def check_classes(model: nn.Module, classes: list[str], dataset: Dataset) -> None:
+def check_classes(model: Model, classes: list[str], dataset: Dataset) -> None:
     """Raise a UserError when a model's classes are not those of a data set."""
     check_known_classes(model.num_classes, classes, dataset)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline import distributed
 from pipeline.evaluate.fewshot import check_shots, fewshot_accuracy, least_squares_accuracy
@@ -20,6 +20,7 @@ from pipeline.evaluate.knn import knn_accuracy
 from pipeline.evaluate.linear import linear_accuracy
 from pipeline.evaluate.rowfiles import RowFiles
 from pipeline.images import to_model_input
+from pipeline.models import Model
 from pipeline.prefetch import prefetched
 from pipeline.settings import View
 from shards.augment import TRANSFORMS, Transform
@@ -41,7 +42,7 @@ class Frozen(NamedTuple):
 
 
 def frozen_features_accuracy(
-    model: nn.Module,
+    model: Model,
     train: Dataset,
     test: Dataset,
     shots: Sequence[int],
@@ -77,15 +78,15 @@ def frozen_features_accuracy(
         own = tempfile.TemporaryDirectory(ignore_cleanup_errors=True) if distributed.rank() == 0 else nullcontext()
         folder = Path(distributed.everyone(stack.enter_context(own))[0])
         transform = TRANSFORMS[view](model.image_size)
-        found = [
+        of_train, of_test = (
             Frozen(*extract(model, each, folder / name, transform, with_pixels), truth)
             for each, name, truth in zip((train, test), ("train", "test"), labels, strict=True)
-        ]
-        result = _scores(*found, shots, neighbours) if distributed.rank() == 0 else {}
-        probed = _probed(*found, len(train.classes)) if linear else None
+        )
+        result = _scores(of_train, of_test, shots, neighbours) if distributed.rank() == 0 else {}
+        probed = _probed(of_train, of_test, len(train.classes)) if linear else None
         if result and linear:
             result["features"]["linear"] = probed
-        del found  # over NFS a folder stays as long as a file in it is mapped
+        del of_train, of_test  # over NFS a folder stays as long as a file in it is mapped
         distributed.everyone(None)  # before the files go
     return result
 
@@ -108,13 +109,15 @@ def _scores(train: Frozen, test: Frozen, shots: Sequence[int], neighbours: int |
 def _probed(train: Frozen, test: Frozen, classes: int) -> float:
     """Return the accuracy of logistic regression, of which each rank has every so-many-th image; collective."""
     mine = slice(distributed.rank(), None, distributed.world_size())
-    shares = [torch.from_numpy(np.array(each[mine])) for part in (train, test) for each in (part.features, part.labels)]
-    return linear_accuracy(*shares, classes)
+    x, labels, test_x, test_labels = (
+        torch.from_numpy(np.array(each[mine])) for part in (train, test) for each in (part.features, part.labels)
+    )
+    return linear_accuracy(x, labels, test_x, test_labels, classes)
 
 
 @torch.no_grad()
 def extract(
-    model: nn.Module, dataset: Dataset, folder: Path, transform: Transform, with_pixels: bool
+    model: Model, dataset: Dataset, folder: Path, transform: Transform, with_pixels: bool
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Return features and pixels, as of ``Frozen``, of every image, in files of a folder; collective over all ranks.
 

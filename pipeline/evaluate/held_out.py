@@ -54,8 +54,8 @@ def mean_over(
     Args: As of ``each_batch``, and
         measure: ``measure(*prepare(batch)) -> [n, things]``.
     """
-    sums: Tensor | float = 0.0
+    sums = torch.zeros((), dtype=torch.float64)
     for *inputs, _, valid in each_batch(dataset, transform, batch, threads, prepare):
         sums = sums + measure(*inputs)[valid].double().sum(dim=0).cpu()
-    sums = distributed.sum_over_ranks(sums.tolist())
-    return [each / len(dataset) for each in sums], len(dataset)
+    totals = distributed.sum_over_ranks(sums.tolist())
+    return [each / len(dataset) for each in totals], len(dataset)

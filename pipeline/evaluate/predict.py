@@ -51,11 +51,11 @@ def predict(
         return to_model_input(part.images, device), class_targets(part, len(dataset.classes), "softmax", device)
 
     found = []
-    for images, targets, places, valid in each_batch(dataset, transform, batch, threads, prepare):
+    for images, targets, where, valid in each_batch(dataset, transform, batch, threads, prepare):
         logits = model(images).float()  # [n, K]
         shares, ranked = logits.softmax(dim=1).topk(min(TOP, logits.shape[1]), dim=1)
         losses = class_losses(logits, targets, "softmax")
-        found.append([each[valid].cpu().numpy() for each in (places, ranked, shares, losses)])
+        found.append([each[valid].cpu().numpy() for each in (where, ranked, shares, losses)])
     mine = [np.concatenate(each) for each in zip(*found, strict=True)]
     places, *values = (np.concatenate(each) for each in zip(*distributed.everyone(mine), strict=True))
     order = np.argsort(places)

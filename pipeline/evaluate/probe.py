@@ -64,7 +64,8 @@ class Probe:
         """
         model.eval()
         train, test = (self._extract(model, dataset) for dataset in (self._train, self._test))
-        classes, found = len(self._train.classes), {}
+        classes = len(self._train.classes)
+        found: dict[str, float] = {}
         if self._probe.fewshot:
             found |= {f"probe_{shots}shot": self._few(train, test, shots) for shots in self._probe.shots}
         if self._probe.linear:

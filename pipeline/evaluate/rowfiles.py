@@ -38,7 +38,7 @@ class RowFiles:
         """Write float32 [n, size] at the rows ``first`` to ``first + n - 1`` of a table."""
         file = self._files[name]
         file.seek(first * self._sizes[name] * 4)
-        file.write(np.ascontiguousarray(values, np.float32))
+        file.write(np.ascontiguousarray(values, np.float32).data)
 
     def tables(self) -> dict[str, np.ndarray]:
         """Return the tables, float32 [rows, size], in the files; collective, when all have written."""

@@ -66,7 +66,7 @@ def draw(distances: np.ndarray, grid: int, span: int, images: int) -> "Figure":
     for head in range(distances.shape[1]):
         axis.plot(range(1, len(distances) + 1), distances[:, head], "o", markersize=3)
     axis.axhline(patch_distances(grid, span).mean().item(), color="0.7", linewidth=1, zorder=0)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.locator_params(axis="x", integer=True)
     axis.set_xlabel("block")
     axis.set_ylabel("mean attention distance (pixels)")
     axis.set_ylim(bottom=0)

@@ -68,7 +68,7 @@ def _curves(name: str, members: list[Member], key: str) -> "Figure":
     figure, axis = _panel(name)
     for label, points in curves.items():
         axis.plot(*zip(*sorted(points), strict=True), "o-", markersize=4, linewidth=1.4, label=label)
-    if min(member.changed[key] for member in members) > 0:
+    if min(x for points in curves.values() for x, _ in points) > 0:
         axis.set_xscale("log")
     axis.set_xlabel(key)
     if len(curves) > 1:

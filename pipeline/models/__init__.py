@@ -4,15 +4,17 @@ import inspect
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
-from torch import nn
 
 from pipeline.models import axial, resnet, vit
 from pipeline.models.initial import init_parameters
 from pipeline.settings import nearest
 from shards.errors import UserError
 
+Model = vit.VisionTransformer | resnet.ResNet
+"""What ``create_model`` builds; an Axial-ViT is one of the first kind."""
+
 # name -> (class, its settings): one line a family.
-MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {}
+MODELS: dict[str, tuple[type[Model], dict[str, Any]]] = {}
 MODELS |= {name: (vit.VisionTransformer, settings) for name, settings in vit.SETTINGS.items()}
 MODELS |= {name: (axial.AxialTransformer, settings) for name, settings in axial.SETTINGS.items()}
 MODELS |= {name: (resnet.ResNet, settings) for name, settings in resnet.SETTINGS.items()}
@@ -25,7 +27,7 @@ def model_names() -> list[str]:
     return list(MODELS)
 
 
-def create_model(name: str, *, seed: int | None = 0, **settings: Any) -> nn.Module:
+def create_model(name: str, *, seed: int | None = 0, **settings: Any) -> Model:
     """Build a model by name.
 
     Args:

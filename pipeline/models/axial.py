@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.models.vit import SIZES, Block, VisionTransformer
 
-SETTINGS = {f"axial_vit_b{patch}": {"patch_size": patch, **SIZES["b"]} for patch in (16, 32)}
+SETTINGS: dict[str, dict[str, Any]] = {f"axial_vit_b{patch}": {"patch_size": patch, **SIZES["b"]} for patch in (16, 32)}
 
 
 class AxialBlock(Block):
@@ -26,8 +26,8 @@ class AxialBlock(Block):
         super().__init__(*arguments)
         self.columns = columns
 
-    def forward(self, x: Tensor, draws: Tensor | None = None, shared: None = None) -> Tensor:
-        """Map the patches [n, g*g, D] to the same; ``draws`` are [n, 2], as in ViT."""
+    def forward(self, x: Tensor, draws: Tensor | None = None, shared: Tensor | None = None) -> Tensor:
+        """Map the patches [n, g*g, D] to the same; ``draws`` are [n, 2], as in ViT, and nothing is ``shared``."""
         g = self.positions.grid
         grid = x.unflatten(1, (g, g))  # [n, rows, columns, D]
         lines = (grid.transpose(1, 2) if self.columns else grid).flatten(0, 1)  # [n*g, g, D]

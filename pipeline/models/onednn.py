@@ -64,7 +64,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Under autocast all three are rounded to bfloat16 first, and gradients after, as autocast itself does it.
     """
     if torch.is_autocast_enabled("cpu"):
-        x, weight, bias = (None if each is None else each.to(torch.bfloat16) for each in (x, weight, bias))
+        x, weight = x.to(torch.bfloat16), weight.to(torch.bfloat16)
+        bias = None if bias is None else bias.to(torch.bfloat16)
     return _Linear.apply(x, weight, bias)
 
 

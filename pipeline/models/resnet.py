@@ -10,6 +10,7 @@ Legend of the shape comments: n images, H x W pixels, C channels, K classes.
 
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
@@ -19,7 +20,9 @@ from shards.errors import UserError
 
 DEPTHS = {50: [3, 4, 6, 3], 101: [3, 4, 23, 3], 152: [3, 8, 36, 3], 200: [3, 24, 36, 3]}
 SIZES = [(50, 1), (50, 2), (50, 3), (101, 1), (101, 3), (152, 1), (152, 2), (152, 4), (200, 3)]
-SETTINGS = {f"bit_r{depth}x{wide}": {"units": DEPTHS[depth], "width": 64 * wide} for depth, wide in SIZES}
+SETTINGS: dict[str, dict[str, Any]] = {
+    f"bit_r{depth}x{wide}": {"units": DEPTHS[depth], "width": 64 * wide} for depth, wide in SIZES
+}
 
 GROUPS = 32
 EXPANSION = 4  # a unit gives this many times the channels that it works with inside
@@ -129,7 +132,7 @@ class ResNet(nn.Module):
         )
         self.stages = stages(Unit, units, width)
         self.norm = GroupNormRelu(self.embed_dim)
-        self.head = nn.Identity()
+        self.head: nn.Module = nn.Identity()
         if num_classes:
             fc = Conv2d(self.embed_dim, num_classes, 1, weight=zeros, bias=head_fill(head_bias, num_classes))
             self.head = nn.Sequential(OrderedDict(fc=fc, flatten=nn.Flatten(1)))

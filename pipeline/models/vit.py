@@ -9,7 +9,7 @@ M width of the MLP, K classes, L blocks, R registers. Tokens: the class token if
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -42,7 +42,7 @@ SIZES = {
     "l": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
     "h": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
 }
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     f"vit_{size}{patch}": {"patch_size": patch, **numbers}
     for size, numbers in SIZES.items()
     for patch in (8, 14, 16, 32)
@@ -281,7 +281,10 @@ class VisionTransformer(nn.Module):
                 take += ", or set patch_size to 1 as hybrids such as r50_vit_b16 have it"
             raise UserError(f"image_size {image_size} is not divisible by {by}; take {take}")
         _check_heads("embed_dim", embed_dim, "num_heads", num_heads)
-        choices = [("gelu", gelu, ("tanh", "exact")), ("pooling", pooling, POOLINGS)]
+        choices: list[tuple[str, str, Iterable[str]]] = [
+            ("gelu", gelu, ("tanh", "exact")),
+            ("pooling", pooling, POOLINGS),
+        ]
         choices += [("patch_target", patch_target, PATCH_TARGETS)] if patch_target is not None else []
         for name, value, known in choices:
             if value not in known:
@@ -292,14 +295,14 @@ class VisionTransformer(nn.Module):
 
         if decoder_depth:
             _check_heads("decoder_dim", decoder_dim, "decoder_heads", decoder_heads)
-            for name, value, fits in (
+            for setting, chosen, fits in (
                 ("backbone", backbone, backbone is None),  # sees into the masked patches
                 ("pooling", pooling, pooling != "map"),
                 ("position", position, position != "relative"),  # is of a whole grid
                 ("position_at", position_at, position_at == "stem"),
             ):
                 if not fits:
-                    raise UserError(f"masked autoencoding does not go with {name} {value!r}; leave it out")
+                    raise UserError(f"masked autoencoding does not go with {setting} {chosen!r}; leave it out")
 
         self.image_size, self.patch_size, self.embed_dim = image_size, patch_size, embed_dim
         self.depth, self.num_heads, self.mlp_dim = depth, num_heads, mlp_dim
@@ -416,7 +419,7 @@ class VisionTransformer(nn.Module):
         Arguments as in ``forward``. Under ZeRO-3 only ``forward`` gathers the weights that this needs.
         """
         x = self.tokens(images, draws)  # [n, T - R, D]
-        if self.pooling == "map":
+        if self.attn_pool is not None:
             return self.pre_logits(self.attn_pool(x))
         return self.pre_logits(x.mean(dim=1) if self.pooling == "mean" else x[:, 0])
 
@@ -438,7 +441,7 @@ class VisionTransformer(nn.Module):
         parts = [token for token in (self.cls_token, x, self.reg_token) if token is not None]
         x = torch.cat([token.expand(len(x), -1, -1) for token in parts], dim=1)  # [n, T, D]
         x = x.to(self.norm.weight.dtype)  # autocast leaves the residuals in full precision
-        positions = self.pos_embed  # keys of offsets, or what is added to the tokens
+        positions: Tensor | None = self.pos_embed  # keys of offsets, or what is added to the tokens
         if positions is not None and self.position != "relative":
             positions = self.positions.table(positions)
             x = x + positions

@@ -65,7 +65,7 @@ def _speed(stage: Stage) -> list[str]:
 
     overall = (stage.result or {}).get("images_per_second") or mean("images_per_second")
     memory = max((line["memory_gb"] for line in stage.lines if "memory_gb" in line), default=None)
-    last = next((line for line in reversed(stage.lines) if "skipped" in line), {})
+    last: dict[str, Any] = next((line for line in reversed(stage.lines) if "skipped" in line), {})
     troubles = [f"{last[key]:,} {key}" for key in ("skipped", "retries", "replaced", "quarantined") if last.get(key)]
     return [
         f"{stage.samples:,}{'' if stage.result is not None else ' so far'}", said(overall, "{:,.0f}"),
@@ -78,8 +78,8 @@ def _speed(stage: Stage) -> list[str]:
 
 def _panels(kind: str) -> list[tuple[str, str, int, bool]]:
     if kind == "masked_patch":
-        return [(key, "hidden patches told right (%)" if key == "val_top1" else title, *rest)
-                for key, title, *rest in PANELS]  # fmt: skip
+        title_of = {"val_top1": "hidden patches told right (%)"}
+        return [(key, title_of.get(key, title), factor, from_zero) for key, title, factor, from_zero in PANELS]
     return list(PANELS)
 
 

@@ -92,7 +92,7 @@ def _applying(
             continue
         at = stage if is_of else _measured_on(run, stage, recipe, told, key)
         what = f"{told.metric}: {key}"
-        yield what, (value, value), at and _top1(run, at, what)
+        yield what, (value, value), None if at is None else _top1(run, at, what)
 
 
 def _measured_on(run: Run, stage: Stage, recipe: Recipe, told: Expected, data: str) -> Stage | None:

@@ -56,7 +56,7 @@ class Stage:
         """What a training stage last told of held-out images; None: it has not, or there are none."""
         if self.result is not None:
             return self.result.get("val")
-        found = next((line for line in reversed(self.lines) if "val_loss" in line), {})
+        found: dict[str, Any] = next((line for line in reversed(self.lines) if "val_loss" in line), {})
         return {key.removeprefix("val_"): value for key, value in found.items() if key.startswith("val_")} or None
 
 
@@ -132,7 +132,8 @@ def read_run(folder: str | Path) -> Run:
         return _by_hand(folder)
     text = (folder / "plan.toml").read_text(encoding="utf-8")
     plan = read_toml(folder / "plan.toml")
-    stages, sweeps = {}, {}
+    stages: dict[str, Stage] = {}
+    sweeps: dict[str, list[str]] = {}
     for table in plan["stage"]:
         names = [table["name"]]
         if "sweep" in table:
