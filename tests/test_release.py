@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 
+from shards.ledger import FORMAT as LEDGER_FORMAT
 from shards.manifest import SCHEMA_VERSION
 from shards.order import ORDER_VERSION
 from tests.command import ROOT, environment
@@ -76,7 +77,8 @@ def test_the_newest_notes_tell_the_versions_of_formats():
     from pipeline.checkpointindex import FORMAT_VERSION  # imports torch
 
     newest = (ROOT / "CHANGELOG.md").read_text().split("\n## ")[1]
-    for told in (f"| schema {SCHEMA_VERSION} |", f"| format {FORMAT_VERSION} |", f"| order {ORDER_VERSION} |"):
+    ledger = f"`ledger/` | format {LEDGER_FORMAT} |"
+    for told in (f"| schema {SCHEMA_VERSION} |", f"| format {FORMAT_VERSION} |", f"| order {ORDER_VERSION} |", ledger):
         assert told in newest
 
 
