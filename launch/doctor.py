@@ -5,7 +5,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from math import gcd
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +30,7 @@ from pipeline.weights import resolve_model
 from shards.dataset import Dataset
 from shards.errors import PatchmillError, UserError
 from shards.mixture import Mixture
+from shards.order import read_factor
 from shards.storesettings import StoreSettings
 from shards.tarlist import find_tars
 from shards.tarstream import is_stream
@@ -170,8 +170,8 @@ def _read(what: str, dataset: Dataset) -> Finding:
 def _window(dataset: Dataset | Mixture, settings: TrainSettings, ranks: int, room: Room) -> Iterator[Finding]:
     order = dataset.order(settings.seed, settings.data.window_bytes)
     wanted = 0.0
-    for each, part in zip(dataset.datasets, getattr(order, "orders", [order]), strict=True):
-        readers = ranks // gcd(ranks, part.shuffle.lanes)
+    for each, part in zip(dataset.datasets, order.orders, strict=True):
+        readers = read_factor(ranks, part.shuffle.lanes)
         remote = not each.local.all()
         wanted += window_of_rank(part.shuffle, each.mean_bytes, ranks) if remote and not settings.data.cache else 0
         told = f"each byte of {each.url} is read by {readers} of {ranks} ranks"

@@ -45,9 +45,10 @@ class Sweep:
         Raises:
             UserError: There were no held-out images.
         """
-        if any(result is None for result in results):
+        there = [result for result in results if result is not None]
+        if len(there) < len(results):
             return None
-        scores = [_score(result["result"].get("val")) for result in results]
+        scores = [_score(result["result"].get("val")) for result in there]
         if None in scores:
             raise UserError(f"the stages of sweep {self.name} tell nothing of held-out images; set data.val")
         return max(range(len(scores)), key=scores.__getitem__)
@@ -64,7 +65,8 @@ class Sweep:
             mean = sum(values) / len(values)
             deviation = (sum((each - mean) ** 2 for each in values) / (len(values) - 1)) ** 0.5
             return f"{words} {scale * mean:.2f} ± {scale * deviation:.2f}{unit} over {len(values)} seeds"
-        number = self.best(results)
+        number = self.best([*results])
+        assert number is not None  # all results are there
         best = ", ".join(f"{key}={value}" for key, value in flat(self.changes[number]).items())
         return f"best {best}: {words} {scale * values[number]:.2f}{unit}"
 

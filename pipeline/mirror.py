@@ -43,7 +43,8 @@ class Mirror:
 
     def __init__(self, url: str, folder: Path, keep: int, every: int | None):
         self._store, self._folder, self._keep, self._every = open_mirror(url), folder, keep, every
-        self._there: dict[str, bytes] | None = None  # index of each checkpoint in the store
+        self._there: dict[str, bytes] = {}  # index of each checkpoint in the store, once it was looked at
+        self._looked = False
         self._lock = threading.Lock()
         self._busy: Path | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mirror")
@@ -104,8 +105,9 @@ class Mirror:
                 self._busy = None
 
     def _bring(self) -> None:
-        if self._there is None:
+        if not self._looked:
             self._there = {name: self._store.read(f"{name}/checkpoint.json") for name in whole(self._store)}
+            self._looked = True
         latest = checkpoint.pointer(self._folder, "latest")
         local = [each for each in checkpoint.whole_checkpoints(self._folder) if latest is None or each <= latest]
         broken: BrokenCheckpointError | None = None

@@ -27,13 +27,23 @@ class Duration(str):
 
     def samples(self, epoch: int | None, global_batch: int) -> int:
         """Return the length in samples, given the samples of an epoch, if anybody knows, and of a global batch."""
-        number, unit = self.PATTERN.match(self).groups()
+        number, unit = self._parts()
         if unit == "epoch" and epoch is None:
             raise UserError(
                 f"{self!r}: nobody knows the epoch of a stream; give duration, schedule, checkpoint.every and "
                 "evaluate.every in steps or samples"
             )
-        return round(float(number) * {"epoch": epoch, "step": global_batch, "sample": 1}[unit])
+        return round(number * {"epoch": epoch, "step": global_batch, "sample": 1}[unit])
+
+    def is_nothing(self) -> bool:
+        """Tell whether it is of length 0, in whatever unit."""
+        return self._parts()[0] == 0
+
+    def _parts(self) -> tuple[float, str]:
+        found = self.PATTERN.match(self)
+        if found is None:  # it was not made by ``_checked``
+            raise ValueError(f"{str(self)!r} is no duration")
+        return float(found[1]), found[2]
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
@@ -50,7 +60,7 @@ class Duration(str):
 
 
 def _longer_than_nothing(value: Duration) -> Duration:
-    if float(Duration.PATTERN.match(value)[1]) == 0:
+    if value.is_nothing():
         raise ValueError("must be longer than nothing")
     return value
 

@@ -25,7 +25,7 @@ def check_window(dataset: Dataset | Mixture, data: DataSettings, seed: int) -> N
     here = len(distributed.ranks_here())
     if not data.cache:
         order = dataset.order(seed, data.window_bytes)
-        for each, part in zip(dataset.datasets, getattr(order, "orders", [order]), strict=True):
+        for each, part in zip(dataset.datasets, order.orders, strict=True):
             if not each.local.all():
                 wanted += here * window_of_rank(part.shuffle, each.mean_bytes, ranks)
     if wanted > (free := free_memory()):

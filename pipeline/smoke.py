@@ -21,7 +21,7 @@ from pipeline.datasettings import DataSettings
 from pipeline.models import MODELS, create_model
 from pipeline.models.hybrid import downsampling
 from pipeline.recipe import PLACES, About
-from pipeline.settings import Duration, check, merge
+from pipeline.settings import check, merge
 from pipeline.train import train
 from pipeline.weights import check_model, write_weights
 from shards.build import build
@@ -103,7 +103,7 @@ def shrink(settings: TrainSettings, ranks: int = 1, weights: dict[str, Any] | No
     accumulates = settings.accumulation(ranks) > 1 and local % 2 == 0
     whole = f"{STEPS} steps"
     schedule: dict[str, Any] = {}
-    if float(Duration.PATTERN.match(settings.schedule.warmup)[1]):
+    if not settings.schedule.warmup.is_nothing():
         schedule["warmup"] = f"{WARMUP} steps"
     if down := len(settings.schedule.milestones):
         places = (WARMUP + (STEPS - WARMUP) * (n + 1) / (down + 1) for n in range(down))

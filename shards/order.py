@@ -141,6 +141,11 @@ class Order:
         self._row_of = np.full(shuffle.lanes, -1, dtype=np.int64)
         self._blocks_a_lane = 2 + (self._short + 1) // shuffle.block
 
+    @property
+    def orders(self) -> list["Order"]:
+        """The orders of all sources, as of a mixture: this one."""
+        return [self]
+
     def identity(self, data: str | list[str]) -> dict:
         """Return what a resumed run must agree on; ``data`` is the digest of data set and drop list."""
         return {

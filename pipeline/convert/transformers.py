@@ -133,6 +133,7 @@ def refusal(made: nn.Module) -> str | None:
 def write(folder: Path, source: Source, cast: Callable[[Tensor], Tensor], note: dict[str, Any]) -> None:
     """Write the files of a folder: weights, config.json, preprocessor_config.json."""
     made = source.template()
+    assert isinstance(made, VisionTransformer)  # of others ``refusal`` says something
     like, tensor = write_places(source, _places(source, "vit." if made.num_classes else ""))
     like = {name: cast(value) for name, value in like.items()}
     metadata = {"format": "pt", EXPORT: json.dumps(note)}

@@ -39,6 +39,7 @@ def _check_here(settings: TrainSettings, groups: list[list[int]], zero: dict[str
     memory, disk = here * sum(held.host.values()), dict[str, int]()
     for kind, size in held.disk.items():
         where = engine.offload_parameters if kind == "weights" else engine.offload_optimizer
+        assert where is not None  # a folder: else nothing of it is on disk
         disk[where] = disk.get(where, 0) + here * size
     for where in disk:
         check_nvme(where)

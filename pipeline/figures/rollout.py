@@ -43,6 +43,7 @@ def rollout(model: VisionTransformer, images: Tensor) -> Tensor:
         rolled = Rollout()
         with watched(model, rolled.see):
             model(image)
+        assert rolled.product is not None  # the model has a block
         patches = slice(first, first + model.grid**2)
         seen = rolled.product[:, :1] if first else rolled.product[:, patches]  # [1, 1 or N, T]
         found.append(seen.mean(dim=1)[:, patches])

@@ -5,6 +5,8 @@ such as those of ``layers.py``, which fills the memory it is given.
 """
 
 import hashlib
+from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +28,9 @@ def initial_value(model: nn.Module, name: str, shape: tuple[int, ...], seed: int
         ValueError: the name is not one of this model's.
     """
     path, _, kind = name.rpartition(".")
-    try:
+    owner: Any = None  # a module, which has ``begin``
+    with suppress(AttributeError):
         owner = model.get_submodule(path)
-    except AttributeError:
-        owner = None
     if owner is None or kind not in owner._parameters:
         raise ValueError(f"no such parameter in a {type(model).__name__}: {name}")
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()

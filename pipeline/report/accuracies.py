@@ -33,16 +33,16 @@ def accuracies(run: Run) -> list[Row]:
         rows += [replace(row, what=row.what + where) for row in _closed_form(stage)]
     for stage in [*run.of("supervised"), *run.of("finetune")]:
         if stage.val is not None and "top1" in stage.val:
-            rows.append(_trained(run, stage))
+            rows.append(_trained(run, stage, stage.val["top1"]))
     for stage in run.finished("evaluate"):
-        how = f"{stage.result['images']} images, each once; top-5 {100 * stage.result['top5']:.1f} %"
-        how += f"; {stage.result['labels']} labels" if "labels" in stage.result else ""
-        rows.append(Row(f"{stage.name} (evaluate)", stage.result["top1"], how))
+        how = f"{stage.told['images']} images, each once; top-5 {100 * stage.told['top5']:.1f} %"
+        how += f"; {stage.told['labels']} labels" if "labels" in stage.told else ""
+        rows.append(Row(f"{stage.name} (evaluate)", stage.told["top1"], how))
     return _seeds_together(run, rows)
 
 
 def _chance(stage: Stage, where: str) -> Row:
-    classes = stage.result["classes"]
+    classes = stage.told["classes"]
     return Row(f"chance{where}", 1 / max(len(classes), 1), f"a guess among {len(classes)} classes")
 
 
@@ -69,7 +69,7 @@ def _most_frequent(run: Run, several: bool) -> list[Row]:
 
 
 def _closed_form(stage: Stage) -> list[Row]:
-    features, pixels = stage.result["features"], stage.result.get("pixels")  # which a large set has not
+    features, pixels = stage.told["features"], stage.told.get("pixels")  # which a large set has not
     rows = []
     if pixels:
         rows.append(Row("raw pixels, least squares", pixels["all"], "closed form, every training image"))
@@ -84,7 +84,7 @@ def _closed_form(stage: Stage) -> list[Row]:
     return rows
 
 
-def _trained(run: Run, stage: Stage) -> Row:
+def _trained(run: Run, stage: Stage, top1: float) -> Row:
     so_far = "" if stage.result is not None else " so far"
     how = f"{stage.settings['data']['resolution']} px, {stage.samples:,} images seen{so_far}"
     init = stage.settings.get("init")
@@ -94,13 +94,13 @@ def _trained(run: Run, stage: Stage) -> Row:
         how += f", after {seen:,} in pre-training" if seen else f", from {init}"
     else:
         how += ", from scratch"
-    return Row(f"{stage.name} ({stage.kind})", stage.val["top1"], how, main=pretrained)
+    return Row(f"{stage.name} ({stage.kind})", top1, how, main=pretrained)
 
 
 def _samples_behind(run: Run, init: str) -> int | None:
     """Return how many samples the weights of a path have seen, if that is told: by the run, or else by them."""
     if stage := run.at(init):
-        return (stage.result or {}).get("samples") or stage.samples or None
+        return stage.told.get("samples") or stage.samples or None
     try:
         return open_source(init).note.get("samples")
     except UserError:

@@ -63,7 +63,7 @@ def _speed(stage: Stage) -> list[str]:
     def said(value: float | None, form: str) -> str:
         return "–" if value is None else form.format(value)
 
-    overall = (stage.result or {}).get("images_per_second") or mean("images_per_second")
+    overall = stage.told.get("images_per_second") or mean("images_per_second")
     memory = max((line["memory_gb"] for line in stage.lines if "memory_gb" in line), default=None)
     last: dict[str, Any] = next((line for line in reversed(stage.lines) if "skipped" in line), {})
     troubles = [f"{last[key]:,} {key}" for key in ("skipped", "retries", "replaced", "quarantined") if last.get(key)]

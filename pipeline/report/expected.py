@@ -128,6 +128,6 @@ def _measured(run: Run, stage: Stage, real: bool) -> float | None:
         return stage.val["top1"]
     for each in run.finished("evaluate") if real else []:
         trained = next((above for above in ancestors(run, each) if above.kind in TRAINING), None)
-        if trained is stage and each.result.get("labels") == REAL:
-            return each.result["top1"]
+        if trained is stage and each.told.get("labels") == REAL:
+            return each.told["top1"]
     return None

@@ -52,14 +52,14 @@ def lineage(run: Run) -> str:
 
 def _told(stage: Stage) -> str:
     if stage.kind == "convert":
-        path = Path(stage.result["weights"]).name
-        facts = f"{path}, {stage.result['parameters']:,} parameters"
+        path = Path(stage.told["weights"]).name
+        facts = f"{path}, {stage.told['parameters']:,} parameters"
     elif stage.kind in TRAINING:
         facts = _checkpoint(stage)
     elif stage.kind == "evaluate":
-        facts = f"top-1 {100 * stage.result['top1']:.1f} %"
+        facts = f"top-1 {100 * stage.told['top1']:.1f} %"
     else:
-        facts = f"least squares on its features: top-1 {100 * stage.result['features']['all']:.1f} %"
+        facts = f"least squares on its features: top-1 {100 * stage.told['features']['all']:.1f} %"
     return f"<b>{escape(stage.name)}</b> ({stage.kind}): {facts}"
 
 

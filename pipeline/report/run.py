@@ -47,6 +47,11 @@ class Stage:
         return read_metrics(self.folder / "metrics.jsonl")
 
     @property
+    def told(self) -> dict[str, Any]:
+        """What the command of a finished stage told in the end."""
+        return self.result or {}
+
+    @property
     def samples(self) -> int:
         """What a training stage has seen."""
         return self.lines[-1]["samples"] if self.lines else 0

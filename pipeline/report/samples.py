@@ -33,6 +33,7 @@ def samples(stage: Stage) -> str:
     evaluated = stage.settings["evaluate"]
     model, classes = load_model(stage.folder, evaluated["ema"])
     dataset, transform = held_out(stage), TRANSFORMS[evaluated["view"]](model.image_size)
+    assert dataset is not None  # ``tuned`` takes no stage without
     figures = []
     for index in np.linspace(0, len(dataset) - 1, min(SAMPLES, len(dataset))).astype(int):
         sample = dataset[int(index)]
