@@ -9,12 +9,15 @@ STREAM_BYTES = 8 << 20  # a request of a sequential remote read: past the size w
 
 def remote_file(size: int, read_range: Callable[[int, int], bytes]) -> io.BufferedReader:
     """Return an object of ``size`` bytes to read and seek in; ``read_range`` takes start and length."""
-    return io.BufferedReader(_RemoteFile(size, read_range), STREAM_BYTES)
+    return io.BufferedReader(range_file(size, read_range), STREAM_BYTES)
 
 
-class _RemoteFile(io.RawIOBase):
-    """Each read is one range request, hence the buffer."""
+def range_file(size: int, read_range: Callable[[int, int], bytes]) -> io.RawIOBase:
+    """Return the same without a buffer: each read is one of ``read_range``."""
+    return _RangeFile(size, read_range)
 
+
+class _RangeFile(io.RawIOBase):
     def __init__(self, size: int, read_range: Callable[[int, int], bytes]):
         self._size, self._read_range = size, read_range
         self._at = 0

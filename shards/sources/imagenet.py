@@ -13,6 +13,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from shutil import copyfileobj
 from typing import BinaryIO, cast
@@ -21,6 +22,7 @@ import pyarrow as pa
 
 from shards.errors import UserError
 from shards.objects import MissingError
+from shards.remotefile import range_file
 from shards.sources import Item, Source, clean_key, place
 from shards.sources.unpack import harmless, look, unpack
 from shards.store import Store, open_store
@@ -244,38 +246,11 @@ class _ClassTar:
         return self.length
 
     def stream(self, _: str) -> BinaryIO:
-        window = _Window(self)
+        window = range_file(self.length, partial(self.read_range, ""))
         return cast(BinaryIO, window if self.store.local else io.BufferedReader(window, PIECE))
 
     def read_range(self, _: str, start: int, length: int) -> bytes:
         return self.store.read_range(self.path, self.start + start, length)
-
-
-class _Window(io.RawIOBase):
-    """A class tar as a file of its own."""
-
-    def __init__(self, tar: _ClassTar):
-        self._tar, self._at = tar, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._tar.length}[whence]
-        return self._at
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        length = max(0, min(len(buffer), self._tar.length - self._at))
-        if length:
-            buffer[:length] = self._tar.read_range("", self._at, length)
-            self._at += length
-        return length
 
 
 def is_validation(store: Store, name: str) -> bool:

@@ -32,11 +32,6 @@ class Fault:
     outcome: str = ""
     seconds: float = 0.0
 
-    @property
-    def is_kill(self) -> bool:
-        """Whether it ends processes of the run."""
-        return self.kind in KILLS
-
 
 def schedule(seed: int, faults: int, lengths: dict[str, int]) -> list[Fault]:
     """Return faults in the order in which they come.
