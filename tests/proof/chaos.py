@@ -59,7 +59,9 @@ class Chaos:
             fault.outcome = "came too late"
             return
         if fault.kind in COUNTS:
-            self._spoil(fault)
+            if not self._spoil(fault):
+                fault.outcome = "nothing was read any more"
+                return
         elif fault.kind == "server killed":
             self._kill_server(fault)
         elif fault.kind == DISK:
@@ -75,11 +77,14 @@ class Chaos:
         fault.seconds = time.monotonic() - began
         fault.outcome = "went on"
 
-    def _spoil(self, fault: Fault) -> None:
+    def _spoil(self, fault: Fault) -> int:
+        """Spoil some answers; return how many there were before the stage ended."""
         before, count = self._storage.spoiled, COUNTS[fault.kind]
         self._storage.spoil(fault.kind, count)
         wait_for(lambda: self._storage.spoiled >= before + count or self._ended(fault.stage), NEXT, "so many reads")
-        fault.detail = f"{self._storage.spoiled - before} answers"
+        spoiled = self._storage.spoiled - before
+        fault.detail = f"{spoiled} answers"
+        return spoiled
 
     def _kill_server(self, fault: Fault) -> None:
         self._storage.kill()

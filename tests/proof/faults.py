@@ -37,7 +37,7 @@ def schedule(seed: int, faults: int, lengths: dict[str, int]) -> list[Fault]:
     """Return faults in the order in which they come.
 
     Three of eight are kills, of each kind about as many; of 16 faults one is a change of ranks; one is a full disk; the
-    rest is storage.
+    rest is storage. Each stage gets about as many: it trains on while one is done, and so many may outlast it.
 
     Args:
         seed: Of all that is drawn.
@@ -47,10 +47,12 @@ def schedule(seed: int, faults: int, lengths: dict[str, int]) -> list[Fault]:
     draw = random.Random(seed)
     kills, changes = max(3, round(faults * 0.38)), max(1, faults // 16)
     kinds = _each(draw, KILLS, kills) + _each(draw, STORAGE, faults - kills - changes - 1)
-    where = draw.choices(list(lengths), list(lengths.values()), k=len(kinds))
-    found = [Fault(stage, _moment(draw, lengths[stage]), kind) for stage, kind in zip(where, kinds, strict=True)]
-    found += [Fault(CHANGING, _moment(draw, lengths[CHANGING]), RANKS) for _ in range(changes)]
-    found += [Fault(STEADY, _moment(draw, lengths[STEADY]), DISK)]
+    pairs = [(CHANGING, RANKS)] * changes + [(STEADY, DISK)]
+    where = _each(draw, tuple(lengths), faults)
+    for stage, _ in pairs:
+        where.remove(stage)
+    pairs += zip(where, kinds, strict=True)
+    found = [Fault(stage, _moment(draw, lengths[stage]), kind) for stage, kind in pairs]
     return sorted(found, key=lambda fault: (list(lengths).index(fault.stage), fault.samples))
 
 
@@ -58,8 +60,8 @@ def _moment(draw: random.Random, length: int) -> int:
     return round(draw.uniform(0.05, 0.5) * length)  # later, and the stage may have ended when it comes
 
 
-def _each(draw: random.Random, kinds: tuple[str, ...], count: int) -> list[str]:
-    """Return so many kinds, each about as often; which come once more is drawn, and so is the order."""
-    found = [*kinds * (count // len(kinds)), *draw.sample(kinds, count % len(kinds))]
+def _each(draw: random.Random, some: tuple[str, ...], count: int) -> list[str]:
+    """Return so many of some, each about as often; which come once more is drawn, and so is the order."""
+    found = [*some * (count // len(some)), *draw.sample(some, count % len(some))]
     draw.shuffle(found)
     return found
