@@ -15,6 +15,8 @@ from PIL import Image
 from safetensors.torch import save as safetensors
 
 from pipeline import checkpoint, distributed
+from pipeline.convert import transformers
+from pipeline.convert.source import Source
 from pipeline.convert.tensors import NOTE
 from pipeline.models import create_model
 from shards import manifest
@@ -32,7 +34,8 @@ def main() -> None:
     """Write all seeds."""
     for target, seeds in {
         "tar": tars(), "image": images(), "manifest": manifests(), "npz": npz(), "safetensors": weights(),
-        "torch": torchs(), "checkpoint": checkpoints(), "plan": plans(), "settings": settings(),
+        "torch": torchs(), "checkpoint": checkpoints(), "plan": plans(), "settings": settings(), "zero": zeros(),
+        "transformers": transformers_folders(),
     }.items():  # fmt: skip
         folder = CORPUS / target
         folder.mkdir(parents=True, exist_ok=True)
@@ -166,6 +169,65 @@ def torchs() -> dict[str, bytes]:
         torch.save({"state_dict": values, "epoch": 3, "arch": "x"}, file, _use_new_zipfile_serialization=new)
         found[name] = file.getvalue()
     return found
+
+
+def zeros() -> dict[str, bytes]:
+    """Return what DeepSpeed saves of two ranks, of all stages: with a frozen parameter, a shared one and a buffer."""
+    return {f"stage-{stage}": pack(zero(stage)) for stage in (0, 1, 2, 3)}
+
+
+def zero(stage: int, ranks: int = 2) -> dict[str, bytes]:
+    """Return the files of one ZeRO checkpoint; ``tests/pipeline/convert`` has DeepSpeed's own beside such."""
+    whole = tiny()
+    frozen, shared, buffer = "pos_embed", {"norm.bias": "blocks.0.norm1.bias"}, "blocks.0.norm2.bias"
+    trained = {name: value for name, value in whole.items() if name not in (frozen, buffer, *shared)}
+    groups = [{n: v for n, v in trained.items() if (v.dim() > 1) == wide} for wide in (True, False)]
+    files = {"latest": b"step"}
+
+    def part(value: torch.Tensor, rank: int) -> torch.Tensor:
+        size = -(-value.numel() // ranks)
+        return torch.nn.functional.pad(value.flatten(), (0, size * ranks - value.numel())).split(size)[rank].clone()
+
+    def add(name: str, table: dict) -> None:
+        file = io.BytesIO()
+        torch.save(table, file)
+        files[f"step/{name}.pt"] = file.getvalue()
+
+    for rank in range(ranks):
+        half = {name: value.bfloat16() for name, value in whole.items()}
+        model = {"module": half, "buffer_names": [buffer], "shared_params": shared}
+        model["param_shapes"] = [{name: value.shape for name, value in group.items()} for group in groups]
+        state = {"zero_stage": stage, "partition_count": ranks if stage == 3 else [ranks, ranks]}
+        if stage == 3:
+            state["fp32_flat_groups"] = [torch.cat([part(v, rank) for v in group.values()]) for group in groups]
+            model["module"] = {name: value if name == buffer else value[:0].clone() for name, value in half.items()}
+            model["frozen_param_shapes"] = {frozen: whole[frozen].shape}
+            model["frozen_param_fragments"] = {frozen: part(half[frozen], rank)}
+        else:
+            flats = [torch.cat([value.flatten() for value in group.values()]) for group in groups]
+            state["single_partition_of_fp32_groups"] = [part(flat, rank) for flat in flats]
+            state |= {"param_alignment_paddings": [[0] * len(group) for group in groups]} if stage == 1 else {}
+        if stage == 3 or rank == 0:
+            add(f"zero_pp_rank_{rank}_mp_rank_00_model_states" if stage == 3 else "mp_rank_00_model_states", model)
+        if stage:
+            add(f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states", {"optimizer_state_dict": state})
+    return files
+
+
+def transformers_folders() -> dict[str, bytes]:
+    """Return folders of a tiny ViT: one of transformers with one file of weights, and one of timm with two."""
+    with tempfile.TemporaryDirectory() as folder:
+        values = tiny()
+        made = Source("x", MODEL, values.__getitem__, ["a", "b"])
+        transformers.write(Path(folder), made, torch.Tensor.half, {"model": MODEL})
+        one = {name: (Path(folder) / name).read_bytes() for name in (transformers.CONFIG, transformers.WEIGHTS)}
+    config = {"architecture": "x", "num_classes": 2, "global_pool": "token", "pretrained_cfg": {"input_size": [3, 8, 8]}}
+    names = sorted(values)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    index = {"metadata": {}, "weight_map": {name: file for file, those in parts.items() for name in those}}
+    two = {"config.json": json.dumps(config).encode(), "model.safetensors.index.json": json.dumps(index).encode()}
+    two |= {file: safetensors({name: values[name].half() for name in those}) for file, those in parts.items()}
+    return {"transformers": pack(one), "timm": pack(two)}
 
 
 def checkpoints() -> dict[str, bytes]:

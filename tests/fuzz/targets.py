@@ -9,6 +9,7 @@ CORPUS = Path(__file__).parent / "corpus"
 MODULES = {
     "tests.fuzz.targets_shards": ("tar", "image", "manifest"),
     "tests.fuzz.targets_pipeline": ("npz", "safetensors", "torch", "checkpoint", "plan", "settings"),
+    "tests.fuzz.targets_folders": ("zero", "transformers"),
 }
 
 

@@ -74,7 +74,7 @@ def _change_safetensors(data: bytes, rng: Random) -> bytes:
     (length,) = struct.unpack_from("<Q", data)
     header = json.loads(data[8 : 8 + length])
     note = header.get("__metadata__", {})
-    key = next((each for each in note if rng.random() < 0.5), None)
+    key = next((each for each in note if note[each][:1] == "{" and rng.random() < 0.5), None)
     if key:
         note[key] = json.dumps(damaged_tree(json.loads(note[key]), rng))
     else:
