@@ -117,7 +117,9 @@ def _optimizer(path: Path) -> _Optimizer:
             stage,
             _count(max(count) if isinstance(count, list) else count),
             flat,
-            None if paddings is None else [[_count(each) for each in _be(list, group)] for group in _be(list, paddings)],
+            None
+            if paddings is None
+            else [[_count(each) for each in _be(list, group)] for group in _be(list, paddings)],
         )
 
 

@@ -5,6 +5,7 @@ Run as ``python -m tests.fuzz.seeds``.
 
 import io
 import json
+import shutil
 import tarfile
 import tempfile
 from pathlib import Path
@@ -25,6 +26,7 @@ from tests.fuzz.targets import CORPUS
 from tests.fuzz.targets_shards import pack
 from tests.pipeline.convert import official
 from tests.shards.datasets import Made, write_dataset
+from tests.shards.stage import Stage
 
 MODEL = {"name": "vit_ti16", "image_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 1, "num_heads": 3}
 MODEL |= {"num_classes": 2, "mlp_dim": 12}
@@ -35,7 +37,7 @@ def main() -> None:
     for target, seeds in {
         "tar": tars(), "image": images(), "manifest": manifests(), "npz": npz(), "safetensors": weights(),
         "torch": torchs(), "checkpoint": checkpoints(), "plan": plans(), "settings": settings(), "zero": zeros(),
-        "transformers": transformers_folders(),
+        "transformers": transformers_folders(), "profile": profiles(), "run": runs(), "ledger": ledgers(),
     }.items():  # fmt: skip
         folder = CORPUS / target
         folder.mkdir(parents=True, exist_ok=True)
@@ -221,7 +223,12 @@ def transformers_folders() -> dict[str, bytes]:
         made = Source("x", MODEL, values.__getitem__, ["a", "b"])
         transformers.write(Path(folder), made, torch.Tensor.half, {"model": MODEL})
         one = {name: (Path(folder) / name).read_bytes() for name in (transformers.CONFIG, transformers.WEIGHTS)}
-    config = {"architecture": "x", "num_classes": 2, "global_pool": "token", "pretrained_cfg": {"input_size": [3, 8, 8]}}
+    config = {
+        "architecture": "x",
+        "num_classes": 2,
+        "global_pool": "token",
+        "pretrained_cfg": {"input_size": [3, 8, 8]},
+    }
     names = sorted(values)
     parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
     index = {"metadata": {}, "weight_map": {name: file for file, those in parts.items() for name in those}}
@@ -357,6 +364,96 @@ train = [{ url = "a", weight = 3 }, { url = "b", weight = 1, exclude = "v1" }]
 name = "vit_ti16"
 """,
     }
+
+
+def profiles() -> dict[str, bytes]:
+    """Return profiles of clusters; the first line says of which."""
+    return {
+        "slurm.toml": b"""# jobs
+partition = "gpu"
+time = "04:00:00"
+gpus_per_node = 4
+memory = "64G"
+sbatch = ["--exclusive"]
+env = { A = "b" }
+[kind.shards]
+partition = "cpu"
+gpus_per_node = 0
+[stage.one]
+time = "1-00:00:00"
+srun = ["--container-image=x"]
+""",
+        "pods.toml": b"""# pods
+image = "there/patchmill:1"
+gpus_per_node = 4
+volumes = { "/data" = "claim" }
+secrets = ["keys"]
+namespace = "x"
+node_selector = { "a/b" = "c" }
+[kind.shards]
+gpus_per_node = 0
+""",
+    }
+
+
+def runs() -> dict[str, bytes]:
+    """Return a run with a finished stage, one under way and a sweep: by hand, and submitted."""
+    plan = """name = "x"
+[[stage]]
+name = "one"
+kind = "supervised"
+set = { duration = "1 epoch", global_batch = 4 }
+[[stage]]
+name = "two"
+kind = "shards"
+[[stage]]
+name = "rates"
+kind = "finetune"
+sweep = { "optim.lr" = [0.1, 0.2] }
+"""
+    line = {"step": 3, "samples": 12, "epoch": 0.5, "images_per_second": 9.5, "loss": 0.7, "lr": 0.1}
+    result = {"digest": "d", "kind": "finetune", "seconds": 3.5, "result": {"val": {"top1": 0.5, "loss": 0.6}}}
+    files = {
+        "plan.toml": plan.encode(),
+        "stages/one/resolved.toml": b'duration = "2 epochs"\nglobal_batch = 4\nkind = "supervised"\n',
+        "stages/one/metrics.jsonl": "".join(
+            json.dumps(each) + "\n" for each in (line, {"samples": 12, "val_top1": 0.5}, line)
+        ).encode(),
+        "stages/one/state.json": b'{"state": "stopped", "reason": "asked"}',
+        "stages/one/logs/rank-0.log": b"{}",
+        "stages/rates-0/result.json": json.dumps(result).encode(),
+        "stages/rates-1/result.json": json.dumps(result).encode(),
+    }
+    job = {"id": "3", "stage": "one", "needs": [], "digest": "d", "settings": {}}
+    jobs = {"one": job, "two": job | {"id": "4", "stage": "two", "needs": ["one"]}, "two.1": job | {"slice": "1/2"}}
+    submission = {"plan": "p", "name": "x", "smoke": False, "known": {}, "recipes": {"own.toml": "0"}, "jobs": jobs}
+    record = {"state": "running", "tries": 2, "job": "3", "barren": 0, "at": 12, "nodes": "n1", "reason": None}
+    slurm = {
+        "slurm/submission.json": json.dumps(submission).encode(),
+        "slurm/one.json": json.dumps(record).encode(),
+        "slurm/two.begun": b"1 0",
+    }
+    return {"by-hand": pack(files), "submitted": pack(files | slurm)}
+
+
+def ledgers() -> dict[str, bytes]:
+    """Return a stage with two starts on two ranks, and its data set."""
+    with tempfile.TemporaryDirectory() as folder:
+        image = encode("RGB", (4, 4), "PNG")
+        data, stage = Path(folder) / "data", Path(folder) / "stage"
+        write_dataset(data, ["one", "two"], [[Made(f"{s}{i}", image, (i % 2,)) for i in range(6)] for s in range(2)])
+        write_exclude(data, "v1", [(0, 2, "why")])
+        made = Stage(stage, data)
+        made.start(2, 3, {2}, batch=4)
+        made.kill()
+        made.start(2, 2, batch=4)
+        made.end()
+        note = {"position": 99, "key": "10", "data": "x", "source": 0, "shard": 1, "index": 0, "offset": 0}
+        (stage / "quarantine.jsonl").write_text(json.dumps(note | {"reason": "why"}) + "\n")
+        for old in sorted(stage.glob("checkpoints/samples-*"))[:-1]:
+            shutil.rmtree(old)
+        paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        return {"one": pack({str(path.relative_to(folder)): path.read_bytes() for path in paths})}
 
 
 if __name__ == "__main__":

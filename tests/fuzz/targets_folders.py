@@ -1,26 +1,21 @@
-"""What reads folders: DeepSpeed's ZeRO checkpoints, transformers' models, runs."""
+"""What reads folders: DeepSpeed's ZeRO checkpoints, transformers' models, runs and their ledgers."""
 
 import io
 import json
 import os
+from contextlib import redirect_stdout
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from launch.status import print_status
-from pipeline.catalogue import facts, find, newest
-from pipeline.checkpoint import Checkpoint
-from pipeline.compare import compare, summary
 from pipeline.convert.recognise import open_source
 from pipeline.report.run import read_run
 from shards.audit import audit
 from shards.errors import PatchmillError
-from shards.ledger import read_frame
-from shards.lineage import find_stand, lineage
-from shards.quarantine import read_quarantine
+from shards.ledger import _HEAD, _frame
 from tests.fuzz.mutate import damaged, damaged_tree
 from tests.fuzz.target import Target
 from tests.fuzz.targets_pipeline import _change_archive, _change_safetensors, _change_toml
@@ -122,7 +117,96 @@ def _change_transformers(data: bytes, rng: Random) -> bytes:
     return pack(files)
 
 
+# ---- runs
+
+
+def _read_run(data: bytes, folder: Path) -> None:
+    """Look at a run as ``patchmill status`` and ``report`` do; nobody knows the queue."""
+    _lay(data, folder)
+    os.environ["PATH"] = "/nowhere"
+    errors = []
+    for look in (_by_status, _by_report):
+        try:
+            with redirect_stdout(io.StringIO()):
+                look(folder)
+        except PatchmillError as error:  # the others have a look nevertheless
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+def _by_status(folder: Path) -> None:
+    print_status(folder)
+
+
+def _by_report(folder: Path) -> None:
+    for stage in read_run(folder).stages.values():
+        assert isinstance(stage.settings, dict)
+        assert stage.samples >= 0 or stage.val
+
+
+def _change_run(data: bytes, rng: Random) -> bytes:
+    """Change what stands in a file of a run, or its bytes; or remove it."""
+    files = unpacked(data)
+    name = rng.choice(list(files))
+    if rng.random() < 0.1:
+        del files[name]
+    elif name.endswith(".toml"):
+        files[name] = _change_toml(files[name], rng)
+    elif rng.random() < 0.3 or not name.endswith((".json", ".jsonl")):
+        files[name] = damaged(files[name], rng)
+    else:
+        lines = [json.loads(line) for line in files[name].splitlines()]
+        at = rng.randrange(len(lines))
+        lines[at] = damaged_tree(lines[at], rng)
+        files[name] = "\n".join(map(json.dumps, lines)).encode()
+    return pack(files)
+
+
+# ---- ledgers
+
+
+def _read_ledger(data: bytes, folder: Path) -> None:
+    """Audit a training stage whose data set lies beside it."""
+    _lay(data, folder)
+    audit(folder / "stage", [str(folder / "data")], workers=1)
+
+
+def _change_ledger(data: bytes, rng: Random) -> bytes:
+    """Change a ledger, nearly always with checksums that fit; or the quarantine list, or a checkpoint."""
+    files = unpacked(data)
+    name = rng.choice([each for each in files if not each.startswith("data/")])
+    if not name.endswith(".ledger"):
+        lines = files[name].splitlines() if rng.random() < 0.8 else []
+        told = [json.dumps(damaged_tree(json.loads(line), rng)).encode() for line in lines if line.startswith(b"{")]
+        files[name] = b"\n".join(told) or damaged(files[name], rng)
+    elif rng.random() < 0.2:
+        files[name] = damaged(files[name], rng)
+    else:
+        frames, at = [], 0
+        while at < len(files[name]):
+            _, _, size, *fields = _HEAD.unpack_from(files[name], at)
+            frames.append((tuple(fields), files[name][at + _HEAD.size : at + _HEAD.size + size]))
+            at += _HEAD.size + size
+        at = rng.randrange(len(frames))
+        fields, content = frames[at]
+        if at == 0:
+            content = json.dumps(damaged_tree(json.loads(content), rng)).encode()
+        elif rng.random() < 0.3:
+            content = damaged(content, rng)
+        else:
+            place = rng.randrange(len(fields))
+            number = rng.choice([0, 1, fields[place] + 1, 2**16 + 1, 2**31 - 1, 2**32 - 1, 2**40])
+            number = number if place == 0 else number & (2**32 - 1)
+            fields = (*fields[:place], number, *fields[place + 1 :])
+        frames[at] = fields, content
+        files[name] = b"".join(_frame(*each) for each in frames)
+    return pack(files)
+
+
 TARGETS = {
     "zero": Target(_read_model, _change_zero, 200),
     "transformers": Target(_read_model, _change_transformers, 200),
+    "run": Target(_read_run, _change_run, 200),
+    "ledger": Target(_read_ledger, _change_ledger, 100),
 }
