@@ -167,6 +167,7 @@ def of_zero(folder: Path) -> Tensors:
         raise UserError(
             f"{folder} has {len(optimizers)} files of {state.ranks} ranks; find the others, or use another checkpoint"
         )
+    _check_ranks(optimizers)
     for file in optimizers[1:]:
         _check_same(file, optimizer_of(file), optimizers[0], state)
     if state.stage <= 2:
@@ -176,6 +177,7 @@ def of_zero(folder: Path) -> Tensors:
     else:
         if len(models) != state.ranks:
             raise UserError(f"{folder} has {len(models)} model files of {state.ranks} ranks; find the others")
+        _check_ranks(models)
         readers = _parts(optimizer_of, optimizers, first.groups)
         readers |= _frozen_parts(model_of, models, first.frozen)
         groups = [*first.groups, first.frozen]
@@ -202,7 +204,7 @@ def _check_same(file: Path, has: _Optimizer, other: Path, wanted: _Optimizer) ->
         *([("lengths", *([each.numel() for each in of.flat] for of in (has, wanted)))] if wanted.stage == 3 else []),
     ):
         if one != two:
-            raise UserError(f"{file} is not of the checkpoint of {other}: its {what} is {one}, and there {two}")
+            raise UserError(f"{file} is not of the checkpoint of {other}: {what} {one}, and there {two}")
 
 
 def _by_rank(folder: Path, what: str) -> list[Path]:
@@ -212,12 +214,18 @@ def _by_rank(folder: Path, what: str) -> list[Path]:
         raise UserError(
             f"{folder} was made with tensor parallelism, which no model here has; merge it with its own tools"
         )
-    found = sorted((int(match[1] or 0), path) for match, path in files)
-    for rank, (number, path) in enumerate(found):
-        if number != rank:
+    return [path for _, path in sorted((int(match[1] or 0), path) for match, path in files)]
+
+
+def _check_ranks(files: list[Path]) -> None:
+    """Raise a UserError unless there is one file of each rank."""
+    for rank, path in enumerate(files):
+        found = re.search(r"zero_pp_rank_(\d+)_", path.name)
+        if (number := int(found[1]) if found else 0) != rank:
             wrong = f"no file of rank {rank}" if number > rank else f"two files of rank {number}"
-            raise UserError(f"{folder} has {wrong} beside {path.name}; give the files of one checkpoint, all of them")
-    return [path for _, path in found]
+            raise UserError(
+                f"{path.parent} has {wrong} beside {path.name}; give the files of one checkpoint, all of them"
+            )
 
 
 def _whole(folder: Path, mapped: Mapped, file: Path, shapes: dict[str, tuple], shared: dict[str, str]) -> Tensors:
