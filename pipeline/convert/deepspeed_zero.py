@@ -49,9 +49,9 @@ def is_zero(folder: Path) -> Path | None:
         return folder
     try:
         named = folder / (folder / "latest").read_text().strip()
-    except (OSError, UnicodeDecodeError):
+        return named if list(named.glob("*_model_states.pt")) else None
+    except (OSError, ValueError):  # it is not there, or damaged
         return None
-    return named if list(named.glob("*_model_states.pt")) else None
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _optimizer(path: Path) -> _Optimizer:
         paddings = state.get("param_alignment_paddings")  # of newer versions
         return _Optimizer(
             stage,
-            _count(max(count) if isinstance(count, list) else count),
+            max(map(_count, count)) if isinstance(count, list) else _count(count),
             flat,
             None
             if paddings is None
@@ -248,12 +248,13 @@ def _stretches(
     readers: dict[str, Reader] = {}
     for g, group in enumerate(groups):
         sizes = [mapped(file).flat[g].numel() for file in files]
-        offset = 0
+        offset = end = 0
         for p, (name, shape) in enumerate(group.items()):
             readers[name] = _stretch(mapped, files, g, sizes, offset, math.prod(shape))
-            offset += math.prod(shape) + (paddings[g][p] if paddings is not None else 0)
+            end = offset + math.prod(shape)
+            offset = end + (paddings[g][p] if paddings is not None else 0)
         align = 2 * len(files)  # the vector is padded up to this
-        if -(-offset // align) != -(-sum(sizes) // align):
+        if end > sum(sizes) or -(-offset // align) != -(-sum(sizes) // align):
             raise UserError(
                 f"{folder} has {sum(sizes)} values for parameters of {offset}: its files are not of one checkpoint"
             )

@@ -5,12 +5,15 @@ Run as ``python -m tests.fuzz.seeds``.
 
 import io
 import json
+import pickle
 import shutil
 import tarfile
 import tempfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from safetensors.torch import save as safetensors
@@ -38,6 +41,7 @@ def main() -> None:
         "tar": tars(), "image": images(), "manifest": manifests(), "npz": npz(), "safetensors": weights(),
         "torch": torchs(), "checkpoint": checkpoints(), "plan": plans(), "settings": settings(), "zero": zeros(),
         "transformers": transformers_folders(), "profile": profiles(), "run": runs(), "ledger": ledgers(),
+        "source": sources(),
     }.items():  # fmt: skip
         folder = CORPUS / target
         folder.mkdir(parents=True, exist_ok=True)
@@ -454,6 +458,28 @@ def ledgers() -> dict[str, bytes]:
             shutil.rmtree(old)
         paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
         return {"one": pack({str(path.relative_to(folder)): path.read_bytes() for path in paths})}
+
+
+def sources() -> dict[str, bytes]:
+    """Return tables of all forms, a file as the hub has them, and CIFAR-100 of one image a part."""
+    csv = 'path,label,weight,id\na.png,x,0.5,1\n"b,c.png",y,1,2\n'
+    rows = [
+        {"image": "a.png", "label": {"x": 0.5, "y": 1}, "key": "a"},
+        {"image": "http://a/b.png?c", "label": ["x"], "key": 3},
+    ]
+    image = {"bytes": encode("RGB", (4, 4), "PNG"), "path": None}
+    hub = pa.table({"image": [image, image], "label": [0, 1]})
+    note = json.dumps({"info": {"features": {"label": {"names": ["a", "b"], "_type": "ClassLabel"}}}})
+    file = io.BytesIO()
+    pq.write_table(hub.replace_schema_metadata({"huggingface": note}), file)
+    part = pickle.dumps({"fine_labels": [1], "data": np.zeros((1, 3072), np.uint8)}, protocol=2)
+    meta = pickle.dumps({"fine_label_names": ["a", "b"]}, protocol=2)
+    return {
+        "csv": pack({"table.csv": csv.encode()}),
+        "jsonl": pack({"table.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode()}),
+        "parquet": pack({"hub.parquet": file.getvalue()}),
+        "cifar": pack({"meta": meta, "train": part, "test": part}),
+    }
 
 
 if __name__ == "__main__":
