@@ -298,7 +298,7 @@ def _check_head(head: dict) -> None:
         raise ValueError(f"its counts are {counts}")
     if not (after is None or is_segment(after)) or not isinstance(run["order"], dict):
         raise ValueError("its head tells no run")
-    kinds = str, (str, type(None)), (int, str, type(None))
+    kinds: list[tuple[type, ...]] = [(str,), (str, type(None)), (int, str, type(None))]
     for each, kind in zip(lists, kinds, strict=True):
         if len(each) != len(lists[0]) or not all(isinstance(value, kind) for value in each):
             raise ValueError("its head tells no data sets")
