@@ -110,8 +110,8 @@ def _optimizer(path: Path) -> _Optimizer:
         stage, count = _count(state["zero_stage"]), state["partition_count"]
         key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
         flat = [_plain(key, each) for each in _be(list, state[key])]
-        if wrong := next((each for each in flat if each.dim() != 1), None):
-            raise ValueError(f"a vector in {key} has the shape {list(wrong.shape)}")
+        if wrong := [list(each.shape) for each in flat if each.dim() != 1]:
+            raise ValueError(f"a vector in {key} has the shape {wrong[0]}")
         paddings = state.get("param_alignment_paddings")  # of newer versions
         return _Optimizer(
             stage,
