@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,10 +65,26 @@ def status_of(run: Path) -> list[Status]:
     """Return how the stages of a run are, in the order of the plan's file.
 
     Raises:
-        UserError: The folder is no run's.
+        UserError: The folder is no run's, or a file in it is damaged.
     """
     check_run(run)
     submission = read_submission(run)
+    with _reading(run):
+        return _statuses(run, submission)
+
+
+@contextmanager
+def _reading(run: Path) -> Iterator[None]:
+    """Turn what comes of files that say something else than Patchmill wrote into an error for the user."""
+    try:
+        yield
+    except (LookupError, ValueError, TypeError, AttributeError, OverflowError, OSError) as error:
+        raise UserError(
+            f"{run} cannot be read as a run ({error!r}): one of its files was changed, or is damaged"
+        ) from error
+
+
+def _statuses(run: Path, submission: Submission | None) -> list[Status]:
     queue = _queue(submission) if submission else None
     names = list(_names(run, submission))
     found: dict[str, Status] = {}
@@ -87,7 +104,9 @@ def print_status(run: Path, watch: bool = False) -> None:
             shown = stages
             if watch and console.is_terminal:
                 console.clear()
-            console.print(_table(run, stages))
+            with _reading(run):
+                table = _table(run, stages)
+            console.print(table)
         if not watch or idle == 2:
             return
         time.sleep(SECONDS)

@@ -56,8 +56,8 @@ def facts(path: Path) -> dict[str, Any]:
     except PatchmillError as error:  # broken, or of a newer Patchmill
         return told | {"problem": str(error)}
     state = found.state
-    settings = state.get("settings", {})
-    engine, loader = settings.get("engine", {}), state.get("loader", {})
+    settings = _table(state, "settings")
+    engine, loader = _table(settings, "engine"), _table(state, "loader")
     problem, counts = None, {}
     try:
         found.verify_sizes()
@@ -69,7 +69,7 @@ def facts(path: Path) -> dict[str, Any]:
         "global_batch": settings.get("global_batch"), "world_size": found.world_size, "engine": engine.get("kind"),
         "zero_stage": engine.get("zero_stage"), "precision": engine.get("precision"),
         "bytes": sum(file["bytes"] for file in found.files), "parameters": sum(map(math.prod, found.shapes.values())),
-        "model": state.get("model", {}).get("name"), "digest": digest(found.files), "data": loader.get("data"),
+        "model": _table(state, "model").get("name"), "digest": digest(found.files), "data": loader.get("data"),
         "versions": state.get("versions"), "commit": state.get("commit"), "val": state.get("val"),
         "best": state.get("best"), "probe": state.get("probe"), "format_version": found.format_version,
     }  # fmt: skip
@@ -80,6 +80,12 @@ def facts(path: Path) -> dict[str, Any]:
         told["kinds"] = kinds
     found.close()
     return told
+
+
+def _table(table: dict[str, Any], key: str) -> dict[str, Any]:
+    """Return a table inside a table; an empty one where something else stands."""
+    found = table.get(key)
+    return found if isinstance(found, dict) else {}
 
 
 def digest(files: list[dict[str, Any]]) -> str:

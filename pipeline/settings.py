@@ -6,7 +6,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
@@ -207,9 +207,13 @@ def _toml_value(value: Any) -> str:
 
 
 def _table_of(kind: type[BaseModel], path: list) -> type[BaseModel]:
+    named = False  # the next part is no setting, but the name of one of several tables
     for part in path:
-        if isinstance(part, str):  # a number is a place in a list of tables
-            kind = next(_tables_in(kind.model_fields[part].annotation))
+        if isinstance(part, str) and not named:  # a number is a place in a list of tables
+            annotation = kind.model_fields[part].annotation
+            kind, named = next(_tables_in(annotation)), get_origin(annotation) is dict
+        else:
+            named = False
     return kind
 
 

@@ -111,12 +111,15 @@ def _folded(text: list[str], width: int) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics file; a last line that a kill cut short is left out."""
-    lines = []
+    """Return the lines of a metrics file; one that a kill cut short, or a disk damaged, ends them."""
+    lines: list[dict[str, Any]] = []
     if path.exists():
-        for text in path.read_text(encoding="utf-8").splitlines():
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                lines.append(json.loads(text))
-            except ValueError:
+                line = json.loads(text)
+            except (ValueError, RecursionError):
                 break
+            if not isinstance(line, dict) or type(line.get("samples")) is not int:
+                break
+            lines.append(line)
     return lines

@@ -70,7 +70,7 @@ def audit(stage: str | Path, data: Sequence[str] = (), workers: int | None = Non
 
     Raises:
         UserError: There is no checkpoint with a ledger, its data sets are not to be had, or this Patchmill has another
-            order than the run's.
+            order than the run's; or the ledger tells what cannot be.
     """
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers}: must be at least 1")
@@ -80,6 +80,12 @@ def audit(stage: str | Path, data: Sequence[str] = (), workers: int | None = Non
     segments, problems = lineage(folder / "ledger", stand)
     if not segments:
         raise UserError(f"no ledger in {folder} for {stand.checkpoint.name}: {'; '.join(problems)}")
+    reach = max((int(file.last.max()) for each in segments for file in each.files if len(file.last)), default=0)
+    if stand.samples > 2 * reach + _LEAST_SPAN:
+        raise UserError(
+            f"{stand.checkpoint} stands at {stand.samples:,} samples, and {folder / 'ledger'} tells of {reach:,}: most "
+            "of it is missing, or one of them is damaged"
+        )
     run = _run(segments[-1].head["run"], data)
     listed = {place_of(entry): entry["position"] for entry in read_quarantine(folder / "quarantine.jsonl")}
     found = _audit(run, segments, stand.samples, listed, workers, progress)

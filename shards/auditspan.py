@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -208,7 +209,15 @@ def expected(run: Run) -> Expected:
     Raises:
         UserError: A data set is another one, or this Patchmill has another order.
     """
-    order = json.loads(run.order)
+    try:
+        return _expected(run, json.loads(run.order))
+    except (LookupError, ValueError, TypeError, AttributeError, OverflowError, ZeroDivisionError) as error:
+        raise UserError(f"the ledger tells no order that a run could follow ({error!r}); it is damaged") from error
+
+
+def _expected(run: Run, order: dict[str, Any]) -> Expected:
+    if type(order["seed"]) is not int:
+        raise TypeError(f"its seed is {order['seed']!r}")
     if order["order_version"] != ORDER_VERSION:
         raise UserError(
             f"the run followed version {order['order_version']} of the order, this Patchmill has {ORDER_VERSION}; "

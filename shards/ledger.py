@@ -15,6 +15,7 @@ segment tells where it begins and which one delivered what was before. What came
 
 import json
 import os
+import re
 import struct
 import threading
 import zlib
@@ -37,6 +38,8 @@ from shards.store import absolute
 
 FORMAT = 1
 FRAME_ROWS = 1 << 16  # kept in memory until then or until a checkpoint: what a kill loses is in no weights
+MOST_RANKS = 1 << 16  # that a file is believed to be one of
+DENSEST = 1 << 15  # bytes that one of a frame can stand for: a block of zstd, 128 KiB, takes 4 at least
 _MAGIC = b"PMLG"
 _HEAD = struct.Struct("<4sIIqIIII")  # magic, CRC-32 of the rest and what follows, bytes that follow; then as in Frame
 _CHECKED = 8  # where in a head begins what the CRC is of
@@ -272,17 +275,38 @@ class RankFile:
                 end = os.fstat(file.fileno()).st_size
                 _, data = _read(file, 0, end)
                 self.head = json.loads(data)
+                if self.head["format"] > FORMAT:
+                    raise BrokenLedgerError(f"{path} is of a newer Patchmill (format {self.head['format']})")
+                _check_head(self.head)
                 self.end = _HEAD.size + len(data)
                 while (fields := _head(file, self.end, end)) is not None:
                     size, first, _, rows, *_ = fields
                     found.append((first, first + (rows - 1) * self.head["world_size"], self.end))
                     self.end += _HEAD.size + size
                 self.torn = self.end < end
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            self.first, self.last, self.offset = np.array(found, dtype=np.int64).reshape(-1, 3).T
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise BrokenLedgerError(f"{path} cannot be read: {error}") from error
-        if self.head["format"] > FORMAT:
-            raise BrokenLedgerError(f"{path} is of a newer Patchmill (format {self.head['format']})")
-        self.first, self.last, self.offset = np.array(found, dtype=np.int64).reshape(-1, 3).T
+
+
+def _check_head(head: dict) -> None:
+    """Raise a ValueError, KeyError or TypeError where a head says something else than ``Ledger`` writes."""
+    run, after = head["run"], head["after"]
+    counts = [head["begins"], head["rank"], head["world_size"]]
+    lists = [run["data"], run["exclude"], run.get("subset", run["exclude"])]
+    if not all(type(each) is int and each >= 0 for each in counts) or not 0 < head["world_size"] <= MOST_RANKS:
+        raise ValueError(f"its counts are {counts}")
+    if not (after is None or is_segment(after)) or not isinstance(run["order"], dict):
+        raise ValueError("its head tells no run")
+    kinds: list[tuple[type, ...]] = [(str,), (str, type(None)), (int, str, type(None))]
+    for each, kind in zip(lists, kinds, strict=True):
+        if len(each) != len(lists[0]) or not all(isinstance(value, kind) for value in each):
+            raise ValueError("its head tells no data sets")
+
+
+def is_segment(name: object) -> bool:
+    """Tell whether this is a name that a segment has: a number, and behind a point another."""
+    return isinstance(name, str) and re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,12})?", name) is not None
 
 
 def read_frame(path: Path, offset: int) -> Frame:
@@ -322,7 +346,11 @@ def _unpack(fields: tuple[int, ...], data: bytes) -> Frame:
     types: tuple[np.dtype, ...] = np.dtype(_code_type(near)), np.dtype("u1"), np.dtype("<i8"), np.dtype("<i4")
     counts = rows, rows, near, 3 * replaced
     ends = np.cumsum([0, *(count * type.itemsize for count, type in zip(counts, types, strict=True))]).tolist()
+    if ends[-1] > DENSEST * len(data):  # before there is memory for it
+        raise ValueError(f"{len(data)} bytes for columns of {ends[-1]}")
     data = pa.decompress(data, decompressed_size=ends[-1], codec="zstd", asbytes=True)
     code, inside, table, marks = map(np.frombuffer, [data] * 4, types, counts, ends[:-1])
+    if len(code) and code.max() >= near:
+        raise ValueError(f"a sample is near the {code.max()}th place of {near}")
     place = table[code] << _NEAR | inside
     return Frame(first, step, place >> 32, place & 0xFFFFFFFF, marks.reshape(-1, 3))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shards.errors import UserError
-from shards.ledger import BrokenLedgerError, RankFile, rank_path
+from shards.ledger import BrokenLedgerError, RankFile, is_segment, rank_path
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,15 @@ def find_stand(stage: Path) -> Stand:
         whole = sorted(path.parent for path in checkpoints.glob("samples-*/checkpoint.json"))
         if not whole:
             raise UserError(f"{stage} has no checkpoint; give the folder of a training stage, or a checkpoint in it")
-        named = checkpoints / latest.read_text().strip() if latest.is_file() else None
+        named = checkpoints / latest.read_text(errors="replace").strip() if latest.is_file() else None
         checkpoint = named if named in whole else whole[-1]
     try:
         loader = json.loads((checkpoint / "checkpoint.json").read_text())["state"]["loader"]
-        return Stand(checkpoint, loader["samples"], loader["ledger"])
-    except (OSError, ValueError, KeyError, TypeError):
+        samples, segment = loader["samples"], loader["ledger"]
+        if type(samples) is not int or samples < 0 or not (segment is None or is_segment(segment)):
+            raise ValueError(f"{samples!r} in {segment!r}")
+        return Stand(checkpoint, samples, segment)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{checkpoint} tells no segment of a ledger; it was written without one") from None
 
 

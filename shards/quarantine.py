@@ -20,6 +20,7 @@ Place = tuple[int, int, int]
 """Number of the data set in a mixture, shard in that, raw index in the shard: dropped samples count."""
 
 _FIELDS = {"position", "key", "data", "source", "shard", "index", "offset", "reason"}  # that are needed
+_NUMBERS = ("position", "source", "shard", "index")
 
 
 class Quarantine:
@@ -111,6 +112,8 @@ def read_quarantine(path: str | os.PathLike) -> list[dict]:
     for entry in entries:
         if missing := _FIELDS - entry.keys():
             raise UserError(f"{path} has an entry without {min(missing)}: {entry}; it is no quarantine list of a run")
+        if not all(type(entry[each]) is int and abs(entry[each]) < 2**63 for each in _NUMBERS):
+            raise UserError(f"{path} has an entry without numbers: {entry}; it is no quarantine list of a run")
     return entries
 
 

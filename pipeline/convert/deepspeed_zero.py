@@ -9,13 +9,16 @@ Source: deepspeed/utils/zero_to_fp32.py.
 import math
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.convert.tensors import Tensors, load_torch
+from pipeline.convert.source import ODD
+from pipeline.convert.tensors import Tensors, is_plain, load_torch
 from pipeline.mapped import Mapped
 from shards.errors import UserError
 
@@ -46,50 +49,142 @@ def is_zero(folder: Path) -> Path | None:
         return folder
     try:
         named = folder / (folder / "latest").read_text().strip()
-    except (OSError, UnicodeDecodeError):
+        return named if list(named.glob("*_model_states.pt")) else None
+    except (OSError, ValueError):  # it is not there, or damaged
         return None
-    return named if list(named.glob("*_model_states.pt")) else None
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What a file of ``model_states`` holds, as far as it is asked for."""
+
+    module: dict[str, Tensor]
+    groups: list[dict[str, tuple[int, ...]]]  # of parameters: a table of names and shapes each
+    shared: dict[str, str]  # the name that a parameter with two is kept under
+    buffers: list[str]
+    frozen: dict[str, tuple[int, ...]]
+    fragments: dict[str, Tensor]  # this rank's parts of the frozen ones
+
+
+@dataclass(frozen=True)
+class _Optimizer:
+    """What a file of ``optim_states`` holds, as far as it is asked for."""
+
+    stage: int
+    ranks: int
+    flat: list[Tensor]  # [values] each
+    paddings: list[list[int]] | None  # behind each parameter of each group
+
+
+@contextmanager
+def _of(path: Path) -> Iterator[None]:
+    """Tell of which file it is that it is laid out in another way."""
+    try:
+        yield
+    except ODD as error:
+        raise UserError(
+            f"{path} is not laid out as DeepSpeed does ({error!r}); find the file that save_checkpoint wrote, or use "
+            "another checkpoint"
+        ) from error
+
+
+def _model(path: Path) -> _Model:
+    with _of(path):
+        told = _be(dict, load_torch(path, HARMLESS))
+        module, fragments = (_be(dict, told.get(key)) for key in ("module", "frozen_param_fragments"))
+        return _Model(
+            {name: _plain(name, value) for name, value in module.items() if isinstance(value, Tensor)},
+            [_shapes(group) for group in _be(list, told.get("param_shapes"))],
+            {_be(str, name): _be(str, to) for name, to in _be(dict, told.get("shared_params")).items()},
+            [_be(str, name) for name in _be(list, told.get("buffer_names"))],
+            _shapes(told.get("frozen_param_shapes")),
+            {name: _plain(name, value) for name, value in fragments.items()},
+        )
+
+
+def _optimizer(path: Path) -> _Optimizer:
+    with _of(path):
+        state = _be(dict, _be(dict, load_torch(path, HARMLESS)).get("optimizer_state_dict"))
+        if "zero_stage" not in state:
+            raise UserError(f"{path} is of no ZeRO checkpoint; give what save_checkpoint of stages 1 to 3 wrote")
+        stage, count = _count(state["zero_stage"]), state["partition_count"]
+        key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
+        flat = [_plain(key, each) for each in _be(list, state[key])]
+        if wrong := [list(each.shape) for each in flat if each.dim() != 1]:
+            raise ValueError(f"a vector in {key} has the shape {wrong[0]}")
+        paddings = state.get("param_alignment_paddings")  # of newer versions
+        return _Optimizer(
+            stage,
+            max(map(_count, count)) if isinstance(count, list) else _count(count),
+            flat,
+            None
+            if paddings is None
+            else [[_count(each) for each in _be(list, group)] for group in _be(list, paddings)],
+        )
+
+
+def _plain(name: str, value: Any) -> Tensor:
+    if not is_plain(value) or not value.is_floating_point():
+        raise ValueError(f"{name} is no plain tensor of numbers")
+    return value
+
+
+def _shapes(told: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(_count(each) for each in _be(tuple, shape)) for name, shape in _be(dict, told).items()}
+
+
+def _be(kind: type, value: Any) -> Any:
+    """Return a value that is of a kind, and an empty one in place of None."""
+    if value is not None and not isinstance(value, kind):
+        raise TypeError(f"a {type(value).__name__} stands where a {kind.__name__} should")
+    return kind() if value is None else value
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{str(value)[:50]!r} is no count")
+    return value
 
 
 def of_zero(folder: Path) -> Tensors:
     """Read the directory of one checkpoint, one parameter at a time.
 
     Raises:
-        UserError: Files are missing, or it was made with tensor parallelism, or in a way that is not known.
+        UserError: Files are missing, damaged or of several checkpoints, or it was made with tensor parallelism, or in
+            a way that is not known.
     """
-    mapped = Mapped(lambda path: load_torch(path, HARMLESS))
+    model_of, optimizer_of = Mapped(_model), Mapped(_optimizer)
     models = _by_rank(folder, "model_states")
     optimizers = _by_rank(folder, "optim_states")
-    first = mapped(models[0])
-    shapes = {name: tuple(value.shape) for name, value in (first.get("module") or {}).items()}
+    if not models:
+        raise UserError(f"{folder} has no mp_rank_00_model_states.pt; give what save_checkpoint wrote, all of it")
+    first = model_of(models[0])
+    shapes = {name: tuple(value.shape) for name, value in first.module.items()}
     if not optimizers:  # stage 0: nothing is cut
-        return _whole(folder, mapped, models[0], shapes, {})
-    state = mapped(optimizers[0])["optimizer_state_dict"]
-    if "zero_stage" not in state:
-        raise UserError(f"{optimizers[0]} is of no ZeRO checkpoint; give what save_checkpoint of stages 1 to 3 wrote")
-    count = state["partition_count"]
-    count = max(count) if isinstance(count, list) else count
-    if len(optimizers) != count:
+        return _whole(folder, model_of, models[0], shapes, {})
+    state = optimizer_of(optimizers[0])
+    if len(optimizers) != state.ranks:
         raise UserError(
-            f"{folder} has {len(optimizers)} files of {count} ranks; find the others, or use another checkpoint"
+            f"{folder} has {len(optimizers)} files of {state.ranks} ranks; find the others, or use another checkpoint"
         )
-    # A list of groups of parameters, each a table of names and shapes.
-    groups = [{name: tuple(shape) for name, shape in group.items()} for group in first["param_shapes"]]
-    if state["zero_stage"] <= 2:
-        readers = _stretches(folder, mapped, optimizers, groups, state.get("param_alignment_paddings"))
+    _check_ranks(optimizers)
+    for file in optimizers[1:]:
+        _check_same(file, optimizer_of(file), optimizers[0], state)
+    if state.stage <= 2:
+        readers = _stretches(folder, optimizer_of, optimizers, first.groups, state.paddings)
+        groups = first.groups
         others = {name: shape for name, shape in shapes.items() if name not in readers}  # frozen ones and buffers
-        found = _whole(folder, mapped, models[0], others, first["shared_params"])
     else:
-        if len(models) != count:
-            raise UserError(f"{folder} has {len(models)} model files of {count} ranks; find the others")
-        readers = _parts(mapped, optimizers, groups)
-        frozen = {name: tuple(shape) for name, shape in (first.get("frozen_param_shapes") or {}).items()}
-        readers |= _frozen_parts(mapped, models, frozen)
-        groups.append(frozen)
-        others = {name: shapes[name] for name in first["buffer_names"] or [] if name in shapes}
-        found = _whole(folder, mapped, models[0], others, first["shared_params"])
+        if len(models) != state.ranks:
+            raise UserError(f"{folder} has {len(models)} model files of {state.ranks} ranks; find the others")
+        _check_ranks(models)
+        readers = _parts(optimizer_of, optimizers, first.groups)
+        readers |= _frozen_parts(model_of, models, first.frozen)
+        groups = [*first.groups, first.frozen]
+        others = {name: shapes[name] for name in first.buffers if name in shapes}
+    found = _whole(folder, model_of, models[0], others, first.shared)
     whole = {name: shape for group in groups for name, shape in group.items()}
-    shared = {name: to for name, to in first["shared_params"].items() if to in readers}
+    shared = {name: to for name, to in first.shared.items() if to in readers}
     shapes = found.shapes | whole | {name: whole[to] for name, to in shared.items()}
 
     def read(name: str) -> Tensor:
@@ -99,8 +194,21 @@ def of_zero(folder: Path) -> Tensors:
     return Tensors(folder, shapes, read, lambda name, i: read(name)[i], {})
 
 
+def _check_same(file: Path, has: _Optimizer, other: Path, wanted: _Optimizer) -> None:
+    """Raise a UserError unless two ranks' files may be of one checkpoint."""
+    for what, one, two in (
+        ("ZeRO stage", has.stage, wanted.stage),
+        ("number of ranks", has.ranks, wanted.ranks),
+        ("number of vectors", len(has.flat), len(wanted.flat)),
+        # In stage 3 all ranks have as much of each parameter; else the last one may have less.
+        *([("lengths", *([each.numel() for each in of.flat] for of in (has, wanted)))] if wanted.stage == 3 else []),
+    ):
+        if one != two:
+            raise UserError(f"{file} is not of the checkpoint of {other}: {what} {one}, and there {two}")
+
+
 def _by_rank(folder: Path, what: str) -> list[Path]:
-    pattern = re.compile(rf"(?:bf16_)?(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_{what}\.pt")
+    pattern = re.compile(rf"(?:bf16_)?(?:zero_pp_rank_(\d{{1,9}})_)?mp_rank_(\d{{1,9}})_{what}\.pt")
     files = [(match, path) for path in folder.glob(f"*_{what}.pt") if (match := pattern.fullmatch(path.name))]
     if any(int(match[2]) for match, _ in files):
         raise UserError(
@@ -109,12 +217,23 @@ def _by_rank(folder: Path, what: str) -> list[Path]:
     return [path for _, path in sorted((int(match[1] or 0), path) for match, path in files)]
 
 
+def _check_ranks(files: list[Path]) -> None:
+    """Raise a UserError unless there is one file of each rank."""
+    for rank, path in enumerate(files):
+        found = re.search(r"zero_pp_rank_(\d+)_", path.name)
+        if (number := int(found[1]) if found else 0) != rank:
+            wrong = f"no file of rank {rank}" if number > rank else f"two files of rank {number}"
+            raise UserError(
+                f"{path.parent} has {wrong} beside {path.name}; give the files of one checkpoint, all of them"
+            )
+
+
 def _whole(folder: Path, mapped: Mapped, file: Path, shapes: dict[str, tuple], shared: dict[str, str]) -> Tensors:
     """Read what every rank has whole, in the dtype of the model."""
     shapes = {name: shape for name, shape in shapes.items() if name not in shared}
 
     def read(name: str) -> Tensor:
-        return mapped.copied(mapped(file)["module"][name])
+        return mapped.copied(mapped(file).module[name])
 
     return Tensors(folder, shapes, read, lambda name, i: read(name)[i], {})
 
@@ -123,34 +242,32 @@ Reader = Callable[[], Tensor]
 
 
 def _stretches(
-    folder: Path, mapped: Mapped, files: list[Path], groups: list[dict[str, tuple]], paddings: list | None
+    folder: Path, mapped: Mapped, files: list[Path], groups: list[dict[str, tuple]], paddings: list[list[int]] | None
 ) -> dict[str, Reader]:
     """Return a reader of each parameter of stages 1 and 2, flat."""
-    key = "single_partition_of_fp32_groups"
     readers: dict[str, Reader] = {}
     for g, group in enumerate(groups):
-        sizes = [mapped(file)["optimizer_state_dict"][key][g].numel() for file in files]
-        offset = 0
+        sizes = [mapped(file).flat[g].numel() for file in files]
+        offset = end = 0
         for p, (name, shape) in enumerate(group.items()):
-            readers[name] = _stretch(mapped, files, key, g, sizes, offset, math.prod(shape))
-            offset += math.prod(shape) + (paddings[g][p] if paddings is not None else 0)
+            readers[name] = _stretch(mapped, files, g, sizes, offset, math.prod(shape))
+            end = offset + math.prod(shape)
+            offset = end + (paddings[g][p] if paddings is not None else 0)
         align = 2 * len(files)  # the vector is padded up to this
-        if -(-offset // align) != -(-sum(sizes) // align):
+        if end > sum(sizes) or -(-offset // align) != -(-sum(sizes) // align):
             raise UserError(
                 f"{folder} has {sum(sizes)} values for parameters of {offset}: its files are not of one checkpoint"
             )
     return readers
 
 
-def _stretch(
-    mapped: Mapped, files: list[Path], key: str, group: int, sizes: list[int], offset: int, count: int
-) -> Reader:
+def _stretch(mapped: Mapped, files: list[Path], group: int, sizes: list[int], offset: int, count: int) -> Reader:
     def read() -> Tensor:
         pieces, start = [], 0  # of this rank's part of the vector
         for file, size in zip(files, sizes, strict=True):
             low, high = max(offset, start), min(offset + count, start + size)
             if low < high:
-                flat = mapped(file)["optimizer_state_dict"][key][group]
+                flat = mapped(file).flat[group]
                 pieces.append(mapped.copied(flat[low - start : high - start]))
             start += size
         return torch.cat(pieces)
@@ -160,13 +277,12 @@ def _stretch(
 
 def _parts(mapped: Mapped, files: list[Path], groups: list[dict[str, tuple]]) -> dict[str, Reader]:
     """Return a reader of each parameter of stage 3, flat. Every rank has as much of it, in one or more vectors."""
-    key = "fp32_flat_groups"
-    sizes = [flat.numel() for flat in mapped(files[0])["optimizer_state_dict"][key]]
+    sizes = [flat.numel() for flat in mapped(files[0]).flat]
     readers: dict[str, Reader] = {}
     offset = 0
     for name, shape in ((name, shape) for group in groups for name, shape in group.items()):
         part = -(-math.prod(shape) // len(files))
-        readers[name] = _part(mapped, files, key, sizes, offset, part, math.prod(shape))
+        readers[name] = _part(mapped, files, sizes, offset, part, math.prod(shape))
         offset += part
     if offset != sum(sizes):
         raise UserError(
@@ -175,24 +291,32 @@ def _parts(mapped: Mapped, files: list[Path], groups: list[dict[str, tuple]]) ->
     return readers
 
 
-def _part(mapped: Mapped, files: list[Path], key: str, sizes: list[int], offset: int, part: int, count: int) -> Reader:
+def _part(mapped: Mapped, files: list[Path], sizes: list[int], offset: int, part: int, count: int) -> Reader:
     def pieces() -> Iterator[Tensor]:
         for file in files:
             start = 0
             for vector, size in enumerate(sizes):
                 low, high = max(offset, start), min(offset + part, start + size)
                 if low < high:
-                    flat = mapped(file)["optimizer_state_dict"][key][vector]
+                    flat = mapped(file).flat[vector]
                     yield mapped.copied(flat[low - start : high - start])
                 start += size
 
     return lambda: torch.cat(list(pieces()))[:count]
 
 
-def _frozen_parts(mapped: Mapped, files: list[Path], shapes: dict[str, Any]) -> dict[str, Reader]:
-    def reader(name: str) -> Reader:
-        return lambda: torch.cat([mapped.copied(mapped(file)["frozen_param_fragments"][name]) for file in files])[
-            : math.prod(shapes[name])
-        ]
+def _frozen_parts(mapped: Mapped, files: list[Path], shapes: dict[str, tuple]) -> dict[str, Reader]:
+    """Return a reader of each frozen parameter of stage 3, flat."""
 
-    return {name: reader(name) for name in shapes}
+    def reader(name: str, count: int) -> Reader:
+        return lambda: torch.cat([mapped.copied(mapped(file).fragments[name]).flatten() for file in files])[:count]
+
+    for name, shape in shapes.items():
+        for file in files:
+            part = mapped(file).fragments.get(name)
+            if part is None or part.numel() != -(-math.prod(shape) // len(files)):
+                has = "none" if part is None else f"{part.numel()} values"
+                raise UserError(
+                    f"{file} has {has} of its part of {name} {list(shape)}: it is not of the same checkpoint as others"
+                )
+    return {name: reader(name, math.prod(shape)) for name, shape in shapes.items()}

@@ -2,7 +2,7 @@
 
 import json
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -111,10 +111,10 @@ def _files(path: Path) -> list[Path]:
             return [path / name]
         if (path / f"{name}.index.json").is_file():
             index = json.loads((path / f"{name}.index.json").read_text(encoding="utf-8"))
-            files = [path / each for each in sorted(set(index["weight_map"].values()))]
-            if missing := [each.name for each in files if not each.is_file()]:
+            names, there = sorted(set(index["weight_map"].values())), {each.name for each in path.iterdir()}
+            if missing := [each for each in names if each not in there]:
                 raise UserError(f"{path} has no {missing[0]}, which {name}.index.json names; get all of it")
-            return files
+            return [path / each for each in names]
     return []
 
 
@@ -131,7 +131,7 @@ def _is_torchs(file: Path) -> bool:
 def _unwrapped(tensors: Tensors) -> Tensors:
     """Take off what training programs put before every name of a model."""
     before = ""
-    while prefix := next((each for each in WRAPPERS if _all_begin(tensors.shapes, before + each)), None):
+    while prefix := next((each for each in WRAPPERS if _all_begin(tensors.shapes.keys(), before + each)), None):
         before += prefix
     shapes = {name.removeprefix(before): shape for name, shape in tensors.shapes.items()}
     return replace(
@@ -142,5 +142,5 @@ def _unwrapped(tensors: Tensors) -> Tensors:
     )
 
 
-def _all_begin(names: Iterable[str], prefix: str) -> bool:
-    return all(name.startswith(prefix) for name in names)
+def _all_begin(names: Collection[str], prefix: str) -> bool:
+    return bool(names) and all(name.startswith(prefix) for name in names)  # of no names, without end

@@ -112,6 +112,17 @@ def _map(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
+def is_plain(value: Any) -> bool:
+    """Tell whether a value that was loaded is a dense tensor on the CPU, of no more values than its file has."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+        and value.nbytes <= value.untyped_storage().nbytes()
+    )
+
+
 # Where training programs put a model's state inside what they save, and where the average of its weights.
 STATES = ("state_dict", "model", "module", "model_state_dict", "params")
 AVERAGES = ("state_dict_ema", "model_ema", "ema")
@@ -141,6 +152,8 @@ def _state(loaded: Any, path: Path, ema: bool) -> dict[str, Tensor]:
         raise UserError(
             f"{path} holds no tensors under {', '.join(map(str, state))[:200]}; save a model's state_dict()"
         )
+    if odd := next((name for name, value in tensors.items() if not is_plain(value)), None):
+        raise UserError(f"{path} holds {odd} as no plain tensor: it is sparse, quantized or has values several times")
     return tensors
 
 

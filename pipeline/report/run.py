@@ -130,11 +130,18 @@ def read_run(folder: str | Path) -> Run:
     """Read a run, or a training stage that was run by hand.
 
     Raises:
-        UserError: The folder is neither.
+        UserError: The folder is neither, or a file in it is damaged.
     """
     folder = Path(folder)
-    if not (folder / "plan.toml").is_file():
-        return _by_hand(folder)
+    try:
+        return _of_plan(folder) if (folder / "plan.toml").is_file() else _by_hand(folder)
+    except (LookupError, ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
+        raise UserError(
+            f"{folder} cannot be read as a run ({error!r}): one of its files was changed, or is damaged"
+        ) from error
+
+
+def _of_plan(folder: Path) -> Run:
     text = (folder / "plan.toml").read_text(encoding="utf-8")
     plan = read_toml(folder / "plan.toml")
     stages: dict[str, Stage] = {}

@@ -172,7 +172,7 @@ def read_schema(store: Store, path: str) -> pa.Schema:
     with store.stream(path) as stream:
         try:
             return pq.read_schema(stream)
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OSError) as error:
             raise UserError(f"{store.url}/{path} is no Parquet file: {error}; get or make it again") from error
 
 

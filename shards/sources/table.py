@@ -157,7 +157,7 @@ def _in_one_line(url: str) -> Iterator[None]:
     """Turn what parsers raise into an error for the user."""
     try:
         yield
-    except (pa.ArrowException, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error).partition("\n")[0]
         raise UserError(f"cannot read table {url}: {reason}; mend the table") from error
 

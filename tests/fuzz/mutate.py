@@ -1,6 +1,7 @@
 """Damage, drawn by a seed: to bytes, and to the trees of values that JSON and TOML hold."""
 
 import math
+from collections.abc import Sequence
 from random import Random
 from typing import Any
 
@@ -49,12 +50,13 @@ def _change(data: bytearray, at: int, rng: Random, tokens: tuple[bytes, ...]) ->
             data[at:at] = rng.randbytes(rng.choice((1, 4, 32)))
 
 
-def damaged_tree(tree: Any, rng: Random) -> Any:
-    """Return a tree of tables, lists and values with one to three changes anywhere in it."""
+def damaged_tree(tree: Any, rng: Random, odd: Sequence[Any] = ()) -> Any:
+    """Return a tree of tables, lists and values with one to three changes anywhere in it; ``odd``: values to put in."""
     for _ in range(rng.choice((1, 1, 2, 3))):
         places = list(_places(tree))
         path = rng.choice(places)
-        tree = _with(tree, path, rng, [_at(tree, each) for each in rng.sample(places, min(3, len(places)))])
+        others = [_at(tree, each) for each in rng.sample(places, min(3, len(places)))]
+        tree = _with(tree, path, rng, [*others, *odd])
     return tree
 
 

@@ -5,16 +5,22 @@ Run as ``python -m tests.fuzz.seeds``.
 
 import io
 import json
+import pickle
+import shutil
 import tarfile
 import tempfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from safetensors.torch import save as safetensors
 
 from pipeline import checkpoint, distributed
+from pipeline.convert import transformers
+from pipeline.convert.source import Source
 from pipeline.convert.tensors import NOTE
 from pipeline.models import create_model
 from shards import manifest
@@ -23,6 +29,7 @@ from tests.fuzz.targets import CORPUS
 from tests.fuzz.targets_shards import pack
 from tests.pipeline.convert import official
 from tests.shards.datasets import Made, write_dataset
+from tests.shards.stage import Stage
 
 MODEL = {"name": "vit_ti16", "image_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 1, "num_heads": 3}
 MODEL |= {"num_classes": 2, "mlp_dim": 12}
@@ -32,7 +39,9 @@ def main() -> None:
     """Write all seeds."""
     for target, seeds in {
         "tar": tars(), "image": images(), "manifest": manifests(), "npz": npz(), "safetensors": weights(),
-        "torch": torchs(), "checkpoint": checkpoints(), "plan": plans(), "settings": settings(),
+        "torch": torchs(), "checkpoint": checkpoints(), "plan": plans(), "settings": settings(), "zero": zeros(),
+        "transformers": transformers_folders(), "profile": profiles(), "run": runs(), "ledger": ledgers(),
+        "source": sources(),
     }.items():  # fmt: skip
         folder = CORPUS / target
         folder.mkdir(parents=True, exist_ok=True)
@@ -168,6 +177,70 @@ def torchs() -> dict[str, bytes]:
     return found
 
 
+def zeros() -> dict[str, bytes]:
+    """Return what DeepSpeed saves of two ranks, of all stages: with a frozen parameter, a shared one and a buffer."""
+    return {f"stage-{stage}": pack(zero(stage)) for stage in (0, 1, 2, 3)}
+
+
+def zero(stage: int, ranks: int = 2) -> dict[str, bytes]:
+    """Return the files of one ZeRO checkpoint; ``tests/pipeline/convert`` has DeepSpeed's own beside such."""
+    whole = tiny()
+    frozen, shared, buffer = "pos_embed", {"norm.bias": "blocks.0.norm1.bias"}, "blocks.0.norm2.bias"
+    trained = {name: value for name, value in whole.items() if name not in (frozen, buffer, *shared)}
+    groups = [{n: v for n, v in trained.items() if (v.dim() > 1) == wide} for wide in (True, False)]
+    files = {"latest": b"step"}
+
+    def part(value: torch.Tensor, rank: int) -> torch.Tensor:
+        size = -(-value.numel() // ranks)
+        return torch.nn.functional.pad(value.flatten(), (0, size * ranks - value.numel())).split(size)[rank].clone()
+
+    def add(name: str, table: dict) -> None:
+        file = io.BytesIO()
+        torch.save(table, file)
+        files[f"step/{name}.pt"] = file.getvalue()
+
+    for rank in range(ranks):
+        half = {name: value.bfloat16() for name, value in whole.items()}
+        model = {"module": half, "buffer_names": [buffer], "shared_params": shared}
+        model["param_shapes"] = [{name: value.shape for name, value in group.items()} for group in groups]
+        state = {"zero_stage": stage, "partition_count": ranks if stage == 3 else [ranks, ranks]}
+        if stage == 3:
+            state["fp32_flat_groups"] = [torch.cat([part(v, rank) for v in group.values()]) for group in groups]
+            model["module"] = {name: value if name == buffer else value[:0].clone() for name, value in half.items()}
+            model["frozen_param_shapes"] = {frozen: whole[frozen].shape}
+            model["frozen_param_fragments"] = {frozen: part(half[frozen], rank)}
+        else:
+            flats = [torch.cat([value.flatten() for value in group.values()]) for group in groups]
+            state["single_partition_of_fp32_groups"] = [part(flat, rank) for flat in flats]
+            state |= {"param_alignment_paddings": [[0] * len(group) for group in groups]} if stage == 1 else {}
+        if stage == 3 or rank == 0:
+            add(f"zero_pp_rank_{rank}_mp_rank_00_model_states" if stage == 3 else "mp_rank_00_model_states", model)
+        if stage:
+            add(f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states", {"optimizer_state_dict": state})
+    return files
+
+
+def transformers_folders() -> dict[str, bytes]:
+    """Return folders of a tiny ViT: one of transformers with one file of weights, and one of timm with two."""
+    with tempfile.TemporaryDirectory() as folder:
+        values = tiny()
+        made = Source("x", MODEL, values.__getitem__, ["a", "b"])
+        transformers.write(Path(folder), made, torch.Tensor.half, {"model": MODEL})
+        one = {name: (Path(folder) / name).read_bytes() for name in (transformers.CONFIG, transformers.WEIGHTS)}
+    config = {
+        "architecture": "x",
+        "num_classes": 2,
+        "global_pool": "token",
+        "pretrained_cfg": {"input_size": [3, 8, 8]},
+    }
+    names = sorted(values)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    index = {"metadata": {}, "weight_map": {name: file for file, those in parts.items() for name in those}}
+    two = {"config.json": json.dumps(config).encode(), "model.safetensors.index.json": json.dumps(index).encode()}
+    two |= {file: safetensors({name: values[name].half() for name in those}) for file, those in parts.items()}
+    return {"transformers": pack(one), "timm": pack(two)}
+
+
 def checkpoints() -> dict[str, bytes]:
     """Return a checkpoint of one rank, with a moving average, as a tar of its files."""
     distributed.start()
@@ -294,6 +367,118 @@ train = [{ url = "a", weight = 3 }, { url = "b", weight = 1, exclude = "v1" }]
 [model]
 name = "vit_ti16"
 """,
+    }
+
+
+def profiles() -> dict[str, bytes]:
+    """Return profiles of clusters; the first line says of which."""
+    return {
+        "slurm.toml": b"""# jobs
+partition = "gpu"
+time = "04:00:00"
+gpus_per_node = 4
+memory = "64G"
+sbatch = ["--exclusive"]
+env = { A = "b" }
+[kind.shards]
+partition = "cpu"
+gpus_per_node = 0
+[stage.one]
+time = "1-00:00:00"
+srun = ["--container-image=x"]
+""",
+        "pods.toml": b"""# pods
+image = "there/patchmill:1"
+gpus_per_node = 4
+volumes = { "/data" = "claim" }
+secrets = ["keys"]
+namespace = "x"
+node_selector = { "a/b" = "c" }
+[kind.shards]
+gpus_per_node = 0
+""",
+    }
+
+
+def runs() -> dict[str, bytes]:
+    """Return a run with a finished stage, one under way and a sweep: by hand, and submitted."""
+    plan = """name = "x"
+[[stage]]
+name = "one"
+kind = "supervised"
+set = { duration = "1 epoch", global_batch = 4 }
+[[stage]]
+name = "two"
+kind = "shards"
+[[stage]]
+name = "rates"
+kind = "finetune"
+sweep = { "optim.lr" = [0.1, 0.2] }
+"""
+    line = {"step": 3, "samples": 12, "epoch": 0.5, "images_per_second": 9.5, "loss": 0.7, "lr": 0.1}
+    result = {"digest": "d", "kind": "finetune", "seconds": 3.5, "result": {"val": {"top1": 0.5, "loss": 0.6}}}
+    files = {
+        "plan.toml": plan.encode(),
+        "stages/one/resolved.toml": b'duration = "2 epochs"\nglobal_batch = 4\nkind = "supervised"\n',
+        "stages/one/metrics.jsonl": "".join(
+            json.dumps(each) + "\n" for each in (line, {"samples": 12, "val_top1": 0.5}, line)
+        ).encode(),
+        "stages/one/state.json": b'{"state": "stopped", "reason": "asked"}',
+        "stages/one/logs/rank-0.log": b"{}",
+        "stages/rates-0/result.json": json.dumps(result).encode(),
+        "stages/rates-1/result.json": json.dumps(result).encode(),
+    }
+    job = {"id": "3", "stage": "one", "needs": [], "digest": "d", "settings": {}}
+    jobs = {"one": job, "two": job | {"id": "4", "stage": "two", "needs": ["one"]}, "two.1": job | {"slice": "1/2"}}
+    submission = {"plan": "p", "name": "x", "smoke": False, "known": {}, "recipes": {"own.toml": "0"}, "jobs": jobs}
+    record = {"state": "running", "tries": 2, "job": "3", "barren": 0, "at": 12, "nodes": "n1", "reason": None}
+    slurm = {
+        "slurm/submission.json": json.dumps(submission).encode(),
+        "slurm/one.json": json.dumps(record).encode(),
+        "slurm/two.begun": b"1 0",
+    }
+    return {"by-hand": pack(files), "submitted": pack(files | slurm)}
+
+
+def ledgers() -> dict[str, bytes]:
+    """Return a stage with two starts on two ranks, and its data set."""
+    with tempfile.TemporaryDirectory() as folder:
+        image = encode("RGB", (4, 4), "PNG")
+        data, stage = Path(folder) / "data", Path(folder) / "stage"
+        write_dataset(data, ["one", "two"], [[Made(f"{s}{i}", image, (i % 2,)) for i in range(6)] for s in range(2)])
+        write_exclude(data, "v1", [(0, 2, "why")])
+        made = Stage(stage, data)
+        made.start(2, 3, {2}, batch=4)
+        made.kill()
+        made.start(2, 2, batch=4)
+        made.end()
+        note = {"position": 99, "key": "10", "data": "x", "source": 0, "shard": 1, "index": 0, "offset": 0}
+        (stage / "quarantine.jsonl").write_text(json.dumps(note | {"reason": "why"}) + "\n")
+        for old in sorted(stage.glob("checkpoints/samples-*"))[:-1]:
+            shutil.rmtree(old)
+        paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        return {"one": pack({str(path.relative_to(folder)): path.read_bytes() for path in paths})}
+
+
+def sources() -> dict[str, bytes]:
+    """Return tables of all forms, a file as the hub has them, and CIFAR-100 of one image a part."""
+    csv = 'path,label,weight,id\na.png,x,0.5,1\n"b,c.png",y,1,2\n'
+    rows = [
+        {"image": "a.png", "label": {"x": 0.5, "y": 1}, "key": "a"},
+        {"image": "http://a/b.png?c", "label": ["x"], "key": 3},
+    ]
+    image = {"bytes": encode("RGB", (4, 4), "PNG"), "path": None}
+    hub = pa.table({"image": [image, image], "label": [0, 1]})
+    note = json.dumps({"info": {"features": {"label": {"names": ["a", "b"], "_type": "ClassLabel"}}}})
+    file = io.BytesIO()
+    pq.write_table(hub.replace_schema_metadata({"huggingface": note}), file)
+    part = pickle.dumps({"fine_labels": [1], "data": np.zeros((1, 3072), np.uint8)}, protocol=2)
+    meta = pickle.dumps({"fine_label_names": ["a", "b"]}, protocol=2)
+    return {
+        "csv": pack({"table.csv": csv.encode()}),
+        "jsonl": pack({"table.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode()}),
+        "parquet": pack({"hub.parquet": file.getvalue()}),
+        "cifar": pack({"meta": meta, "train": part, "test": part}),
     }
 
 

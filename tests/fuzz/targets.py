@@ -8,7 +8,9 @@ from tests.fuzz.target import Target
 CORPUS = Path(__file__).parent / "corpus"
 MODULES = {
     "tests.fuzz.targets_shards": ("tar", "image", "manifest"),
-    "tests.fuzz.targets_pipeline": ("npz", "safetensors", "torch", "checkpoint", "plan", "settings"),
+    "tests.fuzz.targets_sources": ("source",),
+    "tests.fuzz.targets_pipeline": ("npz", "safetensors", "torch", "checkpoint", "plan", "settings", "profile"),
+    "tests.fuzz.targets_folders": ("zero", "transformers", "run", "ledger"),
 }
 
 

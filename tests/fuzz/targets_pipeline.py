@@ -8,10 +8,13 @@ import zipfile
 from pathlib import Path
 from random import Random
 
+from launch.cluster import Cluster, layout
 from launch.plan import read_plan
 from pipeline import checksum
+from pipeline.catalogue import facts
 from pipeline.checkpoint import Checkpoint
 from pipeline.checkpointindex import index_text
+from pipeline.compare import compare, summary
 from pipeline.config import TrainSettings
 from pipeline.convert.recognise import open_source
 from pipeline.recipe import read_settings
@@ -74,7 +77,7 @@ def _change_safetensors(data: bytes, rng: Random) -> bytes:
     (length,) = struct.unpack_from("<Q", data)
     header = json.loads(data[8 : 8 + length])
     note = header.get("__metadata__", {})
-    key = next((each for each in note if rng.random() < 0.5), None)
+    key = next((each for each in note if note[each][:1] == "{" and rng.random() < 0.5), None)
     if key:
         note[key] = json.dumps(damaged_tree(json.loads(note[key]), rng))
     else:
@@ -91,11 +94,12 @@ def _change_torch(data: bytes, rng: Random) -> bytes:
 
 
 def _read_checkpoint(data: bytes, folder: Path) -> None:
-    """Read all of a checkpoint, which comes packed: as going on does, and as converting does."""
+    """Read all of a checkpoint, which comes packed: as showing, comparing, going on and converting do."""
     for name, content in unpacked(data).items():
         (folder / name).write_bytes(content)
+    facts(folder)
     found = Checkpoint(folder)
-    found.verify()
+    summary(compare(found, found))
     for (kind, name), count in found.counts().items():
         found.read(kind, name, 0, count)
     open_source(folder).build()
@@ -170,6 +174,21 @@ def _read_settings(data: bytes, folder: Path) -> None:
     check(TrainSettings, tomllib.loads(dump_toml(settings.model_dump(mode="json"))), "what was written")
 
 
+def _read_profile(data: bytes, folder: Path) -> None:
+    """Read a profile of a cluster, of Slurm's or Kubernetes' as its first line says, for stages of two kinds."""
+    path = folder / "cluster.toml"
+    path.write_bytes(data)
+    profile = Cluster(path, "Kubernetes" if data.startswith(b"# pods") else "Slurm")
+    profile.check_names(["supervised", "shards"], ["one", "two"])
+    for kind, stage in (("supervised", "one"), ("shards", "two")):
+        layout(8, profile.job(kind, stage), stage)
+
+
+def _change_profile(data: bytes, rng: Random) -> bytes:
+    line, _, rest = data.partition(b"\n")
+    return line + b"\n" + _change_toml(rest, rng)
+
+
 def _change_settings(data: bytes, rng: Random) -> bytes:
     line, _, rest = data.partition(b"\n")
     if rng.random() < 0.4:
@@ -185,4 +204,5 @@ TARGETS = {
     "checkpoint": Target(_read_checkpoint, _change_checkpoint, 200),
     "plan": Target(_read_plan, _change_toml, 120),
     "settings": Target(_read_settings, _change_settings, 800),
+    "profile": Target(_read_profile, _change_profile, 400),
 }

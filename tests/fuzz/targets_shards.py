@@ -177,7 +177,7 @@ def _change_manifest(data: bytes, rng: Random) -> bytes:
 
 def _change_table(data: bytes, rng: Random) -> bytes:
     table = pq.read_table(io.BytesIO(data))
-    if table.schema.metadata and rng.random() < 0.3:
+    if b"receipt" in (table.schema.metadata or {}) and rng.random() < 0.3:
         receipt = json.dumps(damaged_tree(json.loads(table.schema.metadata[b"receipt"]), rng))
         table = table.replace_schema_metadata({"receipt": receipt})
     columns = {name: table[name] for name in table.column_names}

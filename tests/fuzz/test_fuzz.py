@@ -17,7 +17,7 @@ from tests.command import ROOT, environment
 from tests.fuzz.targets import CORPUS, MODULES
 
 TIMES = float(os.environ.get("PATCHMILL_FUZZ", "1"))
-MOST = 200_000
+MOST = 400_000
 """Bytes of the corpus."""
 
 

@@ -301,3 +301,22 @@ def test_the_logs_that_are_there_are_named(tmp_path, capsys):
         print_log(run, "train", rank=0, lines=10, follow=False)
     print_log(run, "train", rank=1, lines=10, follow=False)
     assert capsys.readouterr().out == "hello\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "told"),
+    [
+        ("result.json", '{"digest": "x", "resu', "result.json is damaged"),
+        ("result.json", "[1]", "result.json is damaged (a list, and no table)"),
+        ("state.json", '{"state": ["running"]}', "cannot be read as a run"),
+        ("metrics.jsonl", '{"samples": 1, "step": 1}\n', "cannot be read as a run (KeyError('images_per_second'))"),
+    ],
+)
+def test_damaged_files_of_a_run_are_one_line(file, text, told, plan, tmp_path):
+    begin(plan.stages[0])
+    (plan.run / "plan.toml").write_text(plan.path.read_text())
+    folder = plan.stages[0].folder
+    (folder / "resolved.toml").write_text('duration = "4 steps"\nglobal_batch = 12\n')
+    (folder / file).write_text(text)
+    done = patchmill("status", plan.run, cwd=tmp_path)
+    assert told in refused(done)

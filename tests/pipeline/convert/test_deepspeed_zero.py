@@ -148,6 +148,32 @@ def test_files_of_two_checkpoints_and_tensor_parallel_ones_are_refused(made, tmp
         open_source(tmp_path / "zero")
 
 
+def test_a_rank_that_is_there_twice_in_the_place_of_another_is_told(made, tmp_path):
+    shutil.copytree(made / "3", tmp_path / "zero")
+    file = next((tmp_path / "zero").glob("*/*rank_1*_optim_states.pt"))
+    file.rename(file.with_name(file.name.replace("rank_1", "rank_3")))
+    with pytest.raises(UserError, match="has no file of rank 1 beside bf16_zero_pp_rank_2_"):
+        open_source(tmp_path / "zero")
+    (tmp_path / "zero").rename(tmp_path / "other")
+    shutil.copytree(made / "3", tmp_path / "zero")
+    file = next((tmp_path / "zero").glob("*/*rank_2*_optim_states.pt"))
+    file.rename(file.with_name("zero_pp_rank_1_mp_rank_00_optim_states.pt"))
+    with pytest.raises(UserError, match="has two files of rank 1 beside zero_pp_rank_1_"):
+        open_source(tmp_path / "zero")
+
+
+def test_a_rank_of_another_checkpoint_never_gives_other_weights(made, tmp_path):
+    """Of stage 3, whose ranks all have vectors of one length: a longer one would have been cut in other places."""
+    shutil.copytree(made / "3", tmp_path / "zero")
+    file = next((tmp_path / "zero").glob("*/*rank_1*_optim_states.pt"))
+    state = torch.load(file, weights_only=True)
+    flat = state["optimizer_state_dict"]["fp32_flat_groups"]
+    flat[0] = F.pad(flat[0], (3, 0))
+    torch.save(state, file)
+    with pytest.raises(UserError, match=r"rank_1.* is not of the checkpoint of .*rank_0.*: lengths \["):
+        open_source(tmp_path / "zero")
+
+
 class _Evil:
     def __reduce__(self):
         return (Path.touch, (Path("evil"),))

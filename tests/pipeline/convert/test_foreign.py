@@ -199,3 +199,15 @@ def test_nothing_but_tensors_is_unpickled(zipped, tmp_path, monkeypatch):
     assert not (tmp_path / "evil").exists()
     with pytest.raises(UserError, match="has no moving average of the weights"):
         open_source(tmp_path / "fine.pth", ema=True)
+
+
+def test_files_without_a_tensor_are_refused_at_once(tmp_path):
+    save_file({}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="has tensors such as none, which no known format has"):
+        open_source(tmp_path / "x.safetensors")
+
+
+def test_tensors_of_few_values_that_seem_many_are_refused(tmp_path):
+    torch.save({"cls_token": torch.zeros(1).expand(1, 1, 2**40)}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="holds cls_token as no plain tensor"):
+        open_source(tmp_path / "x.pth")
