@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -48,12 +49,19 @@ def train(
     checked.accumulation(distributed.world_size())  # before ranks wait for each other
     check_model(checked, str(config))
     folder = out or Path("runs") / config.stem
+    new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
 
     from pipeline.train import train as run_training
 
-    with distributed.together(), distributed.alone_in(folder):
-        print_result(run_training(checked, folder), as_json)
+    try:
+        with distributed.together(), distributed.alone_in(folder):
+            print_result(run_training(checked, folder), as_json)
+    except UserError:
+        with suppress(OSError):  # it holds something
+            if new:
+                folder.rmdir()
+        raise
 
 
 @model_app.command()

@@ -74,12 +74,12 @@ def _train(settings: TrainSettings, out: Path, ending: ExitStack) -> dict[str, A
     state["first_batch"] = settings.global_batch
     if loaded is not None:
         state |= {key: loaded.state[key] for key in state if key in loaded.state}
+    init = open_source(settings.init) if settings.init else None  # before a ledger is begun
     data = open_data(settings, out, state["first_batch"])
     loader, schedule = data.loader, data.schedule
     validation = Validation(settings, data.held_out, schedule, state)
 
     # ---- model, objective, engine
-    init = open_source(settings.init) if settings.init else None
     model_settings = resolve_model(settings, init, len(data.classes))
     with torch.device("meta"):
         template = create_model(**model_settings, seed=None)

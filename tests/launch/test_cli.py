@@ -79,7 +79,7 @@ def test_bad_settings(data, tmp_path):
 
     def train(*over: str, **env: str) -> str:
         line = refused(patchmill("train", "c.toml", *over, "--out", "run", cwd=tmp_path, **env))
-        assert not list(tmp_path.glob("run/**/checkpoint.json"))
+        assert not (tmp_path / "run").exists()
         return line
 
     assert "did you mean 'weight_decay'" in train("optim.weigth_decay=1")
