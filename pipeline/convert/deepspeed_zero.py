@@ -93,7 +93,7 @@ def _model(path: Path) -> _Model:
         told = _be(dict, load_torch(path, HARMLESS))
         module, fragments = (_be(dict, told.get(key)) for key in ("module", "frozen_param_fragments"))
         return _Model(
-            {name: _plain(name, value) for name, value in module.items() if isinstance(value, Tensor)},
+            {name: _plain(name, value) for name, value in module.items() if _is_weight(value)},
             [_shapes(group) for group in _be(list, told.get("param_shapes"))],
             {_be(str, name): _be(str, to) for name, to in _be(dict, told.get("shared_params")).items()},
             [_be(str, name) for name in _be(list, told.get("buffer_names"))],
@@ -121,6 +121,10 @@ def _optimizer(path: Path) -> _Optimizer:
             if paddings is None
             else [[_count(each) for each in _be(list, group)] for group in _be(list, paddings)],
         )
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()  # no counter or index, which are buffers, too
 
 
 def _plain(name: str, value: Any) -> Tensor:

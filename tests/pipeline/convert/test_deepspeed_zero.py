@@ -40,7 +40,7 @@ def made(tmp_path_factory) -> Path:
 
 
 def make(folder: Path, stage: int, ranks: int = 3) -> None:
-    """Write what DeepSpeed would, of a model with a frozen parameter, a shared one and a buffer."""
+    """Write what DeepSpeed would, of a model with a frozen parameter, a shared one and two buffers."""
     masters = {name: value.clone() for name, value in randomized(**ODD).state_dict().items()}
     alias, real = "blocks.1.mlp.fc1.bias", "blocks.0.mlp.fc1.bias"
     masters[alias] = masters[real]
@@ -53,7 +53,7 @@ def make(folder: Path, stage: int, ranks: int = 3) -> None:
     groups = [{n: v for n, v in trained.items() if v.dim() > 1}, {n: v for n, v in trained.items() if v.dim() < 2}]
     for rank in range(ranks):
         half = {name: value.bfloat16() for name, value in masters.items()}
-        model = {"module": half, "buffer_names": ["scale"], "shared_params": {alias: real}}
+        model = {"module": half, "buffer_names": ["scale", "places"], "shared_params": {alias: real}}
         model["param_shapes"] = [{name: value.shape for name, value in group.items()} for group in groups]
         state = {"zero_stage": stage, "partition_count": ranks if stage == 3 else [ranks, ranks]}
         if stage == 3:
@@ -68,6 +68,7 @@ def make(folder: Path, stage: int, ranks: int = 3) -> None:
             state["single_partition_of_fp32_groups"] = [  # the last rank's without what it was padded with
                 flat[rank * -(-len(flat) // ranks) :][: -(-len(flat) // ranks)].clone() for flat in flats
             ]
+        model["module"]["places"] = torch.arange(3)  # of no use to anybody else
         names = ["mp_rank_00"] if stage < 3 else [f"zero_pp_rank_{rank}_mp_rank_00"]
         if stage == 3 or rank == 0:
             torch.save(model, folder / "global_step2" / f"{names[0]}_model_states.pt")
