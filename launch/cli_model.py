@@ -234,17 +234,19 @@ def report(
 ) -> None:
     """Write one self-contained page: accuracies, curves, figures, lineage, settings; several runs over each other."""
     from pipeline.report.page import write_page
-    from pipeline.report.run import read_run
+    from pipeline.report.run import read_run, reading
     from pipeline.report.terminal import print_table
 
     found = [read_run(folder) for folder in runs]
     page = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
-    write_page(found, page)
+    with reading(*runs):
+        write_page(found, page)
     if as_json:
         print_result({"report": str(page)}, True)
         return
     for each in found:
-        print_table(each)
+        with reading(each.folder):
+            print_table(each)
     print(f"report: {page}")
 
 

@@ -92,7 +92,7 @@ def _drive(command: list[str], start: Start, node: int, tell: Callable[[Start], 
                 (logs / STOP).touch()  # for ranks that it left behind
             await_ranks(logs)
     ended = code_of_ranks(logs)
-    if process.returncode == 0 and ended is None:
+    if process.returncode == 0 and not (logs / ENDED).exists():  # which a full disk may have left empty
         return 0
     if (logs.parent / stop.STOPPED).exists():
         return StoppedOnRequestError.exit_code

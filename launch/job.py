@@ -152,9 +152,10 @@ def run_job(record: Record) -> None:
                 _end_ranks_of_before(folder, before)
             sick = sick_nodes(job.settings.health)
     except StoppedOnRequestError as error:
-        late = signal.SIGUSR2 in ranks.asked or is_over_time()
-        reason = "its time limit came before its ranks were started" if late else str(error)
-        record.note("stopped", reason=reason) if late else record.excuse("stopped", reason)
+        reason = str(error)
+        if not _excused(record, ranks, reason, further=False):
+            reason = "its time limit came before its ranks were started"
+            record.note("stopped", reason=reason)
         raise requeue(record, reason) from None
     if sick:
         told = f"health check failed on {', '.join(sick)}"
@@ -226,18 +227,32 @@ def _step(record: Record, job: Job, stage: Stage, ranks: Ranks, logs: Path, argu
     at = Progress(stage, job.slice)
     stopped = bool(ranks.asked) or (stage.folder / STOPPED).exists()
     stopped = stopped or ended == StoppedOnRequestError.exit_code or words.was_terminated()
-    # Slurm warns of the limit by SIGUSR2, which is lost while the script loads modules.
-    late = signal.SIGUSR2 in ranks.asked or (stopped and at.number <= record.table["at"] and is_over_time())
+    further = at.number > record.table["at"]
     reason = f"stopped on request at {at}" if stopped else f"crashed: {words.error()}"
-    reason = f"its time limit came at {at}" if late else reason
-    if stopped and not late:
-        record.excuse("stopped", reason)
-    else:  # a time limit that is too short to come any further is no better than a crash
-        record.note("stopped" if stopped else "crashed", reason=reason)
-        if record.table["barren"] > job.settings.retries and at.number <= record.table["at"]:
-            remedy = "; give it more `time`" if late else ""
-            raise PatchmillError(f"{record.table['barren']} tries came no further than {at}; {reason}{remedy}")
+    if stopped:
+        if _excused(record, ranks, reason, further):
+            raise requeue(record, reason)
+        reason = f"its time limit came at {at}"
+    record.note("stopped" if stopped else "crashed", reason=reason)
+    if record.table["barren"] > job.settings.retries and not further:
+        remedy = "; give it more `time`" if stopped else ""
+        raise PatchmillError(f"{record.table['barren']} tries came no further than {at}; {reason}{remedy}")
     raise requeue(record, reason)
+
+
+def _excused(record: Record, ranks: Ranks, reason: str, further: bool) -> bool:
+    """Note that a try was ended from outside, and tell whether that is so.
+
+    It is not where its time limit came: one that is too short to come any further is no better than a crash.
+    """
+    if signal.SIGUSR2 in ranks.asked:
+        return False
+    barren = record.table["barren"]
+    record.excuse("stopped", reason)  # now: Slurm's answer may take longer than is left
+    if further or not is_over_time():  # of which it warns by SIGUSR2, but that is lost while the script loads modules
+        return True
+    record.note("stopped", barren=barren)
+    return False
 
 
 def _command(job: Job, stage: Stage, logs: Path, arguments: list[str]) -> list[str]:

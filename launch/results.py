@@ -14,11 +14,11 @@ def result_of(folder: Path, digest: str | None = None) -> dict[str, Any] | None:
     return found if found and digest in (None, found.get("digest")) else None
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, remedy: str = "remove it, and what it told is made anew") -> dict[str, Any]:
     """Return a table, empty where there is no file.
 
     Raises:
-        UserError: The file is damaged.
+        UserError: The file is damaged; it tells the remedy.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -28,7 +28,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}); remove it, and what it told is made anew") from None
+        raise UserError(f"{path} is damaged ({error}); {remedy}") from None
 
 
 def digest(value: Any) -> str:

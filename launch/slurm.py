@@ -6,9 +6,11 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Container, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +25,9 @@ from shards.atomic import only_one, write_text
 from shards.errors import PatchmillError, UserError
 
 CODE = "code"  # the snapshot, in the folder of scripts
-OTHERWISE = {"mem": "MEM_PER_NODE", "requeue": "NO_REQUEUE", "time": "TIMELIMIT"}
+OTHERWISE = {"mem": "MEM_PER_NODE", "requeue": "NO_REQUEUE", "switches": "REQ_SWITCH", "time": "TIMELIMIT"}
 """Variables of sbatch, less SBATCH_, that are not called as their options are."""
+SHORT = {"A": "account", "C": "constraint", "G": "gpus", "p": "partition", "q": "qos", "t": "time"}
 
 
 @dataclass(frozen=True)
@@ -130,8 +133,8 @@ def submit(plan: Plan, cluster: Cluster) -> dict[str, Job]:
                     begin(part.stage)  # not each slice for itself
                 script = folder / f"{part.name}.sbatch"
                 write_text(script, text)
-                number = _sbatch(script, part.needs, jobs)
-                jobs |= part.jobs(number, settings)
+                with _nothing_heard():  # a job whose number is not known could not be cancelled
+                    jobs |= part.jobs(_sbatch(script, part.needs, jobs), settings)
                 Submission(**table, jobs=jobs).write(plan.run)
             for name, job in jobs.items():
                 Record(plan.run, name).forget()  # of a job before
@@ -260,6 +263,7 @@ def _script(plan: Plan, part: Part, settings: JobSettings) -> str:
     told = f"${{SLURM_RESTART_COUNT:-0}} $(stat -c %s {mark}.log 2>/dev/null)"
     lines += [f'echo "{told}" >{mark}.begun  # until launch.job removes it']
     lines += ["trap '' USR2  # which warns of the time limit, until launch.job listens"]
+    lines += ["export SLURM_EXPORT_ENV=ALL  # or, where sbatch was told --export, ranks lack what is set from here on"]
     lines += [_load(module) for module in settings.modules]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in settings.env.items()]
     lines += settings.setup
@@ -282,6 +286,16 @@ def _option(value: str) -> str:
 
 def _comment(path: Path) -> str:
     return json.dumps(str(path), ensure_ascii=False)
+
+
+@contextmanager
+def _nothing_heard() -> Iterator[None]:
+    """Put off Ctrl-C and SIGTERM; programs started meanwhile do so, too."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _sbatch(script: Path, needs: tuple[str, ...], jobs: dict[str, Job]) -> str:
@@ -307,9 +321,10 @@ def sbatch(script: Path, *options: str) -> str:
 
 def overruling(script: str) -> set[str]:
     """Return the variables that sbatch would put before what a script says, or that are not for its user to say."""
-    said = re.findall(r"^#SBATCH --([a-z-]+)", script, re.MULTILINE)
+    lines = " ".join(re.findall(r"^#SBATCH(.*)$", script, re.MULTILINE))
+    said = re.findall(r"\s--([a-z-]+)", lines) + [SHORT.get(one, one) for one in re.findall(r"\s-([A-Za-z])", lines)]
     named = {f"SBATCH_{OTHERWISE.get(option, option.replace('-', '_').upper())}" for option in said}
-    return named | {"SBATCH_ARRAY_INX", "SBATCH_ERROR", "SBATCH_WAIT"}
+    return named | {f"SBATCH_{name}" for name in ("ARRAY_INX", "CLUSTERS", "ERROR", "WAIT")}
 
 
 def slurm(*command: str, without: Container[str] = ()) -> str:

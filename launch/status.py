@@ -7,7 +7,6 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from launch.run import RUNNER, noted
 from launch.slurm import Queued, cancel, states
 from launch.submission import Job, Record, Submission, check_run, log_of, read_submission
 from launch.sweep import Sweep, sweep_of
+from pipeline.report.run import reading
 from pipeline.settings import Duration, read_toml
 from pipeline.telemetry import read_metrics
 from shards.atomic import is_held
@@ -69,27 +69,13 @@ def status_of(run: Path) -> list[Status]:
     """
     check_run(run)
     submission = read_submission(run)
-    with _reading(run):
-        return _statuses(run, submission)
-
-
-@contextmanager
-def _reading(run: Path) -> Iterator[None]:
-    """Turn what comes of files that say something else than Patchmill wrote into an error for the user."""
-    try:
-        yield
-    except (LookupError, ValueError, TypeError, AttributeError, OverflowError, OSError) as error:
-        raise UserError(
-            f"{run} cannot be read as a run ({error!r}): one of its files was changed, or is damaged"
-        ) from error
-
-
-def _statuses(run: Path, submission: Submission | None) -> list[Status]:
     queue = _queue(submission) if submission else None
-    names = list(_names(run, submission))
+    with reading(run):
+        names = list(_names(run, submission))
     found: dict[str, Status] = {}
     for name in dict.fromkeys([*(submission.jobs if submission else ()), *names]):  # jobs after those they wait for
-        found[name] = _status(run, name, submission, queue, found)
+        with reading(run / "stages" / name):
+            found[name] = _status(run, name, submission, queue, found)
     return [found[name] for name in names]
 
 
@@ -104,7 +90,7 @@ def print_status(run: Path, watch: bool = False) -> None:
             shown = stages
             if watch and console.is_terminal:
                 console.clear()
-            with _reading(run):
+            with reading(run):
                 table = _table(run, stages)
             console.print(table)
         if not watch or idle == 2:

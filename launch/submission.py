@@ -98,7 +98,8 @@ def begun_of(run: Path, name: str) -> Path:
 
 def read_submission(run: Path) -> Submission | None:
     """Return the last submission of a run; None: there was none."""
-    table = read_json(folder_of(run) / "submission.json")
+    remedy = f"no other tells the numbers of jobs: end those named {run.resolve().name}:... by scancel, then remove it"
+    table = read_json(folder_of(run) / "submission.json", remedy)
     return check(Submission, table, str(run)) if table else None
 
 

@@ -111,15 +111,14 @@ def _folded(text: list[str], width: int) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics file; one that a kill cut short, or a disk damaged, ends them."""
+    """Return the lines of a metrics file; one that a kill cut short, or a disk damaged, is left out."""
     lines: list[dict[str, Any]] = []
     if path.exists():
         for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 line = json.loads(text)
             except (ValueError, RecursionError):
-                break
-            if not isinstance(line, dict) or type(line.get("samples")) is not int:
-                break
-            lines.append(line)
+                continue
+            if isinstance(line, dict) and type(line.get("samples")) is int:
+                lines.append(line)
     return lines

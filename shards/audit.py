@@ -84,7 +84,7 @@ def audit(stage: str | Path, data: Sequence[str] = (), workers: int | None = Non
     if stand.samples > 2 * reach + _LEAST_SPAN:
         raise UserError(
             f"{stand.checkpoint} stands at {stand.samples:,} samples, and {folder / 'ledger'} tells of {reach:,}: most "
-            "of it is missing, or one of them is damaged"
+            f"of it is missing, or one of them is damaged{''.join(f'; {each}' for each in problems[:3])}"
         )
     run = _run(segments[-1].head["run"], data)
     listed = {place_of(entry): entry["position"] for entry in read_quarantine(folder / "quarantine.jsonl")}

@@ -209,13 +209,17 @@ def expected(run: Run) -> Expected:
     Raises:
         UserError: A data set is another one, or this Patchmill has another order.
     """
+    datasets = [
+        Dataset.open(url, exclude, subset=subset)
+        for url, exclude, subset in zip(run.data, run.exclude, run.subset, strict=True)
+    ]
     try:
-        return _expected(run, json.loads(run.order))
+        return _expected(datasets, json.loads(run.order))
     except (LookupError, ValueError, TypeError, AttributeError, OverflowError, ZeroDivisionError) as error:
         raise UserError(f"the ledger tells no order that a run could follow ({error!r}); it is damaged") from error
 
 
-def _expected(run: Run, order: dict[str, Any]) -> Expected:
+def _expected(datasets: list[Dataset], order: dict[str, Any]) -> Expected:
     if type(order["seed"]) is not int:
         raise TypeError(f"its seed is {order['seed']!r}")
     if order["order_version"] != ORDER_VERSION:
@@ -223,10 +227,6 @@ def _expected(run: Run, order: dict[str, Any]) -> Expected:
             f"the run followed version {order['order_version']} of the order, this Patchmill has {ORDER_VERSION}; "
             "audit it with the Patchmill that ran it"
         )
-    datasets = [
-        Dataset.open(url, exclude, subset=subset)
-        for url, exclude, subset in zip(run.data, run.exclude, run.subset, strict=True)
-    ]
     mixed = isinstance(order["data"], list)
     for dataset, digest in zip(datasets, order["data"] if mixed else [order["data"]], strict=True):
         if dataset.digest != digest:

@@ -63,7 +63,7 @@ class _Model:
     shared: dict[str, str]  # the name that a parameter with two is kept under
     buffers: list[str]
     frozen: dict[str, tuple[int, ...]]
-    fragments: dict[str, Tensor]  # this rank's parts of the frozen ones
+    fragments: dict[str, Any]  # this rank's parts of the frozen ones, which only stage 3 goes by
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,14 @@ def _of(path: Path) -> Iterator[None]:
 def _model(path: Path) -> _Model:
     with _of(path):
         told = _be(dict, load_torch(path, HARMLESS))
-        module, fragments = (_be(dict, told.get(key)) for key in ("module", "frozen_param_fragments"))
+        module = _be(dict, told.get("module"))
         return _Model(
             {name: _plain(name, value) for name, value in module.items() if _is_weight(value)},
             [_shapes(group) for group in _be(list, told.get("param_shapes"))],
             {_be(str, name): _be(str, to) for name, to in _be(dict, told.get("shared_params")).items()},
             [_be(str, name) for name in _be(list, told.get("buffer_names"))],
             _shapes(told.get("frozen_param_shapes")),
-            {name: _plain(name, value) for name, value in fragments.items()},
+            _be(dict, told.get("frozen_param_fragments")),
         )
 
 
@@ -318,6 +318,8 @@ def _frozen_parts(mapped: Mapped, files: list[Path], shapes: dict[str, tuple]) -
     for name, shape in shapes.items():
         for file in files:
             part = mapped(file).fragments.get(name)
+            with _of(file):
+                part = None if part is None else _plain(name, part)
             if part is None or part.numel() != -(-math.prod(shape) // len(files)):
                 has = "none" if part is None else f"{part.numel()} values"
                 raise UserError(

@@ -123,6 +123,9 @@ def is_plain(value: Any) -> bool:
     )
 
 
+INDEXES = (torch.bool, torch.int64, torch.int32, torch.uint8)
+"""Kinds of numbers that masks and counters have, and no weights."""
+
 # Where training programs put a model's state inside what they save, and where the average of its weights.
 STATES = ("state_dict", "model", "module", "model_state_dict", "params")
 AVERAGES = ("state_dict_ema", "model_ema", "ema")
@@ -152,9 +155,10 @@ def _state(loaded: Any, path: Path, ema: bool) -> dict[str, Tensor]:
         raise UserError(
             f"{path} holds no tensors under {', '.join(map(str, state))[:200]}; save a model's state_dict()"
         )
-    if odd := next((name for name, value in tensors.items() if not is_plain(value)), None):
+    plain = {name: value for name, value in tensors.items() if is_plain(value)}
+    if odd := next((name for name in tensors.keys() - plain.keys() if tensors[name].dtype not in INDEXES), None):
         raise UserError(f"{path} holds {odd} as no plain tensor: it is sparse, quantized or has values several times")
-    return tensors
+    return plain
 
 
 def _note(comment: bytes) -> dict[str, str]:

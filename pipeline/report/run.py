@@ -2,6 +2,8 @@
 
 import json
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
@@ -133,12 +135,21 @@ def read_run(folder: str | Path) -> Run:
         UserError: The folder is neither, or a file in it is damaged.
     """
     folder = Path(folder)
-    try:
+    with reading(folder):
         return _of_plan(folder) if (folder / "plan.toml").is_file() else _by_hand(folder)
-    except (LookupError, ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
-        raise UserError(
-            f"{folder} cannot be read as a run ({error!r}): one of its files was changed, or is damaged"
-        ) from error
+
+
+@contextmanager
+def reading(*folders: Path) -> Iterator[None]:
+    """Turn what comes of files that say something else than Patchmill wrote into an error for the user."""
+    what = ", ".join(map(str, folders))
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename or what}: {error.strerror or error}; mend that") from error
+    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        told = f"{type(error).__name__}: {error}"
+        raise UserError(f"{what} tells what no run does ({told}); was a file in it changed or damaged?") from error
 
 
 def _of_plan(folder: Path) -> Run:

@@ -23,6 +23,8 @@ from pipeline.convert import transformers
 from pipeline.convert.source import Source
 from pipeline.convert.tensors import NOTE
 from pipeline.models import create_model
+from pipeline.recipe import read_recipe
+from pipeline.settings import dump_toml
 from shards import manifest
 from shards.droplist import write_exclude
 from tests.fuzz.targets import CORPUS
@@ -415,11 +417,14 @@ name = "rates"
 kind = "finetune"
 sweep = { "optim.lr" = [0.1, 0.2] }
 """
+    settings = dump_toml(read_recipe("finetune_cifar10").checked.model_dump(mode="json", exclude_none=True)).encode()
     line = {"step": 3, "samples": 12, "epoch": 0.5, "images_per_second": 9.5, "loss": 0.7, "lr": 0.1}
+    line |= {"utilisation": 0.5, "data_wait": 0.02}
     result = {"digest": "d", "kind": "finetune", "seconds": 3.5, "result": {"val": {"top1": 0.5, "loss": 0.6}}}
     files = {
         "plan.toml": plan.encode(),
-        "stages/one/resolved.toml": b'duration = "2 epochs"\nglobal_batch = 4\nkind = "supervised"\n',
+        "stages/one/resolved.toml": settings,
+        **{f"stages/rates-{i}/{name}.toml": settings for i in range(2) for name in ("config", "resolved")},
         "stages/one/metrics.jsonl": "".join(
             json.dumps(each) + "\n" for each in (line, {"samples": 12, "val_top1": 0.5}, line)
         ).encode(),

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch import deepspeed
+from launch.driver import drive
 from launch.lastwords import LastWords
 from launch.launchers import Launch, print_commands
 from launch.plan import read_plan
-from launch.rank import code_of_ranks, original, plain, threads, who
+from launch.rank import ENDED, code_of_ranks, original, plain, threads, who
 from launch.start import Start
 from shards.errors import UserError
 from tests.command import ROOT
@@ -248,3 +249,10 @@ def test_a_full_disk_does_not_hide_how_a_rank_ended(tmp_path):
     assert code_of_ranks(tmp_path) is None
     (tmp_path / "ended").write_text("75")
     assert code_of_ranks(tmp_path) == 75
+
+
+def test_a_launcher_that_ends_well_where_a_rank_did_not_does_not_count(tmp_path):
+    """DeepSpeed's ends with 0 where a signal ended what it had started; of its code the rank left an empty file."""
+    start = Start([], str(tmp_path / "logs"), 1, 1, "localhost", 1)
+    assert drive(["touch", str(tmp_path / "logs" / ENDED)], start, 0) == 1
+    assert drive(["true"], start, 0) == 0

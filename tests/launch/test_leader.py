@@ -100,6 +100,7 @@ def begin(folder: Path, node: int, endpoint: str, *options: str) -> subprocess.P
     return subprocess.Popen(
         [sys.executable, "-m", "launch.cli", *command, "--rdzv-endpoint", endpoint],
         cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which shells ignore in the background
     )  # fmt: skip
 
 

@@ -84,7 +84,11 @@ def test_no_variable_of_sbatch_goes_before_what_a_script_says(tmp_path):
     found = overruling(scripts(plan_of(tmp_path), profile)["rates"])
     said = "JOB_NAME OUTPUT OPEN_MODE ARRAY_INX MEM_PER_NODE TIMELIMIT SIGNAL ACCOUNT NO_REQUEUE RESERVATION ERROR WAIT"
     assert found >= {f"SBATCH_{name}" for name in said.split()}
+    assert "SBATCH_CLUSTERS" in found  # jobs of another would be looked for on this one
     assert not found & {"SBATCH_PARTITION", "SBATCH_QOS", "SBATCH_CONSTRAINT"}  # of which it says nothing
+    assert overruling("#SBATCH -p gpu -A x\n#SBATCH --exclusive --qos=y\n") - overruling("") == {
+        f"SBATCH_{name}" for name in ("PARTITION", "ACCOUNT", "EXCLUSIVE", "QOS")
+    }
 
 
 @pytest.mark.parametrize(

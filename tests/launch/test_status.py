@@ -308,8 +308,13 @@ def test_the_logs_that_are_there_are_named(tmp_path, capsys):
     [
         ("result.json", '{"digest": "x", "resu', "result.json is damaged"),
         ("result.json", "[1]", "result.json is damaged (a list, and no table)"),
-        ("state.json", '{"state": ["running"]}', "cannot be read as a run"),
-        ("metrics.jsonl", '{"samples": 1, "step": 1}\n', "cannot be read as a run (KeyError('images_per_second'))"),
+        ("state.json", '{"state": ["running"]}', "tells what no run does"),
+        (
+            "metrics.jsonl",
+            '{"samples": 1, "step": 1}\n',
+            "/train tells what no run does (KeyError: 'ima",
+        ),
+        ("../../slurm/submission.json", '{"jobs', "end those named x:... by scancel, then remove it"),
     ],
 )
 def test_damaged_files_of_a_run_are_one_line(file, text, told, plan, tmp_path):
@@ -317,6 +322,7 @@ def test_damaged_files_of_a_run_are_one_line(file, text, told, plan, tmp_path):
     (plan.run / "plan.toml").write_text(plan.path.read_text())
     folder = plan.stages[0].folder
     (folder / "resolved.toml").write_text('duration = "4 steps"\nglobal_batch = 12\n')
+    (folder / file).parent.mkdir(exist_ok=True)
     (folder / file).write_text(text)
     done = patchmill("status", plan.run, cwd=tmp_path)
     assert told in refused(done)

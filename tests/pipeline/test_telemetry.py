@@ -21,6 +21,12 @@ def test_a_resumed_run_has_every_line_once(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == lines
 
 
+def test_a_damaged_line_costs_no_other(tmp_path):
+    lines = [b'{"samples": 10}', b'{"samples": "2', b"[20]", b'{"samples": 25, "x": "\xff"}', b'{"samples": 30}']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    assert [line["samples"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [10, 25, 30]
+
+
 def test_tensorboard_mirrors_the_lines(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

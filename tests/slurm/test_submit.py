@@ -32,7 +32,9 @@ def rank_on(cluster, node: str) -> int:
     return min(found)
 
 
-def test_a_plan_of_two_stages_in_an_odd_place_ends_done(cluster, tmp_path, undisturbed):
+def test_a_plan_of_two_stages_in_an_odd_place_ends_done(cluster, tmp_path, undisturbed, monkeypatch):
+    for name, value in {"EXPORT": "NONE", "JOB_NAME": "mine", "NO_REQUEUE": "1"}.items():  # of its user's shell
+        monkeypatch.setenv(f"SBATCH_{name}", value)
     folder = tmp_path / """it's "my" $(touch hacked) `x` ; # %j & plan"""
     folder.mkdir()
     run = Submitted(cluster, write_plan(folder, SHARDS, TRAIN))

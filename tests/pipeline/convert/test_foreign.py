@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.convert.recognise import open_source
-from pipeline.convert.tensors import of_npz
+from pipeline.convert.tensors import of_npz, of_torch
 from shards.errors import UserError
 from tests.pipeline.convert.made import TINY, randomized
 
@@ -211,3 +211,9 @@ def test_tensors_of_few_values_that_seem_many_are_refused(tmp_path):
     torch.save({"cls_token": torch.zeros(1).expand(1, 1, 2**40)}, tmp_path / "x.pth")
     with pytest.raises(UserError, match="holds cls_token as no plain tensor"):
         open_source(tmp_path / "x.pth")
+
+
+def test_masks_that_say_one_value_often_are_no_weights(tmp_path):
+    mask = torch.ones(1, dtype=torch.bool).expand(4, 4)
+    torch.save(state(**VIT) | {"mask": mask}, tmp_path / "x.pth")
+    assert of_torch([tmp_path / "x.pth"], tmp_path).shapes.keys() == state(**VIT).keys()
