@@ -71,10 +71,11 @@ types: $(READY)
 coverage: setup
 	rm -f .coverage .coverage.*
 	mkdir -p build
-	-OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -m "not peers and not slow and not slurm" $(TESTS)
+	-OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -m "not peers and not slow and not slurm" \
+		--numprocesses auto --dist loadfile --no-loadscope-reorder $(TESTS)
 	-$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report > build/coverage.txt
-	tail -1 build/coverage.txt
+	grep TOTAL build/coverage.txt
 
 docs: setup
 	$(BIN)/python docs/licences.py > docs/licences.md
