@@ -71,8 +71,7 @@ types: $(READY)
 coverage: setup
 	rm -f .coverage .coverage.*
 	mkdir -p build
-	-OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -m "not peers and not slow and not slurm" \
-		--numprocesses auto --dist loadfile --no-loadscope-reorder $(TESTS)
+	-OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -m "not peers and not slow and not slurm" $(TESTS)
 	-$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report > build/coverage.txt
 	grep TOTAL build/coverage.txt
