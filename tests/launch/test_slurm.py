@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tomllib
@@ -15,7 +16,7 @@ from launch.cluster import Cluster, JobSettings, layout
 from launch.job import Progress
 from launch.plan import read_plan
 from launch.run import begin
-from launch.slurm import CODE, _numbers, _parts, _script, _settings, overruling
+from launch.slurm import CODE, _nothing_heard, _numbers, _parts, _script, _settings, overruling
 from launch.snapshot import take_snapshot
 from launch.stages import KINDS
 from launch.submission import Job, Record, Submission, folder_of, log_of, read_submitted_plan, recipes_of
@@ -327,3 +328,13 @@ def test_a_submitted_plan_does_not_look_at_its_images_again(tmp_path):
         read_submitted_plan(plan.run)
     again = read_submitted(PLAN, plan.path, plan.run, False, plan.inputs.known)
     assert [stage.digest for stage in again.stages] == [stage.digest for stage in plan.stages]
+
+
+def test_what_interrupts_a_submit_waits_until_the_number_of_a_job_is_known():
+    before, known = signal.signal(signal.SIGINT, signal.default_int_handler), []
+    try:
+        with pytest.raises(KeyboardInterrupt), _nothing_heard():
+            known.append(os.kill(os.getpid(), signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert known == [None]  # that came of it
