@@ -291,11 +291,18 @@ def _comment(path: Path) -> str:
 @contextmanager
 def _nothing_heard() -> Iterator[None]:
     """Put off Ctrl-C and SIGTERM; programs started meanwhile do so, too."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    put_off, heard = {signal.SIGINT, signal.SIGTERM}, []
+    # The mask is this thread's and those programs': what it holds off, another thread may take for the whole process.
+    handlers = {each: signal.signal(each, lambda number, _: heard.append(number)) for each in put_off}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, put_off)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+        for number in heard:
+            signal.raise_signal(number)
 
 
 def _sbatch(script: Path, needs: tuple[str, ...], jobs: dict[str, Job]) -> str:

@@ -6,6 +6,8 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -330,11 +332,24 @@ def test_a_submitted_plan_does_not_look_at_its_images_again(tmp_path):
     assert [stage.digest for stage in again.stages] == [stage.digest for stage in plan.stages]
 
 
-def test_what_interrupts_a_submit_waits_until_the_number_of_a_job_is_known():
-    before, known = signal.signal(signal.SIGINT, signal.default_int_handler), []
+@pytest.mark.parametrize("threads", [0, 4])  # any of which may be the one that takes a signal of the process
+def test_what_interrupts_a_submit_waits_until_the_number_of_a_job_is_known(threads):
+    over, known = threading.Event(), []
+
+    def submit():
+        with _nothing_heard():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)  # for a thread to take it
+            known.append("its number")
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with pytest.raises(KeyboardInterrupt), _nothing_heard():
-            known.append(os.kill(os.getpid(), signal.SIGINT))
+        for _ in range(threads):
+            threading.Thread(target=over.wait).start()
+        with pytest.raises(KeyboardInterrupt):
+            submit()
+        assert known == ["its number"]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
-    assert known == [None]  # that came of it
+        over.set()
