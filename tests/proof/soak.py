@@ -72,6 +72,7 @@ class Look(NamedTuple):
         threads: Number of them.
         processor: Seconds used so far.
         checkpoints: Folders of whole checkpoints.
+        saved: Steps of the newest.
         disk: MB of all of the run's files but its logs.
         logs: MB of these.
         temporary: Files of Patchmill's in the system's temporary folders.
@@ -84,6 +85,7 @@ class Look(NamedTuple):
     threads: int
     processor: float
     checkpoints: int
+    saved: int
     disk: float
     logs: float
     temporary: int
@@ -108,6 +110,7 @@ def look(began: float, ranks: list[psutil.Process], stage: Path) -> Look:
     done = losses(stage)
     sizes = {path: path.stat().st_size / 1e6 for path in _files(stage)}
     logs = sum(size for path, size in sizes.items() if "checkpoints" not in path.parts)
+    saved = [int(path.name.removeprefix("samples-")) for path in stage.glob("checkpoints/samples-*") if path.is_dir()]
     return Look(
         minutes=(time.monotonic() - began) / 60,
         steps=done[-1][0] // GLOBAL_BATCH if done else 0,
@@ -115,7 +118,8 @@ def look(began: float, ranks: list[psutil.Process], stage: Path) -> Look:
         descriptors=sum(rank.num_fds() for rank in ranks),
         threads=sum(rank.num_threads() for rank in ranks),
         processor=sum(sum(rank.cpu_times()[:2]) for rank in ranks),
-        checkpoints=len([path for path in stage.glob("checkpoints/samples-*") if path.is_dir()]),
+        checkpoints=len(saved),
+        saved=max(saved, default=0) // GLOBAL_BATCH,
         disk=sum(sizes.values()) - logs,
         logs=logs,
         temporary=sum(len(list(Path(folder).glob("*patchmill*"))) for folder in (tempfile.gettempdir(), "/dev/shm")),
@@ -180,8 +184,9 @@ def judge(seen: list[Look], metrics: list[dict], code: int) -> list[Finding]:
     steps_ms = partial(_step_ms, metrics)
     for what, of in (("processor time of a step, ms", _processor_ms), ("a step, ms", steps_ms)):
         found.append(Finding(what, of(early), of(late), of(late) <= of(early) * SLOWER))
-    written, kept = seen[-1].steps // SAVED, seen[-1].checkpoints
-    found.append(Finding("checkpoints written, and kept", written, kept, kept <= KEEP + 1 < written))
+    written, kept = seen[-1].saved // SAVED, seen[-1].checkpoints
+    rotates = KEEP <= kept <= KEEP + 1 < written and written >= seen[-1].steps // SAVED - 1
+    found.append(Finding("checkpoints written, and kept", written, kept, rotates))
     found.append(Finding("exit code when it was told to stop", 75, code, code == 75))
     return found
 
@@ -222,10 +227,12 @@ def draw(seen: list[Look], path: Path) -> None:
 def main() -> int:
     """Watch one run."""
     parser = argparse.ArgumentParser(description=re.split(r"\n\n", __doc__)[0])
-    parser.add_argument("--minutes", type=float, default=60, help="of training")
+    parser.add_argument("--minutes", type=float, default=60, help="of training, 2 or more")
     parser.add_argument("--picture", type=Path, metavar="PATH", help="draw what was seen, as PNG")
     parser.add_argument("--json", action="store_true", help="the result as JSON")
     arguments = parser.parse_args()
+    if arguments.minutes < 2:
+        parser.error(f"--minutes {arguments.minutes:g}: with fewer than 2 there is nothing to compare")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     try:

@@ -21,7 +21,7 @@ def test_two_minutes_leave_nothing_behind(tmp_path):
     assert done.returncode in (0, 1), done.stderr
     found = json.loads(done.stdout)
     flat = {each["what"]: each["flat"] for each in found["findings"]}
-    assert len(flat) == 8
+    assert len(flat) == 9
     for what in ("memory, MB", "open files, at most", "threads, at most", "exit code when it was told to stop"):
         assert flat[what], found["findings"]
     with Image.open(tmp_path / "soak.png") as picture:
