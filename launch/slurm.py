@@ -142,7 +142,8 @@ def submit(plan: Plan, cluster: Cluster) -> dict[str, Job]:
             # Held until now: a job that starts finds itself in what was written, and one of half a plan never starts.
             slurm("scontrol", "release", ",".join(_numbers(jobs)))
         except BaseException as error:  # Ctrl-C, too, leaves none of them held in the queue
-            cancel(jobs)
+            with _nothing_heard():  # whoever presses it twice does not want them held, either
+                cancel(jobs)
             if not isinstance(error, PatchmillError | OSError):
                 raise
             raise UserError(f"{error}; nothing was submitted, and the scripts are in {folder}") from None
@@ -290,8 +291,8 @@ def _comment(path: Path) -> str:
 
 @contextmanager
 def _nothing_heard() -> Iterator[None]:
-    """Put off Ctrl-C and SIGTERM; programs started meanwhile do so, too."""
-    put_off, heard = {signal.SIGINT, signal.SIGTERM}, []
+    """Put off what ends a command, in its main thread; programs started meanwhile do so, too."""
+    put_off, heard = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}, []
     # The mask is this thread's and those programs': what it holds off, another thread may take for the whole process.
     handlers = {each: signal.signal(each, lambda number, _: heard.append(number)) for each in put_off}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, put_off)

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from shards import manifest
 from shards.atomic import LOCK, only_one
@@ -33,6 +33,7 @@ from shards.sources import Item
 from shards.sources.open import open_source
 from shards.sources.reader import Reader
 from shards.store import open_store
+from shards.urls import parts_of
 from shards.workers import cores, run_jobs
 
 _IMAGES_A_WORKER = 1_000  # a process starts in the time that another writes these
@@ -299,7 +300,7 @@ def _own_folder(purpose: str) -> Path:
 def _local_path(url: str | Path) -> Path | None:
     """Return the path of a local folder; None of a remote one."""
     if str(url).startswith("file://"):
-        return Path(unquote(urlsplit(str(url)).path))
+        return Path(unquote(parts_of(str(url)).path))
     return None if "://" in str(url) else Path(url)
 
 

@@ -293,14 +293,14 @@ def _check_head(head: dict) -> None:
     """Raise a ValueError, KeyError or TypeError where a head says something else than ``Ledger`` writes."""
     run, after = head["run"], head["after"]
     counts = [head["begins"], head["rank"], head["world_size"]]
-    lists = [run["data"], run["exclude"], run.get("subset", run["exclude"])]
+    lists = [run["data"], run["exclude"], run.get("subset", [None] * len(run["data"]))]
     if not all(type(each) is int and each >= 0 for each in counts) or not 0 < head["world_size"] <= MOST_RANKS:
         raise ValueError(f"its counts are {counts}")
     if not (after is None or is_segment(after)) or not isinstance(run["order"], dict):
         raise ValueError("its head tells no run")
-    kinds: list[tuple[type, ...]] = [(str,), (str, type(None)), (int, str, type(None))]
+    kinds: list[tuple[type, ...]] = [(str,), (str, type(None)), (int, type(None))]
     for each, kind in zip(lists, kinds, strict=True):
-        if len(each) != len(lists[0]) or not all(isinstance(value, kind) for value in each):
+        if len(each) != len(lists[0]) or not all(isinstance(value, kind) and "\0" not in str(value) for value in each):
             raise ValueError("its head tells no data sets")
 
 

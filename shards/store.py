@@ -6,14 +6,14 @@ Both kinds offer the same calls and are safe to use from many threads. What is w
 import os
 import re
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from shards.errors import UserError
 from shards.localstore import LocalStore
 from shards.objects import MissingError
 from shards.remotestore import RemoteStore
 from shards.storesettings import StoreSettings
-from shards.urls import refuse_secrets
+from shards.urls import parts_of, refuse_secrets
 
 Store = LocalStore | RemoteStore
 
@@ -29,11 +29,11 @@ def open_store(url: str | Path, create: bool = False, settings: StoreSettings | 
     Raises:
         UserError: The local folder is missing, the URL is of no known kind, or it carries a secret.
     """
-    parts = urlsplit(str(url))
-    if "://" in str(url) and parts.scheme != "file":
+    is_file = str(url).startswith("file://")
+    if "://" in str(url) and not is_file:
         refuse_secrets(str(url))
         return RemoteStore(str(url).rstrip("/"), settings or StoreSettings())
-    root = Path(unquote(parts.path)) if parts.scheme == "file" else Path(url)
+    root = Path(unquote(parts_of(str(url)).path)) if is_file else Path(url)
     if create:
         root.mkdir(parents=True, exist_ok=True)
     if not os.path.isdir(root):  # also of a name too long for any

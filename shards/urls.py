@@ -1,8 +1,21 @@
-"""What a URL must not carry."""
+"""The parts of a URL, and what it must not carry."""
 
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from shards.errors import UserError
+
+
+def parts_of(url: str) -> SplitResult:
+    """Return the parts of a URL.
+
+    Raises:
+        UserError: It cannot be read; what may be a secret is not repeated.
+    """
+    try:
+        return urlsplit(url)
+    except ValueError as error:
+        told = "a URL" if "@" in url or "?" in url else repr(url)
+        raise UserError(f"{told} cannot be read ({error}); check its host") from None
 
 
 def refuse_secrets(url: str) -> None:
@@ -10,7 +23,7 @@ def refuse_secrets(url: str) -> None:
 
     Tokens stand in the place of a user, and signatures in a query. In a bucket ``?`` belongs to a pattern or a name.
     """
-    parts = urlsplit(url)
+    parts = parts_of(url)
     try:
         carries, where = "a password" if parts.password else None, f"the URL of {parts.hostname}"
         _ = parts.port

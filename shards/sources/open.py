@@ -7,7 +7,7 @@ import zlib
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from shards.errors import UserError
 from shards.sources import Source, cifar, place
@@ -22,7 +22,7 @@ from shards.sources.pets import Pets
 from shards.sources.table import Table
 from shards.sources.tars import Tars
 from shards.store import Store, open_store
-from shards.urls import refuse_secrets
+from shards.urls import parts_of, refuse_secrets
 
 KINDS: dict[str, type[Source]] = {
     "folder": Folder,
@@ -162,5 +162,5 @@ def _kinds_of_folder(store: Store) -> set[str]:
 def _plain(url: str) -> str:
     """Return a local path as it is, of a ``file://`` URL its path, of other URLs no slash at the end."""
     if url.startswith("file://"):
-        return unquote(urlsplit(url).path)
+        return unquote(parts_of(url).path)
     return url.rstrip("/") if "://" in url else url

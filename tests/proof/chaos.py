@@ -4,11 +4,14 @@ import os
 import random
 import re
 import signal
+import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from launch.submission import Record
+from shards.errors import PatchmillError
 from tests.command import losses
 from tests.proof.faults import CYCLE, DISK, KILLS, RANKS, Fault
 from tests.proof.storage import Storage
@@ -40,7 +43,7 @@ class Chaos:
         for number, fault in enumerate(faults, start=1):
             try:
                 self._disturb(fault)
-            except (ClusterError, AssertionError, OSError) as error:
+            except (ClusterError, PatchmillError, AssertionError, OSError, subprocess.SubprocessError) as error:
                 fault.outcome = f"failed: {' '.join(str(error).split())[-300:]}"
             print(f"{number}/{len(faults)} {fault}", file=sys.stderr, flush=True)
             if fault.outcome.startswith("failed"):
@@ -74,6 +77,12 @@ class Chaos:
             wait_for(lambda: not set(ranks) & set(self._ranks(fault.stage)), 60, "the ranks to be gone")
         before = self._at(fault.stage)
         wait_for(lambda: self._at(fault.stage) > before or self._ended(fault.stage), BACK, "a step beyond the fault")
+        if fault.kind == "server killed":  # steps of what was read ahead do not count
+            wait_for(lambda: self._storage.answered or self._ended(fault.stage), BACK, "reads from the server")
+            assert self._storage.answered, "nobody read from it any more"
+        if fault.kind == RANKS and not self._ended(fault.stage):
+            now = len(self._ranks(fault.stage))
+            assert fault.detail.endswith(f" to {now}"), f"{now} ranks train"
         fault.seconds = time.monotonic() - began
         fault.outcome = "went on"
 
@@ -94,17 +103,13 @@ class Chaos:
         fault.detail = f"away for {away:.0f} s"
 
     def _fill_disk(self, fault: Fault) -> None:
-        filler, log = self._disk / "filler", self._run.run / "slurm" / f"{fault.stage}.log"
-        restarts = self._restarts(fault.stage)
-        said = len(log.read_text())
-        free = os.statvfs(self._disk)
+        filler, restarts = self._disk / "filler", self._restarts(fault.stage)
+        said, found = len(self._run.log(fault.stage)), []
         try:
-            with open(filler, "wb") as file:
-                os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_bsize - LEFT)
-            found = []
 
             def is_told() -> bool:
-                found[:] = re.findall(r"^error: (.*make room.*)$", log.read_text()[said:], re.MULTILINE)
+                _fill(self._disk, filler)  # again and again: what goes to be rotated away makes room
+                found[:] = re.findall(r"^error: (.*make room.*)$", self._run.log(fault.stage)[said:], re.MULTILINE)
                 return bool(found)
 
             wait_for(is_told, 120, "a save to fail")
@@ -125,7 +130,7 @@ class Chaos:
 
     def _kill(self, fault: Fault, node: str, rank: int) -> None:
         number = self._run.jobs[fault.stage]
-        restarts, cluster = self._restarts(fault.stage), self._run.cluster
+        restarts, cluster, said = self._restarts(fault.stage), self._run.cluster, len(self._run.log(fault.stage))
         if fault.kind == "rank killed":
             fault.detail = f"on {node}"
             os.kill(rank, signal.SIGKILL)
@@ -139,6 +144,8 @@ class Chaos:
         self._wait_until_back(fault.stage, restarts)
         if fault.kind == "node killed":
             cluster.start_node(node)
+        if fault.kind == "job pre-empted" and not self._ended(fault.stage):
+            assert "stopped on request at " in self._run.log(fault.stage)[said:], "its ranks did not save"
 
     def _restarts(self, stage: str) -> int:
         return int(self._run.shown(stage)["Restarts"])
@@ -172,6 +179,14 @@ class Chaos:
                 if "launch.rank" in words and "srun" not in words and any(word.startswith(folder) for word in words):
                     found.append((node, pid))
         return sorted(found)
+
+
+def _fill(disk: Path, filler: Path) -> None:
+    """Leave ``LEFT`` bytes of a disk, if there are more, in a file that grows."""
+    free = os.statvfs(disk)
+    with open(filler, "ab") as file, suppress(OSError):  # somebody else was faster: then it is full, too
+        if (room := free.f_bavail * free.f_bsize - LEFT) > 0:
+            os.posix_fallocate(file.fileno(), file.tell(), room)
 
 
 def _words(pid: int) -> list[str]:

@@ -70,17 +70,19 @@ def small_disk(folder: Path) -> Iterator[Path]:
         yield folder
     finally:
         try:
-            shutil.copytree(folder, folder.with_name("left"))
+            with suppress(OSError):  # a file that goes meanwhile
+                shutil.copytree(folder, folder.with_name("left"))
         finally:
             subprocess.run(["umount", "--lazy", folder], check=False, timeout=30)
 
 
 def prove(folder: Path, seed: int, faults: int, steps: int) -> tuple[list[Fault], list[Claim]]:
     """Run both, and compare; return the faults with their outcomes, and what holds or not."""
-    data, broken = make_shards(folder)
+    data, broken = make_shards(folder, seed)
     _say("undisturbed, on this machine")
     undisturbed = run_undisturbed(folder / "undisturbed", data, steps)
-    drawn = schedule(seed, faults, dict.fromkeys(STAGES, steps * GLOBAL_BATCH))
+    positions = steps * GLOBAL_BATCH
+    drawn = schedule(seed, faults, dict.fromkeys(STAGES, positions))
     with ExitStack() as stack:
         disk = stack.enter_context(small_disk(folder / "disturbed" / "runs"))
         cluster = Cluster(CLUSTER, PORT)
@@ -95,7 +97,7 @@ def prove(folder: Path, seed: int, faults: int, steps: int) -> tuple[list[Fault]
         Chaos(run, storage, disk, seed).disturb(drawn)
         with suppress(ClusterError):  # what did not end is no stage that is done
             run.wait_for_end(300 if drawn[-1].outcome == "went on" else 10)
-        return drawn, check_all(run, undisturbed, broken)
+        return drawn, check_all(run, undisturbed, broken, positions)
 
 
 def table(drawn: list[Fault], claims: list[Claim]) -> str:
@@ -120,16 +122,20 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=50, help="8 or more")
     parser.add_argument("--steps", type=int, default=1000, help="of each training stage")
     parser.add_argument("--json", action="store_true", help="the result as JSON")
-    parser.add_argument("--keep", action="store_true", help="leave the folder of both runs")
+    parser.add_argument("--keep", action="store_true", help="leave the folder of both runs, even if all holds")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all that was started is ended
     began, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="patchmill-proof-"))
+    proved = None
     try:
         drawn, claims = prove(folder, arguments.seed, arguments.faults, arguments.steps)
+        survived = sum(fault.outcome == "went on" for fault in drawn)
+        proved = survived == len(drawn) and all(claim.holds for claim in claims)
     finally:
-        if not arguments.keep:
+        if arguments.keep or proved is False:
+            _say(f"both runs are in {folder}")
+        else:
             shutil.rmtree(folder, ignore_errors=True)
-    survived = sum(fault.outcome == "went on" for fault in drawn)
     minutes = (time.monotonic() - began) / 60
     if arguments.json:
         found = {"faults": list(map(asdict, drawn)), "claims": list(map(asdict, claims)), "minutes": minutes}
@@ -137,7 +143,7 @@ def main() -> int:
     else:
         print(table(drawn, claims))
         print(f"seed {arguments.seed}: {survived} of {len(drawn)} faults survived in {minutes:.1f} minutes")
-    return 0 if survived == len(drawn) and all(claim.holds for claim in claims) else 1
+    return 0 if proved else 1
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A proxy before an S3 server, which misbehaves when it is told to: python tests/proof/proxy.py PORT SERVER_PORT.
 
-``POST /-/KIND/COUNT`` spoils that many answers from now on; ``GET /-/`` tells how many were spoiled since it started.
+``POST /-/KIND/COUNT`` spoils that many answers from now on; ``GET /-/`` tells how many were asked for since it started,
+and how many of them were spoiled.
 
 error    500, and nothing else
 reset    of the connection, before an answer
@@ -31,14 +32,15 @@ class Proxy(ThreadingHTTPServer):
         server: Port of the server.
 
     Attributes:
-        spoiled: Answers so far.
+        answered: Answers of the server so far.
+        spoiled: Of them.
     """
 
     daemon_threads = True
 
     def __init__(self, port: int, server: int):
         super().__init__(("127.0.0.1", port), Handler)
-        self.server, self.spoiled = server, 0
+        self.server, self.answered, self.spoiled = server, 0, 0
         self._kind, self._left, self._lock = "", 0, threading.Lock()
 
     def spoil(self, kind: str, count: int) -> None:
@@ -49,6 +51,7 @@ class Proxy(ThreadingHTTPServer):
     def next(self, path: str) -> str:
         """Return what is to happen to the answer to a request, or nothing."""
         with self._lock:
+            self.answered += 1
             if not self._left or (self._kind == "flip" and "list-type=" in path):
                 return ""
             self._left -= 1
@@ -69,7 +72,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         if self.path == "/-/":
-            return self._send(200, {}, b"%d" % self.server.spoiled)
+            return self._send(200, {}, b"%d %d" % (self.server.answered, self.server.spoiled))
         try:
             status, headers, body = self._ask()
         except OSError:

@@ -75,7 +75,16 @@ class Storage:
     @property
     def spoiled(self) -> int:
         """Answers spoiled so far."""
-        return self._before + int(_ask(self._proxy, "GET"))
+        return self._before + self._counts()[1]
+
+    @property
+    def answered(self) -> int:
+        """Answers since the server was last started."""
+        return self._counts()[0]
+
+    def _counts(self) -> tuple[int, int]:
+        answered, spoiled = _ask(self._proxy, "GET").split()
+        return int(answered), int(spoiled)
 
     @property
     def _proxy(self) -> str:

@@ -312,6 +312,16 @@ def test_files_that_are_missing_or_damaged_are_told(fine):
         audit(fine)
 
 
+@pytest.mark.parametrize("told", [{"data": ["http://[::1"]}, {"subset": ["x"]}, {"exclude": ["\0"]}, {"data": ["\0"]}])
+def test_a_head_that_names_no_data_sets_is_one_line(fine, told):
+    for path in (fine / "ledger").glob("*/rank-*.ledger"):
+        file, data = RankFile(path), path.read_bytes()
+        head = json.dumps(file.head | {"run": file.head["run"] | told}).encode()
+        path.write_bytes(ledger._frame((0, 0, 0, 0, 0), head) + data[file.offset[0] :])
+    with pytest.raises(UserError, match="cannot be read"):
+        audit(fine)
+
+
 def audit_command(*arguments) -> tuple[int, str]:
     done = CliRunner().invoke(app, ["shards", "audit", *map(str, arguments)])
     if isinstance(done.exception, PatchmillError):

@@ -286,6 +286,15 @@ def test_bad_urls(url, tmp_path):
         open_store(url.format(tmp_path))
 
 
+def test_what_is_no_url_is_one_line_without_what_may_be_a_secret():
+    for url in ("http://[::1", "s3://[bucket/data", "file://[data"):
+        with pytest.raises(UserError, match=rf"'{re.escape(url)}' cannot be read .*; check its host"):
+            open_store(url)
+    with pytest.raises(UserError, match=r"a URL cannot be read .*; check its host") as caught:
+        open_store("https://me:hunter2@[::1/data")
+    assert "hunter2" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "url",
     [

@@ -118,5 +118,5 @@ def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    """Tell whether two checkpoints are the same to the bit."""
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    """Tell whether two checkpoints, with something in them, are the same to the bit."""
+    return bool(one) and one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)

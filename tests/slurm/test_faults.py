@@ -6,13 +6,15 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launch.requeue import keep_off
-from tests.command import environment, losses, patchmill, refused
+from tests.command import done, environment, losses, patchmill, refused
 from tests.slurm.cluster import wait_for
 from tests.slurm.runs import SHARDS, TRAIN, Submitted, write_plan
 
@@ -285,6 +287,31 @@ def test_of_a_plan_of_which_one_script_cannot_be_written_no_job_is_left(cluster,
     told = refused(patchmill("submit", plan, cwd=tmp_path))
     assert "Is a directory" in told
     assert "; nothing was submitted, and the scripts are in " in told
+    assert not cluster.run("squeue", "-h")
+
+
+def test_ctrl_c_however_often_during_a_submit_leaves_no_job_held(cluster, tmp_path):
+    plan = write_plan(tmp_path, SHARDS, TRAIN)
+    controller = int((cluster.folder / "slurmctld.pid").read_text())
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch.cli", "submit", str(plan)],
+        cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which shells ignore in the background
+    )  # fmt: skip
+    os.kill(controller, signal.SIGSTOP)
+    try:
+        wait_for(lambda: [each for each in psutil.Process(process.pid).children() if each.name() == "sbatch"], 60, "it")
+        process.send_signal(signal.SIGINT)
+        time.sleep(1)
+        assert process.poll() is None  # the job may be there by now, and has no number yet
+    finally:
+        os.kill(controller, signal.SIGCONT)
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        process.send_signal(signal.SIGINT)  # also while it cancels
+        time.sleep(0.001)
+    code, stderr = done(process)
+    assert code in (130, -signal.SIGINT), stderr  # by the signal itself, where it came after the end
     assert not cluster.run("squeue", "-h")
 
 
