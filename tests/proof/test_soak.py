@@ -8,6 +8,55 @@ import pytest
 from PIL import Image
 
 from tests.command import ROOT, environment
+from tests.proof.soak import SAVED, Look, judge
+
+
+def seen(grows: str = "", by: float = 0.0) -> list[Look]:
+    """Sixty looks at a run of which one quantity grows by so much from one to the next."""
+    flat = {
+        "memory": 700.0,
+        "descriptors": 95,
+        "threads": 39,
+        "checkpoints": 4,
+        "disk": 4.6,
+        "logs": 1.0,
+        "temporary": 0,
+    }
+    return [
+        Look(
+            **flat
+            | {"minutes": at, "steps": SAVED * at, "saved": SAVED * at}
+            | ({grows: flat[grows] + by * at} if by else {})
+        )
+        for at in range(60)
+    ]
+
+
+def metrics(slower: float = 1.0) -> list[dict]:
+    """The lines of such a run, whose last steps take so many times as long."""
+    return [
+        {"step": at, "step_ms_median": 20.0 * (slower if at > 40 * SAVED else 1.0)} for at in range(0, 60 * SAVED, 100)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("grows", "by"),
+    [("memory", 0.5), ("descriptors", 1), ("threads", 1), ("disk", 0.1), ("temporary", 1), ("checkpoints", 1)],
+)
+def test_what_grows_is_told(grows, by):
+    assert [each.what for each in judge(seen(), metrics(), 75) if not each.flat] == []
+    (told,) = (each.what for each in judge(seen(grows, by), metrics(), 75) if not each.flat)
+    assert {"descriptors": "open files"}.get(grows, grows) in told
+
+
+def test_slower_steps_another_code_and_no_checkpoints_are_told():
+    (told,) = (each.what for each in judge(seen(), metrics(slower=1.1), 75) if not each.flat)
+    assert told == "time of a step, fastest tenth, ms"
+    (told,) = (each.what for each in judge(seen(), metrics(), 0) if not each.flat)
+    assert told == "exit code when it was told to stop"
+    none = [each._replace(checkpoints=0, saved=0) for each in seen()]
+    (told,) = (each.what for each in judge(none, metrics(), 75) if not each.flat)
+    assert told == "checkpoints written, and kept"
 
 
 @pytest.mark.slow
@@ -21,8 +70,8 @@ def test_two_minutes_leave_nothing_behind(tmp_path):
     assert done.returncode in (0, 1), done.stderr
     found = json.loads(done.stdout)
     flat = {each["what"]: each["flat"] for each in found["findings"]}
-    assert len(flat) == 9
-    for what in ("memory, MB", "open files, at most", "threads, at most", "exit code when it was told to stop"):
+    assert len(flat) == 8
+    for what in ("memory, MB", "open files", "threads", "temporary files", "exit code when it was told to stop"):
         assert flat[what], found["findings"]
     with Image.open(tmp_path / "soak.png") as picture:
         assert picture.size == (1320, 550)
