@@ -6,6 +6,7 @@ The table is what was measured, and the picture says nothing else; ``tests/bench
 import hashlib
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
@@ -47,6 +48,14 @@ PANELS = {
 """Bars of each panel: what is written below, and which row it is, by its command and how its text begins."""
 
 
+class Measured(NamedTuple):
+    """A median, and what it lies between."""
+
+    median: float
+    least: float
+    greatest: float
+
+
 def table(text: str) -> list[tuple[str, str, str, list[str]]]:
     """Return (command, what, ours, cells of peers) of each row of the table in a README's text."""
     rows, command = [], ""
@@ -62,19 +71,22 @@ def table(text: str) -> list[tuple[str, str, str, list[str]]]:
     return rows
 
 
-def values(rows: list[tuple[str, str, str, list[str]]], command: str, begins: str) -> dict[str, float]:
+def values(rows: list[tuple[str, str, str, list[str]]], command: str, begins: str) -> dict[str, Measured]:
     """Return what was measured, by name, of the row of a command that begins so."""
     (found,) = [row for row in rows if command in row[0] and row[1].startswith(begins)]
-    said = {"Patchmill": _number(found[2])}
+    said = {"Patchmill": _measured(found[2])}
     for piece in "; ".join(found[3]).split("; "):
         for name in COLOURS:
             if re.search(rf"\b{re.escape(name)}\b", piece):
-                said[name] = _number(piece.rpartition(": ")[2] if ": " in piece else piece.partition(name)[2])
+                said[name] = _measured(piece.rpartition(": ")[2] if ": " in piece else piece.partition(name)[2])
     return said
 
 
-def _number(text: str) -> float:
-    return float(re.search(r"\d[\d,]*(\.\d+)?", text)[0].replace(",", ""))
+def _measured(text: str) -> Measured:
+    number = r"(\d[\d,]*(?:\.\d+)?)"
+    found = re.search(rf"{number}(?: \({number}–{number}\))?", text)
+    median, least, greatest = (each and float(each.replace(",", "")) for each in found.groups())
+    return Measured(median, least or median, greatest or median)
 
 
 def digest(rows: list[tuple[str, str, str, list[str]]]) -> str:
@@ -83,17 +95,18 @@ def digest(rows: list[tuple[str, str, str, list[str]]]) -> str:
     return hashlib.sha256(repr(shown).encode()).hexdigest()
 
 
-def draw(axes: Axes, title: str, groups: dict[str, dict[str, float]]) -> None:
-    """Draw one panel: of each group a bar for everybody measured."""
+def draw(axes: Axes, title: str, groups: dict[str, dict[str, Measured]]) -> None:
+    """Draw one panel: of each group a bar for everybody measured, and a line from the least to the greatest."""
     names = [name for name in COLOURS if any(name in group for group in groups.values())]
     width = 0.8 / len(names)
     for place, name in enumerate(names):
         at = np.arange(len(groups)) + (place - (len(names) - 1) / 2) * width
-        heights = [group.get(name, 0.0) for group in groups.values()]
-        bars = axes.bar(at, heights, width * 0.94, color=COLOURS[name], label=name)
-        axes.bar_label(
-            bars, [f"{height:,.0f}" if height >= 100 else f"{height:.3g}" for height in heights], fontsize=6, padding=1
-        )
+        found = [group.get(name, Measured(0.0, 0.0, 0.0)) for group in groups.values()]
+        axes.bar(at, [each.median for each in found], width * 0.94, color=COLOURS[name], label=name)
+        axes.vlines(at, [each.least for each in found], [each.greatest for each in found], color="#333333", lw=0.8)
+        for x, each in zip(at, found, strict=True):
+            label = f"{each.median:,.0f}" if each.median >= 100 else f"{each.median:.3g}"
+            axes.annotate(label, (x, each.greatest), (0, 2), textcoords="offset points", ha="center", fontsize=6)
     axes.set_title(title, fontsize=9, loc="left", weight="bold")
     axes.set_xticks(range(len(groups)), list(groups), fontsize=7)
     axes.tick_params(axis="y", labelsize=7)

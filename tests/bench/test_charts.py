@@ -31,7 +31,9 @@ def test_numbers_are_read_as_they_stand():
         "| `bench/a.py` | steps of b, s | 1,646.5 (1–2); 6 % | timm 5.20 (1.2–5.8), 8 MB; DALI 2.4: 730 | 2 × |\n"
         "| | | | `dd` and fsync: 3.6 (2–5) | |\n| | other | 7 | | |\n"
     )
-    assert charts.values(rows, "a.py", "steps") == {"Patchmill": 1646.5, "timm": 5.2, "DALI": 730.0, "dd": 3.6}
+    assert charts.values(rows, "a.py", "steps") == {
+        "Patchmill": (1646.5, 1.0, 2.0), "timm": (5.2, 1.2, 5.8), "DALI": (730.0, 730.0, 730.0), "dd": (3.6, 2.0, 5.0)
+    }  # fmt: skip
     with pytest.raises(ValueError, match="unpack"):
         charts.values(rows, "b.py", "steps")
 
