@@ -34,7 +34,9 @@ def run(
     ranks: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Processes of each training, evaluate and fewshot stage; default: the plan's, else one a GPU."
+            min=1,
+            help="Processes of each training, evaluate and fewshot stage; default: the plan's, else of a training "
+            "stage one a GPU.",
         ),
     ] = None,
     launcher: Annotated[str, typer.Option(help="What starts them: local, torchrun, accelerate, deepspeed.")] = "local",

@@ -29,11 +29,11 @@ def open_store(url: str | Path, create: bool = False, settings: StoreSettings | 
     Raises:
         UserError: The local folder is missing, the URL is of no known kind, or it carries a secret.
     """
-    is_file = str(url).startswith("file://")
-    if "://" in str(url) and not is_file:
+    parts = parts_of(str(url))
+    if "://" in str(url) and parts.scheme != "file":
         refuse_secrets(str(url))
         return RemoteStore(str(url).rstrip("/"), settings or StoreSettings())
-    root = Path(unquote(parts_of(str(url)).path)) if is_file else Path(url)
+    root = Path(unquote(parts.path)) if parts.scheme == "file" else Path(url)
     if create:
         root.mkdir(parents=True, exist_ok=True)
     if not os.path.isdir(root):  # also of a name too long for any

@@ -13,9 +13,9 @@ def parts_of(url: str) -> SplitResult:
     """
     try:
         return urlsplit(url)
-    except ValueError as error:
-        told = "a URL" if "@" in url or "?" in url else repr(url)
-        raise UserError(f"{told} cannot be read ({error}); check its host") from None
+    except ValueError as error:  # whose words may quote what stands before an @
+        told = "a URL cannot be read" if "@" in url or "?" in url else f"{url!r} cannot be read ({error})"
+        raise UserError(f"{told}; check its host") from None
 
 
 def refuse_secrets(url: str) -> None:

@@ -17,7 +17,7 @@ from shards.remotestore import RemoteStore
 from shards.sources import Item, unpacked_path, web
 from shards.store import Store, open_store
 from shards.storesettings import StoreSettings
-from shards.urls import refuse_secrets
+from shards.urls import parts_of, refuse_secrets
 
 AHEAD = 32  # remote reads in flight: enough to hide a round trip of 100 ms behind 300 images a second
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -133,7 +133,7 @@ class Reader:
             return _store("/"), file
         if not _URL.match(file):
             return _store(self.root), file.removeprefix("./")
-        parts = urlsplit(file)
+        parts = parts_of(file)
         if parts.scheme == "file":
             return _store("/"), unquote(parts.path)
         if parts.scheme not in ("http", "https"):  # a bucket: the rest is a key, in which nothing is quoted

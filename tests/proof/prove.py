@@ -131,6 +131,9 @@ def main() -> int:
         drawn, claims = prove(folder, arguments.seed, arguments.faults, arguments.steps)
         survived = sum(fault.outcome == "went on" for fault in drawn)
         proved = survived == len(drawn) and all(claim.holds for claim in claims)
+    except Exception:
+        proved = False  # so that what there is stays
+        raise
     finally:
         if arguments.keep or proved is False:
             _say(f"both runs are in {folder}")

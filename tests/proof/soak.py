@@ -9,6 +9,7 @@ of its own; of steps the fastest tenth, which others' work on the cores changes 
 
 import argparse
 import json
+import math
 import os
 import re
 import shutil
@@ -189,7 +190,7 @@ def _step_ms(metrics: list[dict], part: list[Look]) -> float:
     """Return the milliseconds of the fastest steps by the clock, as the run itself logged their medians."""
     first, last = part[0].steps, part[-1].steps
     times = [line["step_ms_median"] for line in metrics if first < line.get("step", 0) <= last]
-    return quantiles(times, n=10, method="inclusive")[0]
+    return quantiles(times, n=10, method="inclusive")[0] if len(times) > 1 else math.nan  # which is not flat
 
 
 def draw(seen: list[Look], path: Path) -> None:

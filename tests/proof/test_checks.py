@@ -22,6 +22,10 @@ def test_one_history_is_that_of_the_undisturbed_run(tmp_path):
         assert not _one_history(stage(tmp_path / name, samples), whole)[0], name
     assert not _one_history(tmp_path / "none", tmp_path / "none")[0]
     assert not _losses(tmp_path / "none", tmp_path / "none")[0]
+    assert _losses(whole, whole)[0]
+    lines = (whole / "metrics.jsonl").read_text()
+    (stage(tmp_path / "nan") / "metrics.jsonl").write_text(lines.replace(str(1 / 240), "NaN"))
+    assert not _losses(tmp_path / "nan", whole)[0]
 
 
 def test_weights_are_equal_where_there_are_some_and_they_are_equal(tmp_path):

@@ -290,6 +290,15 @@ def test_of_a_plan_of_which_one_script_cannot_be_written_no_job_is_left(cluster,
     assert not cluster.run("squeue", "-h")
 
 
+def names_below(pid: int) -> list[str]:
+    """Return the names of what a process started."""
+    found = []
+    for each in psutil.Process(pid).children():
+        with suppress(psutil.NoSuchProcess):
+            found.append(each.name())
+    return found
+
+
 def test_ctrl_c_however_often_during_a_submit_leaves_no_job_held(cluster, tmp_path):
     plan = write_plan(tmp_path, SHARDS, TRAIN)
     controller = int((cluster.folder / "slurmctld.pid").read_text())
@@ -300,7 +309,7 @@ def test_ctrl_c_however_often_during_a_submit_leaves_no_job_held(cluster, tmp_pa
     )  # fmt: skip
     os.kill(controller, signal.SIGSTOP)
     try:
-        wait_for(lambda: [each for each in psutil.Process(process.pid).children() if each.name() == "sbatch"], 60, "it")
+        wait_for(lambda: "sbatch" in names_below(process.pid), 60, "sbatch to start")
         process.send_signal(signal.SIGINT)
         time.sleep(1)
         assert process.poll() is None  # the job may be there by now, and has no number yet
