@@ -4,11 +4,18 @@ import argparse
 import json
 import os
 import platform
+import sys
+from collections.abc import Iterable
+from importlib.metadata import distributions
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-import numpy as np
+from peers import VENV
+
+OURS = ("numpy", "torch", "deepspeed", "transformers", "webdataset", "pillow", "opencv-python-headless", "simplejpeg")
+PEERS = ("torch", "torchvision", "timm", "transformers", "webdataset", "pillow", "mosaicml-streaming",
+         "nvidia-dali-cuda120")  # fmt: skip
 
 
 class Row(NamedTuple):
@@ -45,10 +52,18 @@ def cores() -> int:
 
 
 def machine() -> dict:
-    """Describe the machine in words that outlive it: no host name."""
+    """Describe the machine in words that outlive it, no host name, and the versions of what is measured on it."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
-    return {"cpu": model, "cores": cores(), "python": platform.python_version(), "numpy": np.__version__}
+    versions = {**installed(OURS), "peers": installed(PEERS, VENV.glob("lib/python*/site-packages"))}
+    return {"cpu": model, "cores": cores(), "python": platform.python_version(), **versions}
+
+
+def installed(names: Iterable[str], folders: Iterable[Path] | None = None) -> dict[str, str]:
+    """Return the versions of those packages that are installed, here or in folders of packages; imports none."""
+    path = sys.path if folders is None else [str(folder) for folder in folders]
+    found = {name: next(iter(distributions(name=name, path=path)), None) for name in names}
+    return {name: each.version for name, each in found.items() if each}
 
 
 def memory(field: str) -> float:

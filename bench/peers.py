@@ -6,7 +6,8 @@ import sys
 from functools import cache
 from pathlib import Path
 
-PYTHON = Path(__file__).parents[1] / ".venv-peers/bin/python"
+VENV = Path(__file__).parents[1] / ".venv-peers"
+PYTHON = VENV / "bin/python"
 
 
 @cache

@@ -16,7 +16,9 @@ from launch.cli_checkpoint import checkpoint_app
 from launch.cli_model import model_app
 from launch.cli_plan import plan_app
 from launch.cli_shards import shards_app
+from launch.unheard import Unheard
 from shards.errors import PatchmillError, StoppedOnRequestError
+from shards.signals import SIGNALS, leave_closed_terminal
 
 # Torch takes seconds to import, so each command imports what it needs.
 
@@ -56,6 +58,7 @@ class _Asked(BaseException):
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
+    leave_closed_terminal()
     _listen(signal.SIG_IGN)  # once is enough: what is being finished is not to be stopped, too
     raise _Asked("stopped on request")
 
@@ -63,16 +66,19 @@ def _stop(number: int, frame: FrameType | None) -> None:
 def _listen(handler: Any) -> None:
     # To one of several ranks a SIGTERM may say no more than that another has failed: it is left to end it.
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    for number in (signal.SIGUSR1, signal.SIGUSR2, *([signal.SIGTERM] if alone else [])):
-        signal.signal(number, handler)
+    for number in SIGNALS:
+        if number != signal.SIGINT and (alone or number != signal.SIGTERM):
+            signal.signal(number, handler)
 
 
 def run_command() -> int | str:
     """Run the command line; return its exit code, after a known error is told.
 
-    SIGUSR1, SIGUSR2 and, where there are no other ranks, SIGTERM end a command wherever it is, as Ctrl-C does: files
-    appear whole, and what is finished stays. Training, and what starts ranks, listen for themselves.
+    SIGUSR1, SIGUSR2, SIGHUP (a closed terminal) and, where there are no other ranks, SIGTERM end a command wherever it
+    is, as Ctrl-C does: files appear whole, and what is finished stays. Training, and what starts ranks, listen for
+    themselves. Nobody needs to read what it says on stderr.
     """
+    sys.stderr = Unheard(sys.stderr)
     _listen(_stop)
     try:
         app()

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -62,7 +63,7 @@ def run(
     if start is not None and only is not None:
         raise UserError("--from makes all that follows, and --only nothing else; give one of them")
     launch = Launch(launcher, nodes, node_rank, rdzv_endpoint, hostfile and hostfile.absolute(), remote)
-    checked = read_plan(plan, runs, smoke, ranks, unsaid=launch.unsaid_ranks())
+    checked = read_plan(plan, runs, smoke, ranks, unsaid=launch.unsaid_ranks(), only=only)
     names = chosen(checked, only)
     again = anew(checked, start)
     launch.check([stage for stage in checked.stages if stage.table.name in names])
@@ -97,29 +98,34 @@ def doctor(
 ) -> None:
     """Look whether a plan will run here: versions, data, memory, disks, and every rank's clock, arithmetic and network.
 
-    By hand it starts as many ranks as the plan's largest stage; under a launcher it is one of the job's.
+    By hand it starts as many ranks as the plan's largest stage, one a GPU or core at most; under a launcher it is one
+    of the job's.
     """
-    from launch.doctor import diagnose, stages_of
-    from launch.findings import print_result
+    began = time.monotonic()
+    from launch.doctor import diagnose, diagnose_together, stages_of
+    from launch.findings import Finding, print_result
     from launch.plan import read_plan
-    from launch.rankprobe import check_card, probe_ranks, started_to_probe
+    from launch.rankprobe import check_card, started_to_probe
     from launch.submission import read_submitted_plan
     from pipeline import distributed
 
     if plan.is_dir() and ranks is not None:
         raise UserError(f"--ranks {ranks} is for a plan, and {plan} is a run, whose jobs have theirs; leave it out")
-    checked = read_submitted_plan(plan) if plan.is_dir() else read_plan(plan, runs, ranks=ranks)
+
+    def tell(findings: list[Finding]) -> None:
+        print_result([*findings, Finding("time", "ok", f"looked for {time.monotonic() - began:.1f} s")], as_json)
+
+    checked = read_submitted_plan(plan) if plan.is_dir() else read_plan(plan, runs, ranks=ranks, only=only)
     stages = stages_of(checked, only)
     if "RANK" not in os.environ and (most := max(stage.table.ranks for stage in stages)) > 1:
         findings = diagnose(checked, stages, started_to_probe(most))
-        print_result(findings, as_json)
+        tell(findings)
     else:
         check_card()
         with distributed.together():
-            measured = probe_ranks()
-            findings = distributed.everyone(diagnose(checked, stages, measured) if distributed.rank() == 0 else [])[0]
+            findings = diagnose_together(checked, stages)
             if distributed.rank() == 0:  # before others end with an error, at which a launcher kills the rest
-                print_result(findings, as_json)
+                tell(findings)
     if errors := [each for each in findings if each.state == "error"]:
         if as_json:
             raise UserError(f"the plan will not run here: {'; '.join(f'{each.what}: {each.told}' for each in errors)}")
@@ -203,7 +209,7 @@ def logs(
     ] = None,
     rank: Annotated[int, typer.Option(min=0, help="Of which rank; the others than 0 say little.")] = 0,
     lines: Annotated[int, typer.Option(min=1, help="So many from the end.")] = 100,
-    follow: Annotated[bool, typer.Option("--follow", help="And what comes, until Ctrl-C.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="And what comes, until the stage ends, or Ctrl-C.")] = False,
 ) -> None:
     """Show what a stage said, as a job or under `patchmill run`."""
     from launch.status import newest_run, print_log

@@ -16,6 +16,17 @@ IN_THE_OPEN = (
     "which sbatch hands on, on Kubernetes keep it in a Secret and name that in secrets"
 )
 
+MOVED = "moves what a job says, and `patchmill status` and `logs` read that beside its script"
+OURS = {
+    "--j|-J": "names the job, and Patchmill knows its jobs by their names",
+    "--ou|-o": MOVED,
+    "--er|-e": MOVED,
+    "--ar|-a": "makes an array of the job, and Patchmill has its own: of sweeps, and of slices",
+    "--cl|-M": "submits to another cluster, of which the commands here know no jobs; submit from a login node of that",
+    "--si": "takes the warning before the time limit away, upon which ranks save; `grace` says how long before",
+}
+"""Options that Patchmill itself gives sbatch, by as much of them as it must see, and what another would do."""
+
 
 def _one_line(text: str) -> str:
     if any(not each.isprintable() for each in text):
@@ -39,9 +50,10 @@ def _no_secret(line: str, info: ValidationInfo) -> str:
     return line
 
 
-def _no_name(option: str) -> str:
-    if re.search(r"(^|\s)(--j|-J)", option):  # of its name sbatch takes the beginning, too, and several on a line
-        raise ValueError(f"{option!r} names the job, and Patchmill knows its jobs by their names; leave it out")
+def _not_ours(option: str, info: ValidationInfo) -> str:
+    for ours, why in OURS.items():
+        if (info.field_name == "sbatch" or why == MOVED) and re.search(rf"(^|\s)({ours})", option):  # several on a line
+            raise ValueError(f"{option!r} {why}; leave it out")
     return option
 
 
@@ -55,7 +67,7 @@ Line = Annotated[str, AfterValidator(_one_line)]
 Variable = Annotated[str, AfterValidator(_variable)]
 Shell = Annotated[str, AfterValidator(_no_secret)]
 Word = Annotated[Line, AfterValidator(_no_secret)]
-Option = Annotated[Word, AfterValidator(_no_name)]
+Option = Annotated[Word, AfterValidator(_not_ours)]
 Secret = Annotated[str, AfterValidator(_secret)]
 
 
@@ -65,7 +77,7 @@ class NodeSettings(Settings):
     gpus_per_node: int = Field(0, ge=0, description="of a whole node; a job of fewer ranks asks for fewer")
     ranks_per_node: int | None = Field(None, gt=0, description="default: gpus_per_node, else all on one node")
     cpus_per_rank: int | None = Field(None, gt=0)
-    memory: Line | None = Field(None, description="of a node: 480G, of a pod 480Gi")
+    memory: Line | None = Field(None, description="of a whole node, 480G, as gpus_per_node is; of a pod, 480Gi")
     env: dict[Variable, Line] = Field({}, description="variables of the ranks; secrets are refused")
     grace: int = Field(120, gt=0, description="seconds that ranks get to save before the end: of the time limit, a pod")
     retries: int = Field(3, ge=0, description="after crashes without progress between them")
@@ -87,7 +99,7 @@ class JobSettings(NodeSettings):
     container: list[Word] = Field([], description="words before a rank's command: apptainer exec --nv image.sif")
     python: Line | None = Field(None, description="of the ranks; default: the one that submits")
     sbatch: list[Option] = Field([], description="more options of sbatch, each as it is: --exclusive")
-    srun: list[Word] = Field([], description="more options of srun: --container-image=...")
+    srun: list[Option] = Field([], description="more options of srun: --container-image=...")
 
 
 class PodSettings(NodeSettings):

@@ -1,25 +1,28 @@
 """Is a plan going to run here? What would fail after hours in a queue, found in a minute."""
 
+import errno
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 import torch
 
 from launch.choice import meant
-from launch.findings import Finding
+from launch.findings import Finding, of_all_hosts
 from launch.machines import ranks_together, software
 from launch.plan import Plan, Stage
+from launch.rankprobe import probe_ranks
 from launch.readable import HASTE, misfits
+from pipeline import distributed
 from pipeline.checkpoint import path_of, superseded, whole_checkpoints
 from pipeline.config import TrainSettings
 from pipeline.convert.recognise import open_source
 from pipeline.data import training_set
-from pipeline.datasettings import DataSettings
 from pipeline.engines.states import checkpoint_bytes
 from pipeline.estimate import ROOM, estimate_model
 from pipeline.memory import MemoryEstimate
@@ -27,10 +30,12 @@ from pipeline.mirror import open_mirror
 from pipeline.schedule import Schedule
 from pipeline.shuffleroom import window_of_rank
 from pipeline.weights import resolve_model
+from shards.cache import MARK
 from shards.dataset import Dataset
 from shards.errors import PatchmillError, UserError
 from shards.mixture import Mixture
 from shards.order import read_factor
+from shards.store import local_path
 from shards.storesettings import StoreSettings
 from shards.tarlist import find_tars
 from shards.tarstream import is_stream
@@ -70,6 +75,22 @@ def diagnose(plan: Plan, stages: list[Stage], ranks: list[dict[str, Any]]) -> li
     return found
 
 
+def diagnose_together(plan: Plan, stages: list[Stage]) -> list[Finding]:
+    """Look at all that some stages need, as one of a job's ranks; one rank of each host looks. Collective.
+
+    What a host cannot read or write, or has less of, the first host knows nothing of: its own disk, what it mounts.
+
+    Args:
+        plan: As for ``diagnose``.
+        stages: Likewise.
+    """
+    ranks = probe_ranks()
+    hosts = [each["host"] for each in ranks]
+    first = hosts.index(hosts[distributed.rank()]) == distributed.rank()
+    found = distributed.everyone(diagnose(plan, stages, ranks) if first else None)
+    return of_all_hosts({host: looked for host, looked in zip(hosts, found, strict=True) if looked is not None})
+
+
 def stages_of(plan: Plan, only: str | None) -> list[Stage]:
     """Return the stages of a plan to be looked at: all, or those that a name means.
 
@@ -86,7 +107,8 @@ def _of_stage(stage: Stage, settings: TrainSettings, started: list[dict[str, Any
     hasty = data.model_copy(update={"store": data.store.model_copy(update=HASTE)})
     settings, room = settings.model_copy(update={"data": hasty}), _least_room(started[:ranks])
     if len(started) < ranks:
-        told = f"{ranks} in the plan, and {len(started)} were looked at; look again with all, as a step of its job"
+        told = f"{ranks} in the plan, and {len(started)} were looked at, and memory is of so many"
+        told += "; look again with all, as a step of its job"
         yield Finding("ranks", "warning", told)
     if waiting:
         yield Finding("data", "ok", f"{', '.join(waiting)}: to be made by the stages before")
@@ -96,7 +118,9 @@ def _of_stage(stage: Stage, settings: TrainSettings, started: list[dict[str, Any
         if all(each.state != "error" for each in read):
             yield from _guarded("memory", lambda: _memory(settings, ranks, room))
             yield from _guarded("checkpoints", lambda: _disk(settings, stage.folder))
-    yield from _guarded("folder", lambda: _written(stage.folder))
+    yield from _guarded("folder", lambda: _written("folder", stage.folder))
+    if cache := data.cache:
+        yield from _guarded("cache", lambda: _cached(local_path(cache, "the cache")))
     if mirror := settings.checkpoint.mirror:
         yield from _guarded("mirror", lambda: _mirrored(mirror))
 
@@ -125,12 +149,12 @@ def _guarded(what: str, look: Callable[[], Finding]) -> Iterator[Finding]:
 
 def _data(settings: TrainSettings, ranks: int, room: Room) -> Iterator[Finding]:
     data, probe = settings.data, settings.probe
-    others = {"held-out data": data.val, "training data of the probe": probe and probe.train}
-    for what, url in (others | {"test data of the probe": probe and probe.test}).items():
+    others = {"held-out data": data.val, "training data of the probe": probe.train if probe else None}
+    for what, url in (others | {"test data of the probe": probe.test if probe else None}).items():
         if url is not None:
             yield from _guarded(what, partial(_opened_and_read, what, url, data.store))
     if is_stream(data.train):
-        yield from _guarded("data", lambda: _stream(data))
+        yield from _guarded("data", partial(_stream, data.train, data.store))
         return
     try:
         dataset = training_set(data)
@@ -143,11 +167,11 @@ def _data(settings: TrainSettings, ranks: int, room: Room) -> Iterator[Finding]:
         yield from _window(dataset, settings, ranks, room)
 
 
-def _stream(data: DataSettings) -> Finding:
-    if not data.train.startswith(("-", "pipe:")):
-        store, tars = find_tars(data.train, data.store)
+def _stream(url: str, settings: StoreSettings) -> Finding:
+    if not url.startswith(("-", "pipe:")):
+        store, tars = find_tars(url, settings)
         return Finding("data", "ok", f"a stream of {len(tars)} tars in {store.url}")
-    return Finding("data", "ok", f"a stream, {data.train}")
+    return Finding("data", "ok", f"a stream, {url}")
 
 
 def _opened_and_read(what: str, url: str, store: StoreSettings) -> Finding:
@@ -190,7 +214,7 @@ def _window(dataset: Dataset | Mixture, settings: TrainSettings, ranks: int, roo
 def _model(settings: TrainSettings) -> tuple[dict[str, Any], int | None]:
     """Return what ``create_model`` takes, and the samples of an epoch; nobody knows those of a stream."""
     data, stream = settings.data, is_stream(settings.data.train)
-    labelled = Dataset.open(data.val, settings=data.store) if stream else training_set(data)
+    labelled = Dataset.open(data.val, settings=data.store) if stream and data.val else training_set(data)
     init = open_source(settings.init) if settings.init else None
     return resolve_model(settings, init, len(labelled.classes)), None if stream else len(labelled)
 
@@ -251,23 +275,32 @@ def _existing(folder: Path) -> Path:
     return next(each for each in (folder, *folder.parents) if each.exists())
 
 
-def _written(folder: Path) -> Finding:
-    """Write, read and delete a file as a checkpoint is."""
-    folder = _existing(folder)
-    file, value = folder / f".doctor-{os.getpid()}", os.urandom(2**16)
-    try:
-        with open(file, "wb") as out:
-            out.write(value)
-            os.fsync(out.fileno())
-        if file.read_bytes() != value:
+def _written(what: str, folder: Path) -> Finding:
+    """Write a file as into a folder, and read it; it has no name, which another host that looks could take as well."""
+    folder, value = _existing(folder), os.urandom(2**16)
+    with TemporaryFile(dir=folder) as file:
+        file.write(value)
+        file.flush()
+        os.fsync(file.fileno())
+        file.seek(0)
+        if file.read() != value:
             raise UserError(f"{folder} gives back other bytes than were written; look at its disk")
-    finally:
-        file.unlink(missing_ok=True)
-    return Finding("folder", "ok", f"{folder} can be written")
+    return Finding(what, "ok", f"{folder} can be written")
+
+
+def _cached(folder: Path) -> Finding:
+    """Write as into a cache; one that is there already is used as it is when its disk is full."""
+    try:
+        return _written("cache", folder)
+    except OSError as error:
+        if error.errno != errno.ENOSPC or not (folder / MARK).exists():
+            raise
+        return Finding("cache", "warning", f"the disk of {folder} is full, nothing more is kept there; make room")
 
 
 def _mirrored(url: str) -> Finding:
-    store, name, value = open_mirror(url, StoreSettings(**HASTE)), f".doctor-{os.getpid()}", os.urandom(2**10)
+    store, value = open_mirror(url, StoreSettings(**HASTE)), os.urandom(2**10)
+    name = f".doctor-{os.urandom(8).hex()}"  # of which other hosts have others
     store.write(name, value)
     try:
         if store.read(name) != value:

@@ -17,6 +17,7 @@ from launch.tail import Tail
 from pipeline import stop
 from shards.atomic import only_one
 from shards.errors import TOLD, StoppedOnRequestError
+from shards.signals import SIGNALS, leave_closed_terminal
 
 LOOK = 0.1  # seconds
 OTHER = 60.0  # seconds to wait for another run of the same stage
@@ -33,7 +34,7 @@ class Asked:
 
     def __enter__(self) -> "Asked":
         """Begin."""
-        self._before = {number: signal.signal(number, self._note) for number in stop.SIGNALS}
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -43,6 +44,7 @@ class Asked:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signals.add(number)
+        leave_closed_terminal()
         self._then()
 
 

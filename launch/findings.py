@@ -27,6 +27,22 @@ class Finding(NamedTuple):
     hosts: tuple[str, ...] = ()
 
 
+def of_all_hosts(found: dict[str, list[Finding]]) -> list[Finding]:
+    """Return what was found on the first host, and what is not ok on others alone, with their names.
+
+    Args:
+        found: By host; whatever all share, each has found.
+    """
+    first, *_ = found.values()
+    told = {(each.what, each.state) for each in first}
+    others: dict[tuple[str, str, str], list[str]] = {}
+    for host, findings in found.items():
+        for what, state, why, _ in findings:
+            if state != "ok" and (what, state) not in told:
+                others.setdefault((what, state, why), []).append(host)
+    return first + [Finding(what, state, f"on {', '.join(at)}: {why}") for (what, state, why), at in others.items()]
+
+
 def print_result(findings: list[Finding], as_json: bool) -> None:
     """Print what was found on stdout, for people or for scripts."""
     if as_json:

@@ -23,15 +23,15 @@ from launch.choice import goes_on, is_done
 from launch.cluster import layout
 from launch.driver import await_ranks
 from launch.findings import Finding, print_findings
-from launch.jobnodes import can_do_without, sick_nodes
+from launch.jobnodes import NEVER, refusal, sick_nodes
 from launch.lastwords import LastWords
 from launch.local import free_port
 from launch.plan import Stage
 from launch.rank import ENDED, NAMES, STOP, code_of_ranks
-from launch.requeue import SUPERSEDED, is_over_time, requeue, say
+from launch.requeue import SUPERSEDED, is_over_time, requeue, say, time_left
 from launch.results import read_json
 from launch.run import begin, finish
-from launch.submission import Job, Record, folder_of, log_of, read_submission
+from launch.submission import Job, Record, folder_of, log_of, logs_of, read_submission
 from pipeline.checkpoint import samples_of, whole_checkpoints
 from pipeline.stop import STOPPED
 from shards.errors import PatchmillError, StoppedOnRequestError, UserError
@@ -40,6 +40,7 @@ from shards.plan import Slice
 
 EARLY = "stopped on request before its ranks were started"
 LOOK = 0.5  # seconds
+AHEAD = 90.0  # seconds; Slurm may warn of the time limit a minute earlier than it is told, and clocks differ
 LAST = 10.0  # seconds that ranks get after SIGTERM if the time is over; Slurm kills after 30, or as KillWait says
 
 
@@ -50,6 +51,7 @@ class Ranks:
         self._process: subprocess.Popen | None = None
         self._heeds = False
         self.asked: set[int] = set()
+        self.warned: float | None = None  # when SIGUSR2 came: before the time limit, or, on some clusters, pre-emption
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, self._stop)
 
@@ -85,6 +87,8 @@ class Ranks:
     def _stop(self, number: int, frame: FrameType | None) -> None:
         # Nothing is saved here: the ranks agree on a step. srun hands USR2 on; of TERM it would kill them.
         self.asked.add(number)
+        if number == signal.SIGUSR2 and self.warned is None:
+            self.warned = time.time()
         if self._process and self._process.poll() is None:
             self._process.send_signal(signal.SIGUSR2)
         if self._heeds:
@@ -132,8 +136,9 @@ def run_job(record: Record) -> None:
     job = submission.jobs[name]
     stages = {stage.table.name: stage for stage in submission.read_plan(run).stages}
     stage = stages[job.stage]
-    if job.digest not in (None, stage.digest) or not submission.has_recipe_of(stage.table):
-        raise UserError(f"stage {job.stage} changed since it was submitted: a recipe beside the plan; submit it again")
+    if job.digest not in (None, stage.digest):
+        told = f"stage {job.stage} changed since it was submitted: tars that are streamed, or an edit meanwhile"
+        raise UserError(f"{told}; submit it again")
     if is_done(stage):
         record.note("done", reason=None)
         return
@@ -145,7 +150,7 @@ def run_job(record: Record) -> None:
     if record.begin(at.number) > job.settings.retries + 1:  # Slurm brought it back, each time a node was lost
         why = f"; the last: {last}" if last else ""
         raise PatchmillError(f"{job.settings.retries + 1} tries in a row came no further than {at}{why}")
-    logs = _logs(job, stage)
+    logs, words = logs_of(run, job), LastWords([log_of(run, name)])
     try:
         with ranks.heeding():
             for folder in (_doctors_logs(record), logs):
@@ -153,22 +158,29 @@ def run_job(record: Record) -> None:
             sick = sick_nodes(job.settings.health)
     except StoppedOnRequestError as error:
         reason = str(error)
-        if not _excused(record, ranks, reason, further=False):
+        if not _excused(record, job, ranks, reason, further=False):
             reason = "its time limit came before its ranks were started"
             record.note("stopped", reason=reason)
         raise requeue(record, reason) from None
+    if sick is None:
+        reason = f"crashed before the health of its nodes was checked: {words.error()}"
+        record.note("crashed", reason=reason)
+        raise requeue(record, reason)
     if sick:
-        told = f"health check failed on {', '.join(sick)}"
-        if not can_do_without(sick, run):
-            raise PatchmillError(f"{told}, and the job cannot do without; mend that or `health`, then submit again")
-        record.note("stopped", reason=f"{told}: excluded")
-        raise requeue(record, f"{told}: excluded", exclude=sick)
+        told, against = f"health check failed on {', '.join(sick)}", refusal(sick, run)
+        if NEVER in against:
+            remedy = "mend that or `health`, then submit again"
+            raise PatchmillError(f"{told}, and the job cannot do without: {against}; {remedy}")
+        told += f": excluded, although {against}" if against else ": excluded"
+        record.note("stopped", reason=told)
+        raise requeue(record, told, exclude=sick)
     if job.settings.doctor and (slow := _slow_nodes(record, job, stage, ranks)):
         told = f"slower than the others: {', '.join(slow)}"
-        if record.table["barren"] <= job.settings.retries and can_do_without(slow, run):
+        against = refusal(slow, run) if record.table["barren"] <= job.settings.retries else "excluded often enough"
+        if not against:
             record.note("stopped", reason=f"{told}: excluded")
             raise requeue(record, f"{told}: excluded", exclude=slow)
-        say(f"{told}; goes on with them, for want of others")
+        say(f"{told}; goes on with them, for want of others: {against}")
     if job.slice is None:
         begin(stage)
     began = time.monotonic()
@@ -176,10 +188,6 @@ def run_job(record: Record) -> None:
     if job.slice in (None, "merge"):
         finish(stage, said, time.monotonic() - began)
     record.note("done", reason=None)
-
-
-def _logs(job: Job, stage: Stage) -> Path:
-    return stage.folder / "logs" / (f"slice-{job.slice.partition('/')[0]}" if job.slice else "")  # of several at once
 
 
 def _doctors_logs(record: Record) -> Path:
@@ -230,7 +238,7 @@ def _step(record: Record, job: Job, stage: Stage, ranks: Ranks, logs: Path, argu
     further = at.number > record.table["at"]
     reason = f"stopped on request at {at}" if stopped else f"crashed: {words.error()}"
     if stopped:
-        if _excused(record, ranks, reason, further):
+        if _excused(record, job, ranks, reason, further):
             raise requeue(record, reason)
         reason = f"its time limit came at {at}"
     record.note("stopped" if stopped else "crashed", reason=reason)
@@ -240,16 +248,15 @@ def _step(record: Record, job: Job, stage: Stage, ranks: Ranks, logs: Path, argu
     raise requeue(record, reason)
 
 
-def _excused(record: Record, ranks: Ranks, reason: str, further: bool) -> bool:
+def _excused(record: Record, job: Job, ranks: Ranks, reason: str, further: bool) -> bool:
     """Note that a try was ended from outside, and tell whether that is so.
 
     It is not where its time limit came: one that is too short to come any further is no better than a crash.
     """
-    if signal.SIGUSR2 in ranks.asked:
-        return False
     barren = record.table["barren"]
     record.excuse("stopped", reason)  # now: Slurm's answer may take longer than is left
-    if further or not is_over_time():  # of which it warns by SIGUSR2, but that is lost while the script loads modules
+    warned = ranks.warned is not None and time_left(ranks.warned) <= job.settings.grace + AHEAD
+    if not warned and (further or not is_over_time()):  # a warning is lost while the script loads modules
         return True
     record.note("stopped", barren=barren)
     return False

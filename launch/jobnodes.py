@@ -1,15 +1,18 @@
-"""The nodes of this job: those that fail their health check, and whether it could do without some."""
+"""The nodes of this job: those that fail their health check, and what Slurm says of doing without some."""
 
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
-from launch.slurm import sbatch, slurm
+from launch.slurm import AWAY, persist, sbatch, slurm
 from launch.submission import folder_of
 from shards.errors import PatchmillError, StoppedOnRequestError
 
 CHECK = 120.0  # seconds for the health check of all nodes
+NEVER = "node configuration is not available"  # what Slurm says of a job for which it has not the nodes, busy or not
+SURE = 20.0  # seconds; for some after its start the controller says it of nodes that it has not heard of yet
 
 
 def job_number() -> str:
@@ -23,8 +26,8 @@ def excluded(job: str) -> list[str]:
     return slurm("squeue", "--noheader", f"--jobs={job}", "--format=%x").split()
 
 
-def sick_nodes(health: list[str]) -> list[str]:
-    """Return the nodes on which a command fails, or does not end; of no command none.
+def sick_nodes(health: list[str]) -> list[str] | None:
+    """Return the nodes on which a command fails, or does not end; of no command none. None: srun began it nowhere.
 
     Raises:
         StoppedOnRequestError: It was ended from outside, and nobody knows.
@@ -32,24 +35,40 @@ def sick_nodes(health: list[str]) -> list[str]:
     if not health:
         return []
     nodes = slurm("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
-    # The shell tells who passed, so that a node that says nothing did not; `$@` is the command, and no shell reads it.
-    told = ["sh", "-c", '"$@" >&2 && echo "$SLURMD_NODENAME"', "health", *health]
+    # The shell tells who began, and who passed, so that a node that says no more did not; `$@` is the command, and no
+    # shell reads it.
+    told = ["sh", "-c", 'echo "$SLURMD_NODENAME"; "$@" >&2 && echo "$SLURMD_NODENAME"', "health", *health]
     command = ["srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1", "--no-kill", *told]
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, timeout=CHECK)
-        healthy = done.stdout
+        said = done.stdout.split()
         if done.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM):
             raise StoppedOnRequestError("stopped on request while the health of its nodes was checked")
     except subprocess.TimeoutExpired as late:
-        healthy = (late.stdout or b"").decode()
-    return [node for node in nodes if node not in healthy.split()]
+        said = (late.stdout or b"").decode().split()
+    return [node for node in nodes if said.count(node) < 2] if said else None
 
 
-def can_do_without(nodes: list[str], run: Path) -> bool:
-    """Tell whether this job of a run could ever start without some nodes, and without those that it is not to have."""
+def refusal(nodes: list[str], run: Path) -> str:
+    """Return what Slurm says against this job of a run without some nodes, and without those that it is not to have.
+
+    Nothing: it could start. ``NEVER`` in it: it never could. Else nobody knows: who submits from a node of the job's,
+    or one job more, may not be welcome just now.
+    """
     script = folder_of(run) / f"{os.environ['SLURM_JOB_NAME'].rpartition(':')[2]}.sbatch"
-    try:
+    told = _against(script, nodes)
+    if NEVER in told:
+        time.sleep(SURE)
+        told = _against(script, nodes)
+    return told
+
+
+def _against(script: Path, nodes: list[str]) -> str:
+    def ask() -> None:
         sbatch(script, "--test-only", f"--exclude={','.join([*excluded(job_number()), *nodes])}")
-    except PatchmillError:
-        return False
-    return True
+
+    try:
+        persist(ask, AWAY)
+    except PatchmillError as error:
+        return str(error)
+    return ""

@@ -72,7 +72,6 @@ def _job(plan: Plan, stage: Stage, settings: PodSettings, jobset: str, path: Pat
         )
     words = [*settings.command, "run", str(path), "--runs", str(runs), "--only", stage.table.name]
     words += ["--smoke"] if plan.smoke else []
-    words += ["--ranks", str(stage.table.ranks)] if stage.table.ranks > 1 else []
     words = [_literal(word) for word in words]
     if nodes > 1:
         endpoint = f"{jobset}-{name}-0-0.{jobset}:{PORT}"

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from launch.rank import die_with_parent
 from launch.tail import Tail
-from pipeline import stop
 from shards.errors import TOLD
+from shards.signals import SIGNALS, leave_closed_terminal
 
 GRACE = 20.0  # seconds that the other ranks get to end by themselves when one has failed
 
@@ -45,7 +45,7 @@ def run_ranks(arguments: list[str], ranks: int, logs: Path) -> tuple[int, str]:
             processes.append(
                 subprocess.Popen(command, env=environment, stdout=out, stderr=err, preexec_fn=die_with_parent)
             )
-        previous = {number: signal.signal(number, _forward(processes)) for number in stop.SIGNALS}
+        previous = {number: signal.signal(number, _forward(processes)) for number in SIGNALS}
         try:
             code = _wait(processes, logs, tail)
         finally:
@@ -77,18 +77,17 @@ def _wait(processes: list[subprocess.Popen], logs: Path, tail: Tail) -> int:
     while True:
         tail.show()
         codes = [process.poll() for process in processes]
-        failed = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
+        failed = [(rank, code) for rank, code in enumerate(codes) if code]
         if failed:
             _end(processes, GRACE)
             tail.show()
-            codes = [processes[rank].returncode for rank in failed]
-            rank, code = min(zip(failed, codes, strict=True), key=lambda pair: pair[1] not in TOLD)
+            rank, code = min(failed, key=lambda pair: pair[1] not in TOLD)
             if rank > 0:
                 last = (logs / f"rank-{rank}.log").read_text(errors="replace").strip().splitlines()[-1:]
                 print(f"rank {rank} ended with {_name(code)}: {' '.join(last)}", file=sys.stderr)
             elif code < 0:
                 print(f"rank 0 ended with {_name(code)}", file=sys.stderr)
-            return code if code and code > 0 else 1
+            return code if code > 0 else 1
         if all(code == 0 for code in codes):
             return 0
         time.sleep(0.05)
@@ -106,6 +105,7 @@ def _end(processes: list[subprocess.Popen], grace: float) -> None:
 
 def _forward(processes: list[subprocess.Popen]) -> Callable[[int, object], None]:
     def handler(number: int, frame: object) -> None:
+        leave_closed_terminal()
         for process in processes:
             if process.poll() is None:
                 process.send_signal(signal.SIGUSR1)  # for ranks a SIGTERM is no request to stop

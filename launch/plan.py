@@ -34,8 +34,8 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
 class StageTable(Settings):
     """One ``[[stage]]`` table."""
 
-    name: str = Field(pattern=NAME)
-    kind: str
+    name: str = Field(pattern=NAME, description="of its folder, `runs/PLAN/stages/NAME`, and where others name it")
+    kind: str = Field(description=f"what it does: {', '.join(KINDS)}")
     recipe: str | None = Field(None, description="by name, or a TOML file of settings beside the plan")
     init: str | None = Field(None, description="stage whose weights this one starts from, or a path of some")
     sweep: str | dict[str, Any] | list[dict[str, Any]] | None = Field(
@@ -45,9 +45,13 @@ class StageTable(Settings):
         {}, description="columns that a report puts beside the runs of the sweep: what others found"
     )
     best: str | None = Field(None, description="stage with a sweep whose best settings this one takes over")
-    after: list[str] = []
-    ranks: int = Field(1, gt=0)
-    set: dict[str, Any] = {}
+    after: list[str] = Field([], description="stages to wait for, besides those that `{NAME}`, init and best name")
+    ranks: int = Field(
+        1, gt=0, description="processes; unless said, under `patchmill run` a training stage takes one for each GPU"
+    )
+    set: dict[str, Any] = Field(
+        {}, description="settings of its kind, over those of the recipe; `{NAME}` in them is what stage NAME makes"
+    )
 
     @field_validator("kind")
     @classmethod
@@ -60,7 +64,7 @@ class StageTable(Settings):
 class PlanTable(Settings):
     """A plan file."""
 
-    name: str = Field(pattern=NAME)
+    name: str = Field(pattern=NAME, description="of the run's folder, `runs/NAME`")
     stage: list[StageTable] = Field(min_length=1)
 
 
@@ -91,7 +95,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked plan and where it runs."""
+    """A checked plan and where it runs; ``only``: the stage or sweep that alone is to run here."""
 
     path: Path
     table: PlanTable
@@ -99,10 +103,16 @@ class Plan:
     smoke: bool
     stages: list[Stage]
     inputs: Inputs
+    only: str | None = None
 
 
 def read_plan(
-    path: str | Path, runs: str | Path = "runs", smoke: bool = False, ranks: int | None = None, unsaid: int = 1
+    path: str | Path,
+    runs: str | Path = "runs",
+    smoke: bool = False,
+    ranks: int | None = None,
+    unsaid: int = 1,
+    only: str | None = None,
 ) -> Plan:
     """Read and check a plan.
 
@@ -112,6 +122,7 @@ def read_plan(
         smoke: Shrink every training stage; the run's folder is then ``RUNS/NAME-smoke``.
         ranks: Of every stage that can have several, in place of the plan's.
         unsaid: Ranks of a training stage of which the plan does not say how many.
+        only: Stage or sweep that alone is to run; the batches of others need not divide over ranks.
 
     Raises:
         UserError: Anything wrong with any stage.
@@ -120,10 +131,12 @@ def read_plan(
     table = check(PlanTable, read_toml(path), str(path))
     table = table.model_copy(update={"stage": [_with_ranks(stage, ranks, unsaid, path) for stage in table.stage]})
     run = Path(runs).resolve() / (f"{table.name}-smoke" if smoke else table.name)
-    return _plan(path, table, run, smoke, Inputs(path.parent))
+    return _plan(path, table, run, smoke, Inputs(path.parent), only=only)
 
 
-def read_submitted(text: str, path: Path, run: Path, smoke: bool, known: dict[str, str]) -> Plan:
+def read_submitted(
+    text: str, path: Path, run: Path, smoke: bool, known: dict[str, str], recipes: dict[str, Path]
+) -> Plan:
     """Return a plan as it was when it was submitted.
 
     Args:
@@ -132,12 +145,13 @@ def read_submitted(text: str, path: Path, run: Path, smoke: bool, known: dict[st
         run: The run's folder.
         smoke: As of ``read_plan``.
         known: Digests of its inputs, then.
+        recipes: Copies of the recipes beside it, made then.
 
     Raises:
-        UserError: It does not fit any more: a recipe beside it changed.
+        UserError: It does not fit any more: the tars that it streams are gone.
     """
     table = check(PlanTable, tomllib.loads(text), str(path))
-    return _plan(path, table, run, smoke, Inputs(path.parent, known))
+    return _plan(path, table, run, smoke, Inputs(path.parent, known, recipes))
 
 
 def after_a_sweep(plan: Plan, ran: int = 0) -> Plan:
@@ -145,14 +159,22 @@ def after_a_sweep(plan: Plan, ran: int = 0) -> Plan:
 
     The first ``ran`` stages stay as they are: what they were made of may have changed since, and they were not.
     """
-    return _plan(plan.path, plan.table, plan.run, plan.smoke, plan.inputs, plan.stages[:ran])
+    return _plan(plan.path, plan.table, plan.run, plan.smoke, plan.inputs, plan.stages[:ran], plan.only)
 
 
-def _plan(path: Path, table: PlanTable, run: Path, smoke: bool, files: Inputs, ran: list[Stage] | None = None) -> Plan:
+def _plan(
+    path: Path,
+    table: PlanTable,
+    run: Path,
+    smoke: bool,
+    files: Inputs,
+    ran: list[Stage] | None = None,
+    only: str | None = None,
+) -> Plan:
     sweeps: dict[str, Sweep] = {}
     for stage in table.stage:
         if stage.sweep is not None:
-            sweeps[stage.name] = _sweep(stage, path, sweeps)
+            sweeps[stage.name] = _sweep(stage, path, sweeps, files)
         elif stage.beside:
             raise UserError(f"stage {stage.name} of {path} has no sweep to put beside of; remove beside")
     runs = [each for stage in table.stage for each in _runs_of(stage, sweeps.get(stage.name))]
@@ -174,7 +196,9 @@ def _plan(path: Path, table: PlanTable, run: Path, smoke: bool, files: Inputs, r
         if name not in stages:
             sweep = of_sweep.get(name)
             stages[name] = _prepare(by_name[name], by_name, sweeps, stages, run, path, smoke, sweep, files)
-    return Plan(path, table, run, smoke, list(stages.values()), files)
+            if only in (None, name, sweep and sweep.name):
+                _check_ranks(stages[name], path)
+    return Plan(path, table, run, smoke, list(stages.values()), files, only)
 
 
 def _with_ranks(stage: StageTable, ranks: int | None, unsaid: int, path: Path) -> StageTable:
@@ -191,13 +215,13 @@ def _with_ranks(stage: StageTable, ranks: int | None, unsaid: int, path: Path) -
     return stage.model_copy(update={"ranks": ranks})
 
 
-def _sweep(stage: StageTable, path: Path, before: dict[str, Sweep]) -> Sweep:
+def _sweep(stage: StageTable, path: Path, before: dict[str, Sweep], files: Inputs) -> Sweep:
     if KINDS[stage.kind].settings is not TrainSettings:
         raise UserError(
             f"stage {stage.name} of {path} has a sweep, but a stage of kind {stage.kind} takes none; remove it"
         )
-    recipe = path.parent / stage.recipe if stage.recipe and stage.recipe.endswith(".toml") else stage.recipe
-    sweep = sweep_of(stage.name, stage.sweep, recipe, before)
+    assert stage.sweep is not None
+    sweep = sweep_of(stage.name, stage.sweep, stage.recipe and files.recipe(stage.recipe), before)
     for title, column in stage.beside.items():
         if len(column) != len(sweep.changes):
             raise UserError(
@@ -271,7 +295,7 @@ def _prepare(
     where = f"stage {stage.name} of {path}"
     needs = _needs(stage, by_name, sweeps, path)
     best = {name: _best(sweeps[name], ready, where) for name in _takes(stage) if name in sweeps}
-    table = _recipe(stage.recipe, path.parent) if stage.recipe else {}
+    table = read_settings(files.recipe(stage.recipe))[0] if stage.recipe else {}
     if stage.best is not None:
         found = _handed_on(stage.best, by_name, sweeps, ready, where)
         if twice := next((key for key in flat(found) if key in flat(stage.set)), None):
@@ -299,7 +323,6 @@ def _prepare(
     if isinstance(settings, TrainSettings):
         if settings.kind != stage.kind:
             raise UserError(f"{where} is of kind {stage.kind}, its settings of kind {settings.kind}; make them one")
-        _check_ranks(settings, stage.ranks, where)
         check_model(settings, where)
         settings.data.check_stream()
         _check_weights(settings, inputs["init"], where)
@@ -307,11 +330,13 @@ def _prepare(
     return Stage(stage, settings, needs, digest([stage.kind, table, inputs]), digest(inputs), folder, command, sweep)
 
 
-def _check_ranks(settings: TrainSettings, ranks: int, where: str) -> None:
+def _check_ranks(stage: Stage, path: Path) -> None:
+    if not isinstance(stage.settings, TrainSettings):
+        return
     try:
-        settings.accumulation(ranks)
+        stage.settings.accumulation(stage.table.ranks)
     except UserError as error:
-        raise UserError(f"{where}: {error}, or take another number of ranks") from None
+        raise UserError(f"stage {stage.table.name} of {path}: {error}, or take another number of ranks") from None
 
 
 def _best(sweep: Sweep, ready: dict[str, Stage], where: str) -> int:
@@ -344,7 +369,7 @@ def _check_init(stage: StageTable, by_name: dict[str, StageTable], sweeps: dict[
 
 def _check_weights(settings: TrainSettings, digest: str | None, where: str) -> None:
     """Raise a UserError where weights that are no stage's are none that the stage can start from."""
-    if digest is None or not ("://" in settings.init or os.path.exists(settings.init)):
+    if digest is None or settings.init is None or not ("://" in settings.init or os.path.exists(settings.init)):
         return
     try:
         resolve_model(settings, _weights(settings.init, digest), num_classes=1)
@@ -360,11 +385,6 @@ def _weights(path: str, digest: str) -> Source:
 
 def _is_path(init: str) -> bool:
     return re.match(NAME, init) is None  # with a slash or a dot
-
-
-def _recipe(name: str, base: Path) -> dict[str, Any]:
-    settings, _ = read_settings(base / name if name.endswith(".toml") else name)
-    return settings
 
 
 def _with_path(
@@ -406,7 +426,9 @@ def _with_stream(table: dict[str, Any], value: str, files: Inputs, where: str) -
     if value.startswith(PIPE) or "://" in value:
         return table, value
     store, tars = find_tars(files.folder / value)
-    return {**table, "train": str(files.folder / value)}, [files.digest(Path(store.url) / tar) for tar in tars]
+    return {**table, "train": str(files.folder / value)}, [
+        files.digest(Path(store.url) / tar, one_of_many=True) for tar in tars
+    ]
 
 
 def _check_part(value: str, found: re.Match, by_name: dict[str, StageTable], where: str, files: Inputs) -> None:

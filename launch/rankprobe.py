@@ -57,12 +57,14 @@ def probe_ranks() -> list[dict[str, Any]]:
 
 
 def started_to_probe(ranks: int) -> list[dict[str, Any]]:
-    """Start so many ranks on this machine, one a card at most, for ``probe_ranks``; return what they measured.
+    """Start so many ranks on this machine for ``probe_ranks``; return what they measured.
+
+    At most one a card, or one a core where there is no card: by hand that may be a login node, of a plan for 512 ranks.
 
     Raises:
         PatchmillError: They ended otherwise; why is on stderr.
     """
-    ranks = min(ranks, torch.cuda.device_count() or ranks)
+    ranks = min(ranks, torch.cuda.device_count() or len(os.sched_getaffinity(0)))
     with TemporaryDirectory() as logs:
         code, told = run_ranks(["probe"], ranks, Path(logs))
     if code:

@@ -140,10 +140,10 @@ class _Look:
                     check_heads(settings, init, resolve_model(settings, init, len(classes)))
         if settings.resume is not None and not self._plan.smoke and not whole_checkpoints(stage.folder / "checkpoints"):
             with self._at("resume"):
-                self._resume(settings)
+                self._resume(settings, settings.resume)
 
-    def _resume(self, settings: TrainSettings) -> None:
-        path = Path(settings.resume)
+    def _resume(self, settings: TrainSettings, resume: str) -> None:
+        path = Path(resume)
         if self.unmade(path):
             return
         found = [path] if (path / "checkpoint.json").is_file() else whole_checkpoints(path / "checkpoints")
@@ -162,8 +162,9 @@ class _Look:
         """Open the training sets of a stage; None where one is not there, or not yet."""
         opened = [self._dataset(setting, source, settings) for source in settings.data.sources]
         with self._at(setting):
-            if all(dataset is not None for dataset in opened):
-                dataset = mixed(settings.data, opened)
+            there = [each for each in opened if each is not None]
+            if len(there) == len(opened):
+                dataset = mixed(settings.data, there)
                 dataset.order(settings.seed, settings.data.window_bytes)  # a drop list may leave nothing
                 return dataset
         return None

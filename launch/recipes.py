@@ -40,8 +40,8 @@ def print_table(recipes: list[Recipe], width: int | None) -> None:
     groups = groupby(zip(recipes, rows, strict=True), key=lambda pair: _first_source(pair[0]))
     titles = list(COLUMNS)
     widths = {title: max(len(title), *(len(row[title]) for row in rows)) for title in titles}
-    for title in SPARE if width else ():
-        if sum(widths[each] + 2 for each in titles) > width:
+    for title in SPARE:
+        if width and sum(widths[each] + 2 for each in titles) > width:
             titles.remove(title)
     fold = width is not None and sum(widths[each] + 2 for each in titles) > width
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))

@@ -1,19 +1,20 @@
 """A job that is to run again goes back into Slurm's queue."""
 
+import datetime
 import signal
 import sys
 import time
+from functools import reduce
+from math import inf
 
 from launch.jobnodes import excluded, job_number
-from launch.slurm import slurm
+from launch.slurm import AWAY, passes, persist, slurm
 from launch.submission import Record
 from shards.errors import PatchmillError, StoppedOnRequestError
 
-AWAY = 600.0  # seconds that the controller may be away
 PAUSE = 5.0  # between two tries to reach it
 ALTERED = 20.0  # seconds that Slurm may take until a job that goes back can be altered
 KILLED = 90.0  # seconds that it may take to end it
-PASSES = ("unable to contact", "connect", "timed out", "does not run", "try again")  # in the words of such an error
 SUPERSEDED = "a later try of this job goes on elsewhere; this one is over"
 
 
@@ -42,7 +43,7 @@ def requeue(record: Record, reason: str, exclude: list[str] | None = None) -> Pa
             break
         except PatchmillError as error:
             told = f"{reason}, and it cannot go back into the queue: {error}; submit the plan again"
-            if not _passes(error) or time.monotonic() > deadline:
+            if not passes(error) or time.monotonic() > deadline:
                 return PatchmillError(told)
             record.note("failed", reason=told)  # in case that nothing more can be said
             say(f"{error}; tries again")
@@ -57,16 +58,10 @@ def requeue(record: Record, reason: str, exclude: list[str] | None = None) -> Pa
 
 def keep_off(job: str, nodes: list[str]) -> None:
     """Exclude nodes from a job in the queue; if that cannot be, say so: where it gets them again, that will show."""
-    deadline = time.monotonic() + ALTERED
-    while True:
-        try:
-            slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}")
-            return
-        except PatchmillError as error:
-            if not _passes(error) or time.monotonic() > deadline:
-                say(f"{', '.join(nodes)} cannot be excluded, and may be had again: {error}")
-                return
-            time.sleep(1)
+    try:
+        persist(lambda: slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}"), ALTERED)
+    except PatchmillError as error:
+        say(f"{', '.join(nodes)} cannot be excluded, and may be had again: {error}")
 
 
 def is_over_time() -> bool:
@@ -75,6 +70,18 @@ def is_over_time() -> bool:
         return slurm("squeue", "--noheader", f"--jobs={job_number()}", "--format=%r").strip() == "TimeLimit"
     except PatchmillError:
         return False
+
+
+def time_left(at: float) -> float:
+    """Return the seconds that this job had at a time (of ``time.time``) until its limit; 0 where nobody knows.
+
+    By when it began: of one that is pre-empted Slurm says that it ends with its grace time.
+    """
+    try:
+        told = slurm("squeue", "--noheader", f"--jobs={job_number()}", "--format=%S %l").split()
+        return datetime.datetime.fromisoformat(told[0]).timestamp() + _seconds(told[1]) - at
+    except (PatchmillError, ValueError, IndexError):
+        return 0.0
 
 
 def say(text: str) -> None:
@@ -93,5 +100,9 @@ def _ending(record: Record, job: str, reason: str) -> str | None:
     return None
 
 
-def _passes(error: PatchmillError) -> bool:
-    return any(words in str(error).lower() for words in PASSES)
+def _seconds(limit: str) -> float:
+    """Return a time limit as Slurm writes it, ``1-12:30:00`` or ``30:00``, in seconds."""
+    if limit == "UNLIMITED":
+        return inf
+    days, _, clock = limit.rpartition("-")
+    return reduce(lambda sum, part: 60 * sum + int(part), clock.split(":"), 0) + 86400.0 * int(days or 0)

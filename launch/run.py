@@ -71,7 +71,7 @@ def _run_plan(plan: Plan, names: set[str], again: set[str], launch: Launch) -> N
             say.print(f"{title}: done in {time.monotonic() - began:.0f} s", style="green", markup=False)
         ran = {each.table.name: each for each in plan.stages[: number + 1]}
         if stage.sweep and ran.keys() >= set(stage.sweep.members) <= names:
-            results = [result_of(ran[name].folder) for name in stage.sweep.members]
+            results = [told for name in stage.sweep.members if (told := result_of(ran[name].folder)) is not None]
             text = f"{stage.sweep.name}: {stage.sweep.summary(results)}"
             say.print(text, style="bold", markup=False, soft_wrap=True)
             plan = after_a_sweep(plan, len(ran))

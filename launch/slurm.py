@@ -3,31 +3,38 @@
 import itertools
 import json
 import os
+import random
 import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Container, Iterable, Iterator
+import time
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from launch.choice import is_done
 from launch.cluster import Cluster, JobSettings, layout
 from launch.plan import Plan, Stage
-from launch.run import begin, check_unused, forget, set_aside_what_sweeps_lost
+from launch.run import begin, check_unused, forget, noted, set_aside_what_sweeps_lost
 from launch.snapshot import take_snapshot
 from launch.stages import KINDS
-from launch.submission import Job, Record, Submission, folder_of, read_submission, recipes_of
-from shards.atomic import only_one, write_text
+from launch.submission import Job, Record, Submission, folder_of, keep_plan, logs_of, read_submission
+from shards.atomic import is_held, only_one, write_text
 from shards.errors import PatchmillError, UserError
+from shards.signals import SIGNALS
 
 CODE = "code"  # the snapshot, in the folder of scripts
 OTHERWISE = {"mem": "MEM_PER_NODE", "requeue": "NO_REQUEUE", "switches": "REQ_SWITCH", "time": "TIMELIMIT"}
 """Variables of sbatch, less SBATCH_, that are not called as their options are."""
 SHORT = {"A": "account", "C": "constraint", "G": "gpus", "p": "partition", "q": "qos", "t": "time"}
+OWN = ("SLURM_", "SQUEUE_", "SCANCEL_", "SCONTROL_")  # variables that change what its commands do
+AWAY = 600.0  # seconds that the controller may be away
+PASSES = ("unable to contact", "connect", "timed out", "does not run", "try again")  # in the words of such an error
 
 
 @dataclass(frozen=True)
@@ -118,14 +125,13 @@ def submit(plan: Plan, cluster: Cluster) -> dict[str, Job]:
         parts = [(part, _settings(part, cluster)) for part in _parts(plan, cluster)]
         scripts = [_script(plan, part, settings) for part, settings in parts]  # all that may be wrong is wrong by now
         set_aside_what_sweeps_lost(plan)
-        text = plan.path.read_text(encoding="utf-8")
-        write_text(plan.run / "plan.toml", text)
+        write_text(plan.run / "plan.toml", plan.path.read_text(encoding="utf-8"))
         if not parts:
             return {}
-        write_text(folder / "plan.toml", text)
+        recipes = keep_plan(plan)
         take_snapshot(folder / CODE)
         table = {"plan": str(plan.path), "name": plan.run.name, "smoke": plan.smoke, "known": plan.inputs.known}
-        table |= {"recipes": recipes_of(plan.path, plan.table.stage)}
+        table |= {"recipes": recipes, "uid": os.getuid()}
         jobs: dict[str, Job] = {}
         try:
             for (part, settings), text in zip(parts, scripts, strict=True):
@@ -136,6 +142,7 @@ def submit(plan: Plan, cluster: Cluster) -> dict[str, Job]:
                 with _nothing_heard():  # a job whose number is not known could not be cancelled
                     jobs |= part.jobs(_sbatch(script, part.needs, jobs), settings)
                 Submission(**table, jobs=jobs).write(plan.run)
+            Submission(**table, cluster=_configuration()["ClusterName"], jobs=jobs).write(plan.run)
             for name, job in jobs.items():
                 Record(plan.run, name).forget()  # of a job before
                 forget(plan.run / "stages" / job.stage)  # of a `patchmill run` before
@@ -164,11 +171,18 @@ def states(submission: Submission) -> dict[str, Queued]:
     Numbers alone do not tell: a cluster that was set up anew counts from 1 again, and another has its own.
 
     Raises:
+        UserError: They are in a queue that cannot be seen from here.
         PatchmillError: Slurm gives no answer.
     """
     jobs = submission.jobs
     if not jobs:
         return {}
+    here = _configuration()
+    if submission.cluster not in (None, here["ClusterName"]):
+        raise UserError(
+            f"the jobs of {submission.name} were submitted to cluster {submission.cluster}, and this is "
+            f"{here['ClusterName']}; ask there, or, when they have ended, remove slurm/submission.json of the run"
+        )
     numbers = ",".join(dict.fromkeys(job.id.partition("_")[0] for job in jobs.values()))
     # Of one number that it has forgotten squeue says that it is invalid, and of several nothing.
     try:
@@ -176,24 +190,57 @@ def states(submission: Submission) -> dict[str, Queued]:
     except PatchmillError as error:
         if "Invalid job id" not in str(error):
             raise
-        return {}
+        told = ""
     lines = (line.split("|", 3) for line in told.splitlines())
     ours = f"{submission.name}:"
     found = {number: Queued(state, reason) for number, state, reason, name in lines if name.startswith(ours)}
+    others = submission.uid is not None and os.getuid() not in (submission.uid, 0)
+    if others and not found and "jobs" in here["PrivateData"]:
+        raise UserError(
+            f"another user submitted the jobs of {submission.name}, and this cluster shows nobody the jobs of others "
+            "(PrivateData); let that user ask, or, when they have ended, remove slurm/submission.json of the run"
+        )
     return {name: found[job.id] for name, job in jobs.items() if job.id in found}
 
 
+def unseen(run: Path, submission: Submission, queue: Container[str]) -> list[str]:
+    """Return the jobs of a run whose ranks are at work although its queue, as of ``states``, has none of them."""
+    return [
+        name
+        for name, job in submission.jobs.items()
+        if name not in queue
+        and Record(run, name).table.get("state") != "done"
+        and _at_work(logs_of(run, job))
+        and not noted(run / "stages" / job.stage)  # else they are of a `patchmill run`
+    ]
+
+
+def _at_work(logs: Path) -> bool:
+    """Tell whether ranks that write to this folder live; who looks has it for a moment, and is not taken for them."""
+    for pause in (0.05, 0.1, 0.2, 0.0):
+        if not is_held(logs, unknown=False, shared=True):
+            return False
+        time.sleep(random.uniform(0, 2) * pause)  # two that look do not keep step
+    return True
+
+
 def check_idle(run: Path) -> None:
-    """Check that no job of a run is in the queue.
+    """Check that no job of a run is in the queue, or at work.
 
     Raises:
-        UserError: One is.
+        UserError: One is, or nobody can tell.
         PatchmillError: Slurm gives no answer.
     """
     submission = read_submission(run)
-    if submission and shutil.which("squeue") and (left := states(submission)):
-        remedy = f"wait for them, or end them: patchmill cancel {shlex.quote(str(run))}"
-        raise UserError(f"jobs of {run} are in the queue ({', '.join(left)}); {remedy}")
+    if submission is None:
+        return
+    how = f"patchmill cancel {shlex.quote(str(run))}"
+    if shutil.which("squeue") and (left := states(submission)):
+        raise UserError(f"jobs of {run} are in the queue ({', '.join(left)}); wait for them, or end them: {how}")
+    if hidden := unseen(run, submission, ()):
+        nodes = ", ".join(f"{name} on {Record(run, name).table.get('nodes') or 'another node'}" for name in hidden)
+        remedy = f"wait for them, or end them: {how} where they were submitted, or kill them there"
+        raise UserError(f"ranks of {run} are at work ({nodes}), although no queue here has their jobs; {remedy}")
 
 
 def cancel(jobs: dict[str, Job]) -> None:
@@ -252,9 +299,9 @@ def _script(plan: Plan, part: Part, settings: JobSettings) -> str:
     options = {
         "job-name": f"{plan.run.name}:{part.name}", "output": log, "open-mode": "append",
         "array": part.array, "nodes": nodes, "ntasks-per-node": each, "cpus-per-task": settings.cpus_per_rank,
-        "gpus-per-node": min(settings.gpus_per_node, each) or None, "mem": settings.memory, "time": settings.time,
-        "signal": f"B:USR2@{settings.grace}", "partition": settings.partition, "account": settings.account,
-        "qos": settings.qos, "constraint": settings.constraint,
+        "gpus-per-node": min(settings.gpus_per_node, each) or None, "mem": _memory(settings, each),
+        "time": settings.time, "signal": f"B:USR2@{settings.grace}", "partition": settings.partition,
+        "account": settings.account, "qos": settings.qos, "constraint": settings.constraint,
     }  # fmt: skip
     lines = ["#!/bin/bash -l" if settings.modules else "#!/bin/bash"]
     lines += [f"# {part.title} of {_comment(plan.path)}, written by `patchmill submit`."]
@@ -275,6 +322,18 @@ def _script(plan: Plan, part: Part, settings: JobSettings) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _memory(settings: JobSettings, each: int) -> str | None:
+    """Return what a job of ``each`` ranks a node asks of a node's memory: as large a part as of its ranks, if known."""
+    found = re.fullmatch(r"([1-9]\d*)([KMGT]?)", settings.memory or "", re.IGNORECASE)
+    whole = settings.ranks_per_node or settings.gpus_per_node
+    if not found or not whole:
+        return settings.memory  # of a node, as 0 is, or for sbatch to judge
+    part, unit = int(found[1]) * each, "KMGT".index(found[2].upper() or "M")
+    while part % whole and unit:
+        part, unit = part * 1024, unit - 1
+    return f"{part // whole}{'KMGT'[unit]}"
+
+
 def _load(module: str) -> str:
     told = shlex.quote(f"error: module load {module} failed")
     return f"module load {shlex.quote(module)} || {{ echo {told} >&2; exit {UserError.exit_code}; }}"
@@ -292,10 +351,10 @@ def _comment(path: Path) -> str:
 @contextmanager
 def _nothing_heard() -> Iterator[None]:
     """Put off what ends a command, in its main thread; programs started meanwhile do so, too."""
-    put_off, heard = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}, []
+    heard: list[int] = []
     # The mask is this thread's and those programs': what it holds off, another thread may take for the whole process.
-    handlers = {each: signal.signal(each, lambda number, _: heard.append(number)) for each in put_off}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, put_off)
+    handlers = {each: signal.signal(each, lambda number, _: heard.append(number)) for each in SIGNALS}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:
@@ -335,8 +394,16 @@ def overruling(script: str) -> set[str]:
     return named | {f"SBATCH_{name}" for name in ("ARRAY_INX", "CLUSTERS", "ERROR", "WAIT")}
 
 
+@lru_cache
+def _configuration() -> dict[str, str]:
+    """Return what the controller says of its cluster."""
+    return dict(re.findall(r"^(\w+) *= (.*)$", slurm("scontrol", "show", "config"), re.MULTILINE))
+
+
 def slurm(*command: str, without: Container[str] = ()) -> str:
     """Run a command of Slurm's, as from a shell outside of any job; ``without`` some variables.
+
+    Of its own variables none counts either, but sbatch's: SQUEUE_STATES would hide jobs, SCANCEL_STATE spare some.
 
     Raises:
         PatchmillError: It fails.
@@ -344,7 +411,7 @@ def slurm(*command: str, without: Container[str] = ()) -> str:
     inherited = {
         name: value
         for name, value in os.environ.items()
-        if name not in without and (not name.startswith("SLURM_") or name == "SLURM_CONF")
+        if name not in without and (not name.startswith(OWN) or name == "SLURM_CONF")
     }
     try:
         done = subprocess.run(command, env=inherited, capture_output=True, text=True, timeout=120, check=False)
@@ -354,3 +421,25 @@ def slurm(*command: str, without: Container[str] = ()) -> str:
         reason = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
         raise PatchmillError(f"{command[0]} says: {reason}")
     return done.stdout
+
+
+def passes(error: PatchmillError) -> bool:
+    """Tell whether what Slurm says is passing trouble: the same may be asked again."""
+    return any(words in str(error).lower() for words in PASSES)
+
+
+def persist(ask: Callable[[], object], seconds: float) -> None:
+    """Ask something of Slurm, again and again while that is in passing trouble, for so long.
+
+    Raises:
+        PatchmillError: As ``ask`` does at last.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            ask()
+            return
+        except PatchmillError as error:
+            if not passes(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(1)

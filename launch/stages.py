@@ -103,7 +103,7 @@ class Kind:
     settings: type[Settings]
     paths: tuple[str, ...]
     output: Callable[[Any], str]
-    command: Callable[[Settings, Path, Path], list[str]]
+    command: Callable[[Any, Path, Path], list[str]]
     parallel: bool = False
 
 

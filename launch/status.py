@@ -17,7 +17,7 @@ from rich.table import Table
 
 from launch.results import result_of
 from launch.run import RUNNER, noted
-from launch.slurm import Queued, cancel, states
+from launch.slurm import Queued, cancel, states, unseen
 from launch.submission import Job, Record, Submission, check_run, log_of, read_submission
 from launch.sweep import Sweep, sweep_of
 from pipeline.report.run import reading
@@ -30,6 +30,7 @@ WORDS = {"PENDING": "waiting", "RUNNING": "running", "COMPLETING": "ending", "CO
 DEAD = ("failed", "cancelled", "lost")
 COLOURS = {"done": "green", "running": "bold", "failed": "red", "lost": "red", "cancelled": "yellow"}
 SECONDS = 5.0  # between two looks
+SILENCE = 10.0  # seconds in which a stage says nothing, after which it may have ended
 GONE = 90.0  # seconds in which cancelled jobs should have ended; Slurm kills what does not listen after 30
 
 
@@ -69,7 +70,7 @@ def status_of(run: Path) -> list[Status]:
     """
     check_run(run)
     submission = read_submission(run)
-    queue = _queue(submission) if submission else None
+    queue = _queue(run, submission) if submission else None
     with reading(run):
         names = list(_names(run, submission))
     found: dict[str, Status] = {}
@@ -136,7 +137,7 @@ def newest_run(runs: Path) -> Path:
 
 
 def print_log(run: Path, stage: str, rank: int, lines: int, follow: bool) -> None:
-    """Show the end of what a stage said, on stdout, and with ``follow`` what it says from now on.
+    """Show the end of what a stage said, on stdout, and with ``follow`` what it says from now on, until it has ended.
 
     Raises:
         UserError: There is no such stage, or nothing was said where a file has it.
@@ -155,21 +156,30 @@ def print_log(run: Path, stage: str, rank: int, lines: int, follow: bool) -> Non
     print(f"==> {log}", file=sys.stderr)
     with open(log, encoding="utf-8", errors="replace") as file:
         sys.stdout.write("".join(file.readlines()[-lines:]))
+        heard = float("-inf")
         while follow:
-            sys.stdout.write(file.read())
-            sys.stdout.flush()
+            if time.monotonic() - heard >= SILENCE:  # who speaks lives, and looking may ask Slurm
+                follow, heard = any(each.name == stage and _lives(each) for each in status_of(run)), time.monotonic()
+            if new := file.read():
+                heard = time.monotonic()
+                sys.stdout.write(new)
+                sys.stdout.flush()
             time.sleep(1)
 
 
-def _queue(submission: Submission) -> dict[str, Queued] | None:
+def _queue(run: Path, submission: Submission) -> dict[str, Queued] | None:
     """Return what the queue has of a run's jobs; None: nobody knows."""
     if shutil.which("squeue") is None:
         return None
     try:
-        return states(submission)
+        queue = states(submission)
+        if not (hidden := unseen(run, submission, queue)):
+            return queue
+        why = f"ranks of {', '.join(hidden)} are at work, although no queue here has their jobs"
     except PatchmillError as error:
-        print(f"warning: {error}; this is what the run's folder says", file=sys.stderr)
-        return None
+        why = str(error)
+    print(f"warning: {why}; this is what the run's folder says", file=sys.stderr)
+    return None
 
 
 def _names(run: Path, submission: Submission | None) -> Iterator[str]:
@@ -208,7 +218,7 @@ def _status(
         state = WORDS.get(queued.state, queued.state.lower())
         if state == "running" and record.get("state") == "starting":
             state = "starting"
-        if queued.reason == "Dependency":
+        if queued.reason == "Dependency" and job:
             why = f"after {', '.join(need for need in job.needs if before[need].state != 'done')}"
         elif queued.state == "PENDING" and queued.reason != "None":
             why = ", ".join(filter(None, (why, f"waits: {queued.reason}")))
@@ -232,7 +242,7 @@ def _status(
         log_of(run, name) if job else next(filter(Path.exists, (folder / "logs" / "rank-0.log", folder / "logs")), None)
     )
     return Status(
-        name, state, job and job.id, **_progress(folder, state == "running"),
+        name, state, job.id if job else None, **_progress(folder, state == "running"),
         restarts=max(0, record.get("tries", 0) - 1), why=why, log=os.path.relpath(log) if log and log.exists() else "",
     )  # fmt: skip
 

@@ -1,18 +1,17 @@
 """What ``patchmill submit`` leaves in a run's folder, for its jobs and for who asks how they are.
 
-RUN/plan.toml   slurm/{submission.json, plan.toml, code/, NAME.sbatch, NAME.log, NAME.json, NAME.begun,
+RUN/plan.toml   slurm/{submission.json, plan.toml, recipes/, code/, NAME.sbatch, NAME.log, NAME.json, NAME.begun,
                        NAME.doctor/}
 """
 
-import hashlib
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from launch.cluster import JobSettings
-from launch.plan import Plan, StageTable, read_submitted
+from launch.inputs import is_beside
+from launch.plan import Plan, read_submitted
 from launch.results import read_json
 from pipeline.settings import Settings, check
 from shards.atomic import write_text
@@ -47,7 +46,9 @@ class Submission(Settings):
         name: Of the run; it begins the names of its jobs in the queue.
         smoke: As of ``patchmill run``.
         known: Digests of the plan's inputs, by path.
-        recipes: SHA-256 of the recipes beside the plan, by name.
+        recipes: Names in ``RUN/slurm/recipes`` of copies of the recipes beside the plan, by the name that stages have.
+        cluster: That has the jobs, by Slurm's name of it; None: not noted.
+        uid: Of who submitted them; None: not noted.
         jobs: By name, in the plan's order.
     """
 
@@ -56,26 +57,37 @@ class Submission(Settings):
     smoke: bool
     known: dict[str, str]
     recipes: dict[str, str]
+    cluster: str | None = None
+    uid: int | None = None
     jobs: dict[str, Job]
 
     def read_plan(self, run: Path) -> Plan:
         """Return the plan as it was submitted."""
         text = (folder_of(run) / "plan.toml").read_text(encoding="utf-8")
-        return read_submitted(text, Path(self.plan), run, self.smoke, dict(self.known))
-
-    def has_recipe_of(self, stage: StageTable) -> bool:
-        """Tell whether a stage's recipe, if it is one beside the plan, is still as it was."""
-        return recipes_of(self.plan, [stage]).items() <= self.recipes.items()
+        recipes = {name: _recipes_of(run) / copy for name, copy in self.recipes.items()}
+        return read_submitted(text, Path(self.plan), run, self.smoke, dict(self.known), recipes)
 
     def write(self, run: Path) -> None:
         """Write it into the run's folder."""
         write_text(folder_of(run) / "submission.json", self.model_dump_json(indent=1, exclude_unset=True))
 
 
-def recipes_of(plan: str | Path, stages: Iterable[StageTable]) -> dict[str, str]:
-    """Return the SHA-256 of each recipe beside a plan, by the name that stages have for it."""
-    names = {stage.recipe for stage in stages if stage.recipe and stage.recipe.endswith(".toml")}
-    return {name: hashlib.sha256((Path(plan).parent / name).read_bytes()).hexdigest() for name in sorted(names)}
+def keep_plan(plan: Plan) -> dict[str, str]:
+    """Copy a plan, and the recipes beside it, for its jobs; return ``Submission.recipes``."""
+    names = sorted({stage.recipe for stage in plan.table.stage if stage.recipe and is_beside(stage.recipe)})
+    copies = {name: f"{number}-{Path(name).name}" for number, name in enumerate(names)}  # two folders may have one each
+    for name, copy in copies.items():
+        _copy(plan.path.parent / name, _recipes_of(plan.run) / copy)
+    _copy(plan.path, folder_of(plan.run) / "plan.toml")
+    return copies
+
+
+def _copy(source: Path, target: Path) -> None:
+    write_text(target, source.read_text(encoding="utf-8"))
+
+
+def _recipes_of(run: Path) -> Path:
+    return folder_of(run) / "recipes"
 
 
 def folder_of(run: Path) -> Path:
@@ -86,6 +98,12 @@ def folder_of(run: Path) -> Path:
 def log_of(run: Path, name: str) -> Path:
     """Return where a job of a run writes what it says."""
     return folder_of(run) / f"{name}.log"
+
+
+def logs_of(run: Path, job: Job) -> Path:
+    """Return where the ranks of a job log; as long as they live, they share the lock of it."""
+    folder = run / "stages" / job.stage / "logs"
+    return folder / f"slice-{job.slice.partition('/')[0]}" if job.slice else folder  # of several at once
 
 
 def begun_of(run: Path, name: str) -> Path:

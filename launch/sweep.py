@@ -48,10 +48,10 @@ class Sweep:
         there = [result for result in results if result is not None]
         if len(there) < len(results):
             return None
-        scores = [_score(result["result"].get("val")) for result in there]
-        if None in scores:
+        scores = [score for result in there if (score := _score(result["result"].get("val"))) is not None]
+        if len(scores) < len(there):
             raise UserError(f"the stages of sweep {self.name} tell nothing of held-out images; set data.val")
-        return max(range(len(scores)), key=scores.__getitem__)
+        return max(range(len(scores)), key=lambda number: scores[number])
 
     def summary(self, results: list[dict[str, Any]]) -> str:
         """Return what came out, in a line: the best, or of seeds the mean and its standard deviation."""
@@ -96,6 +96,8 @@ def sweep_of(
     try:
         if told == "recipe" and recipe:
             changes = read_sweep(recipe)
+        elif isinstance(told, str):
+            raise ValueError
         else:
             tables = [flat(table) for table in (told if isinstance(told, list) else [told])]
             changes = combinations(

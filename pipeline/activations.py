@@ -21,6 +21,7 @@ from pipeline.corruption import corrupted_patches
 from pipeline.engines.blocks import prepare_blocks
 from pipeline.masking import visible_count
 from pipeline.models import Model, create_model, onednn
+from pipeline.models.vit import VisionTransformer
 from pipeline.objectives import create_objective
 
 
@@ -56,7 +57,7 @@ def count_passes(
         built = create_model(**model, seed=None).train()
         prepare_blocks(built, engine.model_copy(update={"compile": False}))
         objective = create_objective(settings, built, None, model.get("num_classes", 0))
-        draws = torch.empty(micro_batch, len(built.blocks), 2) if getattr(built, "drop_path", 0) else None
+        draws = torch.empty(micro_batch, len(built.blocks), 2) if built.drop_path else None
         inputs = _inputs(settings, built, model, micro_batch)
         if not gradients:
             for parameter in built.parameters():
@@ -83,11 +84,13 @@ def _inputs(settings: TrainSettings, built: Model, model: dict[str, Any], n: int
     """Return what the objective's ``prepare`` makes of a batch, without values."""
     images = torch.empty(n, 3, built.image_size, built.image_size)
     if settings.kind == "masked_patch":
+        assert isinstance(built, VisionTransformer)  # which its settings are of
         masked = settings.masked_patch
         patches = built.grid**2
         told = corrupted_patches(patches, masked.share) if masked.counts == "exact" else patches
         return images, torch.empty(n, told, 2, dtype=torch.int64)
     if settings.kind == "mae":
+        assert isinstance(built, VisionTransformer)
         return images, torch.empty(n, visible_count(built.grid**2, settings.mae.share), dtype=torch.int64)
     if settings.data.mixup_alpha:
         return images, torch.empty(n, model["num_classes"])

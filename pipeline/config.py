@@ -393,7 +393,7 @@ class TrainSettings(Settings):
             )
         micro = self.micro_batch or local
         if local % micro:
-            fits = [m for m in range(1, local + 1) if local % m == 0]
+            fits = [m for m in range(1, min(local, 2**16) + 1) if local % m == 0]  # a slip may make it any number
             raise UserError(
                 f"micro_batch {micro} does not divide the {local} samples of a rank "
                 f"(global_batch {self.global_batch} over {world_size} ranks); set it to one of {fits}"

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -64,7 +64,7 @@ def open_data(settings: TrainSettings, out: Path, first_batch: int) -> TrainingD
     data = settings.data
     held_out = Dataset.open(data.val, settings=data.store) if data.val else None
     check_held_out(settings, held_out)
-    options = {
+    options: dict[str, Any] = {
         "global_batch": settings.global_batch, "rank": distributed.rank(), "world_size": distributed.world_size(),
         "seed": settings.seed, "transform": training_transform(data), "threads": data.threads,
         "quarantine": out / "quarantine.jsonl", "labels": _labels(settings),
@@ -73,6 +73,7 @@ def open_data(settings: TrainSettings, out: Path, first_batch: int) -> TrainingD
     loader: Loader | ProcessLoader | StreamLoader
     if is_stream(data.train):
         schedule = Schedule.of(settings, None, first_batch)
+        assert held_out is not None  # which the settings of a stream ask for: the classes are theirs
         loader = StreamLoader(
             data.train, held_out.classes, stop=schedule.total, allow_pipe=data.allow_pipe, store=data.store,
             allocate=pinned_array, **options,

@@ -145,7 +145,7 @@ class DataSettings(Settings):
 
     def open_cache(self) -> ChunkCache | None:
         """Return the cache of remote chunks, if one is set; a folder that cannot be one is a UserError."""
-        return ChunkCache(self.cache, self.cache_bytes) if self.cache else None
+        return ChunkCache(self.cache, self.cache_bytes) if self.cache and self.cache_bytes else None
 
     def check_stream(self) -> None:
         """Raise a UserError where nothing tells the classes of a stream."""

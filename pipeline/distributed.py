@@ -44,9 +44,15 @@ def device() -> torch.device:
 
 
 def start() -> None:
-    """Join the process group (gloo on CPU, NCCL on CUDA); a lone process makes a group of one."""
+    """Join the process group (gloo on CPU, NCCL on CUDA); a lone process makes a group of one.
+
+    Raises:
+        UserError: There are several ranks and no MASTER_ADDR, or fewer GPUs than ranks of this machine.
+    """
     if dist.is_initialized():
         return
+    if torch.cuda.is_available():
+        settle_on_card(torch.cuda.device_count())
     where = device()
     if where.type == "cuda":
         torch.cuda.set_device(where)
@@ -62,6 +68,49 @@ def start() -> None:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
         return
     dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=TIMEOUT)
+    if where.type == "cuda":
+        claim_card(str(torch.cuda.get_device_properties(where).uuid), dist.distributed_c10d._get_default_store())
+
+
+def settle_on_card(cards: int) -> None:
+    """Let LOCAL_RANK be the number of this rank's card, by which DeepSpeed and Accelerate go, too.
+
+    A rank that sees a single one has that, as under torchrun's --virtual-local-rank: ``srun --gpus-per-task=1`` and
+    ``--gpu-bind=single:1`` show each its own. That it is, ``claim_card`` finds when the ranks have met.
+
+    Args:
+        cards: That this rank sees.
+
+    Raises:
+        UserError: It is none of several.
+    """
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if cards == 1:
+        # DeepSpeed wants both to be the same.
+        os.environ |= {name: "0" for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK") if name in os.environ}
+    elif local >= cards:
+        raise UserError(
+            f"rank {rank()} is number {local}, from 0, of {socket.gethostname()}, and sees {cards} GPUs; start one "
+            "rank a GPU there, and let each see all of them, or its own alone"
+        )
+
+
+def claim_card(card: str, store: dist.Store) -> None:
+    """Take a card for this rank alone.
+
+    Args:
+        card: What no other has: its UUID.
+        store: Of all ranks.
+
+    Raises:
+        UserError: Another rank has it.
+    """
+    first = store.compare_set(f"card {card}", "", str(rank())).decode()
+    if first != str(rank()):
+        raise UserError(
+            f"ranks {first} and {rank()} on {socket.gethostname()} have the same GPU ({card}); start one rank a GPU "
+            "there, and let each see all of them, or its own alone"
+        )
 
 
 def group_beside() -> dist.ProcessGroup:

@@ -87,8 +87,9 @@ def estimate_stage(
         known_classes, known_epoch, known_bytes = _ask_data(settings)
         classes, epoch = classes or known_classes, epoch or known_epoch
         image_bytes = image_bytes or known_bytes
-    made = settings.init is not None and (settings.model.name is None or Path(settings.init).exists())
-    init = open_source(settings.init) if made else None  # another stage may have yet to make them
+    init = None  # another stage may have yet to make them
+    if settings.init is not None and (settings.model.name is None or Path(settings.init).exists()):
+        init = open_source(settings.init)
     model = resolve_model(settings, init, classes)
     # No other length than the duration changes what a stage costs.
     total = Schedule.of(settings, epoch if in_epochs else 1, settings.global_batch).total

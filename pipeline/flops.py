@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.corruption import corrupted_patches
 from pipeline.masking import visible_count
 from pipeline.models import create_model
+from pipeline.models.vit import VisionTransformer
 
 BACKWARD = 2
 """Backward passes cost twice the forward pass: a product for the gradient of each of the two factors."""
@@ -49,8 +50,10 @@ def cost_of(name: str, *, hidden: float = 0.5, **settings: Any) -> Cost:
         images = torch.empty(1, 3, model.image_size, model.image_size)
         drawn: dict[str, Tensor] = {}
         if settings.get("patch_target") is not None:
+            assert isinstance(model, VisionTransformer)  # no other takes that setting
             drawn["corruption"] = torch.empty(1, corrupted_patches(model.grid**2, hidden), 2, dtype=torch.int64)
         if settings.get("decoder_depth"):
+            assert isinstance(model, VisionTransformer)
             drawn["visible"] = torch.empty(1, visible_count(model.grid**2, hidden), dtype=torch.int64)
         model(images, **drawn)
     return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)

@@ -50,7 +50,7 @@ class Lookout:
         failed = self._saver is not None and self._saver.failed
         mine = [float(stop.asked()), float(failed), clock - self._looked, clock - self._saved]
         asked, failed, since_look, since_save = distributed.gather_floats(mine).max(axis=0).tolist()
-        if failed:
+        if failed and self._saver is not None:
             self._saver.wait()  # it has failed on all, or is about to
         # No more than twice as many steps as before: the first ones may have been quick by chance.
         fitting = self._steps * SECONDS / max(since_look, 1e-3)

@@ -77,15 +77,15 @@ def last_checkpoint(settings: TrainSettings, out: Path, watch: Watchdog) -> Chec
         )
     if distributed.rank() == 0:
         forget(out)
-    return _of_another_run(settings, out) if settings.resume else None
+    return _of_another_run(settings, settings.resume, out) if settings.resume else None
 
 
-def _of_another_run(settings: TrainSettings, out: Path) -> Checkpoint:
+def _of_another_run(settings: TrainSettings, resume: str, out: Path) -> Checkpoint:
     """Return the checkpoint that ``resume`` names."""
-    path = Path(settings.resume)
+    path = Path(resume)
     found = first_whole([path]) if (path / "checkpoint.json").is_file() else newest(path / "checkpoints")
     if found is None:
-        raise UserError(f"resume = {settings.resume!r} has no whole checkpoint; give one, or a training stage's folder")
+        raise UserError(f"resume = {resume!r} has no whole checkpoint; give one, or a training stage's folder")
     check_resume(settings, found)
     if distributed.rank() == 0:
         keep_number(out / "ledger", found.state["loader"].get("ledger"))

@@ -109,7 +109,7 @@ class Saver:
         if self._settings.mirror:
             self._at(MIRRORING)
         self._thread.shutdown()  # what was begun is written, however the run ends
-        if self.failed and distributed.rank() == 0:
+        if self._saving is not None and self.failed and distributed.rank() == 0:
             print(f"warning: {self._saving.exception()}", file=sys.stderr, flush=True)
         if self._mirror:
             self._mirror.close()

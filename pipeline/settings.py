@@ -4,7 +4,7 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -28,12 +28,14 @@ class Duration(str):
     def samples(self, epoch: int | None, global_batch: int) -> int:
         """Return the length in samples, given the samples of an epoch, if anybody knows, and of a global batch."""
         number, unit = self._parts()
-        if unit == "epoch" and epoch is None:
+        if unit != "epoch":
+            return round(number * {"step": global_batch, "sample": 1}[unit])
+        if epoch is None:
             raise UserError(
                 f"{self!r}: nobody knows the epoch of a stream; give duration, schedule, checkpoint.every and "
                 "evaluate.every in steps or samples"
             )
-        return round(number * {"epoch": epoch, "step": global_batch, "sample": 1}[unit])
+        return round(number * epoch)
 
     def is_nothing(self) -> bool:
         """Tell whether it is of length 0, in whatever unit."""
@@ -157,7 +159,7 @@ def check(kind: type[S], table: dict[str, Any], where: str) -> S:
         raise UserError(f"setting {key}{value} in {where} does not fit: {reason}") from None
 
 
-def nearest(word: str, known: list[str], most: int = 1) -> str:
+def nearest(word: str, known: Sequence[str], most: int = 1) -> str:
     """Return ``" (did you mean X?)"`` for the known words nearest to ``word``, at most so many, or nothing.
 
     Capitals and whatever is no letter or digit do not count, so that ViT-B/16 is vit_b16 and nothing else. Of several,

@@ -97,6 +97,7 @@ def shrink(settings: TrainSettings, ranks: int = 1, weights: dict[str, Any] | No
     if settings.model.name is not None:
         model = {"name": settings.model.name} | settings.model.overrides()
         model = model if weights and _sizes(weights) == _sizes(model) else small_model(model)
+    assert model is not None  # a stage without a model of its own starts from weights
     patches = PATCHES_OF.get(settings.kind, PATCHES)
     resolution = min(settings.data.resolution, patches * _pixels_a_patch(model))
     local = min(settings.global_batch // ranks, BATCH)

@@ -8,16 +8,16 @@ from types import FrameType
 from pipeline import distributed
 from shards.atomic import write_text
 from shards.errors import StoppedOnRequestError, UserError
+from shards.signals import SIGNALS, leave_closed_terminal
 
 STOPPED = "stopped.json"
 """In a stage's folder: where it was stopped on request. Launchers lose exit codes."""
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 _asked = False
 
 
 def listen() -> None:
-    """Let SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C ask for a stop; the handler does nothing but note it."""
+    """Let SIGTERM, SIGUSR1, SIGUSR2, SIGHUP and Ctrl-C ask for a stop; the handler saves nothing, it notes it."""
     for number in SIGNALS:
         signal.signal(number, _note)
 
@@ -47,5 +47,6 @@ def ended(data: object, samples: int, total: int, checkpoint: Path) -> UserError
 def _note(number: int, frame: FrameType | None) -> None:
     global _asked
     _asked = True
+    leave_closed_terminal()
     if number == signal.SIGINT:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C means it

@@ -18,4 +18,8 @@ def mark() -> Mark:
 
 def seconds_between(one: Mark, other: Mark) -> float:
     """Return the seconds from one mark to another; the device must have passed both."""
-    return other - one if isinstance(one, float) else one.elapsed_time(other) / 1e3
+    if isinstance(one, float):
+        assert isinstance(other, float)  # both are of one clock
+        return other - one
+    assert not isinstance(other, float)
+    return one.elapsed_time(other) / 1e3

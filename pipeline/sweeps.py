@@ -142,7 +142,7 @@ def _members(run: Path, name: str, stages: dict[str, dict], before: dict[str, Sw
         mine, config = result["result"], settings[folder]
         changed = {key: config[key] for key in differing if key in config}
         source = _stage_of(run, config.get("init"), stages)
-        start = known.get(source)
+        start = known.get(source) if source else None
         if "init" in changed:
             changed = {key: value for key, value in changed.items() if key != "init"}
             changed = {"from": source or config["init"]} | (start.changed if start else {}) | changed

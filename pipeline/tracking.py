@@ -1,13 +1,18 @@
 """Mirrors of the metrics for people to look at, on rank 0: TensorBoard, Weights & Biases."""
 
+import sys
 import uuid
-from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
 from pipeline.config import TrainSettings
 from shards.atomic import write_text
 from shards.errors import UserError
+
+WITHOUT = (
+    "warning: track.tensorboard is on, and tensorboard is not installed: the numbers are in metrics.jsonl alone; "
+    "pip install tensorboard, or set track.tensorboard = false"
+)
 
 
 class Mirror(Protocol):
@@ -21,7 +26,7 @@ class Mirror(Protocol):
 
 
 def mirrors(settings: TrainSettings, out: Path, start: int) -> list[Mirror]:
-    """Return the mirrors that the settings name; TensorBoard only where it is installed.
+    """Return the mirrors that the settings name; TensorBoard only where it is installed, else a warning on stderr.
 
     Args:
         settings: Of the stage.
@@ -33,8 +38,10 @@ def mirrors(settings: TrainSettings, out: Path, start: int) -> list[Mirror]:
     """
     found: list[Mirror] = []
     if settings.track.tensorboard:
-        with suppress(ImportError):  # the lines are the truth, and the report draws them
+        try:
             found.append(TensorBoard(out / "tensorboard", start))
+        except ImportError:  # the lines are the truth, and the report draws them
+            print(WITHOUT, file=sys.stderr, flush=True)
     if settings.track.wandb is not None:
         try:
             found.append(WeightsAndBiases(settings, out))

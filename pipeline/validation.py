@@ -39,7 +39,7 @@ class Validation:
                 if telemetry:
                     telemetry.log(samples, {f"val_{key}": value for key, value in self._state["val"].items()})
                 best = note_best(self._state, samples, objective.better)
-            if self._probing(samples):
+            if self._probe is not None and self._probing(samples):
                 self._state["probe"] = self._probe.measure(engine.model, samples, telemetry)
         return best
 

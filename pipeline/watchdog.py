@@ -58,7 +58,7 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self._limit / 4)):
             # No thread of Python's runs while C code keeps Python's lock; this one does, if it is not put off again.
-            faulthandler.dump_traceback_later(self._limit * 2 * LONGER, exit=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(self._limit * 2 * LONGER, exit=True, file=sys.__stderr__ or 2)
             what, samples, since, limit = self._now
             seconds = time.monotonic() - since
             hang = self._alive.hang if self._alive else ""

@@ -120,6 +120,7 @@ def first_values(template: Model, init: Source | None, settings: TrainSettings) 
         value = init.tensor(name).float() if name in known else fixed
         assert value is not None  # one of the two is there
         if name.rpartition(".")[2] == "pos_embed" and value.shape != shape:
+            assert isinstance(template, VisionTransformer)  # no other has positions
             value = template.positions.resize(value)
         if value.shape != shape:
             raise UserError(

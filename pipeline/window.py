@@ -128,8 +128,8 @@ class Window:
         everyones = distributed.gather_floats(mine)  # [ranks, values]
         own, memory = everyones[:, 0], everyones[:, 1]
         waited, *counts = everyones[:, 2:].sum(axis=0).tolist()
-        now, before = Counts(*counts[: len(counts) // 2]), Counts(*counts[len(counts) // 2 :])
-        here = Counts(*(after - earlier for after, earlier in zip(now, before, strict=True)))
+        now, before = Counts._make(counts[: len(counts) // 2]), Counts._make(counts[len(counts) // 2 :])
+        here = Counts._make(after - earlier for after, earlier in zip(now, before, strict=True))
         threads, asked_for = ranks * self._settings.data.threads, here.cache_hits + here.cache_misses
         images = len(self._steps) * self._settings.global_batch
         times = [1e3 * seconds_between(*pair) for pair in zip(self._marks, self._marks[1:], strict=False)]

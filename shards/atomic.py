@@ -185,16 +185,19 @@ def _is_at(path: Path, descriptor: int) -> bool:
         os.close(there)
 
 
-def is_held(folder: Path, unknown: bool) -> bool:
-    """Tell whether a process has ``folder`` to itself, as of ``only_one``; ``unknown`` where nobody can tell."""
+def is_held(folder: Path, unknown: bool, shared: bool = False) -> bool:
+    """Tell whether a process has ``folder`` to itself, as of ``only_one``; ``unknown`` where nobody can tell.
+
+    With ``shared`` also whether some share it.
+    """
     try:
-        descriptor = os.open(folder / LOCK, os.O_RDONLY)
+        descriptor = os.open(folder / LOCK, os.O_RDWR if shared else os.O_RDONLY)  # as _open_lock: to lock it alone
     except FileNotFoundError:
         return False
     except OSError:
         return unknown
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_EX if shared else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:

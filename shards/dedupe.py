@@ -8,7 +8,7 @@ the findings become the drop list, ``pairs.parquet`` and ``report.html``. Memory
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -156,7 +156,7 @@ class _Job:
 
 def dedupe(
     url: str | Path,
-    against: list[str | Path],
+    against: Sequence[str | Path],
     *,
     version: str = "dedupe-1",
     base: str | None = None,
@@ -222,7 +222,7 @@ def _alone_in(out: Path, own: Slice) -> Iterator[None]:
         yield
 
 
-def _open_tests(train: Dataset, against: list[str | Path]) -> list[Dataset]:
+def _open_tests(train: Dataset, against: Sequence[str | Path]) -> list[Dataset]:
     if not against:
         raise UserError("no test set to look for; name each with --against URL")
     tests = [_open(str(each)) for each in against]

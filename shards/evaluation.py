@@ -4,7 +4,7 @@ A rank's batch is of samples that lie together, so on a remote store one request
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -60,7 +60,7 @@ class EvaluationLoader:
         """Return the number of batches, the same on every rank."""
         return -(-len(self.dataset) // (self.batch * self.world_size))
 
-    def __iter__(self) -> Iterator[EvaluationBatch]:
+    def __iter__(self) -> Generator[EvaluationBatch]:
         """Yield the batches.
 
         Raises:

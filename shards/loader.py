@@ -4,7 +4,7 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -127,7 +127,7 @@ class Loader:
         check_batch(samples, self.world_size)
         self._global_batch = samples
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch]:
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
         chunks = None
         if not self.dataset.local.all():

@@ -391,16 +391,6 @@ def read_factor(world_size: int, lanes: int) -> int:
     return world_size // gcd(world_size, lanes)
 
 
-def lanes_of_rank(rank: int, world_size: int, lanes: int, epoch: int, samples: int) -> np.ndarray:
-    """Return the lanes that a rank reads in an epoch, int64.
-
-    Ranks own absolute positions, and epoch e starts at position e * samples, so the lanes of a rank shift
-    each epoch.
-    """
-    step = gcd(world_size, lanes)
-    return np.arange((rank - epoch * samples) % step, lanes, step, dtype=np.int64)
-
-
 def kept_to_raw(kept: np.ndarray, dropped: np.ndarray) -> np.ndarray:
     """Map indices among a shard's kept samples to indices among all its samples.
 

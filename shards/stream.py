@@ -108,7 +108,7 @@ class StreamLoader:
             _warn(f"{source} has no manifest: a run on it cannot be resumed where it stopped, nor be the same again on "
                   "other ranks; `patchmill shards index` makes a manifest for tars")  # fmt: skip
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch]:
         """Yield batches.
 
         Raises:

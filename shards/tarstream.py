@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 
@@ -63,7 +63,7 @@ class Tar(NamedTuple):
     open: Callable[[], Readable]
 
 
-def is_stream(source: object) -> bool:
+def is_stream(source: object) -> TypeGuard[str]:
     """Tell whether a source of samples is a stream, no data set: ``-``, ``pipe:...`` or something ``.tar``."""
     return isinstance(source, str) and (
         source == STDIN or source.startswith(PIPE) or (source.endswith(".tar") and not Path(source).is_dir())

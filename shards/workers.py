@@ -12,10 +12,10 @@ from multiprocessing import connection, resource_tracker
 from typing import TypeVar
 
 from shards.errors import PatchmillError
+from shards.signals import SIGNALS
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2  # ask for a stop
 
 
 def cores() -> int:

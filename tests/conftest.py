@@ -2,11 +2,16 @@
 
 import itertools
 import os
+import signal
 import urllib.request
 
 import hypothesis
 import pytest
 from moto.server import ThreadedMotoServer
+
+# Whoever started the tests, as nohup or as a job in the background: Ctrl-C and a closed terminal end what they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 hypothesis.settings.register_profile("shared machines", deadline=None)
 hypothesis.settings.load_profile("shared machines")

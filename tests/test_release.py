@@ -1,5 +1,6 @@
 """What is released: the wheel, its version's notes, and the licences of what it needs."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from shards.ledger import FORMAT as LEDGER_FORMAT
 from shards.manifest import SCHEMA_VERSION
 from shards.order import ORDER_VERSION
 from tests.command import ROOT, environment
+from tests.plans import SHARDS, converting, training, write_plan
 
 PACKAGES = ("shards", "pipeline", "launch")
 
@@ -38,6 +40,33 @@ def wheel(tmp_path_factory):
     return folder / "installed"
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_wheel_installs_with_all_that_it_needs(wheel, tmp_path):
+    """In an environment that nothing was put in before, far from the checkout: what no dependency names is missing."""
+    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+
+    def run(*command):
+        done = subprocess.run(
+            [*map(str, command)], cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=1800
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run(sys.executable, "-m", "venv", "venv")
+    (made,) = wheel.parent.glob("*.whl")
+    run("venv/bin/pip", "install", "--quiet", made, "-c", ROOT / "constraints.txt")
+    assert run("venv/bin/patchmill", "--version") == f"patchmill {version('patchmill')}\n"
+    assert "vit_h14_jft300m" in run("venv/bin/patchmill", "recipes")
+    write_plan(tmp_path, 'name = "chain"\n' + SHARDS + training("pretrain") + converting("pretrain"))
+    run("venv/bin/patchmill", "run", "plan.toml", "--smoke")
+    (weights,) = (tmp_path / "runs").rglob("model.safetensors")
+    assert weights.is_relative_to(tmp_path / "runs/chain-smoke")
+    inside = "import shards, pipeline, launch; print(*{each.__path__[0] for each in (shards, pipeline, launch)})"
+    assert all(each.startswith(f"{tmp_path}/venv/") for each in run("venv/bin/python", "-c", inside).split())
+    shutil.rmtree(tmp_path / "venv")  # 2 GB, which pytest would keep
+
+
 def names(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
@@ -52,6 +81,7 @@ def test_the_wheel_has_all_of_the_packages_and_nothing_else(wheel):
     }  # fmt: skip
     assert there == wanted
     assert {"shards/native/jpegcrop.c", "pipeline/recipes/small_pretrain.toml", "pipeline/report/page.css"} <= there
+    assert {f"{package}/py.typed" for package in PACKAGES} <= there  # their annotations are for who imports them too
     assert (wheel / info / "licenses/LICENSE").read_text() == (ROOT / "LICENSE").read_text()
     assert "patchmill = launch.cli:main" in (wheel / info / "entry_points.txt").read_text()
 

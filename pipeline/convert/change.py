@@ -44,6 +44,7 @@ def resized(source: Source, image_size: int, resize: str = "official") -> Source
         value = source.tensor(name)
         if name.rpartition(".")[2] != "pos_embed" or value.shape == shapes[name]:
             return value
+        assert positions is not None  # whatever has such a parameter has them
         return positions.resize(value) if resize == "official" else bicubic(value, positions)
 
     return replace(changed, tensor=tensor)

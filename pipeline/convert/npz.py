@@ -170,7 +170,7 @@ def _places(source: Source, old: bool, scan: bool = False, table: str | None = N
             places[name] = layer(name.removeprefix("attn_pool."), pool or "")
         elif name == "cls_token":
             places[name] = at("cls")
-        elif name == "pos_embed":
+        elif name == "pos_embed" and table is not None:
             places[name] = at(table)
         elif name.startswith("norm."):
             places[name] = at(f"Transformer/encoder_norm/{scale[what]}")

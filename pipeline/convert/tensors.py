@@ -107,7 +107,7 @@ def load_torch(path: Path, harmless: Iterable[Any] = (argparse.Namespace,)) -> A
         raise UserError(f"{path} cannot be read ({why}); get or make it again") from None
 
 
-def _map(path: Path) -> mmap.mmap:
+def _map(path: Path) -> Any:  # an mmap, which reads and seeks as torch.load asks of a file
     with open(path, "rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 

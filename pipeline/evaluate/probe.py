@@ -43,6 +43,7 @@ class Probe:
     """
 
     def __init__(self, settings: TrainSettings):
+        assert settings.probe is not None
         self._settings, self._probe = settings, settings.probe
         opened = (Dataset.open(url, settings=settings.data.store) for url in (self._probe.train, self._probe.test))
         self._train, self._test = opened

@@ -23,7 +23,9 @@ def watched(model: VisionTransformer, see: See) -> Iterator[None]:
     def look(block: int, module: Attention, inputs: tuple) -> None:
         see(block, attention_weights(module, *inputs))
 
-    hooks = [block.attn.register_forward_pre_hook(partial(look, i)) for i, block in enumerate(model.blocks)]
+    hooks = [
+        block.get_submodule("attn").register_forward_pre_hook(partial(look, i)) for i, block in enumerate(model.blocks)
+    ]
     try:
         yield
     finally:

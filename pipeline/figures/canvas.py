@@ -23,7 +23,9 @@ def sheet(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def tiles(pictures: Sequence[np.ndarray], columns: int, side: float, title: str, **how: object) -> "Figure":
+def tiles(
+    pictures: Sequence[np.ndarray] | np.ndarray, columns: int, side: float, title: str, **how: object
+) -> "Figure":
     """Draw pictures [h, w] or [h, w, 3] row by row, each ``side`` inches wide; ``how`` as of matplotlib's imshow."""
     rows = -(-len(pictures) // columns)
     figure = sheet(max(columns * side, 4.0), rows * side + 0.4)

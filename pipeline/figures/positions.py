@@ -47,8 +47,9 @@ def draw(table: Tensor) -> "Figure":
     middles = np.arange(0, grid, every) * (grid + 1) + (grid - 1) / 2
     for which in ("x", "y"):
         axis.tick_params(which, length=0, labelsize=7)
-    axis.set_xticks(middles, range(1, grid + 1, every))
-    axis.set_yticks(middles, range(1, grid + 1, every))
+    names = [str(number) for number in range(1, grid + 1, every)]
+    axis.set_xticks(middles, names)
+    axis.set_yticks(middles, names)
     axis.spines[:].set_visible(False)
     axis.set_title("cosine similarity of position embeddings, a tile a patch", fontsize=9)
     axis.set_xlabel("column of the patch", fontsize=8)

@@ -29,7 +29,7 @@ class Rollout:
         """Go through a block of weights [n, h, T, T]."""
         mixed = weights.mean(dim=1) + torch.eye(weights.shape[3], device=weights.device)
         mixed = mixed / mixed.sum(dim=2, keepdim=True)
-        self.product = mixed if block == 0 else mixed @ self.product
+        self.product = mixed if block == 0 or self.product is None else mixed @ self.product
 
 
 @torch.no_grad()

@@ -63,8 +63,10 @@ def _curves(name: str, members: list[Member], key: str) -> "Figure":
     """Draw accuracy over a setting, a curve for each combination of the others."""
     curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for member in members:
-        others = ", ".join(f"{short(each)} {value}" for each, value in member.changed.items() if each != key)
-        curves[others].append((member.changed[key], 100 * member.top1))
+        others = ", ".join(f"{short(each)} {own}" for each, own in member.changed.items() if each != key)
+        value = member.changed[key]
+        if isinstance(value, (int, float)) and member.top1 is not None:
+            curves[others].append((value, 100 * member.top1))
     figure, axis = _panel(name)
     for label, points in curves.items():
         axis.plot(*zip(*sorted(points), strict=True), "o-", markersize=4, linewidth=1.4, label=label)
@@ -79,7 +81,7 @@ def _curves(name: str, members: list[Member], key: str) -> "Figure":
 def _scaling(name: str, members: list[Member]) -> "Figure":
     """Draw accuracy over the exaFLOPs of pre-training; hollow are the paper's models on ImageNet."""
     figure, axis = _panel(name)
-    ours = [(member.model, member.exaflops, 100 * member.top1) for member in members]
+    ours = [(member.model, member.exaflops, 100 * member.top1) for member in members if member.top1 is not None]
     for points, filled in ((paper_points(), False), (ours, True)):
         for start, (family, marker, colour) in FAMILIES.items():
             there = [(x, y) for model, x, y in points if _family(model) == start]

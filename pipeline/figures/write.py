@@ -12,6 +12,7 @@ from pipeline.figures.attention import attends_to_all
 from pipeline.figures.canvas import png
 from pipeline.figures.pictures import read_pictures
 from pipeline.images import to_model_input
+from pipeline.models.resnet import ResNet
 from pipeline.writable import make_writable, writing
 from shards.atomic import whole_file
 from shards.dataset import Dataset
@@ -39,7 +40,7 @@ def draw_figures(source: str | Path, images: str | Dataset | None, ema: bool = F
     model, _ = load_model(source, ema)
     model.to(distributed.device())
     yield Drawn("filters", png(filters.draw(model)))
-    if not hasattr(model, "positions"):
+    if isinstance(model, ResNet):
         yield Drawn("positions", None, "the model has no tokens")
         return
     table = positions.position_table(model)

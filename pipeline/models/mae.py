@@ -24,6 +24,8 @@ class Decoder(nn.Module):
         outputs: values of a patch, 3 P P.
     """
 
+    pos_embed: Tensor
+
     def __init__(self, embed_dim: int, positions: Positions, blocks: list[nn.Module], outputs: int):
         super().__init__()
         self.positions = positions

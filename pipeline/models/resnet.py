@@ -98,6 +98,7 @@ class ResNet(nn.Module):
     """
 
     drop_path = 0.0  # stochastic depth is not part of this model
+    blocks: tuple[nn.Module, ...] = ()  # nor are blocks that it would be of
 
     def __init__(
         self,

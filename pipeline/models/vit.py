@@ -130,7 +130,8 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.positions = positions
-        self.pos_embed = nn.Parameter(positions.empty()) if own_positions else None
+        learned = positions.empty() if own_positions else None
+        self.pos_embed = None if learned is None else nn.Parameter(learned)
         self.begin = {"pos_embed": partial(normal, std=0.02)}
         self.norm1 = LayerNorm(embed_dim, norm_eps)
         self.attn = Attention(embed_dim, num_heads, dropout, qkv_bias)
@@ -147,6 +148,7 @@ class Block(nn.Module):
         bias = None
         if self.positions.kind == "relative":
             keys = shared if self.pos_embed is None else self.pos_embed
+            assert keys is not None  # of every block, or of its own
             bias = partial(self.positions.relative_logits, keys=keys)
         elif self.pos_embed is not None:
             x = x + self.positions.table(self.pos_embed)
@@ -330,7 +332,9 @@ class VisionTransformer(nn.Module):
         elif position == "none" or blocks_own[0]:
             self.pos_embed = None
         else:
-            self.pos_embed = nn.Parameter(self.positions.empty())
+            learned = self.positions.empty()
+            assert learned is not None  # what is left are the kinds that have some
+            self.pos_embed = nn.Parameter(learned)
         # Registers must differ from each other, which nothing else makes them.
         begin = {"pos_embed": 0.02, "reg_token": 1e-6}
         self.begin = {"cls_token": zeros} | {name: partial(normal, std=std) for name, std in begin.items()}
@@ -483,8 +487,12 @@ class VisionTransformer(nn.Module):
         return x.scatter(1, where, instead)
 
 
+MOST_HEADS = 4096
+"""That an error looks among for a number that fits: a width may be any number that stands in a file."""
+
+
 def _check_heads(of: str, width: int, name: str, heads: int) -> None:
     if width % heads:
-        divisors = [each for each in range(1, width + 1) if width % each == 0]
+        divisors = [each for each in range(1, min(width, MOST_HEADS) + 1) if width % each == 0]
         near = [max(d for d in divisors if d < heads), *(d for d in divisors if d > heads)][:2]
         raise UserError(f"{of} {width} is not divisible by {name} {heads}; take {' or '.join(map(str, near))}")

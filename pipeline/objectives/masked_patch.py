@@ -39,6 +39,7 @@ class MaskedPatch:
     """
 
     def __init__(self, settings: TrainSettings, template: VisionTransformer, epoch: int | None):
+        assert template.patch_target is not None
         self._settings, self._epoch = settings, epoch
         self._grid, self._target = template.grid, template.patch_target
         masked, patches = settings.masked_patch, self._grid**2

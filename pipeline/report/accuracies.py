@@ -59,6 +59,7 @@ def _most_frequent(run: Run, several: bool) -> list[Row]:
             val = held_out(stage)
         except PatchmillError:
             continue  # they are not there any more
+        assert val is not None  # it has their URL
         labels = list(chain.from_iterable(val.rows(shard).labels for shard in range(len(val.shard_sizes))))
         counts = np.bincount(list(chain.from_iterable(labels)))
         if len(counts):
@@ -87,14 +88,13 @@ def _closed_form(stage: Stage) -> list[Row]:
 def _trained(run: Run, stage: Stage, top1: float) -> Row:
     so_far = "" if stage.result is not None else " so far"
     how = f"{stage.settings['data']['resolution']} px, {stage.samples:,} images seen{so_far}"
-    init = stage.settings.get("init")
-    pretrained = stage.kind == "finetune" and init is not None
-    if pretrained:
+    init = stage.settings.get("init") if stage.kind == "finetune" else None
+    if init is not None:
         seen = _samples_behind(run, init)
         how += f", after {seen:,} in pre-training" if seen else f", from {init}"
     else:
         how += ", from scratch"
-    return Row(f"{stage.name} ({stage.kind})", top1, how, main=pretrained)
+    return Row(f"{stage.name} ({stage.kind})", top1, how, main=init is not None)
 
 
 def _samples_behind(run: Run, init: str) -> int | None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -77,10 +78,23 @@ def test_quick_form_writes_the_contract(name, rows, peers, tmp_path):
     result = json.loads(out.read_text())
     assert result["bench"] == name
     assert set(result["ratios"]) == peers
+    assert result["machine"]["torch"] == version("torch")
     assert sum(not row["name"].startswith(PEERS) for row in result["rows"]) == rows
     for row in result["rows"]:
         assert row["min"] <= row["value"] <= row["max"]
         assert row["unit"]
+
+
+def test_versions_of_packages_are_told_wherever_they_are(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    from common import OURS, PEERS, installed
+
+    assert installed(OURS) == {name: version(name) for name in OURS}
+    assert installed(PEERS, [tmp_path / "none"]) == {}
+    for name, found in (("timm", "1.0.31"), ("mosaicml_streaming", "0.13.0")):
+        (tmp_path / f"{name}-{found}.dist-info").mkdir()
+        (tmp_path / f"{name}-{found}.dist-info/METADATA").write_text(f"Name: {name}\nVersion: {found}\n")
+    assert installed(PEERS, [tmp_path]) == {"timm": "1.0.31", "mosaicml-streaming": "0.13.0"}
 
 
 def test_rounds_of_the_training_step_end(monkeypatch):

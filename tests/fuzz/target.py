@@ -15,14 +15,16 @@ class Target:
     Attributes:
         read: Reads an input, in an empty folder that is the only one it may write to.
         change: Makes a damaged input of a good one.
-        errors: Beside ``PatchmillError``, what its callers are told to expect.
         count: Inputs that the normal suite tries.
+        errors: Beside ``PatchmillError``, what its callers are told to expect.
+        room: Bytes of address space that it may take beyond what the process has after reading all good inputs.
     """
 
     read: Callable[[bytes, Path], object]
     change: Callable[[bytes, Random], bytes]
     count: int
     errors: tuple[type[Exception], ...] = ()
+    room: int = 256 << 20
 
     @property
     def contract(self) -> tuple[type[Exception], ...]:

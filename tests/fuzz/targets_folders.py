@@ -206,5 +206,5 @@ TARGETS = {
     "zero": Target(_read_model, _change_zero, 200),
     "transformers": Target(_read_model, _change_transformers, 200),
     "run": Target(_read_run, _change_run, 200),
-    "ledger": Target(_read_ledger, _change_ledger, 100),
+    "ledger": Target(_read_ledger, _change_ledger, 100, room=1 << 29),  # 64 MiB a thread are only set apart
 }

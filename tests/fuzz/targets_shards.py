@@ -235,6 +235,6 @@ def unpacked(data: bytes) -> dict[str, bytes]:
 
 TARGETS = {
     "tar": Target(_read_tar, _change_tar, 600),
-    "image": Target(_read_image, _change_image, 1500),
-    "manifest": Target(_read_manifest, _change_manifest, 200),
+    "image": Target(_read_image, _change_image, 1500, room=3 << 29),  # one of the most pixels, and a copy
+    "manifest": Target(_read_manifest, _change_manifest, 200, room=1 << 29),  # 64 MiB a thread are only set apart
 }

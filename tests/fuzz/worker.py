@@ -19,14 +19,14 @@ from random import Random
 
 SECONDS = 10
 """Of processor time that one input may take: by then, the signal that ends this process."""
-ROOM = 3 << 29
-"""Bytes that one input may take beyond what the process has when it begins: an image of the most pixels, and a copy."""
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CHANGING = {
     "os.mkdir": ((0, 2),), "os.remove": ((0, 1),), "os.rmdir": ((0, 1),), "os.truncate": ((0, None),),
     "os.rename": ((0, 2), (1, 3)), "os.link": ((1, 3),), "os.symlink": ((1, 2),), "shutil.rmtree": ((0, 1),),
 }  # fmt: skip
 """Events of Python's audit, and where in their arguments paths stand and the descriptors of folders they count from."""
+FORGED = ("/outside", "/outside.npy", "/nowhere", "/tmp/outside-of-fuzz")
+"""Where absolute paths in damaged inputs lead; relative ones, of two steps up at most, end in the folder."""
 STARTING = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect"}
 
 
@@ -35,7 +35,7 @@ class EscapeError(BaseException):
 
 
 def guard(folder: Path) -> None:
-    """See to it that an ``EscapeError`` is raised where anything outside ``folder`` is changed."""
+    """See to it that an ``EscapeError`` is raised where Python changes anything outside ``folder``."""
     inside = str(folder.resolve())
 
     def look(event: str, arguments: tuple) -> None:
@@ -54,10 +54,24 @@ def guard(folder: Path) -> None:
     sys.addaudithook(look)
 
 
-def limit() -> None:
+def surroundings(folder: Path, room: Path) -> dict[str, tuple[int, ...]]:
+    """Return what lies in ``folder`` but for the room, and at ``FORGED``: it shows what C++ and Rust changed, too."""
+    files = [path for path in FORGED if os.path.lexists(path)]
+    found: dict[str, tuple[int, ...]] = {}
+    for place, inside, names in os.walk(folder):
+        inside[:] = [name for name in inside if os.path.join(place, name) != str(room)]
+        found |= {os.path.join(place, name): () for name in inside}
+        files += [os.path.join(place, name) for name in names]
+    for path in files:
+        told = os.lstat(path)
+        found[path] = (told.st_ino, told.st_size, told.st_mtime_ns)
+    return found
+
+
+def limit(room: int) -> None:
     """Bound the memory that is taken from here on."""
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (taken + ROOM, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, (taken + room, resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
@@ -72,7 +86,12 @@ def main() -> None:
     faulthandler.enable()
     from tests.fuzz.targets import CORPUS, target_of
 
-    rng, room = Random(options.seed), options.folder / "room"
+    rng, folder = Random(options.seed), options.folder.resolve()
+    room = folder / "around" / "beside" / "room"
+    room.mkdir(parents=True)
+    os.chdir(room.parent)
+    for place in (folder, *room.parents[:2]):  # to be written over
+        (place / "outside").write_text("nothing that is read")
     corpora = {
         name: {path: path.read_bytes() for path in sorted((CORPUS / name).iterdir())} for name in options.targets
     }
@@ -83,21 +102,21 @@ def main() -> None:
     guard(options.folder)
     for name, seeds in good.items():  # what is imported late is imported by now
         for data in seeds:
-            assert reading(target_of(name), data, room) == ("read", None), f"a good input of {name}"
-    limit()
+            assert reading(target_of(name), data, room, folder) == ("read", None), f"a good input of {name}"
     told = {}
     for name, corpus in corpora.items():
         target, ends, found = target_of(name), Counter(), {}
+        limit(target.room)
         print(f"target {name}", file=sys.stderr, flush=True)
         for number in range(-len(corpus), int(target.count * options.times)):
             data = [*corpus.values()][number] if number < 0 else made(target, good[name], rng)
-            (options.folder / "current").write_bytes(data)
+            (folder / "current").write_bytes(data)
             signal.setitimer(signal.ITIMER_PROF, SECONDS)
-            end, problem = reading(target, data, room)
+            end, problem = reading(target, data, room, folder)
             signal.setitimer(signal.ITIMER_PROF, 0)
             ends[end] += 1
             if problem and problem.partition("\n")[0] not in found:
-                kept = options.folder / f"{name}-{number}"
+                kept = folder / f"{name}-{number}"
                 kept.write_bytes(data)
                 found[problem.partition("\n")[0]] = {"input": str(kept), "problem": problem}
         told[name] = {"ends": ends, "found": list(found.values())}
@@ -109,10 +128,19 @@ def made(target, good: list[bytes], rng: Random) -> bytes:
     return target.change(rng.choice(good), rng)
 
 
-def reading(target, data: bytes, room: Path) -> tuple[str, str | None]:
+def reading(target, data: bytes, room: Path, folder: Path) -> tuple[str, str | None]:
     """Let a target read an input; return how that ended, and what is wrong with that, where it first went wrong."""
+    before = surroundings(folder, room)
     shutil.rmtree(room, ignore_errors=True)
     room.mkdir()
+    ended = ending(target, data, room)
+    after = surroundings(folder, room)
+    changed = [path for path in {**before, **after} if before.get(path) != after.get(path)]
+    return ("odd", f"EscapeError: {changed} changed") if changed and not ended[1] else ended
+
+
+def ending(target, data: bytes, room: Path) -> tuple[str, str | None]:
+    """Return how the reading of an input ended, and what is wrong with that."""
     try:
         target.read(data, room)
     except target.contract as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.browser import CHROMIUM, browser
 from tests.command import environment
@@ -90,6 +91,11 @@ def finish(process: subprocess.Popen) -> tuple[str, str]:
     return stdout, stderr
 
 
+def shown(board: Path) -> list[int]:
+    """Return the samples at which TensorBoard shows a loss."""
+    return [event.step for event in EventAccumulator(str(board)).Reload().Scalars("loss")]
+
+
 def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -156,6 +162,9 @@ def test_killed_in_pre_training_and_run_again_it_ends_with_the_same_weights(fold
         for stages in (here, there)
     ]
     assert curve[0] == curve[1]
+    boards = [stages / "pretrain" / "tensorboard" for stages in (here, there)]
+    assert [len(list(board.iterdir())) for board in boards] == [2, 1]
+    assert shown(boards[0]) == shown(boards[1]) == [samples for samples, _ in curve[0]]  # one run, each line once
 
 
 def test_a_changed_setting_redoes_its_stage_and_what_follows_and_keeps_the_old(folder, undisturbed):

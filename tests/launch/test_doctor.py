@@ -1,20 +1,28 @@
 """``patchmill doctor``: what would end a run is said before it starts, each with what to do."""
 
 import json
+import os
+import re
+import shutil
 import socket
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 
 from launch.doctor import diagnose
+from launch.findings import Finding, of_all_hosts
+from launch.local import free_port
 from launch.machines import SLOW, ranks_together, software
 from launch.plan import read_plan
 from launch.rankprobe import check_card, pairings
+from shards.cache import MARK
 from shards.dataset import Dataset
 from shards.droplist import write_exclude
 from shards.errors import UserError
-from tests.command import patchmill, refused
+from tests.command import environment, patchmill, refused
 from tests.images import build_image_set
 from tests.shards.servers import serve_faults
 
@@ -73,6 +81,7 @@ def test_a_plan_that_will_run_is_told_in_every_part(images, tmp_path):
     assert told["pretrain: readers"]["told"] == f"each byte of {images} is read by 1 of 2 ranks"
     assert f"GB of {socket.gethostname()}" in told["pretrain: memory"]["told"]
     assert told["pretrain: checkpoints"]["told"].startswith("3 of 0.0")  # two are kept, and one is being written
+    assert re.fullmatch(r"looked for \d+\.\d s", list(told.values())[-1]["told"])
     assert not (tmp_path / "runs").exists()  # nothing is left behind
 
 
@@ -86,6 +95,23 @@ def test_it_looks_with_the_ranks_that_are_asked_for(images, tmp_path):
     assert "14 does not divide over 3 ranks" in wrong
     wrong = refused(patchmill("doctor", tmp_path, "--ranks", "2", cwd=tmp_path))
     assert "is a run, whose jobs have theirs; leave it out" in wrong
+
+
+def test_of_a_plan_for_a_cluster_only_as_many_ranks_are_started_as_there_are_cores(images, tmp_path):
+    """On a login node, that is: hundreds of processes of torch would take its memory, and its users' time."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})  # which what is started inherits
+    try:
+        done = patchmill("doctor", plan(tmp_path, images, ranks=16, batch=16), "--json", cwd=tmp_path)
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert done.returncode == 0, done.stderr
+    told = {each["what"]: (each["state"], each["told"]) for each in json.loads(done.stdout)}
+    assert told["ranks"][1].startswith("1 on ")
+    assert told["pretrain: ranks"] == (
+        "warning",
+        "16 in the plan, and 1 were looked at, and memory is of so many; look again with all, as a step of its job",
+    )  # fmt: skip
 
 
 def test_what_will_not_run_is_told_on_one_page_and_ends_with_2(images, tmp_path):
@@ -146,6 +172,68 @@ def test_all_checkpoints_that_are_kept_for_good_need_room(images, tmp_path):
     assert count('every = "1 steps", keep_every = "5 steps"') == "6"  # 5, 10, 15, 18, 19, and 20 that is being written
     assert count('every = "2 steps", keep_every = "1 steps"') == "10"  # each that there is
     assert count('every = "1 steps", keep_every = "30 steps"') == "3"
+
+
+def test_what_one_host_alone_cannot_read_or_write_is_told_with_its_name(images, tmp_path):
+    """Two hosts are two folders here, in which the same relative paths lead to other disks."""
+    cached = 'cache = "scratch/cache", cache_bytes = "1 GB" }'
+    shared = environment(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), LOCAL_RANK="0")
+    ranks = []
+    for rank, host in enumerate(("n1", "n2")):
+        folder = tmp_path / host
+        shutil.copytree(images, folder / "set")
+        text = plan(folder, "set").read_text()
+        (folder / "plan.toml").write_text(text.replace("resolution = 32 }", f"resolution = 32, {cached}"))
+        if host == "n2":
+            shard = folder / "set" / "shards" / "000005.tar"
+            shard.write_bytes(shard.read_bytes()[:700])
+            (folder / "scratch").touch()  # no folder
+        command = [sys.executable, "-m", "launch.cli", "doctor", "plan.toml", "--json"]
+        own = {**shared, "RANK": str(rank), "SLURMD_NODENAME": host}
+        ranks.append(
+            subprocess.Popen(command, cwd=folder, env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+    (said, told), (nothing, other) = [rank.communicate(timeout=100) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], told + other
+    assert nothing == ""
+    wrong = {each["what"]: each["told"] for each in json.loads(said) if each["state"] == "error"}
+    assert wrong.keys() == {"pretrain: data", "pretrain: cache"}
+    assert wrong["pretrain: data"].startswith("on n2: ")
+    assert "000005.tar" in wrong["pretrain: data"]
+    assert wrong["pretrain: cache"].startswith("on n2: [Errno 20] Not a directory: ")
+    assert not (tmp_path / "n1" / "scratch").exists()  # nothing is left behind
+
+
+def test_what_all_hosts_find_is_told_once():
+    ok, bad = Finding("a", "ok", "1 GB"), Finding("b", "error", "no room")
+    low = Finding("a", "warning", "0 GB")
+    told = of_all_hosts({"n1": [ok, bad], "n2": [ok, bad._replace(told="no room, or so")], "n3": [low], "n4": [low]})
+    assert told == [ok, bad, Finding("a", "warning", "on n3, n4: 0 GB")]
+
+
+def test_a_full_disk_takes_no_new_cache_and_leaves_an_old_one_as_it_is(images, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True, timeout=10
+    )
+    if not mount or mount.returncode:
+        pytest.skip("only root may mount a disk of its own")
+    try:
+        train = f'{images}", cache_bytes = "1 GB", cache = "{disk}/cache'
+        (disk / "full").write_bytes(bytes(2**15))
+        state, told = found(tmp_path, train)["cache"]
+        assert (state, "No space left" in told) == ("error", True)
+        (disk / "cache").mkdir()
+        (disk / "cache" / MARK).touch()
+        assert found(tmp_path, train)["cache"] == (
+            "warning", f"the disk of {disk}/cache is full, nothing more is kept there; make room"
+        )  # fmt: skip
+        (disk / "full").unlink()
+        subprocess.run(["mount", "-o", "remount,size=1m", disk], timeout=10, check=True)
+        assert found(tmp_path, train)["cache"] == ("ok", f"{disk}/cache can be written")
+    finally:
+        subprocess.run(["umount", disk], timeout=10, check=True)
 
 
 def test_what_a_stream_and_an_empty_data_set_lack_is_told(images, tmp_path):

@@ -1,14 +1,18 @@
-"""The manifest, parsed as Kubernetes parses it, and held against what JobSet and Job ask for."""
+"""The manifest, parsed as YAML, held against fields and types that are written out here, and read as its pods do."""
 
 import json
+import re
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from launch.cli import app
 from launch.cluster import Cluster
 from launch.kubernetes import manifest
 from launch.plan import read_plan
 from shards.errors import UserError
+from tests.images import build_image_set
 from tests.plans import SHARDS, training, write_plan
 
 SWEEP = 'sweep = { "optim.lr" = [0.1, 0.2] }'
@@ -98,7 +102,7 @@ def test_a_pod_runs_its_stage_with_what_the_profile_gives_it(tmp_path):
         "patchmill", "run", "plan.toml", "--runs", "my runs", "--only", "shards"
     ]  # fmt: skip
     assert rates["args"][5:] == [
-        "rates-0", "--ranks", "16", "--launcher", "torchrun", "--nodes", "2", "--node-rank", "$(NODE_RANK)",
+        "rates-0", "--launcher", "torchrun", "--nodes", "2", "--node-rank", "$(NODE_RANK)",
         "--rdzv-endpoint", "my-plan-rates-0-0-0.my-plan:29400",
     ]  # fmt: skip
     assert shards["resources"] == {"requests": {"cpu": "12", "memory": "480Gi"}, "limits": {"memory": "480Gi"}}
@@ -107,6 +111,34 @@ def test_a_pod_runs_its_stage_with_what_the_profile_gives_it(tmp_path):
     }  # fmt: skip
     assert rates["workingDir"] == "/data/me"
     assert [mount["mountPath"] for mount in rates["volumeMounts"]] == ["/data", "/scratch", "/dev/shm"]
+
+
+def test_each_pod_takes_the_plan_as_the_manifest_was_made_of_it(tmp_path, monkeypatch):
+    """Ranks fit the batch of the pod's own stage, and not of the others."""
+    build_image_set(tmp_path / "data", per_class=8)
+    heads = {
+        "pre": ("ranks = 16", 64),
+        "tune": ("ranks = 6", 48),
+        "loose": ("", 16),
+        "rates": (f"ranks = 2\n{SWEEP}", 2),
+    }
+    stages = [
+        training(name, head=head, data='train = "data/set"').replace("global_batch = 48", f"global_batch = {batch}")
+        for name, (head, batch) in heads.items()
+    ]
+    table = table_of(tmp_path, 'image = "x"\ngpus_per_node = 2', "".join(['name = "x"\n', *stages]))
+    monkeypatch.chdir(tmp_path)
+    ranks = {}
+    for job in table["spec"]["replicatedJobs"]:
+        spec = job["template"]["spec"]
+        words = spec["template"]["spec"]["containers"][0]["args"]
+        name = words[words.index("--only") + 1]
+        for node in range(spec["completions"]):
+            read = [word.replace("$(NODE_RANK)", str(node)) for word in words]
+            done = CliRunner().invoke(app, [*read, "--dry-run"])
+            assert done.exit_code == 0, done.exception
+            ranks[name] = int(re.search(rf"\b{name}\W+supervised\W+(\d+)\W+runs", done.stdout)[1])
+    assert ranks == {"pre": 16, "tune": 6, "loose": 1, "rates-0": 2, "rates-1": 2}
 
 
 ODD = ["a b", "it's", '"', "$(NODE_RANK)", "$$", "`x`", "yes", "1e3", "0x1f", "a: b", "- x", "# x", "\\", "~"]

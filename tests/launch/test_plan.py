@@ -1,8 +1,11 @@
+import os
+import shutil
 import textwrap
 from pathlib import Path
 
 import pytest
 
+from launch.inputs import Inputs
 from launch.plan import read_plan
 from shards.atomic import only_one
 from shards.errors import UserError
@@ -76,6 +79,35 @@ def test_a_digest_follows_settings_inputs_and_images_but_not_ranks(write, tmp_pa
         assert digests(HEAD + SHARDS + PRETRAIN + CONVERT) == before
     (tmp_path / "images" / "red" / "000.png").unlink()
     assert not set(before) & set(digests(HEAD + SHARDS + PRETRAIN + CONVERT))
+
+
+def test_a_file_is_known_by_what_it_holds_and_a_folder_by_names_sizes_and_times(tmp_path, monkeypatch):
+    weights, folder = tmp_path / "weights.npz", tmp_path / "folder"
+    weights.write_bytes(bytes(1 << 21))
+    folder.mkdir()
+    (folder / "0.png").write_bytes(b"0")
+
+    def digests(*paths: Path) -> list[str]:
+        return [Inputs(tmp_path).digest(path) for path in paths]
+
+    before = digests(weights, folder)
+    copy = shutil.copy(weights, tmp_path / "copy.npz")
+    for path in (weights, folder / "0.png"):
+        os.utime(path, ns=(1, 1))
+    assert digests(weights, copy) == [before[0], before[0]]
+    assert digests(folder) != before[1:]
+    weights.write_bytes(bytes((1 << 21) - 1) + b"1")
+    os.utime(weights, ns=(1, 1))
+    assert digests(weights) != before[:1]
+    monkeypatch.setattr("launch.inputs.READ", 1 << 20)  # as of one of more than 4 GiB
+    large = digests(weights)
+    os.utime(weights, ns=(2, 2))
+    assert digests(weights) != large
+
+
+def test_a_file_that_cannot_be_read_is_told(tmp_path):
+    with pytest.raises(UserError, match=r"/proc/self/mem cannot be read: Input/output error; mend that, or name"):
+        Inputs(tmp_path).digest(Path("/proc/self/mem"))
 
 
 STREAM = """

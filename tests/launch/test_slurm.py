@@ -17,14 +17,16 @@ import pytest
 from launch.cluster import Cluster, JobSettings, layout
 from launch.job import Progress
 from launch.plan import read_plan
+from launch.requeue import _seconds
 from launch.run import begin
-from launch.slurm import CODE, _nothing_heard, _numbers, _parts, _script, _settings, overruling
+from launch.slurm import CODE, _nothing_heard, _numbers, _parts, _script, _settings, overruling, slurm
 from launch.snapshot import take_snapshot
 from launch.stages import KINDS
-from launch.submission import Job, Record, Submission, folder_of, log_of, read_submitted_plan, recipes_of
+from launch.submission import Job, Record, Submission, folder_of, keep_plan, log_of, read_submitted_plan
 from pipeline import provenance
 from shards.errors import UserError
 from tests.command import ROOT, patchmill
+from tests.images import build_image_set
 from tests.plans import SHARDS, converting, training, write_plan
 
 RATES = 'ranks = 16\nsweep = { "optim.lr" = [0.1, 0.2, 0.3] }'
@@ -80,6 +82,26 @@ def test_a_script_a_stage_with_what_the_profile_says_of_it(tmp_path):
     assert "--gpus-per-node=1" in options(found["copy"])  # one rank
     assert {"--partition=cpu", "--array=0-3", "--time=1-0"} <= set(options(found["shards.slices"]))
     assert found["shards.slices"].endswith(" shards.$SLURM_ARRAY_TASK_ID\n")
+
+
+@pytest.mark.parametrize(
+    ("profile", "copy", "rates"),
+    [  # of one rank, and of 16
+        ('gpus_per_node = 8\nmemory = "480G"', "60G", "480G"),
+        ('gpus_per_node = 8\nranks_per_node = 4\nmemory = "100g"', "25G", "100G"),
+        ('ranks_per_node = 16\nmemory = "1T"', "64G", "1T"),
+        ('ranks_per_node = 8\nmemory = "100G"', "12800M", "100G"),
+        ('ranks_per_node = 8\nmemory = "4096"', "512M", "4096M"),
+        ('gpus_per_node = 8\nmemory = "480G"\n[stage.copy]\nranks_per_node = 1', "480G", "480G"),
+        ('memory = "480G"', "480G", "480G"),  # nobody says how much of a node that is
+        ('gpus_per_node = 8\nmemory = "0"', "0", "0"),  # all that a node has
+        ('gpus_per_node = 8\nmemory = "lots"', "lots", "lots"),  # which sbatch refuses
+    ],
+)
+def test_a_job_asks_for_as_large_a_part_of_a_nodes_memory_as_of_its_ranks(tmp_path, profile, copy, rates):
+    found = scripts(plan_of(tmp_path), profile)
+    assert f"--mem={copy}" in options(found["copy"])
+    assert f"--mem={rates}" in options(found["rates"])
 
 
 def test_no_variable_of_sbatch_goes_before_what_a_script_says(tmp_path):
@@ -146,6 +168,22 @@ def test_ranks_must_fill_nodes():
         ('sbatch = ["-J", "x"]', "'-J' names the job, and Patchmill knows its jobs by their names; leave it out"),
         ('sbatch = ["--job-name=x"]', "'--job-name=x' names the job"),
         ('sbatch = ["--exclusive --job=x"]', "'--exclusive --job=x' names the job"),
+        *(
+            (f'sbatch = ["{option}"]', f"'{option}' {told}.*; leave it out$")
+            for option, told in {
+                "--output=all.log": "moves what a job says, and `patchmill status` and `logs` read that",
+                "-o all.log": "moves what",
+                "-oall.log": "moves what",
+                "--error all.log": "moves what",
+                "--exclusive -e all.log": "moves what",
+                "--array=0-3": "makes an array of the job, and Patchmill has its own",
+                "-a 0-3": "makes an array",
+                "--clusters=other": "submits to another cluster",
+                "-M other": "submits to another cluster",
+                "--signal=USR1@60": "takes the warning before the time limit away, .*; `grace` says how long before",
+            }.items()
+        ),
+        ('srun = ["--output=rank.log"]', "'--output=rank.log' moves what a job says"),
         ('qos = "a\\nb"', "must be one line of printable characters"),
         ('env = { "A B" = "1" }', "is no name of an environment variable"),
     ],
@@ -154,6 +192,13 @@ def test_what_is_wrong_in_a_profile_is_told(tmp_path, profile, told):
     (tmp_path / "cluster.toml").write_text(profile)
     with pytest.raises(UserError, match=told):
         Cluster(tmp_path / "cluster.toml").check_names(list(KINDS), ["x"])
+
+
+def test_other_options_of_sbatch_are_taken_as_they_are(tmp_path):
+    taken = ["--exclusive", "--exclude=n1", "--export=NONE", "--account=x", "-A x", "--reservation=-o", "--comment=j-e"]
+    (tmp_path / "cluster.toml").write_text(f'sbatch = {json.dumps(taken)}\nsrun = ["--signal=USR1", "-J", "x"]')
+    settings = Cluster(tmp_path / "cluster.toml").job("shards", "x")
+    assert (settings.sbatch, settings.srun) == (taken, ["--signal=USR1", "-J", "x"])
 
 
 def test_the_profile_of_the_docs_fits_and_every_key_is_told():
@@ -172,6 +217,23 @@ def test_an_array_is_waited_for_by_its_number_if_all_of_it_is():
     }
     assert _numbers(jobs, ["a", "b-0", "b-1", "c-1"]) == ["1", "2", "3_1"]
     assert _numbers(jobs) == ["1", "2", "3"]
+
+
+def test_no_variable_of_its_users_shell_changes_what_slurms_commands_show_and_end(monkeypatch):
+    for name in ("SQUEUE_STATES", "SQUEUE_PARTITION", "SCANCEL_STATE", "SCONTROL_ALL", "SLURM_CLUSTERS"):
+        monkeypatch.setenv(name, "x")
+    for name in ("SLURM_CONF", "SBATCH_PARTITION"):  # which says where it is; and what a profile leaves open
+        monkeypatch.setenv(name, "y")
+    told = slurm("env").splitlines()
+    assert {"SLURM_CONF=y", "SBATCH_PARTITION=y"} <= set(told)
+    assert not [line for line in told if line.endswith("=x")]
+
+
+def test_a_time_limit_is_read_as_slurm_writes_it():
+    told = {"45": 45, "2:00": 120, "1:00:00": 3600, "3-00:00:30": 3 * 86400 + 30, "UNLIMITED": float("inf")}
+    assert {text: _seconds(text) for text in told} == told
+    with pytest.raises(ValueError, match="NOT_SET"):
+        _seconds("NOT_SET")
 
 
 def test_tries_that_come_no_further_are_counted(tmp_path, monkeypatch):
@@ -272,7 +334,7 @@ def test_a_try_that_was_put_back_by_another_is_superseded_as_soon_as_the_script_
     (command,) = re.findall(r"^echo .*begun", next(iter(scripts(plan, "").values())), re.MULTILINE)
     folder_of(plan.run).mkdir(parents=True, exist_ok=True)
     begin = ["bash", "-c", command]
-    subprocess.run(begin, check=True)  # and no log: the profile has an --output of its own
+    subprocess.run(begin, check=True)  # and no log is there
     lost = Record(plan.run, name)
     assert not lost.is_superseded()
     lost.begin(0)
@@ -294,15 +356,27 @@ def test_what_is_there_of_other_settings_is_no_progress(tmp_path):
     assert str(Progress(changed, None)) == "the start"
 
 
-def test_a_recipe_beside_the_plan_that_changed_is_seen_also_after_a_sweep(tmp_path):
-    plan = plan_of(tmp_path)
-    (tmp_path / "own.toml").write_text("lr = 1")
-    stage = plan.stages[0].table.model_copy(update={"recipe": "own.toml"})
-    submission = submission_of(plan, recipes=recipes_of(plan.path, [stage]))
-    assert submission.has_recipe_of(stage)
-    (tmp_path / "own.toml").write_text("lr = 2")
-    assert not submission.has_recipe_of(stage)
-    assert submission.has_recipe_of(plan.stages[0].table)
+@pytest.mark.parametrize("edited", ["optim.lr = 0.2", "sweep = 3", "broken [", None])
+def test_jobs_go_by_the_recipes_that_were_submitted_whatever_is_edited_since(tmp_path, edited):
+    """Paths in them still count from the plan's folder."""
+    paths = [tmp_path / "own.toml", tmp_path / "more" / "own.toml"]
+    paths[1].parent.mkdir()
+    paths[0].write_text('optim.lr = 0.1\ndata.val = "set"\n[sweep]\nseed = [0, 1]\n')
+    paths[1].write_text("optim.lr = 0.3\n")
+    build_image_set(tmp_path, per_class=2)
+    text = 'name = "x"' + SHARDS + training("first", head='recipe = "own.toml"\nsweep = "recipe"')
+    text += training("second", head='recipe = "more/own.toml"\nbest = "first"')
+    (tmp_path / "plan.toml").write_text(text)
+    plan = read_plan(tmp_path / "plan.toml", tmp_path / "runs")
+    submission_of(plan, recipes=keep_plan(plan)).write(plan.run)
+    (plan.run / "plan.toml").write_text(text)
+    for path in paths:
+        path.write_text(edited) if edited else path.unlink()
+    submitted = read_submitted_plan(plan.run)
+    assert [stage.digest for stage in submitted.stages] == [stage.digest for stage in plan.stages]
+    assert [stage.settings for stage in submitted.stages] == [stage.settings for stage in plan.stages]
+    assert [stage.settings.optim.lr for stage in submitted.stages[1:]] == [0.1, 0.1, 0.3]
+    assert submitted.stages[1].settings.data.val == str(tmp_path / "set")
 
 
 def test_a_snapshot_is_whole_and_says_its_commit(tmp_path):
@@ -328,28 +402,29 @@ def test_a_submitted_plan_does_not_look_at_its_images_again(tmp_path):
     (plan.run / "plan.toml").write_text(PLAN)
     with pytest.raises(UserError, match="was never submitted; give the file of its plan"):
         read_submitted_plan(plan.run)
-    again = read_submitted(PLAN, plan.path, plan.run, False, plan.inputs.known)
+    again = read_submitted(PLAN, plan.path, plan.run, False, plan.inputs.known, {})
     assert [stage.digest for stage in again.stages] == [stage.digest for stage in plan.stages]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("threads", [0, 4])  # any of which may be the one that takes a signal of the process
-def test_what_interrupts_a_submit_waits_until_the_number_of_a_job_is_known(threads):
+def test_what_interrupts_a_submit_waits_until_the_number_of_a_job_is_known(threads, number):
     over, known = threading.Event(), []
 
     def submit():
         with _nothing_heard():
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
             time.sleep(0.1)  # for a thread to take it
             known.append("its number")
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.signal(number, signal.default_int_handler)
     try:
         for _ in range(threads):
             threading.Thread(target=over.wait).start()
         with pytest.raises(KeyboardInterrupt):
             submit()
         assert known == ["its number"]
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(number) is signal.default_int_handler
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
         over.set()

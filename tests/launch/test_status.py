@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,9 @@ import pytest
 from launch.cluster import Cluster, JobSettings
 from launch.plan import Plan, read_plan
 from launch.run import RUNNER, begin, finish, note
-from launch.slurm import submit
+from launch.slurm import check_idle, submit
 from launch.status import Status, print_log, print_status, status_of
-from launch.submission import Job, Record, Submission, folder_of, log_of
+from launch.submission import Job, Record, Submission, folder_of, log_of, logs_of, read_submission
 from shards.atomic import only_one
 from shards.errors import UserError
 from tests.command import environment, patchmill, refused, wait_for_steps
@@ -120,6 +121,22 @@ def test_of_a_run_after_a_submission_the_run_is_told_and_not_its_jobs(plan, tmp_
     assert capsys.readouterr().out == "said by its rank\nsaid by its job\n"
     finish(train, "{}", 1.0)
     assert (status(tmp_path)["train"].state, status(tmp_path)["train"].job) == ("done", None)
+
+
+def test_beside_ranks_that_are_at_work_nothing_begins_whatever_the_queue_says(plan):
+    run = submitted(plan)
+    check_idle(run)
+    Record(run, "train").note("running", nodes="n[1-2]")
+    with only_one(logs_of(run, read_submission(run).jobs["train"]), "rank", shared=True):
+        told = (
+            f"ranks of {run} are at work (train on n[1-2]), although no queue here has their jobs; wait for them, or "
+            f"end them: patchmill cancel {run} where they were submitted, or kill them there"
+        )
+        with pytest.raises(UserError, match=re.escape(told)):
+            check_idle(run)
+        note(plan.stages[0].folder, "running")  # they are of a `patchmill run`, which waits for those of one before
+        check_idle(run)
+    check_idle(run)
 
 
 def test_what_a_sweep_has_no_more_is_set_aside_when_it_is_submitted(plan, tmp_path, monkeypatch):
@@ -326,3 +343,37 @@ def test_damaged_files_of_a_run_are_one_line(file, text, told, plan, tmp_path):
     (folder / file).write_text(text)
     done = patchmill("status", plan.run, cwd=tmp_path)
     assert told in refused(done)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_what_a_stage_says_is_followed_until_it_ends_or_somebody_has_seen_enough(interrupted, plan, tmp_path):
+    train = plan.stages[0]
+    begin(train)
+    (plan.run / "plan.toml").write_text(plan.path.read_text())
+    log = train.folder / "logs" / "rank-0.log"
+    with ExitStack() as running:
+        running.enter_context(only_one(train.folder / "logs" / RUNNER, "patchmill run"))
+        note(train.folder, "running")
+        log.write_text("one\ntwo\nthree\n")
+        command = [sys.executable, "-m", "launch.cli", "logs", "train", "--lines", "2", "--follow"]
+        follower = subprocess.Popen(
+            command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            assert [follower.stdout.readline() for _ in range(2)] == ["two\n", "three\n"]
+            for word in ("four\n", "five\n"):
+                with open(log, "a") as file:
+                    file.write(word)
+                assert follower.stdout.readline() == word  # while the stage goes on
+            if interrupted:
+                follower.send_signal(signal.SIGINT)
+            else:
+                with open(log, "a") as file:
+                    file.write("last\n")
+                running.close()
+                finish(train, "{}", 1.0)
+            rest, stderr = follower.communicate(timeout=60)
+        finally:
+            follower.kill()
+    assert (follower.returncode, rest) == ((130, "") if interrupted else (0, "last\n"))
+    assert stderr == f"==> {log.relative_to(tmp_path)}\n"

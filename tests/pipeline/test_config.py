@@ -14,6 +14,8 @@ from tests.pipeline.minimal import MINIMAL, settings
 def test_a_batch_that_the_ranks_do_not_divide_names_those_that_fit():
     with pytest.raises(UserError, match=r"global_batch 8 does not divide over 3 ranks; set it to 6 or 9"):
         settings().accumulation(3)
+    with pytest.raises(UserError, match=r"micro_batch 7 .* one of \[1, 2, 4, 5, .*\]"):  # at once
+        settings(global_batch=10**12, micro_batch=7).accumulation(1)
     with pytest.raises(UserError, match=r"micro_batch 3 does not divide the 4 samples .* one of \[1, 2, 4\]"):
         settings(micro_batch=3).accumulation(2)
     with pytest.raises(UserError, match=r"global_batch 8 over 8 ranks gives a rank 1, .* set it to 16"):

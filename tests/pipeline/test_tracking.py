@@ -1,4 +1,7 @@
-"""Weights & Biases for real, in its offline mode: one run however often it starts, and our numbers in its file."""
+"""Weights & Biases for real, in its offline mode: one run however often it starts, and our numbers in its file.
+
+And what is told where TensorBoard is not installed.
+"""
 
 import json
 import subprocess
@@ -31,6 +34,14 @@ try:
     mirrors(TrainSettings(**json.loads(sys.argv[1])), Path(sys.argv[2]), 0)
 except UserError as error:
     print(error)
+"""
+BARE = """
+import json, sys
+sys.modules["tensorboard"] = None  # as after a bare pip install
+from pathlib import Path
+from pipeline.config import TrainSettings
+from pipeline.tracking import mirrors
+print(len(mirrors(TrainSettings(**json.loads(sys.argv[1])), Path(sys.argv[2]), 0)))
 """
 
 
@@ -97,3 +108,14 @@ def test_without_a_key_it_is_told_what_to_do(tmp_path, key, reason):
     assert refused.startswith(f"track.wandb = 'patchmill-test' cannot be opened: {reason}")
     assert "run `wandb login`, set WANDB_API_KEY, set WANDB_MODE=offline" in refused
     assert "\n" not in refused
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_where_tensorboard_is_on_and_not_installed_a_line_says_so(tmp_path, on):
+    settings = SETTINGS | {"track": {"tensorboard": on}}
+    command = [sys.executable, "-c", BARE, json.dumps(settings), str(tmp_path)]
+    ran = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60, check=True)
+    assert ran.stdout == "0\n"
+    told = [line for line in ran.stderr.splitlines() if line.startswith("warning: track.tensorboard is on, and tenso")]
+    assert len(told) == on
+    assert not list(tmp_path.iterdir())

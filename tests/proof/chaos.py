@@ -13,7 +13,7 @@ from pathlib import Path
 from launch.submission import Record
 from shards.errors import PatchmillError
 from tests.command import losses
-from tests.proof.faults import CYCLE, DISK, KILLS, RANKS, Fault
+from tests.proof.faults import CYCLE, DISK, KILLS, RANKS, STORAGE, Fault
 from tests.proof.storage import Storage
 from tests.slurm.cluster import ClusterError, wait_for
 from tests.slurm.runs import Submitted
@@ -61,6 +61,7 @@ class Chaos:
         if self._ended(fault.stage):
             fault.outcome = "came too late"
             return
+        restarts = self._restarts(fault.stage)
         if fault.kind in COUNTS:
             if not self._spoil(fault):
                 fault.outcome = "nothing was read any more"
@@ -75,11 +76,13 @@ class Chaos:
             self._kill(fault, *self._draw.choice(ranks))
         if fault.kind in (*KILLS, RANKS, DISK):  # who is ending may log still
             wait_for(lambda: not set(ranks) & set(self._ranks(fault.stage)), 60, "the ranks to be gone")
+        if fault.kind in STORAGE:  # steps of what was read ahead do not count
+            wait_for(lambda: self._storage.is_read or self._ended(fault.stage), BACK, "all to be read again")
+            assert self._storage.is_read, "what was spoiled, or nothing at all, was read again"
         before = self._at(fault.stage)
         wait_for(lambda: self._at(fault.stage) > before or self._ended(fault.stage), BACK, "a step beyond the fault")
-        if fault.kind == "server killed":  # steps of what was read ahead do not count
-            wait_for(lambda: self._storage.answered or self._ended(fault.stage), BACK, "reads from the server")
-            assert self._storage.answered, "nobody read from it any more"
+        if fault.kind in STORAGE:
+            assert self._restarts(fault.stage) == restarts, "its job was started again: it did not go on by itself"
         if fault.kind == RANKS:
             now = len(self._ranks(fault.stage))
             assert fault.detail.endswith(f" to {now}") or self._ended(fault.stage), f"{now} ranks train"

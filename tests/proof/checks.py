@@ -42,7 +42,7 @@ def check_all(run: Submitted, undisturbed: Path, broken: set[str], positions: in
         once = f"{stage}: each position once, each sample once an epoch, but for the quarantine list"
         found.append(_checked(once, _audited, here, positions))
         found.append(_checked(f"{stage}: the quarantine list is what was planted", _quarantined, here, broken))
-        found.append(_checked(f"{stage}: each step is logged once", _one_history, here, there))
+        found.append(_checked(f"{stage}: each line of the log is there once", _one_history, here, there))
         if stage == CHANGING:
             found.append(_checked(f"{stage}: losses within {TOLERANCE}", _losses, here, there))
         else:

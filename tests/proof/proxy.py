@@ -1,7 +1,8 @@
 """A proxy before an S3 server, which misbehaves when it is told to: python tests/proof/proxy.py PORT SERVER_PORT.
 
-``POST /-/KIND/COUNT`` spoils that many answers from now on; ``GET /-/`` tells how many were asked for since it started,
-and how many of them were spoiled.
+``POST /-/KIND/COUNT`` spoils that many answers from now on. ``GET /-/`` tells how many were spoiled so far, how many of
+the objects that were to be in them were not read as they are since, and how many answers were sound since the last one
+that was not.
 
 error    500, and nothing else
 reset    of the connection, before an answer
@@ -32,15 +33,16 @@ class Proxy(ThreadingHTTPServer):
         server: Port of the server.
 
     Attributes:
-        answered: Answers of the server so far.
-        spoiled: Of them.
+        spoiled: Answers so far.
+        owed: Paths of those of which no answer was sound since.
+        sound: Answers since the proxy was started, or one was spoiled.
     """
 
     daemon_threads = True
 
     def __init__(self, port: int, server: int):
         super().__init__(("127.0.0.1", port), Handler)
-        self.server, self.answered, self.spoiled = server, 0, 0
+        self.server, self.spoiled, self.owed, self.sound = server, 0, set[str](), 0
         self._kind, self._left, self._lock = "", 0, threading.Lock()
 
     def spoil(self, kind: str, count: int) -> None:
@@ -48,14 +50,21 @@ class Proxy(ThreadingHTTPServer):
         with self._lock:
             self._kind, self._left = kind, count
 
+    def counts(self) -> tuple[int, int, int]:
+        """Return answers spoiled, objects that are owed, answers that were sound since."""
+        with self._lock:
+            return self.spoiled, len(self.owed), self.sound
+
     def next(self, path: str) -> str:
         """Return what is to happen to the answer to a request, or nothing."""
         with self._lock:
-            self.answered += 1
             if not self._left or (self._kind == "flip" and "list-type=" in path):
+                self.owed.discard(path)
+                self.sound += 1
                 return ""
             self._left -= 1
-            self.spoiled += 1
+            self.spoiled, self.sound = self.spoiled + 1, 0
+            self.owed.add(path)
             return self._kind
 
 
@@ -72,7 +81,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         if self.path == "/-/":
-            return self._send(200, {}, b"%d %d" % (self.server.answered, self.server.spoiled))
+            return self._send(200, {}, b"%d %d %d" % self.server.counts())
         try:
             status, headers, body = self._ask()
         except OSError:

@@ -75,16 +75,17 @@ class Storage:
     @property
     def spoiled(self) -> int:
         """Answers spoiled so far."""
-        return self._before + self._counts()[1]
+        return self._before + self._counts()[0]
 
     @property
-    def answered(self) -> int:
-        """Answers since the server was last started."""
-        return self._counts()[0]
+    def is_read(self) -> bool:
+        """Whether each object of a spoiled answer was read as it is since, and anything since the server started."""
+        _, owed, sound = self._counts()
+        return not owed and sound > 0
 
-    def _counts(self) -> tuple[int, int]:
-        answered, spoiled = _ask(self._proxy, "GET").split()
-        return int(answered), int(spoiled)
+    def _counts(self) -> tuple[int, int, int]:
+        spoiled, owed, sound = map(int, _ask(self._proxy, "GET").split())
+        return spoiled, owed, sound
 
     @property
     def _proxy(self) -> str:

@@ -19,6 +19,14 @@ def names(folder):
     return sorted(os.listdir(folder))
 
 
+def test_who_shares_a_folder_is_seen_by_who_asks(tmp_path):
+    assert not is_held(tmp_path, unknown=True, shared=True)
+    with only_one(tmp_path, "rank", shared=True):
+        assert is_held(tmp_path, unknown=False, shared=True)
+        assert not is_held(tmp_path, unknown=True)
+    assert not is_held(tmp_path, unknown=True, shared=True)
+
+
 def test_whole_file_appears_on_a_clean_exit_only(tmp_path):
     target = tmp_path / "new" / "file"
     with atomic.whole_file(target) as partial:

@@ -1,5 +1,6 @@
 import tracemalloc
 from itertools import chain, pairwise
+from math import gcd
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ from shards.order import (
     check_batch,
     choose_shuffle,
     kept_to_raw,
-    lanes_of_rank,
     rank_positions,
     read_factor,
 )
@@ -172,22 +172,22 @@ def test_read_law(world_size, lanes, epoch):
     sizes, shuffle = [700, 650, 1], Shuffle(lanes, 10, 20)
     order, n = Order(sizes, 2, shuffle), 1351
     factor = read_factor(world_size, lanes)
-    chunks_of_lane, readers = {}, {}
+    chunks_of_lane, readers, owners = {}, {}, [set() for _ in range(lanes)]
     for rank in range(world_size):
         mine = np.arange(epoch * n, (epoch + 1) * n)
         mine = mine[mine % world_size == rank]
         lane = (mine - epoch * n) % lanes
-        assert set(lane.tolist()) <= set(lanes_of_rank(rank, world_size, lanes, epoch, n).tolist())
+        for each in set(lane.tolist()):
+            owners[each].add(rank)
         _, shard, index = order.locate(mine)
         for a, s, i in zip(lane.tolist(), shard.tolist(), index.tolist(), strict=True):
             chunks_of_lane.setdefault(a, set()).add((s, i // 10))
             readers.setdefault((a, s, i // 10), set()).add(rank)
-    owners = [set() for _ in range(lanes)]
-    for rank in range(world_size):
-        for lane in lanes_of_rank(rank, world_size, lanes, epoch, n):
-            owners[lane].add(rank)
+    step, shift = gcd(world_size, lanes), epoch * n  # ranks own absolute positions, so their lanes shift each epoch
+    law = [{rank for rank in range(world_size) if (lane - rank + shift) % step == 0} for lane in range(lanes)]
+    assert owners == law
     assert [len(ranks) for ranks in owners] == [factor] * lanes
-    assert all(ranks <= owners[lane] for (lane, _, _), ranks in readers.items())
+    assert all(ranks <= law[lane] for (lane, _, _), ranks in readers.items())
     reads = sum(map(len, readers.values()))
     chunks = 70 + 65 + 1
     if factor == 1:

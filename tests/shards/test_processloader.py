@@ -24,6 +24,7 @@ from shards.errors import PatchmillError, UserError
 from shards.loader import Loader
 from shards.mixture import Mixture
 from shards.processloader import ProcessLoader
+from shards.signals import SIGNALS
 from shards.storesettings import StoreSettings
 from tests.command import environment
 from tests.shards.datasets import damage
@@ -181,9 +182,10 @@ import signal, sys
 from shards.augment import Resize
 from shards.dataset import Dataset
 from shards.processloader import ProcessLoader
+from shards.signals import SIGNALS
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in SIGNALS:
         signal.signal(number, lambda *_: None)
     loader = ProcessLoader(Dataset.open(sys.argv[1]), global_batch=8, transform=Resize(8))
     batches = iter(loader)
@@ -213,7 +215,7 @@ def another(parent) -> tuple[int, psutil.Process]:
 
 def test_signals_are_for_the_parent_and_when_it_is_killed_the_process_ends(parent):
     _, child = another(parent)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in SIGNALS:
         os.killpg(parent.pid, number)
     assert another(parent)[0] == 8
     parent.kill()

@@ -14,6 +14,8 @@ GREEDY = SHORT.replace('"train"', '"greedy"').replace('{ every = "50 steps" }', 
 BESIDE = 'renice -n 10 -p $$; taskset -cp 0 $$; exec taskset -c 0 sh -c "while kill -0 $$; do :; done"'
 SPIN = f"(until grep -q libtorch_cpu /proc/$$/maps; do sleep 0.1; done; {BESIDE}) >/dev/null 2>&1 &"
 SLOWED = f'case "$SLURMD_NODENAME $SLURM_PROCID $*" in "WHERE "*" doctor "*) {SPIN} esac; exec "$@"'
+EMPTY = """exec unshare -m sh -c 'mount -t tmpfs none "$0" && exec "$@"' "$0" "$@" """
+LESS = f'[ "$SLURMD_NODENAME" != n2 ] || {EMPTY}; exec "$@"'
 
 
 def slowed(where: str) -> str:
@@ -36,6 +38,23 @@ def test_a_stage_that_will_not_run_fails_before_it_begins_and_others_are_told_wh
     assert run.shown("greedy")["ExitCode"] == "2:0"
     assert re.search(r"^error +greedy: checkpoints +1000000001 of", run.log("greedy"), re.MULTILINE)
     assert not run.stage("greedy").exists()
+
+
+def test_a_node_that_cannot_read_the_shards_is_named(cluster, tmp_path):
+    """Of two nodes on one machine, the second has an empty disk where the first has the shards."""
+    tars = tmp_path / "runs" / "tiny" / "stages" / "shards" / "data" / "train" / "shards"
+    profile = (
+        f"ranks_per_node = 1\n[stage.train]\ndoctor = true\ncontainer = {json.dumps(['sh', '-c', LESS, str(tars)])}"
+    )
+    run = Submitted(cluster, write_plan(tmp_path, SHARDS, SHORT), profile)
+    run.wait_for_end()
+    record = run.record("train")
+    assert (record["state"], record["tries"]) == ("failed", 1)
+    assert record["reason"].startswith("the plan will not run here: train: data: on n2: ")
+    assert str(tars) in record["reason"]
+    assert re.search(r"^error +train: data +on n2: ", run.log("train"), re.MULTILINE)
+    assert re.search(r"^ok +train: data +\d+ samples in ", run.log("train"), re.MULTILINE)  # of n1
+    assert not run.stage("train").exists()
 
 
 def test_a_container_that_is_missing_is_told_before_the_doctor_can_look(cluster, tmp_path):

@@ -158,8 +158,20 @@ def test_ranks_that_hang_at_the_time_limit_are_left_and_the_job_goes_on_from_its
     assert run.result("train")["samples"] == 700 * 12
 
 
-def test_a_job_of_more_weight_takes_the_nodes_and_gives_them_back(cluster, tmp_path):
-    run = Submitted(cluster, write_plan(tmp_path, SHARDS, TRAIN), 'partition = "low"\nranks_per_node = 1')
+@pytest.fixture(params=["", "SlurmctldParameters=preempt_send_user_signal\n"], ids=["TERM", "USR2"])
+def pre_empting(cluster, request):
+    """The cluster, pre-empting by one signal or the other."""
+    before = cluster.conf.read_text()
+    cluster.conf.write_text(before + request.param)
+    cluster.run("scontrol", "reconfigure")
+    yield cluster
+    cluster.conf.write_text(before)
+    cluster.run("scontrol", "reconfigure")
+
+
+def test_a_job_of_more_weight_takes_the_nodes_and_gives_them_back(pre_empting, tmp_path):
+    cluster, profile = pre_empting, 'partition = "low"\nranks_per_node = 1\ntime = "1:00:00"\nretries = 0'
+    run = Submitted(cluster, write_plan(tmp_path, SHARDS, TRAIN), profile)
     run.wait_for_steps("train", 60)
     above = ("--partition=high", "--nodes=2", "--exclusive", f"--output={tmp_path}/above.log", "--wrap=sleep 5")
     cluster.run("sbatch", *above)
@@ -216,7 +228,7 @@ def test_told_to_stop_while_the_health_of_nodes_is_checked_it_comes_back_and_exc
 
 
 def test_a_time_limit_that_comes_while_the_health_of_nodes_is_checked_is_no_excuse(cluster, tmp_path):
-    run = Submitted(cluster, write_plan(tmp_path, SHARDS), SLOW_CHECK)
+    run = Submitted(cluster, write_plan(tmp_path, SHARDS), f'{SLOW_CHECK}\ntime = "3"\ngrace = 100')
     wait_for(lambda: b"sleep\x00100\x00" in commands(cluster), 60, "the check to run")
     cluster.run("scancel", "--signal=USR2", "--batch", run.jobs["shards"])  # as Slurm does before the limit
     run.wait_for_end()
@@ -238,8 +250,53 @@ def test_a_health_check_that_no_node_passes_ends_the_job(cluster, tmp_path):
     run.wait_for_end()
     record = run.record("shards")
     assert (record["state"], record["tries"]) == ("failed", 2)
-    assert re.match(r"health check failed on n[12], and the job cannot do without; mend that", record["reason"])
+    told = (
+        r"health check failed on n[12], and the job cannot do without: sbatch says: .* not available; mend that or `h"
+    )
+    assert re.match(told, record["reason"])
     assert run.shown("shards")["JobState"] == "FAILED"
+
+
+SICK = """health = ["sh", "-c", 'sleep 9; test "$SLURMD_NODENAME" != n1']"""
+
+
+def test_a_node_is_excluded_once_the_controller_answers(cluster, tmp_path):
+    run = Submitted(cluster, write_plan(tmp_path, SHARDS), SICK)
+    wait_for(lambda: b"sleep\x009\x00" in commands(cluster), 60, "the check to run")
+    cluster.end("slurmctld", signal.SIGKILL)
+    wait_for(lambda: not any(b"srun" in each for each in commands(cluster)), 60, "the check to end")
+    time.sleep(3)
+    cluster.start_controller()
+    run.wait_for_end()
+    assert run.result("shards")
+    assert run.shown("shards")["ExcNodeList"] == "n1"
+    assert run.record("shards")["tries"] == 2
+
+
+def test_a_node_is_excluded_where_no_job_may_be_submitted_from_nodes_and_slurms_words_are_told(cluster, tmp_path):
+    run = Submitted(cluster, write_plan(tmp_path, SHARDS), SICK)
+    wait_for(lambda: b"sleep\x009\x00" in commands(cluster), 60, "the check to run")
+    cluster.run("scontrol", "update", "PartitionName=debug", "AllocNodes=login")
+    try:
+        told = "health check failed on n1: excluded, although sbatch says: "
+        wait_for(lambda: told in run.log("shards"), 60, "the check to fail")
+    finally:
+        cluster.run("scontrol", "update", "PartitionName=debug", "AllocNodes=ALL")  # here nodes and login are one host
+    run.wait_for_end()
+    assert run.result("shards")
+    assert run.shown("shards")["ExcNodeList"] == "n1"
+
+
+def test_an_srun_that_fails_before_the_check_is_a_crash_and_no_node_is_excluded(cluster, tmp_path):
+    first = """setup = ['test "${SLURM_RESTART_COUNT:-0}" != 0 || export SLURM_GRES=gpu:99']"""
+    run = Submitted(cluster, write_plan(tmp_path, SHARDS), f'{first}\nhealth = ["true"]')
+    run.wait_for_end()
+    assert run.result("shards")
+    shown = run.shown("shards")
+    assert (shown["Restarts"], shown.get("ExcNodeList", "(null)")) == ("1", "(null)")
+    assert re.search(
+        r"\] crashed before the health of its nodes was checked: .*: back into the queue", run.log("shards")
+    )
 
 
 def test_of_two_submits_at_once_one_is_refused_and_so_is_a_run_beside_jobs(cluster, tmp_path):

@@ -26,6 +26,14 @@ set = { weights = "{broken}", data = "{shards}/val" }
 """
 
 
+AFTER = """
+[[stage]]
+name = "after"
+kind = "evaluate"
+set = { weights = "{train}", data = "{shards}/val" }
+"""
+
+
 def status(run: Submitted, **env: str) -> dict[str, dict]:
     done = patchmill("status", run.run, "--json", cwd=run.run, **env)
     assert done.returncode == 0, done.stderr
@@ -146,6 +154,44 @@ def test_a_job_of_anothers_that_has_the_number_of_an_old_one_is_left_alone(clust
     assert patchmill("cancel", run.run, cwd=tmp_path).stdout == f"no job of {run.run} is in the queue\n"
     assert cluster.run("squeue", "-h", "-o", "%i").split() == [other]
     cluster.run("scancel", other)
+
+
+def test_what_a_queue_does_not_show_has_not_ended(cluster, tmp_path):
+    run = Submitted(cluster, write_plan(tmp_path, SHARDS, TRAIN.replace("700 steps", "9000 steps"), AFTER))
+    run.wait_for_steps("train", 60)
+    hiding = {
+        "SQUEUE_STATES": "PENDING",
+        "SQUEUE_PARTITION": "low",
+        "SQUEUE_USERS": "nobody",
+        "SCANCEL_STATE": "PENDING",
+    }
+    assert {name: stage["state"] for name, stage in status(run, **hiding).items()} == {
+        "shards": "done", "train": "running", "after": "waiting"
+    }  # fmt: skip
+
+    path = run.run / "slurm" / "submission.json"
+    whole = path.read_text()
+    assert '"cluster": "patchmill"' in whole
+    path.write_text(whole.replace('"cluster": "patchmill"', '"cluster": "elsewhere"'))
+    told = (
+        "the jobs of tiny were submitted to cluster elsewhere, and this is patchmill; ask there, or, when they have end"
+    )
+    seen = patchmill("status", run.run, cwd=tmp_path)
+    assert f"warning: {told}" in seen.stderr
+    assert re.search(r"train +running .*\n *after +waiting ", seen.stdout)
+    for command in (["submit", run.plan], ["run", run.plan], ["cancel", run.run]):
+        assert refused(patchmill(*command, cwd=tmp_path)).startswith(f"error: {told}")
+
+    numbers = {number: str(int(number) + 90000) for number in run.jobs.values()}  # of none that this cluster has
+    path.write_text(re.sub(r'"id": "(\d+)"', lambda found: f'"id": "{numbers[found[1]]}"', whole))
+    seen = patchmill("status", run.run, cwd=tmp_path)
+    assert "warning: ranks of train are at work, although no queue here has their jobs; this is what" in seen.stderr
+    assert re.search(r"train +running .*\n *after +waiting ", seen.stdout)
+    assert "(train on n[1-2]), although no queue" in refused(patchmill("submit", run.plan, cwd=tmp_path))
+    assert not (run.stage("train") / "logs" / "stop").exists()
+
+    path.write_text(whole)
+    assert patchmill("cancel", run.run, cwd=tmp_path, **hiding).stdout == "cancelled: train, after\n"
 
 
 def test_without_a_queue_and_with_a_wrong_name(tmp_path):

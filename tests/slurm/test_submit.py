@@ -50,6 +50,19 @@ def test_a_plan_of_two_stages_in_an_odd_place_ends_done(cluster, tmp_path, undis
     assert "--ntasks-per-node=1\n" in script
 
 
+def test_whatever_is_edited_beside_the_plan_jobs_go_by_what_was_submitted(cluster, tmp_path):
+    table, settings = TRAIN.split("[stage.set]\n")
+    (tmp_path / "own.toml").write_text(settings.replace("700 steps", "200 steps"))
+    run = Submitted(cluster, write_plan(tmp_path, SHARDS, table + 'recipe = "own.toml"\n'))
+    (tmp_path / "own.toml").write_text("broken [")
+    run.plan.write_text("broken [")
+    run.wait_for_steps("train", 60)
+    cluster.run("scontrol", "requeue", run.jobs["train"])
+    run.wait_for_end()
+    assert (run.record("train")["state"], run.record("train")["tries"]) == ("done", 2)
+    assert losses(run.stage("train"))[-1][0] == 200 * 12
+
+
 def test_stopped_in_every_way_it_comes_back_and_ends_with_the_same_weights(cluster, tmp_path, undisturbed):
     run = Submitted(cluster, write_plan(tmp_path, SHARDS, TRAIN))
     number = run.jobs["train"]

@@ -409,6 +409,7 @@ def test_shared_positions_are_laid_out_once(monkeypatch):
         ("vit_ti16", {"dpeth": 3}, "unknown setting of vit_ti16: 'dpeth' .did you mean 'depth'"),
         ("vit_ti16", {"image_size": 225}, "image_size 225 is not divisible by patch_size 16; take 224 or 240$"),
         ("vit_ti16", {"num_heads": 5}, "embed_dim 192 is not divisible by num_heads 5; take 4 or 6$"),
+        ("vit_ti16", {"embed_dim": 2**62, "num_heads": 3}, "not divisible by num_heads 3; take 2 or 4$"),  # at once
         ("vit_ti16", {"num_heads": 200}, "not divisible by num_heads 200; take 192$"),
         ("vit_ti16", {"gelu": "relu"}, "unknown gelu: 'relu'"),
         ("vit_ti16", {"depth": 0}, "depth is too small: 0"),
