@@ -22,6 +22,7 @@ from pipeline.hostmemory import free_memory
 from pipeline.models import create_model
 from pipeline.saver import Saver
 from pipeline.settings import check
+from shards.ending import end_process
 
 
 def main():
@@ -44,7 +45,7 @@ def main():
     worst = {name: distributed.gather_floats(values).max(axis=0).tolist() for name, values in found.items()}
     print(json.dumps(worst), flush=True)
     distributed.finish()
-    distributed.end_process(0)
+    end_process(0)
 
 
 def write(engine, shapes: dict, settings: TrainSettings, folder: Path, rounds: int) -> dict[str, list[float]]:

@@ -8,7 +8,7 @@ import signal
 import sys
 from importlib.metadata import version
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
@@ -17,6 +17,7 @@ from launch.cli_model import model_app
 from launch.cli_plan import plan_app
 from launch.cli_shards import shards_app
 from launch.unheard import Unheard
+from shards.ending import end_process
 from shards.errors import PatchmillError, StoppedOnRequestError
 from shards.signals import SIGNALS, leave_closed_terminal
 
@@ -48,7 +49,7 @@ app.add_typer(checkpoint_app, name="checkpoint")
 
 def main() -> None:
     """Run the command line; a known error is one line on stderr and its exit code."""
-    end(run_command())
+    end_process(run_command())
 
 
 class _Asked(BaseException):
@@ -71,7 +72,7 @@ def _listen(handler: Any) -> None:
             signal.signal(number, handler)
 
 
-def run_command() -> int | str:
+def run_command() -> int:
     """Run the command line; return its exit code, after a known error is told.
 
     SIGUSR1, SIGUSR2, SIGHUP (a closed terminal) and, where there are no other ranks, SIGTERM end a command wherever it
@@ -91,17 +92,10 @@ def run_command() -> int | str:
     except KeyboardInterrupt:
         return 130
     except SystemExit as exited:
-        return exited.code or 0
+        return int(exited.code or 0)
     finally:
         _listen(signal.SIG_IGN)  # it is over: nobody is to take that for a crash
     return 0
-
-
-def end(code: int | str) -> NoReturn:
-    """End this process, which may be a rank."""
-    if distributed := sys.modules.get("pipeline.distributed"):
-        distributed.end_process(code)
-    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -110,13 +110,14 @@ def main() -> None:
         os.environ |= dict(zip(NAMES, map(str, (rank, ranks, local)), strict=True))
     _speak_into(logs, rank, asked.quiet)
 
-    from launch.cli import end, run_command
+    from launch.cli import run_command
+    from shards.ending import end_process
 
     code = run_command()
     if code and (code in TOLD or not (logs / ENDED).exists()):
         with suppress(OSError):  # its disk may be full, which may be why it ends
             (logs / ENDED).write_text(str(code))
-    end(code)
+    end_process(code)
 
 
 def code_of_ranks(logs: Path) -> int | None:

@@ -1,15 +1,13 @@
 """The process group: who am I, and how do all ranks agree. Ranks come from RANK, WORLD_SIZE and LOCAL_RANK."""
 
-import atexit
 import datetime
 import gc
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -160,19 +158,6 @@ def together() -> Iterator[None]:
 def _leave() -> None:
     dist.barrier()  # rank 0 has the store, which the signs of life of the others need
     finish()
-
-
-def end_process(code: int) -> NoReturn:
-    """End a rank's process with an exit code, without taking the interpreter apart.
-
-    A thread of gloo holds the tensors of its last work a little longer than the result is awaited, and lives as long as
-    any library keeps a reference to the group. If it lets go of a tensor while the interpreter is taken apart, the
-    process aborts (1 of 40 runs on busy cores), and a run that has ended well counts as failed.
-    """
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def memory_bytes() -> int:

@@ -131,7 +131,9 @@ def table_bytes(table: pa.Table) -> bytes:
 
 def read_table(data: bytes, columns: list[str] | None = None) -> pa.Table:
     """Read the content of a parquet file, or those of some columns that it has, on the calling thread."""
-    file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)  # where there are checksums
+    # Not a file of Python's: Arrow reads that on a thread of its own, which lets go of the bytes when it likes, and if
+    # the interpreter is taken apart by then, the process aborts.
+    file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)  # where there are checksums
     return file.read(columns=columns, use_threads=False)
 
 

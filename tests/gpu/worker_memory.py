@@ -21,6 +21,7 @@ from pipeline.models import create_model
 from pipeline.models.initial import initial_value
 from pipeline.objectives import create_objective
 from pipeline.settings import check
+from shards.ending import end_process
 from tests.pipeline.worker_memory import inputs
 
 STEPS = 4
@@ -73,4 +74,4 @@ if __name__ == "__main__":
     distributed.start()
     main(*sys.argv[1:])
     distributed.finish()
-    distributed.end_process(0)
+    end_process(0)

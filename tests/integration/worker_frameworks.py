@@ -16,6 +16,7 @@ from pipeline import distributed
 from shards.augment import InceptionCrop
 from shards.batch import Batch
 from shards.dataset import Dataset
+from shards.ending import end_process
 from shards.loader import Loader
 
 STEPS, BATCH = 3, 8
@@ -95,4 +96,4 @@ def described(batch: Batch) -> list:
 if __name__ == "__main__":
     main(*sys.argv[1:])
     distributed.finish()
-    distributed.end_process(0)
+    end_process(0)

@@ -17,6 +17,7 @@ from pipeline import checkpoint, distributed
 from pipeline.config import TrainSettings
 from pipeline.engines import create_engine
 from pipeline.settings import check
+from shards.ending import end_process
 
 GLOBAL_BATCH, RATE = 24, 1e-3
 # Without this, all parameters of so small a model stay gathered.
@@ -74,4 +75,4 @@ def engine_that_tells_what_it_loaded(folder: Path):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    distributed.end_process(0)
+    end_process(0)

@@ -12,6 +12,7 @@ from pipeline import distributed
 from pipeline import train as loop
 from pipeline.config import TrainSettings
 from pipeline.settings import check
+from shards.ending import end_process
 
 
 def peak() -> int:
@@ -48,4 +49,4 @@ if __name__ == "__main__":
     distributed.start()
     main(*sys.argv[1:])
     distributed.finish()
-    distributed.end_process(0)
+    end_process(0)

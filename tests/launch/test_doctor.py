@@ -23,6 +23,7 @@ from shards.dataset import Dataset
 from shards.droplist import write_exclude
 from shards.errors import UserError
 from tests.command import environment, patchmill, refused
+from tests.disks import small_disk
 from tests.images import build_image_set
 from tests.shards.servers import serve_faults
 
@@ -212,14 +213,7 @@ def test_what_all_hosts_find_is_told_once():
 
 
 def test_a_full_disk_takes_no_new_cache_and_leaves_an_old_one_as_it_is(images, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True, timeout=10
-    )
-    if not mount or mount.returncode:
-        pytest.skip("only root may mount a disk of its own")
-    try:
+    with small_disk(tmp_path / "disk", "64k") as disk:
         train = f'{images}", cache_bytes = "1 GB", cache = "{disk}/cache'
         (disk / "full").write_bytes(bytes(2**15))
         state, told = found(tmp_path, train)["cache"]
@@ -232,8 +226,6 @@ def test_a_full_disk_takes_no_new_cache_and_leaves_an_old_one_as_it_is(images, t
         (disk / "full").unlink()
         subprocess.run(["mount", "-o", "remount,size=1m", disk], timeout=10, check=True)
         assert found(tmp_path, train)["cache"] == ("ok", f"{disk}/cache can be written")
-    finally:
-        subprocess.run(["umount", disk], timeout=10, check=True)
 
 
 def test_what_a_stream_and_an_empty_data_set_lack_is_told(images, tmp_path):

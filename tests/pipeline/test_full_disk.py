@@ -2,7 +2,6 @@
 
 import resource
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from pipeline import checkpoint
 from pipeline.checkpoint import Checkpoint
 from shards.errors import PatchmillError
+from tests.disks import small_disk
 
 pytestmark = pytest.mark.usefixtures("alone")
 COUNT = 200_000
@@ -22,33 +22,26 @@ def write(folder: Path, samples: int, size: int = 0) -> Path:
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A folder on a disk of 3 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True, timeout=10
-    )
-    if not mount or mount.returncode:
-        pytest.skip("only root may mount a disk of its own")
-    yield folder / "checkpoints"
-    subprocess.run(["umount", folder], timeout=10, check=True)
+def checkpoints(tmp_path):
+    """A folder to be made on a disk of 3 MB."""
+    with small_disk(tmp_path / "disk", "3m") as disk:
+        yield disk / "checkpoints"
 
 
-def test_a_full_disk_is_one_line_and_what_was_saved_stays(small_disk):
-    first = [write(small_disk, samples) for samples in (8, 16, 24)]
+def test_a_full_disk_is_one_line_and_what_was_saved_stays(checkpoints):
+    first = [write(checkpoints, samples) for samples in (8, 16, 24)]
     with pytest.raises(PatchmillError, match=r"cannot write checkpoint .*000032: .*(space|ENOSPC).*; make room"):
-        write(small_disk, 32)
-    assert not list(small_disk.glob(".*"))  # what did not fit is gone
+        write(checkpoints, 32)
+    assert not list(checkpoints.glob(".*"))  # what did not fit is gone
     with pytest.raises(
         PatchmillError, match=r"a checkpoint in .* takes 0.0008 GB, and .* GB of its disk are free; make room"
     ):
-        write(small_disk, 32, size=4 * COUNT)
-    assert checkpoint.newest(small_disk).path == first[-1]
+        write(checkpoints, 32, size=4 * COUNT)
+    assert checkpoint.newest(checkpoints).path == first[-1]
     for each in first:
         Checkpoint(each).verify()
     shutil.rmtree(first[0])
-    Checkpoint(write(small_disk, 32, size=4 * COUNT)).verify()
+    Checkpoint(write(checkpoints, 32, size=4 * COUNT)).verify()
 
 
 def test_a_write_that_fails_is_one_line_and_what_was_saved_stays(tmp_path):

@@ -5,10 +5,11 @@ import os
 import sys
 
 from pipeline import distributed
+from shards.ending import end_process
 
 distributed.start()
 if len(sys.argv) > 1:
     os.sched_setaffinity(0, map(int, sys.argv[1 + distributed.rank()].split(",")))
 print(json.dumps(distributed.cores_each()))
 distributed.finish()
-distributed.end_process(0)
+end_process(0)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from pipeline import distributed, liveness
 from pipeline.watchdog import Watchdog
+from shards.ending import end_process
 from shards.errors import PatchmillError, StoppedOnRequestError, UserError
 
 liveness.BEAT, liveness.GONE, liveness.GRACE = 0.1, 1.5, 1.0
@@ -59,5 +60,5 @@ if __name__ == "__main__":
         main(sys.argv[1], int(sys.argv[2]))
     except PatchmillError as error:
         print(f"error: {error}", file=sys.stderr)
-        distributed.end_process(error.exit_code)
-    distributed.end_process(0)
+        end_process(error.exit_code)
+    end_process(0)

@@ -25,6 +25,7 @@ from pipeline.models.initial import initial_value
 from pipeline.objectives import create_objective
 from pipeline.settings import check
 from shards.batch import Batch
+from shards.ending import end_process
 
 
 def main(cases: str) -> None:
@@ -112,4 +113,4 @@ if __name__ == "__main__":
     distributed.start()
     main(*sys.argv[1:])
     distributed.finish()
-    distributed.end_process(0)
+    end_process(0)

@@ -10,6 +10,7 @@ from pipeline.config import TrainSettings
 from pipeline.lookout import Lookout
 from pipeline.settings import check
 from pipeline.train import train
+from shards.ending import end_process
 from shards.errors import PatchmillError
 from shards.localstore import LocalStore
 
@@ -60,5 +61,5 @@ if __name__ == "__main__":
         main(Path(sys.argv[1]), sys.argv[2])
     except PatchmillError as error:
         print(f"error: {error}", file=sys.stderr)
-        distributed.end_process(error.exit_code)
-    distributed.end_process(0)
+        end_process(error.exit_code)
+    end_process(0)

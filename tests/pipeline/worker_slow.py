@@ -8,6 +8,7 @@ import pipeline.train
 from pipeline import distributed, liveness
 from pipeline.config import TrainSettings
 from pipeline.settings import check
+from shards.ending import end_process
 from shards.errors import PatchmillError
 
 liveness.BEAT, liveness.GRACE = 0.2, 1.0
@@ -43,4 +44,4 @@ if __name__ == "__main__":
         main(Path(sys.argv[1]))
     except PatchmillError as error:
         print(f"error: {error}", file=sys.stderr)
-        distributed.end_process(error.exit_code)
+        end_process(error.exit_code)

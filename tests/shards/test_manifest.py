@@ -1,5 +1,10 @@
 """Files of the manifest: what is written is what is read, and nothing but the data decides the bytes."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -9,6 +14,7 @@ from shards.errors import UserError
 from shards.manifest import Info, Receipt
 from shards.store import open_store
 
+ROOT = Path(__file__).parents[2]
 ROWS = {
     "key": ["a/0", "b/1"],
     "offset": [1536, 4608],
@@ -35,6 +41,20 @@ def test_sample_table_and_receipt_round_trip(tmp_path):
     assert table.to_pydict() == ROWS
     assert manifest.read_receipt(store, path.name) == RECEIPT
     assert manifest.read_table(path.read_bytes(), columns=["size"]).to_pydict() == {"size": [1000, 2000]}
+
+
+def test_no_thread_of_arrow_keeps_the_bytes_of_a_table_when_it_is_read(tmp_path):
+    """It may let go of them while the interpreter is taken apart, and the process aborts."""
+    manifest.write_samples(open_store(tmp_path), "000000.parquet", ROWS, RECEIPT)
+    program = (
+        "import os; from pathlib import Path; from shards import manifest\n"
+        "before = set(os.listdir('/proc/self/task'))\n"
+        "assert len(manifest.read_table(Path('000000.parquet').read_bytes())) == 2\n"
+        "print(set(os.listdir('/proc/self/task')) - before)"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, timeout=60)
+    assert done.stdout == b"set()\n", done.stderr
 
 
 def test_info_round_trips_and_is_the_same_every_time(tmp_path):

@@ -19,6 +19,7 @@ from pipeline.models import create_model
 from pipeline.models.initial import initial_value
 from pipeline.objectives.supervised import Supervised
 from pipeline.settings import check
+from shards.ending import end_process
 
 MODEL = {
     "name": "vit_ti16",
@@ -127,4 +128,4 @@ if __name__ == "__main__":
     distributed.start()
     main(*sys.argv[1:])
     distributed.finish()
-    distributed.end_process(0)
+    end_process(0)

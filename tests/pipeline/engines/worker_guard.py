@@ -16,6 +16,7 @@ from pipeline.models import create_model
 from pipeline.models.initial import initial_value
 from pipeline.objectives.supervised import Supervised
 from pipeline.settings import check
+from shards.ending import end_process
 
 MODEL = {"name": "vit_ti16", "image_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}
 ENGINES = [("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3), ("accelerate", 0)]
@@ -93,4 +94,4 @@ if __name__ == "__main__":
     distributed.start()
     main()
     distributed.finish()
-    distributed.end_process(0)
+    end_process(0)

@@ -22,6 +22,7 @@ from pipeline.models import create_model
 from pipeline.models.initial import initial_value
 from pipeline.objectives.supervised import Supervised
 from pipeline.settings import check
+from shards.ending import end_process
 
 MODEL = {
     "name": "vit_ti16", "image_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 3,
@@ -192,4 +193,4 @@ if __name__ == "__main__":
     distributed.start()
     main(*sys.argv[1:])
     distributed.finish()
-    distributed.end_process(0)
+    end_process(0)

@@ -11,6 +11,7 @@ from pipeline.models import create_model
 from pipeline.models.initial import initial_value
 from shards.augment import Resize
 from shards.dataset import Dataset
+from shards.ending import end_process
 
 distributed.start()
 dataset, batch = Dataset.open(sys.argv[1]), int(sys.argv[2])
@@ -20,4 +21,4 @@ predictions = predict(model, dataset, Resize(16), batch)
 scored = {**Scores(predictions, dataset).summary(), "best": predictions.ranked[:, 0].tolist()}
 print(json.dumps([classify(model, dataset, Resize(16), batch), scored]))
 distributed.finish()
-distributed.end_process(0)
+end_process(0)

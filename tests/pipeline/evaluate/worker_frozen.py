@@ -15,6 +15,7 @@ from pipeline import distributed
 from pipeline.evaluate.frozen import frozen_features_accuracy
 from pipeline.models import create_model
 from shards.dataset import Dataset
+from shards.ending import end_process
 
 distributed.start()
 if "apart" in sys.argv and distributed.rank() == 1:
@@ -27,4 +28,4 @@ model = create_model("vit_ti8", embed_dim=24, num_heads=3, depth=1, image_size=1
 train, val = (Dataset.open(Path(sys.argv[1]) / name) for name in ("train", "val"))
 print(json.dumps(frozen_features_accuracy(model, train, val, [1, 4], 5, linear=True)))
 distributed.finish()
-distributed.end_process(0)
+end_process(0)

@@ -12,6 +12,7 @@ from pipeline import distributed
 from pipeline.evaluate import frozen
 from pipeline.models import create_model
 from shards.dataset import Dataset
+from shards.ending import end_process
 
 SECONDS = 2
 
@@ -29,4 +30,4 @@ distributed.everyone(None)  # both have come here
 dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=SECONDS), dist.group.WORLD)
 print(json.dumps(frozen.frozen_features_accuracy(model, *sets, [1])))
 distributed.finish()
-distributed.end_process(0)
+end_process(0)

@@ -10,6 +10,7 @@ from pipeline.engines import create_engine
 from pipeline.evaluate.probe import Probe
 from pipeline.models import create_model
 from pipeline.models.initial import initial_value
+from shards.ending import end_process
 from tests.pipeline.evaluate.test_probe import settings
 
 MODEL = {"name": "vit_ti8", "embed_dim": 24, "num_heads": 3, "depth": 1, "image_size": 16, "num_classes": 3}
@@ -36,4 +37,4 @@ if __name__ == "__main__":
     distributed.start()
     main(*sys.argv[1:])
     distributed.finish()
-    distributed.end_process(0)
+    end_process(0)

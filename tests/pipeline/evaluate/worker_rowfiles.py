@@ -8,6 +8,7 @@ import numpy as np
 
 from pipeline import distributed
 from pipeline.evaluate.rowfiles import RowFiles
+from shards.ending import end_process
 
 ROWS = 1000
 distributed.start()
@@ -22,4 +23,4 @@ tables = files.tables()
 print(json.dumps({name: np.array_equal(tables[name], each) for name, each in values.items()}))
 distributed.everyone(None)
 distributed.finish()
-distributed.end_process(0)
+end_process(0)
