@@ -79,7 +79,7 @@ def run_command() -> int:
     is, as Ctrl-C does: files appear whole, and what is finished stays. Training, and what starts ranks, listen for
     themselves. Nobody needs to read what it says on stderr.
     """
-    sys.stderr = Unheard(sys.stderr)
+    sys.stderr = Unheard(sys.stderr or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))  # closed before the start
     _listen(_stop)
     try:
         app()
@@ -92,7 +92,9 @@ def run_command() -> int:
     except KeyboardInterrupt:
         return 130
     except SystemExit as exited:
-        return int(exited.code or 0)
+        if isinstance(exited.code, str):
+            raise  # a library's, which Python tells
+        return exited.code or 0
     finally:
         _listen(signal.SIG_IGN)  # it is over: nobody is to take that for a crash
     return 0

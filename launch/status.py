@@ -156,6 +156,7 @@ def print_log(run: Path, stage: str, rank: int, lines: int, follow: bool) -> Non
     print(f"==> {log}", file=sys.stderr)
     with open(log, encoding="utf-8", errors="replace") as file:
         sys.stdout.write("".join(file.readlines()[-lines:]))
+        sys.stdout.flush()  # as below: into a pipe, too, at once
         heard = float("-inf")
         while follow:
             if time.monotonic() - heard >= SILENCE:  # who speaks lives, and looking may ask Slurm

@@ -14,15 +14,20 @@ def end_process(code: int) -> NoReturn:
     interpreter is taken apart, the process aborts (1 of 40 training runs on busy cores, 1 of 100 commands), and what
     has ended well counts as failed.
 
-    Output that cannot be written ends it with 1, as an error is told; nobody reads it any more: silently.
+    If what is left of its output cannot be written, it ends with 1, as an error is told; nobody reads it any more:
+    silently.
     """
+    if pools := sys.modules.get("concurrent.futures.process"):
+        pools._python_exit()  # workers that nobody told to end: multiprocessing's function would wait for them
     atexit._run_exitfuncs()
     try:
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
     except BrokenPipeError:
         code = code or 1
     except OSError as error:
         print(f"error: what was to be written to stdout is lost: {error.strerror}", file=sys.stderr)
         code = code or 1
-    sys.stderr.flush()
+    if sys.stderr:
+        sys.stderr.flush()
     os._exit(code)

@@ -20,8 +20,9 @@ sys.exit(code)
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Return the environment of a process of Patchmill, with ``more`` in it."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+    """Return the environment of a process of Patchmill, with ``more`` in it; its output is buffered, as a user's is."""
+    mine = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return {**mine, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
 
 
 def patchmill(*arguments: object, cwd: Path, timeout: float = 120, **env: str) -> subprocess.CompletedProcess:

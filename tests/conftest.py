@@ -9,9 +9,11 @@ import hypothesis
 import pytest
 from moto.server import ThreadedMotoServer
 
-# Whoever started the tests, as nohup or as a job in the background: Ctrl-C and a closed terminal end what they start.
+# Whoever started the tests, as nohup or as a job in the background: Ctrl-C and a closed terminal end what they start,
+# which has no handler of this process. The tests themselves outlive a closed terminal if they were to.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 hypothesis.settings.register_profile("shared machines", deadline=None)
 hypothesis.settings.load_profile("shared machines")
