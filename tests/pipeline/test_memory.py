@@ -8,13 +8,13 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from pipeline.config import TrainSettings
 from pipeline.memory import MemoryEstimate
 from pipeline.models import onednn
 from pipeline.settings import check, merge
 from shards.errors import UserError
+from tests.processor import HAS_BFLOAT16
 from tests.ranks import run_on_ranks
 
 WORKER = Path(__file__).parent / "worker_memory.py"
@@ -169,7 +169,7 @@ def test_an_estimate_for_gpus_is_the_same_whatever_the_cpu_can():
         here = of(engine=engine, cuda=cuda).at(64)
         with onednn.unused():
             without = of(engine=engine, cuda=cuda).at(64)
-        assert (here.device == without.device) == (cuda or not torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        assert (here.device == without.device) == (cuda or not HAS_BFLOAT16)
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused():

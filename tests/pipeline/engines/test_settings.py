@@ -1,7 +1,9 @@
 """The engine's settings: under any of them the same first values and losses, and a moving average that is one.
 
 Tolerances of losses around 1.6, of three steps and one more after a resume, on a model without dropout: in float32 1e-5
-on any number of ranks; in low precision 1e-4 between stages, and 2e-2 from float32.
+on any number of ranks; in low precision 2e-2 from float32, and between stages 1e-6 in the first step, 1e-4 after it.
+The last is only where oneDNN has bfloat16: elsewhere, too, weights differ by no more than float32's last bit after the
+first step, but one number of the second is rounded otherwise for it, and Adam, just begun, makes 1e-3 of that.
 """
 
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.pipeline.engines.worker_settings import CASES
+from tests.processor import HAS_BFLOAT16
 from tests.ranks import run_on_ranks
 
 WORKER = Path(__file__).parent / "worker_settings.py"
@@ -34,8 +37,11 @@ def compare(ranks: list[dict], one: dict) -> None:
         assert found["applied"] == [True] * 3, name
         if precision in ROUNDED:
             same = firsts.setdefault(precision, found)
-            assert found["losses"] == pytest.approx(same["losses"], abs=1e-4), name
-            assert found["norms"] == pytest.approx(same["norms"], rel=1e-3), name
+            assert found["losses"][0] == pytest.approx(same["losses"][0], abs=1e-6), name
+            assert found["norms"][0] == pytest.approx(same["norms"][0], rel=1e-5), name
+            if precision == "float16" or HAS_BFLOAT16:
+                assert found["losses"] == pytest.approx(same["losses"], abs=1e-4), name
+                assert found["norms"] == pytest.approx(same["norms"], rel=1e-3), name
             assert found["losses"] == pytest.approx(one["losses"], abs=ROUNDED[precision]), name
             assert found["losses"] != one["losses"], name
         else:

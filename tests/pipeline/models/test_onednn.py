@@ -10,6 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from pipeline.models import onednn
 from pipeline.models.layers import Linear, lecun_normal, zeros
+from tests.processor import HAS_BFLOAT16
 from tests.ranks import run_on_ranks
 
 
@@ -31,7 +32,7 @@ def test_same_as_pytorch(shape, with_bias):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 on this CPU")
+@pytest.mark.skipif(not HAS_BFLOAT16, reason="oneDNN has no bfloat16 on this CPU")
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_under_autocast_as_pytorch(with_bias):
     generator = torch.Generator().manual_seed(0)
@@ -72,7 +73,7 @@ def test_where_it_is_taken(monkeypatch):
         another_build.setattr(torch.ops, "mkldnn", SimpleNamespace())  # without the operator
         assert not taken(torch.randn(256, 256))
     with torch.autocast("cpu", torch.bfloat16):
-        assert taken(torch.randn(256, 256)) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        assert taken(torch.randn(256, 256)) == HAS_BFLOAT16
         assert not taken(torch.randn(255, 256))
     with torch.autocast("cpu", torch.float16):
         assert not taken(torch.randn(256, 256))
