@@ -1,6 +1,7 @@
 """What `patchmill status`, `logs` and `cancel` tell of runs that were never submitted; tests/slurm has the others."""
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -176,38 +178,44 @@ def test_a_watch_goes_on_while_jobs_come_back_and_ends_when_none_does(plan, monk
     }  # fmt: skip
 
 
-def test_a_watch_does_not_end_between_two_stages_of_a_run(plan, monkeypatch, capsys):
+@contextlib.contextmanager
+def watched_until(run: Path, word: str) -> Iterator[tuple[threading.Thread, io.StringIO]]:
+    """Watch a run until its table has a word; capsys would lose what the thread writes while it is read."""
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        thread = watching(run)
+        while word not in shown.getvalue():
+            assert thread.is_alive()
+            time.sleep(0.02)
+        yield thread, shown
+
+
+def test_a_watch_does_not_end_between_two_stages_of_a_run(plan, monkeypatch):
     monkeypatch.setattr("launch.status.SECONDS", 2.0)
     plan.run.mkdir(parents=True)
     (plan.run / "plan.toml").write_text(plan.path.read_text())
-    thread, stage = watching(plan.run), plan.stages[0]
-    while "not begun" not in capsys.readouterr().out:
-        assert thread.is_alive()
-    begin(stage)
-    with only_one(stage.folder / "logs" / RUNNER, "patchmill run"):
-        note(stage.folder, "running")
-        thread.join(6)
-        assert thread.is_alive()
-    thread.join(30)
-    assert not thread.is_alive()
+    stage = plan.stages[0]
+    with watched_until(plan.run, "not begun") as (thread, _):
+        begin(stage)
+        with only_one(stage.folder / "logs" / RUNNER, "patchmill run"):
+            note(stage.folder, "running")
+            thread.join(6)
+            assert thread.is_alive()
+        thread.join(30)
+        assert not thread.is_alive()
 
 
-def test_the_last_table_of_a_watch_has_what_was_done_between_two_looks(plan, monkeypatch, capsys):
+def test_the_last_table_of_a_watch_has_what_was_done_between_two_looks(plan, monkeypatch):
     monkeypatch.setattr("launch.status.SECONDS", 3.0)
     stage = plan.stages[0]
     begin(stage)
     finish(stage, "{}", 1.0)
     done = stage.folder.rename(plan.run / "done")
     (plan.run / "plan.toml").write_text(plan.path.read_text())
-    thread, shown = watching(plan.run), ""
-    while "rates-1" not in shown:
-        assert thread.is_alive()
-        shown += capsys.readouterr().out
-    done.rename(stage.folder)
-    thread.join(30)
-    assert not thread.is_alive()
-    shown += capsys.readouterr().out
-    assert re.findall(r"^train +(\w+)", shown, re.MULTILINE) == ["not", "done"]  # and none twice
+    with watched_until(plan.run, "rates-1") as (thread, shown):
+        done.rename(stage.folder)
+        thread.join(30)
+        assert not thread.is_alive()
+    assert re.findall(r"^train +(\w+)", shown.getvalue(), re.MULTILINE) == ["not", "done"]  # and none twice
 
 
 @pytest.mark.long

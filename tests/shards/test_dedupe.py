@@ -9,7 +9,8 @@ import sys
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stderr
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -320,12 +321,11 @@ def test_a_slice_runs_once_at_a_time_and_says_what_it_waits_for(sets, train, tmp
         dedupe(train, against(sets), out=out, workers=1, own=Slice(0, 2))
     held = ExitStack()
     held.enter_context(only_one(out / "tests", "test"))
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, redirect_stderr(StringIO()) as said:
         running = pool.submit(dedupe, train, against(sets), out=out, workers=1, own=Slice(0, 2))
-        deadline, said = time.monotonic() + 30, ""
-        while "waiting for another dedupe that reads the same test images" not in said:
+        deadline = time.monotonic() + 30
+        while "waiting for another dedupe that reads the same test images" not in said.getvalue():
             assert time.monotonic() < deadline
-            said += capfd.readouterr().err
             time.sleep(0.02)
         assert not running.done()
         held.close()
