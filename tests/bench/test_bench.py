@@ -19,7 +19,9 @@ PEERS = ("webdataset,", "dali,", "streaming,", "timm,", "transformers,")  # whos
     ("name", "rows", "peers"),
     [
         ("order", 8, set()),
-        ("loader", 3, {f"{peer}, noise, {CORES}" for peer in ("webdataset", "dali")}),
+        pytest.param(
+            "loader", 3, {f"{peer}, noise, {CORES}" for peer in ("webdataset", "dali")}, marks=pytest.mark.long
+        ),
         ("shuffle", 6, {f"{peer}, {batch}" for peer in ("webdataset", "streaming") for batch in ("local", "global")}),
         pytest.param("seek", 8, {"sample 0, local", "sample 0, HTTP"}, marks=pytest.mark.slow),
         pytest.param("memory", 4, set(), marks=pytest.mark.slow),
@@ -60,8 +62,8 @@ PEERS = ("webdataset,", "dali,", "streaming,", "timm,", "transformers,")  # whos
             "features", 3, {"transformers, end to end", "transformers, preprocessing"}, marks=pytest.mark.slow
         ),
         ("manifest", 16, set()),
-        ("ledger", 6, set()),
-        ("dedupe", 21, set()),
+        pytest.param("ledger", 6, set(), marks=pytest.mark.long),
+        pytest.param("dedupe", 21, set(), marks=pytest.mark.long),
         pytest.param(
             "build",
             6,

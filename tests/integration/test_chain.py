@@ -17,6 +17,7 @@ from tests.browser import CHROMIUM, browser
 from tests.command import environment
 from tests.images import make_image_folder
 
+pytestmark = pytest.mark.long
 MODEL = 'model = { name = "vit_ti8", embed_dim = 24, num_heads = 3, depth = 2, representation = true }'
 PLAN = f"""
 name = "tiny"
@@ -135,7 +136,6 @@ def test_a_second_run_skips_what_is_done(folder, undisturbed):
     assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*.safetensors")} == before
 
 
-@pytest.mark.long
 def test_killed_in_pre_training_and_run_again_it_ends_with_the_same_weights(folder, undisturbed):
     process = start(folder, "killed")
     stage = folder / "killed" / "tiny" / "stages" / "pretrain"

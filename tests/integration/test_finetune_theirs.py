@@ -43,7 +43,8 @@ def save_theirs(kind: str, folder) -> None:
     getattr(transformers, kind)(config).save_pretrained(folder)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("ViTForImageClassification", marks=pytest.mark.long), "ViTModel"])
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["ViTForImageClassification", "ViTModel"])
 def test_a_checkpoint_of_transformers_is_fine_tuned_at_a_higher_resolution(kind, tmp_path):
     build_image_set(tmp_path, per_class=30, split={"val": 0.3})
     save_theirs(kind, tmp_path / "theirs")

@@ -31,6 +31,7 @@ def alone(folder) -> list[list]:
     return [described(batch) for batch in islice(loader, 2 * STEPS)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("framework", ["accelerate", "deepspeed"])
 def test_batches_are_the_same_under_torchrun_with(framework, folder, alone, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]

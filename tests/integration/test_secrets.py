@@ -74,6 +74,7 @@ def run(folder: Path, **values: str):
     return patchmill("run", "plan.toml", cwd=folder)
 
 
+@pytest.mark.long
 def test_no_file_and_no_line_of_a_run_has_a_secret(bucket, s3_server, tmp_path):
     done = run(tmp_path, name="good", data=f"{bucket}/set", endpoint=s3_server)
     assert done.returncode == 0, done.stderr
@@ -84,6 +85,7 @@ def test_no_file_and_no_line_of_a_run_has_a_secret(bucket, s3_server, tmp_path):
     assert not with_secrets(made, done.stdout, done.stderr)
 
 
+@pytest.mark.long
 def test_nor_has_one_that_fails(bucket, s3_server, tmp_path):
     done = run(tmp_path, name="bad", data="s3://no-such-bucket/set", endpoint=s3_server)
     assert done.returncode == 2

@@ -93,6 +93,7 @@ def test_adam_and_sgd_stand_beside_table_7(tmp_path, monkeypatch):
     assert tables["finetune"]["ImageNet"] == [77.54, 78.24]
 
 
+@pytest.mark.long
 def test_data_sizes_are_subsets(tmp_path, monkeypatch):
     tables = ran("data_size", tmp_path, monkeypatch, runs=2)
     assert tables["pretrain"]["subset"] == [3, 6]
@@ -112,6 +113,7 @@ def test_position_embeddings_stand_beside_table_8(tmp_path, monkeypatch):
     assert table["ViT-B/16 on ImageNet, 5-shot (%)"] == [61.382, 64.206]
 
 
+@pytest.mark.long
 def test_scaling_is_drawn(tmp_path, monkeypatch):
     tables = ran("scaling", tmp_path, monkeypatch, runs=2)
     assert tables["finetune"]["exaFLOPs"] == tables["pretrain"]["exaFLOPs"]

@@ -47,12 +47,12 @@ linear = true
 TABLES = {"mae": "[mae]\ndecoder_depth = 1\ndecoder_dim = 16\ndecoder_heads = 2\n"}
 
 
-def kinds_and_stages(**marked: tuple[str, int]) -> pytest.MarkDecorator:
-    """Parametrise with every kind and ZeRO stage; all are slow but ``fast`` and ``long``."""
-    marks = {marked.get("fast"): (), marked.get("long"): pytest.mark.long}
+def kinds_and_stages(*long: tuple[str, int]) -> pytest.MarkDecorator:
+    """Parametrise with every kind and ZeRO stage; all are slow but those that are ``long``."""
     every = product(("supervised", "masked_patch", "mae"), range(4))
     return pytest.mark.parametrize(
-        ("kind", "stage"), [pytest.param(*each, marks=marks.get(each, pytest.mark.slow)) for each in every]
+        ("kind", "stage"),
+        [pytest.param(*each, marks=pytest.mark.long if each in long else pytest.mark.slow) for each in every],
     )
 
 
@@ -95,7 +95,7 @@ def lines(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@kinds_and_stages(fast=("mae", 3), long=("masked_patch", 3))
+@kinds_and_stages(("mae", 3), ("masked_patch", 3))
 def test_losses_and_probes_are_those_of_one_rank(run, kind, stage):
     one, two = run(kind), run(kind, 2, stage)
     before, after = losses(one), losses(two)
@@ -110,7 +110,7 @@ def test_losses_and_probes_are_those_of_one_rank(run, kind, stage):
             for line in lines(two) if "probe_linear" in line} == {True}  # fmt: skip
 
 
-@kinds_and_stages(fast=("mae", 3))
+@kinds_and_stages(("mae", 3))
 def test_the_encoder_is_fine_tuned(folder, run, kind, stage):
     name = run(kind, 2, stage).name
     converted = patchmill("convert", name, f"{name}.safetensors", cwd=folder)

@@ -72,6 +72,7 @@ def undisturbed(folder) -> list[tuple[int, float]]:
     return losses(folder / "undisturbed")
 
 
+@pytest.mark.long
 def test_log_lines_say_what_the_loaders_of_all_ranks_did(folder, undisturbed):
     lines = [json.loads(line) for line in (folder / "undisturbed" / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "loss" in line]
@@ -192,6 +193,7 @@ def test_a_second_run_in_the_same_folder_waits_its_turn(folder):
     assert seen == list(range(12, seen[-1] + 1, 12))
 
 
+@pytest.mark.long
 def test_a_loss_that_is_not_finite_ends_the_run(folder):
     code, stderr = done(launch(folder, 2, "diverged", over=("optim.lr=1e30", "optim.clip=1e9")))
     assert code == 1
@@ -239,6 +241,7 @@ def test_when_a_rank_is_killed_the_others_end_within_a_minute_and_the_launcher_s
     assert "rank 1 ended with SIGKILL" in stderr
 
 
+@pytest.mark.long
 def test_when_the_launcher_is_killed_the_ranks_save_and_end(folder):
     run = folder / "launcher-killed"
     process = launch(folder, 2, run.name, epochs=400)

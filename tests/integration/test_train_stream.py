@@ -77,6 +77,7 @@ def test_standard_input_ends_is_saved_and_more_of_it_goes_on(folder):
     assert samples(folder, "stdin") == list(range(12, 193, 12))
 
 
+@pytest.mark.long
 def test_commands_on_two_ranks(folder):
     pipe = "data.train='pipe:cat set/train/shards/{000000..000003}.tar'"
     code, stderr = train(folder, "pipe", pipe, "data.allow_pipe=true", ranks=2)

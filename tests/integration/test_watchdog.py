@@ -45,7 +45,7 @@ def test_data_that_never_comes(tmp_path):
     assert 'stream.py"' in text  # the stack of the thread that waits
 
 
-@pytest.mark.parametrize("number", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [pytest.param(5, marks=pytest.mark.long), pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_that_hangs_is_named_by_all_with_the_stacks_of_all(tmp_path, number):
     build_image_set(tmp_path, per_class=8)
     ranks = ends_of_ranks(WORKER, 2, tmp_path, number, timeout=100)

@@ -74,6 +74,7 @@ def test_rejected_images_are_listed_with_reasons(tmp_path, monkeypatch):
         assert lines[-1] == "left out: 11 images in all; --json lists them"
 
 
+@pytest.mark.long
 def test_bad_settings(data, tmp_path):
     (tmp_path / "c.toml").write_text(TRAIN.format(train=data / "set/train", val=data / "set/val"))
 
@@ -92,6 +93,7 @@ def test_bad_settings(data, tmp_path):
     assert "no plan.toml" in refused(patchmill("report", "run", cwd=tmp_path))
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_another_model(data, tmp_path):
     (tmp_path / "c.toml").write_text(TRAIN.format(train=data / "set/train", val=data / "set/val"))
     done = patchmill("train", "c.toml", "evaluate.view=center_crop", "--out", "run", "--json", cwd=tmp_path)

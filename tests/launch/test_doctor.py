@@ -86,6 +86,7 @@ def test_a_plan_that_will_run_is_told_in_every_part(images, tmp_path):
     assert not (tmp_path / "runs").exists()  # nothing is left behind
 
 
+@pytest.mark.long
 def test_it_looks_with_the_ranks_that_are_asked_for(images, tmp_path):
     done = patchmill("doctor", plan(tmp_path, images, ranks=1), "--ranks", "2", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -158,6 +158,7 @@ def test_a_stage_before_which_another_node_was_asked_to_stop_has_stopped_and_not
     assert (told.state, told.why) == ("stopped", "stopped between two stages, on request of node 1")
 
 
+@pytest.mark.long
 def test_of_a_finished_plan_nodes_wait_for_each_other_only_where_it_is_made_anew(tmp_path):
     make_image_folder(tmp_path / "images", per_class=2)
     (tmp_path / "plan.toml").write_text(ALONE)

@@ -199,6 +199,7 @@ def test_a_data_set_of_many_runs_is_opened_once(data, monkeypatch):
     assert opened == [str(data / "set")]
 
 
+@pytest.mark.long
 def test_each_command_that_checks_a_plan_tells_it(data):
     read(data, train('train = "set", val = "other"') + stage("figures", 'weights = "set"'))
     for command in (["run", "plan.toml"], ["run", "plan.toml", "--dry-run"], ["submit", "plan.toml"]):

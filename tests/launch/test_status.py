@@ -272,6 +272,7 @@ def test_a_stage_that_failed_says_why(data, tmp_path, capsys):
     assert (status(tmp_path)["train"].state, status(tmp_path)["train"].why) == ("done", "")
 
 
+@pytest.mark.long
 def test_on_a_terminal_a_rank_draws_and_its_log_has_the_rest(data, tmp_path):
     """Of a terminal that this test opens, as a user's: bars, and no part of them in the log."""
     bad = PLAN.replace('train = "set"', f'train = "{data}/set"').replace("4000 steps", "200 steps")
@@ -353,7 +354,7 @@ def test_damaged_files_of_a_run_are_one_line(file, text, told, plan, tmp_path):
     assert told in refused(done)
 
 
-@pytest.mark.parametrize("interrupted", [False, True])
+@pytest.mark.parametrize("interrupted", [pytest.param(False, marks=pytest.mark.long), True])
 def test_what_a_stage_says_is_followed_until_it_ends_or_somebody_has_seen_enough(interrupted, plan, tmp_path):
     train = plan.stages[0]
     begin(train)

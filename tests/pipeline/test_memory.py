@@ -109,6 +109,7 @@ def compare(ranks: int, cases: dict, timeout: float) -> None:
             assert peak == pytest.approx(rank["tensors"], rel=0.1), name
 
 
+@pytest.mark.long
 def test_memory_is_what_two_ranks_hold_and_save():
     compare(2, CASES, 240)
 

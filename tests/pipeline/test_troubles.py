@@ -117,6 +117,7 @@ def test_several_in_a_row_go_back_and_are_passed_over(data, settings, poisoned, 
         assert torch.equal(one[name], other[name]), name
 
 
+@pytest.mark.long
 def test_a_rollback_under_zero_3_ends_as_without_it(settings, poisoned, tmp_path):
     poisoned(80, 88, 96)
     over = {"engine": {"kind": "deepspeed", "zero_stage": 3}, "guard": {"in_row": 3}}
@@ -129,6 +130,7 @@ def test_a_rollback_under_zero_3_ends_as_without_it(settings, poisoned, tmp_path
         torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-4, msg=name)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("engine", [{"kind": "accelerate"}, *({"zero_stage": stage} for stage in (0, 1, 2, 3))])
 def test_the_engine_is_gone_when_a_rollback_makes_another(settings, poisoned, tmp_path, monkeypatch, engine):
     poisoned(80, 88, 96)
@@ -147,6 +149,7 @@ def test_the_engine_is_gone_when_a_rollback_makes_another(settings, poisoned, tm
     assert left == [0, 0]
 
 
+@pytest.mark.long
 def test_it_stops_if_told_to_and_when_nothing_helps(settings, poisoned, tmp_path):
     poisoned(*range(40, 240, 8))
     with pytest.raises(PatchmillError, match=r"2 steps in a row were skipped up to 56 samples: the loss is nan; lower"):

@@ -165,6 +165,7 @@ def test_without_matplotlib_there_are_curves_and_a_word_for_the_figures(runs, tm
     assert "data:image" not in text
 
 
+@pytest.mark.long
 def test_one_page_of_one_run_stands_in_its_folder_and_runs_are_given_once(folder, runs):
     done = patchmill("report", runs[0], cwd=folder)
     assert done.returncode == 0, done.stderr
