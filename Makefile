@@ -1,7 +1,7 @@
 # make        check what pip cannot bring, and install everything else into .venv
 # make demo   the main job on real images, and its result
 # make test   the tests (10 minutes at most on 2 cores)
-# make test-long   whole runs that take up to a minute each, 10 to 15 minutes in all
+# make test-long   whole runs and commands that take up to a minute each, a quarter of an hour in all
 # make test-slow   longer ones, hours in all
 # make slurm       a real Slurm cluster of two nodes on this machine (Debian's packages, as root); make slurm-stop ends it
 # make test-slurm  submitting, stopping, going on and faults on such a cluster
@@ -39,7 +39,7 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test-long: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long --numprocesses auto --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "long and not slow" --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

@@ -15,13 +15,12 @@ CORES = "1 core" if MANY == 1 else f"{MANY} cores"
 PEERS = ("webdataset,", "dali,", "streaming,", "timm,", "transformers,")  # whose rows are there if they are installed
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "rows", "peers"),
     [
         ("order", 8, set()),
-        pytest.param(
-            "loader", 3, {f"{peer}, noise, {CORES}" for peer in ("webdataset", "dali")}, marks=pytest.mark.long
-        ),
+        ("loader", 3, {f"{peer}, noise, {CORES}" for peer in ("webdataset", "dali")}),
         ("shuffle", 6, {f"{peer}, {batch}" for peer in ("webdataset", "streaming") for batch in ("local", "global")}),
         pytest.param("seek", 8, {"sample 0, local", "sample 0, HTTP"}, marks=pytest.mark.slow),
         pytest.param("memory", 4, set(), marks=pytest.mark.slow),
@@ -62,14 +61,9 @@ PEERS = ("webdataset,", "dali,", "streaming,", "timm,", "transformers,")  # whos
             "features", 3, {"transformers, end to end", "transformers, preprocessing"}, marks=pytest.mark.slow
         ),
         ("manifest", 16, set()),
-        pytest.param("ledger", 6, set(), marks=pytest.mark.long),
-        pytest.param("dedupe", 21, set(), marks=pytest.mark.long),
-        pytest.param(
-            "build",
-            6,
-            {"tar, 1 worker", "tar, 2 workers", "Pillow + webdataset, 1 worker", "1 worker, 2 workers"},
-            marks=pytest.mark.long,
-        ),
+        ("ledger", 6, set()),
+        ("dedupe", 21, set()),
+        ("build", 6, {"tar, 1 worker", "tar, 2 workers", "Pillow + webdataset, 1 worker", "1 worker, 2 workers"}),
     ],
 )
 def test_quick_form_writes_the_contract(name, rows, peers, tmp_path):

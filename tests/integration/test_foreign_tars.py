@@ -36,6 +36,7 @@ def sets(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("train", "val"), [("webdataset", "img2dataset"), ("img2dataset", "webdataset")])
 def test_they_train(sets, tmp_path, train, val):
     (tmp_path / "c.toml").write_text(TRAIN.format(train=sets / train, val=sets / val))

@@ -106,6 +106,7 @@ def test_a_dry_run_tells_what_would_happen_and_touches_nothing(plan):
     assert "give one of them" in str(both.exception)
 
 
+@pytest.mark.long
 def test_a_run_from_a_stage_on_makes_it_anew_with_what_follows_even_if_it_fails_in_between(plan, monkeypatch, capsys):
     plan.write_text(PLAN[: PLAN.index('[[stage]]\nname = "rates"')])
     monkeypatch.setattr("launch.launchers.run_ranks", forked.run_ranks)

@@ -99,6 +99,7 @@ def test_it_looks_with_the_ranks_that_are_asked_for(images, tmp_path):
     assert "is a run, whose jobs have theirs; leave it out" in wrong
 
 
+@pytest.mark.long
 def test_of_a_plan_for_a_cluster_only_as_many_ranks_are_started_as_there_are_cores(images, tmp_path):
     """On a login node, that is: hundreds of processes of torch would take its memory, and its users' time."""
     cores = os.sched_getaffinity(0)
@@ -124,6 +125,7 @@ def test_what_will_not_run_is_told_on_one_page_and_ends_with_2(images, tmp_path)
     assert "no room; make some, or give another --runs" in " ".join(done.stdout.split())
 
 
+@pytest.mark.long
 def test_a_shard_that_cannot_be_read_is_an_error(images, tmp_path):
     broken = build_image_set(tmp_path / "broken", per_class=8, shard_samples=4)
     shard = broken / "shards" / "000005.tar"
@@ -176,6 +178,7 @@ def test_all_checkpoints_that_are_kept_for_good_need_room(images, tmp_path):
     assert count('every = "1 steps", keep_every = "30 steps"') == "3"
 
 
+@pytest.mark.long
 def test_what_one_host_alone_cannot_read_or_write_is_told_with_its_name(images, tmp_path):
     """Two hosts are two folders here, in which the same relative paths lead to other disks."""
     cached = 'cache = "scratch/cache", cache_bytes = "1 GB" }'

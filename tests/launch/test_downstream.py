@@ -167,6 +167,7 @@ def test_a_real_file_of_the_wrong_length(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_a_class_with_fewer_images_than_shots(data, tmp_path):
     sets = (data / "w.safetensors", data / "set/train", data / "set/val")
     line = refused(patchmill("fewshot", *sets, "--shots", "5,40", cwd=tmp_path))
@@ -201,6 +202,7 @@ def test_the_middle_is_cut_of_something_larger(data):
     assert "--short 12 is less than the 16 pixels that the model sees; give 16 or more" in line
 
 
+@pytest.mark.long
 def test_where_nothing_can_be_written_is_told_before_the_evaluation(data, tmp_path):
     (tmp_path / "file").write_text("")
     for out, why in (("file", "File exists"), ("file/below", "Not a directory")):

@@ -77,6 +77,7 @@ def test_mistakes_in_a_models_settings_are_one_line(setting, words):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.long
 def test_the_command_line_prints_whole_numbers_and_refuses_mistakes(tmp_path):
     done = patchmill("estimate", "vit_h14_jft300m", cwd=tmp_path, COLUMNS="80")
     assert done.returncode == 0, done.stderr
@@ -119,6 +120,7 @@ def test_a_model_alone_is_named_once():
 STAGE = ("small_pretrain", "model.depth=2", "data.train=x", "engine.kind=deepspeed")
 
 
+@pytest.mark.long
 def test_memory_disk_and_time_on_gpus(tmp_path):
     arguments = [*STAGE, "global_batch=64", "--classes", 10, "--epoch", 1000, "--gpus", 8, "--gpu", "H100"]
     done = patchmill("estimate", *arguments, cwd=tmp_path, COLUMNS="80")

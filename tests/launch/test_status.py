@@ -189,6 +189,7 @@ def watched_until(run: Path, word: str) -> Iterator[tuple[threading.Thread, io.S
         yield thread, shown
 
 
+@pytest.mark.long
 def test_a_watch_does_not_end_between_two_stages_of_a_run(plan, monkeypatch):
     monkeypatch.setattr("launch.status.SECONDS", 2.0)
     plan.run.mkdir(parents=True)

@@ -56,7 +56,14 @@ def finished(folder: Path) -> dict[str, int]:
     return {path.stem: (folder / f"set/shards/{path.stem}.tar").stat().st_mtime_ns for path in tables}
 
 
-@pytest.mark.parametrize(("workers", "number"), [(1, signal.SIGTERM), (2, signal.SIGUSR1), (2, signal.SIGHUP)])
+@pytest.mark.parametrize(
+    ("workers", "number"),
+    [
+        (1, signal.SIGTERM),
+        pytest.param(2, signal.SIGUSR1, marks=pytest.mark.long),
+        pytest.param(2, signal.SIGHUP, marks=pytest.mark.long),
+    ],
+)
 def test_a_build_stops_when_all_of_its_processes_are_told_to_and_goes_on(tmp_path, workers, number):
     process = building(tmp_path, workers)
     os.killpg(process.pid, number)  # as Slurm does: every process of a step gets it
@@ -105,7 +112,8 @@ def test_a_run_whose_terminal_is_closed_saves_and_goes_on_later(tmp_path, ranks)
     assert (told.state, told.why.split(" at ")[0]) == ("stopped", "stopped on request")
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_piped_into_a_tee_that_ends_with_the_terminal_saves_all_the_same(tmp_path, ranks):
     build_image_set(tmp_path, per_class=8)
     (tmp_path / "plan.toml").write_text(f"name = 'x'{TRAIN.replace('ranks = 1', f'ranks = {ranks}')}")

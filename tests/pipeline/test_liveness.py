@@ -42,6 +42,7 @@ def reasons(told: list[str]) -> list[str]:
     return [next(line for line in each.splitlines() if line.startswith("error: ")) for each in told]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("how", "who"),
     [
@@ -86,6 +87,7 @@ def test_an_end_on_request_and_an_early_end_are_no_deaths():
     assert codes == [0, 0, 0]
 
 
+@pytest.mark.long
 def test_a_watchdog_alone_says_how_long_a_collective_may_take():
     codes, told, _ = run("late", 1, ranks=2)
     assert codes == [0, 0], told

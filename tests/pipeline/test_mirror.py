@@ -411,6 +411,7 @@ def test_nothing_is_written_outside_the_folder(tmp_path, capsys):
     assert found == ["checkpoint.json", "rank-00000.safetensors"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("how", "code", "samples"), [("end", 0, 48), pytest.param("stop", 75, 24, marks=pytest.mark.slow)]
 )
@@ -420,6 +421,7 @@ def test_bringing_may_take_longer_than_anything_else(tmp_path, data, how, code, 
     assert samples_in(tmp_path / "mirror") == [samples]
 
 
+@pytest.mark.long
 def test_a_fetch_may_take_longer_than_ranks_wait_for_each_other(tmp_path, data):
     table = merge(TABLE, {"data": {"train": str(data)}, "checkpoint": {"mirror": str(tmp_path / "mirror")}})
     train(check(TrainSettings, merge(table, {"duration": "2 steps", "global_batch": 12}), "test"), tmp_path / "lost")

@@ -50,6 +50,7 @@ def test_momentum_moves_with_the_checkpoint(kind, stage, tmp_path):
     assert resumed["losses"] == pytest.approx(whole["losses"][2:], abs=1e-6)
 
 
+@pytest.mark.long
 def test_one_group_of_parameters_goes_on_as_many_under_any_engine_stage_and_number_of_ranks(tmp_path):
     """With layer decay, ``decay = "kernels"`` and no clipping; against plain torch, each rate by hand."""
     worker = Path(__file__).parent / "worker_groups.py"

@@ -88,6 +88,7 @@ def features_by_hand(dataset: Dataset, view: Transform = VIEW) -> tuple[np.ndarr
     return features.numpy(), np.array([each.labels[0] for each in samples])
 
 
+@pytest.mark.long
 def test_probes_find_the_same_on_any_ranks_and_engines_as_one_image_after_the_other(folder):
     train, test = (features_by_hand(Dataset.open(folder / part)) for part in ("train", "test"))
     few = {f"probe_{n}shot": fewshot_accuracy(*train, *test, n).mean() for n in (1, 3)}

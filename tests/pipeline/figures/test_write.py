@@ -53,6 +53,7 @@ def test_every_figure_of_a_masked_patch_stage_and_its_bytes_are_the_same_again(f
         assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20  # something is drawn
 
 
+@pytest.mark.long
 def test_what_cannot_be_drawn_is_said(folder, alone):
     run = stage(
         folder,
