@@ -5,6 +5,7 @@
 # make test-slow   longer ones, hours in all
 # make slurm       a real Slurm cluster of two nodes on this machine (Debian's packages, as root); make slurm-stop ends it
 # make test-slurm  submitting, stopping, going on and faults on such a cluster
+# make test-proof  eight faults of make proof
 # make proof       four stages under 50 faults, drawn from SEED, beside the same ones undisturbed (root; a quarter of an hour)
 # make soak        an hour of training, watched: memory, descriptors, threads, step time, checkpoints (MINUTES=60)
 # make peers       other projects' readers, loaders and models, into .venv-peers
@@ -25,7 +26,7 @@ TESTS  ?= $(filter-out %__pycache__/,$(sort $(wildcard tests/*/ tests/test_*.py)
 MINUTES ?= 60
 PIP    := python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo test test-long test-slow slurm slurm-stop test-slurm proof soak test-peers peers lint types coverage \
+.PHONY: setup demo test test-long test-slow slurm slurm-stop test-slurm test-proof proof soak test-peers peers lint types coverage \
 	docs bench bench-peers clean
 
 # The native JPEG decoder is built at once if it is not there, and gone on without if it cannot be.
@@ -51,7 +52,10 @@ slurm-stop:
 	@$(PYTHON) tests/slurm/cluster.py stop
 
 test-slurm: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slurm and not slow" tests/slurm tests/proof
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slurm and not slow" tests/slurm
+
+test-proof: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm tests/proof
 
 proof: setup
 	$(BIN)/python tests/proof/prove.py --seed $(SEED)

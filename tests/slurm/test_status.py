@@ -12,7 +12,7 @@ from pipeline.weights import write_weights
 from tests.command import environment, patchmill, refused
 from tests.slurm.runs import SHARDS, TRAIN, Submitted, write_plan
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 BROKEN = """
 [[stage]]
 name = "broken"
@@ -41,7 +41,7 @@ def status(run: Submitted, **env: str) -> dict[str, dict]:
 
 
 def test_a_run_is_followed_cancelled_and_goes_on(cluster, tmp_path):
-    later = '\n[stage.shards]\nsbatch = ["--begin=now+12"]'
+    later = '\n[stage.shards]\nsbatch = ["--begin=now+30"]'
     run = Submitted(cluster, write_plan(tmp_path, SHARDS, TRAIN.replace("700", "2000")), "ranks_per_node = 2" + later)
     stages = status(run)
     assert [stages[name]["state"] for name in ("shards", "train")] == ["waiting", "waiting"]
