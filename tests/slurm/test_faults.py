@@ -122,7 +122,7 @@ def test_of_an_array_the_one_that_was_stopped_comes_back_alone(cluster, tmp_path
 
 def test_the_time_limit_stops_it_and_it_goes_on(cluster, tmp_path):
     endless = TRAIN.replace("700 steps", "1000000 steps")
-    profile = 'ranks_per_node = 2\ntime = "2"\ngrace = 45'  # heard 30 to 60 s on
+    profile = 'ranks_per_node = 2\ntime = "2"\ngrace = 30'  # heard 45 to 75 s on
     run = Submitted(cluster, write_plan(tmp_path, SHARDS, endless), profile)
     wait_for(lambda: run.shown("train")["Restarts"] == "1", 240, "the time limit")
     reason = run.record("train")["reason"]
@@ -145,7 +145,7 @@ def test_a_time_limit_of_which_nothing_warned_is_no_excuse_either(cluster, tmp_p
 
 
 def test_ranks_that_hang_at_the_time_limit_are_left_and_the_job_goes_on_from_its_newest_checkpoint(cluster, tmp_path):
-    run = Submitted(cluster, write_plan(tmp_path, SHARDS, TRAIN), 'ranks_per_node = 2\ntime = "1"\ngrace = 20')
+    run = Submitted(cluster, write_plan(tmp_path, SHARDS, TRAIN), 'ranks_per_node = 2\ntime = "2"\ngrace = 30')
     run.wait_for_steps("train", 60)
     (node,) = run.shown("train")["NodeList"].split(",")
     for pid in cluster.tasks(node):
