@@ -12,7 +12,7 @@
 # make test-peers  our shards in their hands; our models and converted weights beside theirs
 # make types       the types, by mypy
 # make coverage    the tests again, folder by folder, and which lines they ran, subprocesses too: build/coverage.txt;
-#                  some 45 minutes; TESTS=tests/shards for a part
+#                  some 40 minutes; TESTS=tests/shards for a part
 # make docs        the pages and pictures that are made of the code, and a check of every page
 # make bench       speed and memory, on a quiet machine; what needs no other project
 # make bench-peers the same, then ours beside other projects'
@@ -78,7 +78,8 @@ coverage: setup
 	rm -f .coverage .coverage.*
 	mkdir -p build
 	@failed=; for part in $(TESTS); do echo "$$part"; \
-		OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -m "not peers and not slow and not slurm" $$part; \
+		OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -m "not peers and not slow and not slurm" \
+			--numprocesses auto --dist loadfile --no-loadscope-reorder $$part; \
 		case $$? in 0|5) ;; *) failed="$$failed $$part" ;; esac; \
 	done; \
 	$(BIN)/coverage combine --quiet && $(BIN)/coverage report > build/coverage.txt && grep TOTAL build/coverage.txt && \
