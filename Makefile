@@ -1,21 +1,23 @@
-# make        check what pip cannot bring, and install everything else into .venv
-# make demo   the main job on real images, and its result
-# make test   the tests (10 minutes at most on 2 cores)
-# make test-long   whole runs and commands that take up to a minute each, a quarter of an hour in all
+# make             check what pip cannot bring, and install everything else into .venv
+# make demo        the main job on real images, and its result
+# make test        the tests (10 minutes at most on 2 cores)
+# make test-long   whole runs and commands that take up to a minute each, half an hour in all
 # make test-slow   longer ones, hours in all
 # make slurm       a real Slurm cluster of two nodes on this machine (Debian's packages, as root); make slurm-stop ends it
 # make test-slurm  submitting, stopping, going on and faults on such a cluster
 # make test-proof  eight faults of make proof
-# make proof       four stages under 50 faults, drawn from SEED, beside the same ones undisturbed (root; a quarter of an hour)
+# make proof       four stages under 50 faults, drawn from SEED, beside the same ones undisturbed (root; 15 to 30 minutes)
 # make soak        an hour of training, watched: memory, descriptors, threads, step time, checkpoints (MINUTES=60)
 # make peers       other projects' readers, loaders and models, into .venv-peers
 # make test-peers  our shards in their hands; our models and converted weights beside theirs
+# make lint        style, by ruff
 # make types       the types, by mypy
 # make coverage    the tests again, folder by folder, and which lines they ran, subprocesses too: build/coverage.txt;
 #                  some 40 minutes; TESTS=tests/shards for a part
 # make docs        the pages and pictures that are made of the code, and a check of every page
 # make bench       speed and memory, on a quiet machine; what needs no other project
 # make bench-peers the same, then ours beside other projects'
+# make clean       remove what was installed and made
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -24,6 +26,7 @@ PEERS  := .venv-peers
 SEED   ?= 1
 TESTS  ?= $(filter-out %__pycache__/,$(sort $(wildcard tests/*/ tests/test_*.py)))
 MINUTES ?= 60
+XDIST  := --numprocesses auto --dist loadfile --no-loadscope-reorder
 PIP    := python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: setup demo test test-long test-slow slurm slurm-stop test-slurm test-proof proof soak test-peers peers lint types coverage \
@@ -37,10 +40,10 @@ demo: setup
 	$(BIN)/patchmill run examples/clipart.toml
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(XDIST)
 
 test-long: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "long and not slow" --numprocesses auto --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "long and not slow" $(XDIST)
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
@@ -55,7 +58,7 @@ test-slurm: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slurm and not slow" tests/slurm
 
 test-proof: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm tests/proof
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slurm and not slow" tests/proof
 
 proof: setup
 	$(BIN)/python tests/proof/prove.py --seed $(SEED)
@@ -78,8 +81,7 @@ coverage: setup
 	rm -f .coverage .coverage.*
 	mkdir -p build
 	@failed=; for part in $(TESTS); do echo "$$part"; \
-		OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -m "not peers and not slow and not slurm" \
-			--numprocesses auto --dist loadfile --no-loadscope-reorder $$part; \
+		OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -m "not peers and not slow and not slurm" $(XDIST) $$part; \
 		case $$? in 0|5) ;; *) failed="$$failed $$part" ;; esac; \
 	done; \
 	$(BIN)/coverage combine --quiet && $(BIN)/coverage report > build/coverage.txt && grep TOTAL build/coverage.txt && \

@@ -123,6 +123,7 @@ def main():
 def arguments() -> argparse.Namespace:
     options = parser(__doc__)
     options.add_argument("--model", action="append", metavar="NAME", help="this one alone; may be given several times")
+    options.add_argument("--precision", choices=("float32", "bfloat16"), help="this one alone")
     return options.parse_args()
 
 
@@ -142,6 +143,7 @@ def cases(args: argparse.Namespace, cuda: bool) -> list[Case]:
         Case(model, batch, *kind, {**{key: MODELS[model][1][key] for key in SHAPE}, "image_size": 224})
         for model in args.model or batches
         for batch, kind in product(batches.get(model, default), kinds)
+        if args.precision in (None, kind[0])
     ]
 
 

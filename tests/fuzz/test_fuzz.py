@@ -1,7 +1,8 @@
 """Whatever stands in a file, only the contract's errors come of it: no crash, no hang, no memory without end, nothing
 written elsewhere, no program started.
 
-``PATCHMILL_FUZZ=100 pytest tests/fuzz`` tries a hundred times as much, from another seed; ``-m slow`` ten times.
+``make test`` tries a fifth of the inputs, ``make test-long`` all; ``PATCHMILL_FUZZ=100 pytest -m long tests/fuzz``
+a hundred times as many, from another seed; ``-m slow`` ten times as many.
 ``guided.py`` goes by coverage. Inputs are drawn by a seed, not by hypothesis: of bytes that are damaged by what
 a format means it knows no more, and a corpus of files says more in a review than its database.
 """
@@ -45,9 +46,10 @@ def fuzz(names: tuple[str, ...], folder, times: float, seed: int, timeout: float
 
 
 @pytest.mark.timeout(300 + 300 * TIMES)
+@pytest.mark.parametrize("share", [0.2, pytest.param(1.0, marks=pytest.mark.long)])
 @pytest.mark.parametrize("names", MODULES.values(), ids=[module.rpartition("_")[2] for module in MODULES])
-def test_what_stands_in_files_gives_nothing_but_the_errors_of_the_contract(names, tmp_path):
-    found = fuzz(names, tmp_path, TIMES, 0 if TIMES == 1 else secrets.randbits(32), 250 + 250 * TIMES)
+def test_what_stands_in_files_gives_nothing_but_the_errors_of_the_contract(names, share, tmp_path):
+    found = fuzz(names, tmp_path, share * TIMES, 0 if TIMES == 1 else secrets.randbits(32), 250 + 250 * TIMES)
     for name, told in found.items():  # the good ones are read, and not all damage is lost on the way to the readers
         assert told["ends"]["read"] >= len([path for path in (CORPUS / name).iterdir() if "found" not in path.name])
         assert sum(told["ends"].values()) > told["ends"]["read"]

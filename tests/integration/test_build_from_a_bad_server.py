@@ -37,6 +37,7 @@ def table(url: str, folder: Path) -> Path:
         ("tars", "error", "500 Internal Server Error"),
     ],
 )
+@pytest.mark.long
 def test_a_build_says_what_failed_and_ends_well_when_the_server_does(site, tmp_path, source, fault, message):
     url = table(site.url, tmp_path / "table") if source == "table" else f"{site.url}/set-{{000000..000002}}.tar"
 

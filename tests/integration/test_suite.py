@@ -82,6 +82,7 @@ def test_the_whole_suite_runs_on_two_data_sets_from_one_plan(suite, tmp_path, mo
         assert f"most frequent class in {data}/{part}<" in page
 
 
+@pytest.mark.long
 def test_the_drawings_in_cifars_layout_are_themselves_with_what_the_plan_holds_out_as_test(suite, tmp_path):
     plan = read_plan(suite, tmp_path / "runs")
     for stage in plan.stages[:2]:

@@ -67,6 +67,7 @@ def found(folder: Path, *arguments, ranks: int = 2, hosts: str = "", **more) -> 
     return {each.what.removeprefix("pretrain: "): each[1:3] for each in diagnose(checked, checked.stages, started)}
 
 
+@pytest.mark.long
 def test_a_plan_that_will_run_is_told_in_every_part(images, tmp_path):
     done = patchmill("doctor", plan(tmp_path, images), "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -69,6 +69,7 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_objectnet_is_scored_as_its_authors_do(tmp_path):
     """Their code takes the five best of all 1,000, and calls each by ObjectNet's class or by none."""
     source = objectnet(tmp_path / "objectnet-1.0", each=8, side=(40, 30))

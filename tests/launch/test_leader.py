@@ -111,6 +111,7 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.long
 def test_node_0_stops_what_it_does_alone_when_another_is_asked_to_stop(tmp_path):
     make_slow_images(tmp_path / "images", 96)
     (tmp_path / "plan.toml").write_text(ALONE.replace("}", ', shard_samples = 2, format = "webp", workers = 1 }'))
@@ -125,6 +126,7 @@ def test_node_0_stops_what_it_does_alone_when_another_is_asked_to_stop(tmp_path)
     assert [stage.state for stage in status_of(tmp_path / "runs/x")] == ["stopped"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_node_0_is_asked_to_stop_while_it_waits_for_another_run(tmp_path, number):
     build_image_set(tmp_path, per_class=8)
@@ -174,6 +176,7 @@ def test_of_a_finished_plan_nodes_wait_for_each_other_only_where_it_is_made_anew
     assert "shards is made anew" in ends[0][1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_node_that_waits_for_node_0_stops_when_it_is_asked_to(tmp_path, number):
     make_image_folder(tmp_path / "images", per_class=8)

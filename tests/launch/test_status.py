@@ -255,6 +255,7 @@ def test_a_run_is_followed_stopped_and_killed(data, capsys):
     process.wait()
 
 
+@pytest.mark.long
 def test_a_stage_that_failed_says_why(data, tmp_path, capsys):
     (tmp_path / "plan.toml").write_text(PLAN.replace('train = "set"', f'train = "{data}/set"'))
     plan = read_plan(tmp_path / "plan.toml", tmp_path / "runs")
@@ -344,6 +345,7 @@ def test_the_logs_that_are_there_are_named(tmp_path, capsys):
         ("../../slurm/submission.json", '{"jobs', "end those named x:... by scancel, then remove it"),
     ],
 )
+@pytest.mark.long
 def test_damaged_files_of_a_run_are_one_line(file, text, told, plan, tmp_path):
     begin(plan.stages[0])
     (plan.run / "plan.toml").write_text(plan.path.read_text())
@@ -355,7 +357,8 @@ def test_damaged_files_of_a_run_are_one_line(file, text, told, plan, tmp_path):
     assert told in refused(done)
 
 
-@pytest.mark.parametrize("interrupted", [pytest.param(False, marks=pytest.mark.long), True])
+@pytest.mark.long
+@pytest.mark.parametrize("interrupted", [False, True])
 def test_what_a_stage_says_is_followed_until_it_ends_or_somebody_has_seen_enough(interrupted, plan, tmp_path):
     train = plan.stages[0]
     begin(train)

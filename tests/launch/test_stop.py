@@ -82,6 +82,7 @@ def test_a_build_stops_when_all_of_its_processes_are_told_to_and_goes_on(tmp_pat
     assert patchmill("shards", "verify", "set", cwd=tmp_path).returncode == 0
 
 
+@pytest.mark.long
 def test_a_build_that_nohup_started_does_not_hear_that_its_terminal_is_closed(tmp_path):
     process = building(tmp_path, 2, hangup=signal.SIG_IGN)
     os.killpg(process.pid, signal.SIGHUP)
@@ -90,7 +91,8 @@ def test_a_build_that_nohup_started_does_not_hear_that_its_terminal_is_closed(tm
     assert len(finished(tmp_path)) == 12
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_whose_terminal_is_closed_saves_and_goes_on_later(tmp_path, ranks):
     build_image_set(tmp_path, per_class=8)
     (tmp_path / "plan.toml").write_text(f"name = 'x'{TRAIN.replace('ranks = 1', f'ranks = {ranks}')}")

@@ -209,6 +209,7 @@ def test_what_ran_stays_what_it_was_when_its_source_changes_meanwhile(plan, tmp_
     assert settled.stages[-1].digest == checked.stages[-1].digest != fresh.stages[-1].digest
 
 
+@pytest.mark.long
 def test_a_sweep_over_what_other_stages_make_ends_when_its_last_run_does_whichever_that_is(
     plan, tmp_path, monkeypatch, capsys
 ):

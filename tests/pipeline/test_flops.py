@@ -32,6 +32,7 @@ def cost(name: str, size: int) -> Cost:
         ("bit_r152x2", 224, 45.81), ("bit_r200x3", 224, 134.35), ("bit_r152x4", 224, 182.78), ("bit_r50x3", 224, 36.08),
     ],
 )  # fmt: skip
+@pytest.mark.long
 def test_forward_cost_is_the_published_one(name, size, gmacs):
     digits = len(str(gmacs).partition(".")[2])
     assert round(cost(name, size).macs / 1e9, digits) == gmacs

@@ -99,6 +99,7 @@ def lines(run: Path) -> list[tuple]:
     return [(each["samples"], each["step"], each["loss"], each["grad_norm"]) for each in found]
 
 
+@pytest.mark.long
 def test_a_run_saved_by_the_clock_and_stopped_between_two_lines_logs_the_same_lines(tmp_path, alone, monkeypatch):
     build(make_source(tmp_path / "source", classes=2, each=20), tmp_path / "set", shard_samples=13, workers=1)
     table = merge(TABLE, {"data": {"train": str(tmp_path / "set")}})

@@ -208,6 +208,7 @@ def saved(tmp_path: Path, *samples: int, best: int = 0, keep_every: int | None =
     return folder, store
 
 
+@pytest.mark.long
 def test_whenever_it_dies_what_the_mirror_has_is_whole_and_the_next_start_brings_the_rest(tmp_path, calls):
     folder, store = tmp_path / "run" / "checkpoints", tmp_path / "mirror"
     saved(tmp_path, 8, 16, best=8)

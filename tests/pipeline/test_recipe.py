@@ -272,6 +272,7 @@ def forward_macs(model: str, resolution: int, sizes: tuple) -> int:
     return cost_of(model, image_size=resolution, **dict(sizes)).macs
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ALL)
 def test_exaflops_are_those_printed_or_follow_the_rule_behind_them(name):
     recipe = read_recipe(name)

@@ -140,6 +140,7 @@ def test_masked_patch_prediction_corrupts_in_every_way_in_its_smoke_form():
     assert ((source == MASK).any(1) & (source == where).any(1) & ((source != MASK) & (source != where)).any(1)).all()
 
 
+@pytest.mark.long
 def test_a_smoke_run_leaves_what_it_is_told_to_and_says_what_is_wrong(alone, tmp_path):
     table, about = read_settings("finetune_pets")
     result = smoke_run(table, about, "finetune_pets", tmp_path / "run")

@@ -72,6 +72,7 @@ def start(out, samples, loss):
     assert ran.stdout == ""  # of results alone
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_the_same_run_after_a_restart(tmp_path):
     pytest.importorskip("wandb")

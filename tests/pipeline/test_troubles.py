@@ -87,6 +87,7 @@ def test_a_step_that_is_no_number_is_skipped_and_its_samples_are_named(data, set
                for weight in parameters(newest(tmp_path / "run" / "checkpoints")).values())  # fmt: skip
 
 
+@pytest.mark.long
 def test_several_in_a_row_go_back_and_are_passed_over(data, settings, poisoned, tmp_path):
     poisoned(80, 88, 96)
     result = train(settings(guard={"in_row": 3}), tmp_path / "run")

@@ -133,6 +133,7 @@ def test_bad_tars_are_all_named_and_the_rest_is_kept(tmp_path):
     assert index(folder).read == 2
 
 
+@pytest.mark.long
 def test_names_of_classes_are_in_memory_once_not_once_a_tar(tmp_path):
     write_named(tmp_path, [f"{number:02d} {'x' * 5000}" for number in range(20)])
     for number in range(1, 150):

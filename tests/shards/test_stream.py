@@ -294,6 +294,7 @@ print([sorted(batch.labels.tolist()) for batch in mine], mine.samples)
 """
 
 
+@pytest.mark.long
 def test_standard_input_is_read_once(folder):
     def run(data):
         return subprocess.run(

@@ -11,6 +11,7 @@ Partitions: ``debug``; and ``low``, whose jobs those of ``high`` pre-empt, 20 se
 """
 
 import contextlib
+import fcntl
 import glob
 import os
 import shutil
@@ -19,7 +20,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 FOLDER, PORT = Path("/tmp/patchmill-slurm"), 17000
@@ -122,9 +123,10 @@ class Cluster:
                     _signal(pid, signal.SIGKILL)
         self.end("munge/munged", signal.SIGTERM)
         shutil.rmtree(self.folder, ignore_errors=True)
-        lines = HOSTS.read_text().splitlines(keepends=True)
-        if any(line.endswith(self._mark) for line in lines):
-            HOSTS.write_text("".join(line for line in lines if not line.endswith(self._mark)))  # it may be a mount
+        with _locked(HOSTS):
+            lines = HOSTS.read_text().splitlines(keepends=True)
+            if any(line.endswith(self._mark) for line in lines):
+                HOSTS.write_text("".join(line for line in lines if not line.endswith(self._mark)))  # it may be a mount
 
     def run(self, *command: object, timeout: float = 30) -> str:
         """Run a command of Slurm's on this cluster and return its stdout."""
@@ -244,10 +246,18 @@ class Cluster:
 
     def _name_nodes(self) -> None:
         try:
-            with open(HOSTS, "a") as hosts:
+            with _locked(HOSTS), open(HOSTS, "a") as hosts:
                 hosts.writelines(f"127.0.0.1 {node}{self._mark}" for node in self.nodes)
         except OSError as error:
             raise ClusterError(f"{', '.join(self.nodes)} cannot be added to {HOSTS}: {error}") from None
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Wait until no other cluster changes a file, and let none until it is changed."""
+    with open(path) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def install() -> None:

@@ -154,12 +154,16 @@ def test_ranks_that_hang_at_the_time_limit_are_left_and_the_job_goes_on_from_its
             os.kill(pid, signal.SIGSTOP)
     assert run.shown("train")["Restarts"] == "0"  # stopped before the time limit came
     wait_for(lambda: run.shown("train")["Restarts"] == "1", 240, "the job to go back into the queue")
+    assert "its time is over, and the ranks have not ended: what they did" in run.log("train")
     assert re.search(r"\] its time limit came at \d+ samples: back into the queue", run.log("train"))
-    run.wait_for_end(500)
+    run.wait_for_end()
     assert run.result("train")["samples"] == 700 * 12
 
 
-@pytest.fixture(params=["", "SlurmctldParameters=preempt_send_user_signal\n"], ids=["TERM", "USR2"])
+@pytest.fixture(
+    params=["", pytest.param("SlurmctldParameters=preempt_send_user_signal\n", marks=pytest.mark.slow)],
+    ids=["TERM", "USR2"],
+)
 def pre_empting(cluster, request):
     """The cluster, pre-empting by one signal or the other."""
     before = cluster.conf.read_text()

@@ -46,7 +46,7 @@ def test_a_run_is_followed_cancelled_and_goes_on(cluster, tmp_path):
     stages = status(run)
     assert [stages[name]["state"] for name in ("shards", "train")] == ["waiting", "waiting"]
     assert [stages[name]["why"] for name in ("shards", "train")] == ["waits: BeginTime", "after shards"]
-    run.wait_for_steps("train", 60)
+    run.wait_for_samples("train", 12 * 60, 150)
     train = status(run)["train"]
     assert (train["state"], train["job"]) == ("running", run.jobs["train"])
     assert train["step"] >= 60

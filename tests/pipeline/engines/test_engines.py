@@ -19,7 +19,12 @@ def reference(tmp_path_factory) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("kind", "stage"), [*(pytest.param(*each, marks=pytest.mark.slow) for each in ENGINES[:3]), *ENGINES[3:]]
+    ("kind", "stage"),
+    [
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in ENGINES[:3]),
+        ENGINES[3],
+        pytest.param(*ENGINES[4], marks=pytest.mark.long),
+    ],
 )
 def test_two_ranks_resume_to_the_bit_and_hand_over_to_any_other_shape(kind, stage, reference, tmp_path):
     whole = run_on_ranks(WORKER, 2, kind, stage, "float32", "adamw", 4, tmp_path / "whole")
@@ -41,7 +46,12 @@ def test_two_ranks_resume_to_the_bit_and_hand_over_to_any_other_shape(kind, stag
 
 
 @pytest.mark.parametrize(
-    ("kind", "stage"), [pytest.param("deepspeed", 1, marks=pytest.mark.slow), ("deepspeed", 3), ("accelerate", 0)]
+    ("kind", "stage"),
+    [
+        pytest.param("deepspeed", 1, marks=pytest.mark.slow),
+        pytest.param("deepspeed", 3, marks=pytest.mark.long),
+        ("accelerate", 0),
+    ],
 )
 def test_momentum_moves_with_the_checkpoint(kind, stage, tmp_path):
     whole = run_on_ranks(WORKER, 2, kind, stage, "float32", "sgd", 4, tmp_path / "whole")[0]
@@ -78,6 +88,7 @@ def test_other_models_train_the_same_under_zero_3(model, tmp_path):
     assert shared["norms"] == pytest.approx(alone["norms"], rel=1e-4)
 
 
+@pytest.mark.long
 def test_a_step_that_is_held_back_changes_nothing_on_any_rank_under_any_engine(tmp_path):
     """Steps 0 and 2 by the guard, 3 because one rank's gradient is not a number; the first one is SGD's first too."""
     ranks = run_on_ranks(Path(__file__).parent / "worker_guard.py", 2)

@@ -58,6 +58,7 @@ def test_part_by_part_and_of_some_rows_it_is_the_same(monkeypatch, tmp_path, d):
         assert one.accuracy(features[rows], labels[rows]) == other.accuracy(mapped, labels, rows)
 
 
+@pytest.mark.long
 def test_a_million_images_need_no_more_memory_than_their_labels(tmp_path):
     """Of what NumPy has at a time; the file of features is mapped, and of 128 MB as float64."""
     n, d = 1_000_000, 16
@@ -154,6 +155,7 @@ def test_few_training_images_are_fitted_and_of_less_than_five_none_is_held_out(n
     assert l2 == fewshot.L2 if n < 5 else l2 in fewshot.L2_GRID
 
 
+@pytest.mark.long
 def test_wide_features_need_little_more_memory_than_they_have_as_float64():
     """As raw pixels are: the weights of 6 penalties would take six times as much."""
     n, d, classes = 250, 60_000, 250

@@ -140,6 +140,7 @@ def test_ranks_that_do_not_share_the_folder_are_told_in_one_line(folder, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_ranks_wait_for_a_closed_form_that_takes_longer_than_a_collective_may(folder):
     found, other = run_on_ranks(SLOW_WORKER, 2, folder)
     assert list(found) == ["features", "pixels"]

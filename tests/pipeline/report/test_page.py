@@ -55,6 +55,7 @@ def page(folder, runs):
     return folder / "report.html"
 
 
+@pytest.mark.long
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here; CI installs it")
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [360, 1300])
