@@ -6,8 +6,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -144,16 +146,62 @@ def test_a_time_limit_of_which_nothing_warned_is_no_excuse_either(cluster, tmp_p
     assert record["reason"] == told
 
 
-def test_ranks_that_hang_at_the_time_limit_are_left_and_the_job_goes_on_from_its_newest_checkpoint(cluster, tmp_path):
-    run = Submitted(cluster, write_plan(tmp_path, SHARDS, TRAIN), 'ranks_per_node = 2\ntime = "2"\ngrace = 30')
+@pytest.fixture
+def patient(cluster):
+    """The cluster, killing what is left of a job as late as Slurm does unless told otherwise: 30 s after its limit."""
+    before = cluster.conf.read_text()
+    with configured(cluster, before.replace("KillWait=5\n", "")):
+        assert "KillWait                = 30 sec" in cluster.run("scontrol", "show", "config")
+        yield cluster
+
+
+@contextmanager
+def configured(cluster, text: str) -> Iterator[None]:
+    """Have the cluster go by other settings meanwhile."""
+    before = cluster.conf.read_text()
+    try:
+        cluster.conf.write_text(text)
+        cluster.run("scontrol", "reconfigure")
+        yield
+    finally:
+        cluster.conf.write_text(before)
+        cluster.run("scontrol", "reconfigure")
+
+
+@contextmanager
+def stopped(cluster, node: str) -> Iterator[None]:
+    """Have the ranks on a node hang: stopped again and again, for at the time limit Slurm has them continue."""
+    ranks = [pid for pid in cluster.tasks(node) if is_rank(Path(f"/proc/{pid}/cmdline").read_bytes())]
+    over = threading.Event()
+
+    def stop() -> None:
+        while not over.wait(0.002):
+            for pid in ranks:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGSTOP)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def is_rank(command: bytes) -> bool:
+    """Tell whether a command line is of a rank, not of the srun that starts it."""
+    return b"launch.rank" in command and not command.startswith(b"srun")
+
+
+def test_ranks_that_hang_at_the_time_limit_are_left_and_the_job_goes_on_from_its_newest_checkpoint(patient, tmp_path):
+    cluster, profile = patient, 'ranks_per_node = 2\ntime = "2"\ngrace = 30'
+    run = Submitted(cluster, write_plan(tmp_path, SHARDS, TRAIN), profile)
     run.wait_for_steps("train", 60)
     (node,) = run.shown("train")["NodeList"].split(",")
-    for pid in cluster.tasks(node):
-        words = Path(f"/proc/{pid}/cmdline").read_bytes()
-        if b"launch.rank" in words and not words.startswith(b"srun"):
-            os.kill(pid, signal.SIGSTOP)
-    assert run.shown("train")["Restarts"] == "0"  # stopped before the time limit came
-    wait_for(lambda: run.shown("train")["Restarts"] == "1", 240, "the job to go back into the queue")
+    with stopped(cluster, node):
+        assert run.shown("train")["Restarts"] == "0"  # stopped before the time limit came
+        wait_for(lambda: run.shown("train")["Restarts"] == "1", 240, "the job to go back into the queue")
     assert "its time is over, and the ranks have not ended: what they did" in run.log("train")
     assert re.search(r"\] its time limit came at \d+ samples: back into the queue", run.log("train"))
     run.wait_for_end()
@@ -167,11 +215,8 @@ def test_ranks_that_hang_at_the_time_limit_are_left_and_the_job_goes_on_from_its
 def pre_empting(cluster, request):
     """The cluster, pre-empting by one signal or the other."""
     before = cluster.conf.read_text()
-    cluster.conf.write_text(before + request.param)
-    cluster.run("scontrol", "reconfigure")
-    yield cluster
-    cluster.conf.write_text(before)
-    cluster.run("scontrol", "reconfigure")
+    with configured(cluster, before + request.param):
+        yield cluster
 
 
 def test_a_job_of_more_weight_takes_the_nodes_and_gives_them_back(pre_empting, tmp_path):
