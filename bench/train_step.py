@@ -124,7 +124,10 @@ def arguments() -> argparse.Namespace:
     options = parser(__doc__)
     options.add_argument("--model", action="append", metavar="NAME", help="this one alone; may be given several times")
     options.add_argument("--precision", choices=("float32", "bfloat16"), help="this one alone")
-    return options.parse_args()
+    args = options.parse_args()
+    if args.precision == "float32" and torch.cuda.is_available():
+        options.error("--precision float32 is measured on CPUs alone; leave it out")
+    return args
 
 
 def cases(args: argparse.Namespace, cuda: bool) -> list[Case]:

@@ -81,19 +81,37 @@ View = Literal["resize", "center_crop", "resize_center_crop"]
 """What a model that is evaluated sees of an image: all, squeezed; its middle; or the middle of it all, squeezed."""
 
 
+DEEPEST = 100
+"""Levels of tables and lists in each other that are read."""
+
 S = TypeVar("S", bound=Settings)
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
     """Read a TOML file; a missing file or a syntax error is a UserError."""
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return _parsed(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"there is no settings file {path}; give the path of a TOML file") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder; give the path of a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid TOML: {error}; mend that line") from None
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    too_deep = tomllib.TOMLDecodeError(f"tables and lists are nested deeper than {DEEPEST} levels")
+    try:
+        table = tomllib.loads(text)
+    except RecursionError:  # as many brackets in brackets as Python has room for calls
+        raise too_deep from None
+    level: list[Any] = [table]
+    for _ in range(DEEPEST):
+        inner = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [value for values in inner for value in values if isinstance(value, (dict, list))]
+    if level:  # whatever goes through a table calls itself for those in it
+        raise too_deep
+    return table
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +138,7 @@ def override(table: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
         if not equals or not key:
             raise UserError(f"{text!r} is not a setting; write key=value, such as optim.lr=1e-3")
         try:
-            parsed = tomllib.loads(f"x = {value}")["x"]
+            parsed = _parsed(f"x = {value}")["x"]
         except tomllib.TOMLDecodeError:
             parsed = value
         table = merge(table, nested(key, parsed))
@@ -129,6 +147,8 @@ def override(table: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
 
 def nested(key: str, value: Any) -> dict[str, Any]:
     """Return the table that has a value at a dotted key alone."""
+    if key.count(".") >= DEEPEST:
+        raise UserError(f"setting {key[:40]}... is of more than {DEEPEST} parts; no setting has so many")
     for part in reversed(key.split(".")):
         value = {part: value}
     return value

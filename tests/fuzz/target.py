@@ -15,7 +15,7 @@ class Target:
     Attributes:
         read: Reads an input, in an empty folder that is the only one it may write to.
         change: Makes a damaged input of a good one.
-        count: Inputs that the normal suite tries.
+        count: Inputs that `make test-long` tries.
         errors: Beside ``PatchmillError``, what its callers are told to expect.
         room: Bytes of address space that it may take beyond what the process has after reading all good inputs.
     """

@@ -80,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("targets", nargs="+")
     parser.add_argument("--folder", type=Path, required=True, help="empty; nothing else is written to")
-    parser.add_argument("--times", type=float, default=1.0, help="of what the normal suite tries")
+    parser.add_argument("--times", type=float, default=1.0, help="of what `make test-long` tries")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     faulthandler.enable()

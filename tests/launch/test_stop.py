@@ -91,8 +91,7 @@ def test_a_build_that_nohup_started_does_not_hear_that_its_terminal_is_closed(tm
     assert len(finished(tmp_path)) == 12
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_run_whose_terminal_is_closed_saves_and_goes_on_later(tmp_path, ranks):
     build_image_set(tmp_path, per_class=8)
     (tmp_path / "plan.toml").write_text(f"name = 'x'{TRAIN.replace('ranks = 1', f'ranks = {ranks}')}")

@@ -71,3 +71,28 @@ def test_broken_toml_and_missing_files_are_one_line(tmp_path):
     (tmp_path / "z.toml").mkdir()
     with pytest.raises(UserError, match=r"z\.toml is a folder; give the path of a TOML file"):
         read_toml(tmp_path / "z.toml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x = " + "[" * 3000,
+        "x = " + "[" * 200 + "]" * 200,
+        "x = " + "{a = " * 3000,
+        "x = " + "{a = [" * 60 + "]}" * 60,
+        "x" + ".a" * 3000 + " = 1",
+        "[x" + ".a" * 3000 + "]",
+        "[[x" + ".a" * 3000 + "]]",
+    ],
+)
+def test_what_is_nested_deeper_than_any_setting_is_one_line(tmp_path, text):
+    (tmp_path / "deep.toml").write_text(text)
+    with pytest.raises(UserError, match=r"deep\.toml is not valid TOML: .* nested deeper than 100 levels"):
+        read_toml(tmp_path / "deep.toml")
+
+
+def test_an_override_of_more_parts_than_any_setting_is_one_line():
+    told = r"setting engine\.deepspeed(\.a){12}\.\.\. is of more than 100 parts"
+    with pytest.raises(UserError, match=told):
+        override({}, ["engine.deepspeed" + ".a" * 3000 + "=1"])
+    assert override({}, ["x=" + "[" * 3000]) == {"x": "[" * 3000}  # no TOML, so a word

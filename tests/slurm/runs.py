@@ -3,6 +3,7 @@
 import json
 import re
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -90,13 +91,13 @@ class Submitted:
 
     def wait_for_steps(self, name: str, steps: int) -> None:
         """Wait until a stage of a tiny plan has logged so many steps."""
-        self.wait_for_samples(name, 12 * steps, 120)
+        self.wait_for_samples(name, 12 * steps, 240)
 
     def wait_for_samples(self, name: str, samples: int, seconds: float) -> None:
         """Wait until a stage has logged so many samples."""
         wait_for(lambda: [1 for at, _ in losses(self.stage(name)) if at >= samples], seconds, f"{samples} samples")
 
-    def wait_for_end(self, seconds: float = 200) -> None:
+    def wait_for_end(self, seconds: float = 400) -> None:
         """Wait until no job of it is in the queue."""
         numbers = {number.partition("_")[0] for number in self.jobs.values()}
         wait_for(lambda: not numbers & set(self.cluster.run("squeue", "-h", "-o", "%F").split()), seconds, "the end")
@@ -110,6 +111,16 @@ class Submitted:
     def weights(self, name: str) -> dict[str, torch.Tensor]:
         """Return the pieces of a training stage's last checkpoint."""
         return weights_of(Path(self.result(name)["checkpoint"]))
+
+
+def ranks_on(cluster: Cluster, node: str) -> list[int]:
+    """Return the ranks on a node; the srun that starts them has the same words, and is none."""
+    found = []
+    for pid in cluster.tasks(node):
+        with suppress(OSError):  # it ended
+            words = Path(f"/proc/{pid}/cmdline").read_bytes()
+            found += [pid] if b"launch.rank" in words and not words.startswith(b"srun") else []
+    return found
 
 
 def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:

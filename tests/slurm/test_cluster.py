@@ -47,7 +47,7 @@ def test_a_node_dies_with_what_runs_on_it_and_comes_back(cluster, tmp_path):
     script.write_text("#!/bin/bash\nsrun --nodes=2 --ntasks=2 sleep 300\n")
     number = cluster.run("sbatch", "--parsable", "--nodes=2", f"--output={tmp_path}/log", script).strip()
 
-    wait_for(lambda: cluster.tasks("n2"), 20, "the task of n2")
+    wait_for(lambda: cluster.tasks("n2"), 60, "the task of n2")
     cluster.kill_node("n2")
     assert not cluster.tasks("n2")
     wait_for(lambda: "down" in cluster.run("sinfo", "-h", "-n", "n2", "-o", "%T"), 60, "n2 to be down")

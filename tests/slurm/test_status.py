@@ -89,7 +89,7 @@ def test_a_stage_that_fails_takes_its_followers_with_it_and_status_says_why(clus
     model = {"name": "vit_ti8", "embed_dim": 24, "num_heads": 3, "depth": 1, "image_size": 16, "num_classes": 0}
     model |= {"registers": 2}  # of which the official code has none: found when they are converted
     write_weights(tmp_path / "weights.safetensors", create_model(**model).state_dict(), {"model": model, "classes": []})
-    run = Submitted(cluster, plan, f"[stage.shards]\nsetup = ['until [ -e {tmp_path}/go ]; do sleep 0.2; done']")
+    run = Submitted(cluster, plan, f"setup = ['until [ -e {tmp_path}/go ]; do sleep 0.2; done']")
     waiting = status(run)
     assert list(waiting) == ["follower", "broken", "shards"]
     assert waiting["follower"]["why"] == "after broken, shards"
