@@ -311,7 +311,7 @@ SICK = """health = ["sh", "-c", 'sleep 9; test "$SLURMD_NODENAME" != n1']"""
 def test_a_node_is_excluded_once_the_controller_answers(cluster, tmp_path):
     run = Submitted(cluster, write_plan(tmp_path, SHARDS), SICK)
     wait_for(lambda: b"sleep\x009\x00" in commands(cluster), 60, "the check to run")
-    cluster.end("slurmctld", signal.SIGTERM)  # killed, it could forget so new a job
+    cluster.end("slurmctld", signal.SIGTERM)  # by SIGKILL, it could lose a job that it has not saved yet
     wait_for(lambda: not any(b"srun" in each for each in commands(cluster)), 60, "the check to end")
     time.sleep(3)
     cluster.start_controller()

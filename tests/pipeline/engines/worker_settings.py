@@ -24,8 +24,9 @@ from pipeline.objectives.supervised import Supervised
 from pipeline.settings import check
 from shards.ending import end_process
 
-# What multiplies in float16 itself (AVX512_FP16, AMX) rounds a float32 weight's last bit up to 1e-4 of a loss after two
-# steps of Adam, which hides what the settings differ by; oneDNN reads this at its first product.
+# Processors that multiply in float16 itself (AVX512_FP16, AMX) round so coarsely that the last bit of a float32 weight
+# becomes up to 1e-4 of a loss in two steps of Adam: more than the settings may differ by. Without these instructions
+# products are summed in float32, as on other processors. oneDNN reads this at its first product.
 os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"
 MODEL = {
     "name": "vit_ti16", "image_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 3,
